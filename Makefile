@@ -1,0 +1,38 @@
+# make demo   install into .venv and play a conversation that outlives a worker, a target, a bit and a few clients
+# make serve  install and leave a small cluster running
+# make test   install and run all tests
+# make lint   style and types
+
+PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; print((3, 11) <= sys.version_info[:2] <= (3, 12) or "")' 2>/dev/null),$(p))) python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo serve test lint install clean
+
+demo: install
+	$(BIN)/python -m graphs.demo .demo
+
+serve: install
+	$(BIN)/python -m graphs.tiny_model .kvtier/model
+	$(BIN)/dynamo serve graphs.agg_router:Frontend -f graphs/configs/quickstart.yaml
+
+test: install lint
+	$(BIN)/python -m pytest -q -n 2 tests --ignore=tests/engine
+	$(BIN)/python -m pytest -q tests/engine
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+# The environment is made anew only when what goes into it has changed.
+$(INSTALLED): pyproject.toml docker/install_cpu_engine.py
+	$(PYTHON) -m venv .venv
+	@echo "installing vLLM's CPU engine, Dynamo and kvtier into .venv (some GiB, once)"
+	$(BIN)/python docker/install_cpu_engine.py embedded,nixl,dev
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf .venv .demo .kvtier
