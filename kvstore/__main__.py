@@ -1,0 +1,259 @@
+"""A target process: `python -m kvstore --dir /nvme0 --capacity 3T --listen 0.0.0.0:7600`."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from prometheus_client import REGISTRY, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+from kvstore import bus, membership, residency, tools, transport
+from kvstore.bus import Bus
+from kvstore.errors import ConfigError, UnavailableError, run_command, validated
+from kvstore.log import Log
+from kvstore.residency import Announcer
+from kvstore.shelf import Shelf
+from kvstore.target import Target
+
+logger = logging.getLogger("kvstore")
+
+_UNIX_PATH_MAX = 108  # sun_path in Linux
+
+HELP = """Keep KV-cache chunks on NVMe and serve them to inference workers.
+
+One process per device: give it a directory on a file system of its own, or the device itself, and how much of it may be
+used. The index is rebuilt at every start, so a target can be killed and started again at any time. Scale out by
+starting more of them.
+
+  python -m kvstore --dir /nvme0 --capacity 3T --listen 0.0.0.0:7600 --nats nats://broker:4222
+
+Looking after targets ('COMMAND --help' says more):
+
+  python -m kvstore stat 10.0.0.7:7600    what a running target holds and does
+  python -m kvstore verify --dir /nvme0   whether everything in a stopped one is sound
+  python -m kvstore bench --dir /nvme0    how many workers one here would feed
+"""
+
+
+class Options(BaseModel):
+    """The command line, checked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dir: list[Path]
+    capacity: ByteSize
+    segment_size: ByteSize | None = None
+    sync: Literal["seal"] | Annotated[float, Field(gt=0)] = "seal"
+    hot: ByteSize = ByteSize(0)
+    listen: str = "127.0.0.1:7600"
+    advertise: str | None = None
+    unix_socket: str | None = None
+    namespace: str = "default"
+    nats: str = bus.DEFAULT_NATS
+    etcd: str | None = None
+    buffers: ByteSize = ByteSize(256 << 20)
+    connections: int = Field(512, ge=1)
+    carrier: Literal["", "nixl"] = ""
+    metrics_port: int = Field(0, ge=0, le=65535)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m kvstore", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dir", required=True, action="append", help="directory or block device for the chunks; more of them share"
+    )
+    parser.add_argument("--capacity", required=True, help="how much to use at most, of all together: 500G, 3T, 1.5TiB")
+    parser.add_argument("--segment-size", help="unit of eviction; default 256MiB, 64MiB below 200 GiB of a directory")
+    parser.add_argument(
+        "--sync",
+        help="what a power cut may take: 'seal' (default): the two segments being written; a number of ms: what came "
+        "since. A killed process loses nothing that it acknowledged, either way",
+    )
+    parser.add_argument("--hot", help="memory for chunks that were read or written last; default none")
+    parser.add_argument("--listen", help="host:port to serve on; default 127.0.0.1:7600")
+    parser.add_argument("--advertise", help="host:port under which clients reach it; default: --listen")
+    parser.add_argument("--unix-socket", help="path for clients on this host; default: DIR/target.sock, '' for none")
+    parser.add_argument("--namespace", help="whose chunks these are; clients must name the same; default 'default'")
+    parser.add_argument("--nats", help=f"where residency is announced; '' for nowhere; default {bus.DEFAULT_NATS}")
+    parser.add_argument("--etcd", help="host:port of an etcd server to register with; default: not registered")
+    parser.add_argument("--buffers", help="memory for payloads in flight; default 256MiB")
+    parser.add_argument("--connections", help="how many clients may be connected at once; default 512")
+    parser.add_argument("--carrier", help="'nixl' for clients that ask for RDMA; needs the package nixl; default none")
+    parser.add_argument("--metrics-port", help="port for Prometheus; default: none")
+    parser.add_argument("--log-level", help="debug, info, warning, error; default info")
+    return validated(Options, vars(parser.parse_args(argv)))
+
+
+class _Metrics:
+    """Shows a target's status to Prometheus."""
+
+    def __init__(self, target: Target):
+        self._target = target
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._target.status()
+        operations = CounterMetricFamily("kvtier_target_operations", "Keys by outcome", labels=["operation", "outcome"])
+        for operation, outcomes in status.operations.items():
+            for outcome, keys in outcomes.items():
+                operations.add_metric([operation, outcome], keys)
+        yield operations
+        for name, text, value in (
+            ("sent_bytes", "Payload bytes sent", status.sent_bytes),
+            ("received_bytes", "Payload bytes received", status.received_bytes),
+            ("evicted_chunks", "Chunks evicted", status.evicted_entries),
+            ("corrupt_chunks", "Chunks found corrupt when read", status.corrupt_entries),
+            ("failed_writes", "Chunks that could not be written", status.failed_writes),
+            ("accepted_bytes", "Payload bytes stored", status.accepted_bytes),
+            ("device_written_bytes", "Bytes written, with headers and what is kept", status.device_written_bytes),
+            ("rewritten_bytes", "Payload bytes kept by writing them again", status.rewritten_bytes),
+            ("hot_hits", "Chunks sent from memory", status.hot_hits),
+            ("device_hits", "Chunks sent that were read from the device", status.device_hits),
+        ):
+            yield CounterMetricFamily(f"kvtier_target_{name}", text, value=value)
+        gauges: list[tuple[str, str, float]] = [
+            ("capacity_bytes", "Space for segments", status.capacity_bytes),
+            ("stored_bytes", "Payload bytes held", status.payload_bytes),
+            ("chunks", "Chunks held", status.entries),
+            ("connections", "Clients connected", status.connections),
+            ("hot_chunks", "Chunks held in memory", status.hot_entries),
+            ("hot_bytes", "Payload bytes held in memory", status.hot_bytes),
+            ("waiting_read_bytes", "Payload bytes that wait to be read", status.waiting_read_bytes),
+            ("waiting_write_bytes", "Payload bytes that wait to be written", status.waiting_write_bytes),
+            ("evicted_age_seconds", "Age of the segment evicted last", status.evicted_age_seconds),
+        ]
+        for name, text, level in gauges:
+            yield GaugeMetricFamily(f"kvtier_target_{name}", text, value=level)
+
+
+async def serve(options: Options) -> None:
+    """Run a target until SIGTERM or SIGINT, then let requests finish, seal, and leave."""
+    namespace = bus.checked_namespace(options.namespace)
+    listener = _listen("listen", options.listen)
+    name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
+    shelf = _open_shelf(options, namespace)
+    line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
+    registration = membership.Registration(options.etcd, namespace, name) if options.etcd else None
+    epoch = registration.epoch if registration else shelf.epoch
+    announcer = Announcer(name, epoch, shelf.entries)
+    shelf.tell(announcer)
+    unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
+    target = Target(
+        shelf,
+        name=name,
+        epoch=epoch,
+        namespace=namespace,
+        buffer_bytes=options.buffers,
+        hot_bytes=options.hot,
+        connections_max=options.connections,
+        unix_path=unix_path,
+        carrier=options.carrier,
+    )
+    if options.metrics_port:
+        REGISTRY.register(_Metrics(target))
+        REGISTRY.register(target.registry)
+        try:
+            start_http_server(options.metrics_port, "127.0.0.1" if _is_loopback(options.listen) else "0.0.0.0")
+        except OSError as error:
+            raise ConfigError("metrics-port", options.metrics_port, f"a free port ({error})") from None
+    if unix_path:
+        target.serve(_listen("unix-socket", unix_path))
+    target.serve(listener)
+    tasks = [asyncio.create_task(residency.announce(announcer, line, namespace))] if line else []
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    where = ", ".join(map(str, options.dir))
+    logger.info("serving %d chunks from %s at %s, epoch %d", shelf.stats().entries, where, name, epoch)
+    print(f"kvstore: ready at {name}", flush=True)
+    await stop.wait()
+    logger.info("stopping")
+    if registration:
+        await asyncio.to_thread(registration.close)
+    await asyncio.to_thread(target.stop)
+    for task in tasks:
+        task.cancel()
+    await asyncio.to_thread(shelf.close)
+    if unix_path:
+        Path(unix_path).unlink(missing_ok=True)
+    if line:
+        await line.close()
+
+
+def _open_shelf(options: Options, namespace: str) -> Shelf:
+    """The logs of all directories; they share the capacity. A directory keeps a file a segment open."""
+    _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
+    logs: list[Log] = []
+    try:
+        for path in options.dir:
+            log = Log(
+                path,
+                options.capacity // len(options.dir),
+                namespace=namespace,
+                segment_bytes=options.segment_size,
+                sync_seconds=0.0 if options.sync == "seal" else options.sync / 1000,
+            )
+            logs.append(log)
+    except BaseException:
+        Shelf(logs).close()
+        raise
+    return Shelf(logs)
+
+
+def _listen(field: str, address: str) -> socket.socket:
+    try:
+        return transport.listen(address)
+    except ValueError:
+        raise ConfigError(field, address, "host:port") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UnavailableError(f"{field}: cannot listen on {address} ({reason}): free it, or take another") from None
+
+
+def _default_unix_path(directory: Path) -> str:
+    path = str(directory.resolve() / "target.sock")
+    if not directory.is_dir():
+        path = f"{tempfile.gettempdir()}/kvtier-{directory.name}.sock"
+    if len(path.encode()) < _UNIX_PATH_MAX:
+        return path
+    logger.info("no UNIX socket: %s is too long a path for one; --unix-socket takes another", path)
+    return ""
+
+
+def _actual(listener: socket.socket, asked: str) -> str:
+    """The address with the port that port 0 became."""
+    host, _ = transport.split_address(asked)
+    return f"[{host}]:{listener.getsockname()[1]}" if ":" in host else f"{host}:{listener.getsockname()[1]}"
+
+
+def _is_loopback(address: str) -> bool:
+    return transport.split_address(address)[0] in ("127.0.0.1", "localhost", "::1")
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] in tools.COMMANDS:
+        sys.exit(tools.run(arguments[0], arguments[1:]))
+    options = parse(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(options))
+
+
+if __name__ == "__main__":
+    run_command("kvstore", main)

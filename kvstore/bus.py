@@ -1,0 +1,177 @@
+"""The bus: what targets, workers and routers tell each other over NATS Core, and the connection that carries it.
+
+Everything here is a hint. A message lost costs speed until the next heartbeat or snapshot; without NATS the store goes
+on serving and routers fall back to what they know by themselves.
+"""
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+import nats
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+
+from kvstore.errors import ConfigError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NATS = os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222")  # the variable that Dynamo reads, too
+CONNECT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 1.0
+
+
+class Residency(msgspec.Struct, array_like=True, frozen=True):
+    """Chunks that became visible on a target or went, since the message before. Published on `residency.<target>`,
+    at least once a heartbeat; a gap in `seq` or a new `epoch` means that something was missed."""
+
+    target: str
+    epoch: int
+    seq: int
+    fingerprint: int
+    blocks_per_chunk: int
+    stored: list[int]  # router hashes
+    removed: list[int]
+    ts_ms: int
+
+
+class SnapshotRequest(msgspec.Struct, array_like=True, frozen=True):
+    """Asks `snapshot.<target>` for a page; token 0 begins a new snapshot, later pages repeat the token given."""
+
+    token: int
+    page: int
+
+
+class SnapshotPage(msgspec.Struct, array_like=True, frozen=True):
+    """A part of everything that was resident at (epoch, seq). `pages` is 0 if the token is no longer known."""
+
+    target: str
+    epoch: int
+    seq: int
+    token: int
+    pages: int
+    fingerprint: int
+    hashes: bytes  # little-endian u64
+
+
+class WorkerReport(msgspec.Struct, frozen=True):
+    """What a router must know of a worker's tier, published on `speed.worker.<id>` once a heartbeat."""
+
+    worker: str  # Dynamo's instance id, as a decimal number; "" outside Dynamo
+    endpoint: str  # namespace.component.endpoint under which Dynamo knows the worker
+    fingerprint: int
+    block_tokens: int
+    blocks_per_chunk: int
+    chunk_bytes: int
+    ts_ms: int
+
+
+def subject(namespace: str, kind: str, name: str = "*") -> str:
+    """`kvtier.<namespace>.<kind>.<name>`, the name (an address, say) made into one token."""
+    token = name if name == "*" else re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    return f"kvtier.{namespace}.{kind}.{token}"
+
+
+def checked_namespace(namespace: str) -> str:
+    """The namespace, if it can stand in a subject. Raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", namespace):
+        raise ConfigError("namespace", namespace, "1 to 64 letters, digits, '-' or '_'")
+    return namespace
+
+
+Message = TypeVar("Message", bound=msgspec.Struct)
+
+
+class Bus:
+    """A NATS connection that stays: it reconnects by itself, and drops messages rather than keep them meanwhile.
+
+    For one event loop. Messages that do not decode are dropped: the bus is shared, and may carry other versions.
+    """
+
+    def __init__(self, client: Client):
+        self._client = client
+
+    @classmethod
+    async def connect(cls, url: str, name: str) -> "Bus":
+        """Raises UnavailableError if no NATS server answers within a few seconds."""
+
+        errors: list[Exception] = []
+
+        async def log_error(error: Exception) -> None:
+            errors[:] = [error]
+            logger.debug("nats: %r", error)
+
+        try:
+            client = await asyncio.wait_for(
+                nats.connect(
+                    url,
+                    name=name,
+                    connect_timeout=2,
+                    reconnect_time_wait=0.5,
+                    max_reconnect_attempts=-1,
+                    pending_size=1 << 20,  # held while disconnected; more is dropped, which a mirror notices as a gap
+                    error_cb=log_error,
+                ),
+                CONNECT_SECONDS,
+            )
+        except (TimeoutError, OSError, NatsError, ValueError) as error:
+            last = errors[-1] if errors else error
+            reason = str(last) or type(last).__name__
+            raise UnavailableError(
+                f"nats: no server answers at {url} ({reason}): start one there (nats-server), or name another"
+            ) from None
+        return cls(client)
+
+    @property
+    def connected(self) -> bool:
+        return self._client.is_connected
+
+    async def publish(self, to: str, message: msgspec.Struct) -> bool:
+        """Send and forget; False if it could not even be queued."""
+        try:
+            await self._client.publish(to, msgspec.msgpack.encode(message))
+        except (OSError, NatsError):
+            return False
+        return True
+
+    async def subscribe(
+        self, to: str, kind: type[Message], handler: Callable[[Message], Awaitable[msgspec.Struct | None]]
+    ) -> Subscription:
+        """Call `handler` for every message; what it returns is sent back to a requester."""
+
+        async def receive(raw: Msg) -> None:
+            try:
+                message = msgspec.msgpack.decode(raw.data, type=kind)
+            except msgspec.DecodeError as error:
+                logger.debug("%s: not a %s: %s", raw.subject, kind.__name__, error)
+                return
+            answer = await handler(message)
+            if answer is not None and raw.reply:
+                await self.publish(raw.reply, answer)
+
+        return await self._client.subscribe(to, cb=receive)
+
+    async def request(self, to: str, message: msgspec.Struct, answer: type[Message], seconds: float) -> Message | None:
+        """The answer, or None if none came in time or it does not decode."""
+        try:
+            raw = await self._client.request(to, msgspec.msgpack.encode(message), timeout=seconds)
+            return msgspec.msgpack.decode(raw.data, type=answer)
+        except (TimeoutError, OSError, NatsError, msgspec.DecodeError):
+            return None
+
+    @classmethod
+    async def check(cls, url: str) -> None:
+        """Raises UnavailableError if no NATS server answers, before anything slow is begun."""
+        await (await cls.connect(url, "kvtier check")).close()
+
+    async def close(self) -> None:
+        try:
+            await asyncio.wait_for(self._client.close(), 2)
+        except (TimeoutError, OSError, NatsError):
+            logger.debug("nats: closing took too long")

@@ -1,0 +1,56 @@
+"""Errors that a person reads: what was given, what was wanted; and how a command ends with one."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+# In place of pydantic's words, where those say how it parses and not what to write.
+_EXPECTED = {
+    "byte_size": "a size such as 500G or 1.5TiB",
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+}
+
+Model = TypeVar("Model", bound=BaseModel)
+
+USAGE = 2  # exit code of a command that was asked for something it cannot do
+
+
+class ConfigError(Exception):
+    """Bad input, in one line: the field, the value given, and what was expected."""
+
+    def __init__(self, name: str, value: object, expected: str):
+        super().__init__(f"{name}: {str(value)!r} given, expected {expected}")
+
+
+class UnavailableError(Exception):
+    """Something that must answer at start does not, in one line: what, where, and what to do."""
+
+
+def validated(model: type[Model], values: dict[str, object]) -> Model:
+    """Build `model` from `values`; the first thing wrong becomes a ConfigError that names it as on the command line."""
+    try:
+        return model.model_validate({name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        expected = _EXPECTED.get(first["type"], message)
+        raise ConfigError(name, first.get("input"), expected) from None
+
+
+def fail(program: str, error: Exception) -> NoReturn:
+    print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(USAGE)
+
+
+def run_command(program: str, main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's main function; ConfigError and UnavailableError end it with one line and exit code 2."""
+    try:
+        sys.exit(main() or 0)
+    except (ConfigError, UnavailableError) as error:
+        fail(program, error)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,18 @@
+"""What an operator asks of a target: how it is doing, whether what it holds is sound, how many workers it feeds."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from kvstore.tools import bench, stat, verify
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"stat": stat.main, "verify": verify.main, "bench": bench.main}
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Run one of COMMANDS; its exit code."""
+    try:
+        return COMMANDS[command](argv)
+    except BrokenPipeError:  # whoever reads has seen enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 0

@@ -1,0 +1,232 @@
+"""`python -m kvstore bench`: how fast this machine, or a running target, can be, and how many workers that feeds."""
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+from kvstore import bus
+from kvstore.errors import ConfigError, validated
+from kvstore.record import PAGE_BYTES
+from kvstore.tools import speeds, words
+from kvstore.tools.speeds import Speed, StoreSpeeds
+from kvstore.wire import VALUE_BYTES_MAX
+
+HELP = """Measure how fast a target here would be, and say how many workers it feeds as fast as they compute.
+
+--dir measures the device under a directory, through a scratch file, and the network software on this machine. --store
+measures a running target instead, with chunks that nobody else asks for; run it where the workers are. With both, the
+device is this machine's.
+
+  python -m kvstore bench --dir /nvme0
+  python -m kvstore bench --store 10.0.0.7:7600
+  python -m kvstore bench --dir /nvme0 --bytes-per-token 160KiB --tokens-per-second 12000
+"""
+
+
+class Model(NamedTuple):
+    """What a worker makes when it computes: KV bytes a token, and tokens a second."""
+
+    name: str
+    bytes_per_token: int
+    tokens_per_second: float
+    fp8_kv: bool = False
+
+
+# Prefill measured on one H200 with vLLM 0.26: docs/operations.md.
+MODELS = (
+    Model("Llama-3.1-8B, bf16", 128 << 10, 41_000),
+    Model("Llama-3.1-70B, FP8 weights", 320 << 10, 8_900),
+    Model("Llama-3.1-70B, FP8 weights and KV", 160 << 10, 8_900, fp8_kv=True),
+)
+
+
+_SLOW = """An FP8 KV cache (vLLM's --kv-cache-dtype fp8) halves the bytes of bf16; more targets feed side by side. What
+loads slower than it computes still frees a GPU that is busy: see the router's --gpu-price."""
+
+
+class Verdict(msgspec.Struct):
+    """What a speed is worth to a model."""
+
+    model: str
+    bytes_per_token: int
+    worker_tokens_per_second: float  # its prefill
+    worker_bytes_per_second: float  # the KV that this makes: what a target has to feed it
+    fed_tokens_per_second: float
+    fed_workers: float
+    advice: str
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    dir: Path | None = None
+    store: str | None = None
+    namespace: str = "default"
+    size: ByteSize = Field(ByteSize(2 << 20), ge=PAGE_BYTES, le=VALUE_BYTES_MAX)
+    seconds: float = Field(5.0, gt=0)
+    tokens_per_second: float | None = Field(None, gt=0)
+    bytes_per_token: ByteSize | None = Field(None, gt=0)
+    as_json: bool = False
+
+
+class Result(msgspec.Struct):
+    chunk_bytes: int
+    speeds: list[Speed]
+    limit: str  # which of them bounds what is fed
+    fed_bytes_per_second: float
+    verdicts: list[Verdict]
+    from_memory: float | None = None
+    failed: dict[str, int] = {}
+
+
+def main(argv: list[str]) -> int:
+    options = _parse(argv)
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("kvstore.files").setLevel(logging.WARNING)  # direct I/O may not be had, which changes the figures
+    models = _models(options)
+    bus.checked_namespace(options.namespace)
+    if options.dir is None and options.store is None:
+        raise ConfigError("dir", "", "a directory on the device to measure, or --store with a target")
+    if options.dir is not None and not options.dir.is_dir():
+        raise ConfigError(
+            "dir", options.dir, "a directory that exists; a target on a raw device is measured by --store"
+        )
+    measured: list[Speed] = []
+    seconds = options.seconds / speeds.RUNS
+    if options.dir is not None:
+        measured += speeds.of_device(options.dir, options.size, seconds)
+    store: StoreSpeeds | None = None
+    if options.store is None:
+        measured += speeds.of_network(options.size, seconds)
+    else:
+        store = speeds.of_store(options.store, options.namespace, options.size, seconds)
+        measured += [store.put, store.get]
+    limit = slowest(measured)
+    result = Result(
+        int(options.size), measured, limit.name, limit.median, [verdict(limit.median, one) for one in models]
+    )
+    if store is not None:
+        result.from_memory, result.failed = store.from_memory, store.failed
+    print(msgspec.json.encode(result).decode() if options.as_json else _as_text(result, options.seconds))
+    return 0
+
+
+def _parse(argv: list[str]) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m kvstore bench", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dir", help="directory on the device; up to a GiB is used there for as long as this runs")
+    parser.add_argument(
+        "--store", help="targets to measure: host:port, several with commas between, or etcd://host:port"
+    )
+    parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
+    parser.add_argument("--size", help="bytes of a chunk; default 2MiB")
+    parser.add_argument("--seconds", help="for each thing that is measured; default 5")
+    parser.add_argument("--tokens-per-second", help="prefill speed of one of your workers, for a model of your own")
+    parser.add_argument("--bytes-per-token", help="KV bytes of a token of that model: 320KiB, say")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object")
+    return validated(Options, vars(parser.parse_args(argv)))
+
+
+def _models(options: Options) -> Sequence[Model]:
+    given = (options.bytes_per_token, options.tokens_per_second)
+    if given == (None, None):
+        return MODELS
+    if options.bytes_per_token is None:
+        raise ConfigError("bytes-per-token", "", "the model's KV bytes a token, beside --tokens-per-second")
+    if options.tokens_per_second is None:
+        raise ConfigError("tokens-per-second", "", "a worker's prefill speed, beside --bytes-per-token")
+    return [Model("your model", int(options.bytes_per_token), options.tokens_per_second)]
+
+
+def slowest(measured: Sequence[Speed]) -> Speed:
+    """What bounds the chunks that workers get: reading and sending, whichever is slower. A UNIX socket serves only
+    workers on the target's machine."""
+    reading = [speed for speed in measured if speed.name in ("device read", "TCP on loopback", "store get")]
+    return min(reading, key=lambda speed: speed.median)
+
+
+def verdict(fed_bytes_per_second: float, model: Model) -> Verdict:
+    """How many workers of `model` load as fast from a target as they would compute."""
+    tokens_per_second = fed_bytes_per_second / model.bytes_per_token
+    return Verdict(
+        model=model.name,
+        bytes_per_token=model.bytes_per_token,
+        worker_tokens_per_second=model.tokens_per_second,
+        worker_bytes_per_second=model.tokens_per_second * model.bytes_per_token,
+        fed_tokens_per_second=tokens_per_second,
+        fed_workers=tokens_per_second / model.tokens_per_second,
+        advice=_advice(tokens_per_second / model.tokens_per_second, model),
+    )
+
+
+def _advice(workers: float, model: Model) -> str:
+    if workers >= 1:
+        return f"this target feeds {_tenths(workers)} workers at prefill speed"
+    targets = math.ceil(1 / workers)
+    told = f"loading takes {1 / workers:.1f} times as long as computing; {targets} such targets feed a worker"
+    if model.fp8_kv:
+        return told
+    return f"{told}, {math.ceil(1 / (2 * workers))} with an FP8 KV cache"
+
+
+def _tenths(number: float) -> str:
+    """Rounded down: half a worker more than there is would be waited for."""
+    return f"{math.floor(10 * number) / 10:.1f}"
+
+
+def _as_text(result: Result, seconds: float) -> str:
+    measured = [["", "median", "lowest", "highest", "in flight"]]
+    measured += [
+        [speed.name, *map(words.speed, (speed.median, min(speed.runs), max(speed.runs))), str(speed.in_flight)]
+        for speed in result.speeds
+    ]
+    fed = [["", "KV a token", "a worker computes", "that is", "this target feeds", "workers"]]
+    fed += [
+        [
+            one.model,
+            words.size(one.bytes_per_token),
+            f"{one.worker_tokens_per_second:,.0f} tokens/s",
+            words.speed(one.worker_bytes_per_second),
+            f"{one.fed_tokens_per_second:,.0f} tokens/s",
+            f"{one.fed_workers:.2f}",
+        ]
+        for one in result.verdicts
+    ]
+    lines = [
+        f"A short benchmark: chunks of {words.size(result.chunk_bytes)}, {speeds.RUNS} runs of "
+        f"{seconds / speeds.RUNS:g} s each. Caches and other users of the machine are in it.",
+        "",
+        words.table(measured),
+        *_caveats(result),
+        "",
+        f"It can feed {words.speed(result.fed_bytes_per_second)}: as fast as {result.limit}, the slowest on the way.",
+        "",
+        words.table(fed),
+        "",
+        *(f"{one.model}: {one.advice}." for one in result.verdicts),
+    ]
+    if any(one.fed_workers < 1 for one in result.verdicts):
+        lines.append(_SLOW)
+    return "\n".join(lines)
+
+
+def _caveats(result: Result) -> list[str]:
+    lines = []
+    if result.from_memory is None:
+        lines.append(
+            "Both ends of the streams ran on this machine; the network to your workers may be slower: --store."
+        )
+    elif result.from_memory:
+        share = f"{result.from_memory:.0%} of the chunks got came from the target's memory (its --hot)"
+        lines.append(f"{share}; what its device does is said by --dir, on its machine.")
+    if result.failed:
+        lines.append("Not served: " + ", ".join(f"{keys} {name}" for name, keys in result.failed.items()) + ".")
+    return lines

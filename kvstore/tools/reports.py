@@ -1,0 +1,75 @@
+"""What a scrub found, and its words."""
+
+import msgspec
+
+from kvstore.tools import words
+
+
+class Flaw(msgspec.Struct):
+    """Something that does not check out, and where to look for it."""
+
+    what: str
+    page: int  # in the segment
+    file: str
+    offset: int  # in the file or on the device
+    key: str = ""  # of the chunk, where it is known
+
+
+class Report(msgspec.Struct):
+    """What is in a segment. Sound chunks are live or superseded; every corrupt and every cut off one is a flaw."""
+
+    dir: str
+    segment: int
+    generation: int = 0
+    state: str = "sealed"  # or: open, empty, scanned (its footer is damaged), lost
+    live: int = 0
+    superseded: int = 0
+    live_bytes: int = 0  # of space, with headers
+    dead_bytes: int = 0
+    free_bytes: int = 0
+    corrupt: list[Flaw] = []
+    cut_off: list[Flaw] = []
+
+
+class Total(msgspec.Struct):
+    segments: int = 0
+    live: int = 0
+    superseded: int = 0
+    corrupt: int = 0
+    cut_off: int = 0
+    live_bytes: int = 0
+    dead_bytes: int = 0
+    free_bytes: int = 0
+
+    def add(self, report: Report) -> None:
+        self.segments += 1
+        self.corrupt += len(report.corrupt)
+        self.cut_off += len(report.cut_off)
+        for name in ("live", "superseded", "live_bytes", "dead_bytes", "free_bytes"):
+            setattr(self, name, getattr(self, name) + getattr(report, name))
+
+
+_LINE = "{:>8}  {:>10}  {:<8}{:>8}  {:>10}  {:>8}  {:>8}  {:>10}  {:>10}  {:>10}"
+TITLES = _LINE.format(
+    "segment", "generation", "state", "chunks", "superseded", "corrupt", "cut off", "live", "dead", "free"
+)
+
+
+def as_lines(report: Report) -> str:
+    volumes = map(words.size, (report.live_bytes, report.dead_bytes, report.free_bytes))
+    counts = (report.live, report.superseded, len(report.corrupt), len(report.cut_off))
+    lines = [_LINE.format(report.segment, report.generation, report.state, *counts, *volumes)]
+    for kind, flaws in (("corrupt", report.corrupt), ("cut off", report.cut_off)):
+        for flaw in flaws:
+            chunk = f" of chunk {flaw.key}" if flaw.key else ""
+            lines.append(f"          {kind}: {flaw.what}{chunk}, page {flaw.page}, {flaw.file} at byte {flaw.offset}")
+    return "\n".join(lines)
+
+
+def summary(total: Total) -> str:
+    found = f"{total.corrupt} corrupt" if total.corrupt else "sound"
+    return (
+        f"{found}: {total.segments} segments, {total.live} chunks, {total.superseded} superseded, {total.cut_off} cut "
+        f"off; {words.size(total.live_bytes)} live, {words.size(total.dead_bytes)} dead, "
+        f"{words.size(total.free_bytes)} free"
+    )

@@ -1,0 +1,225 @@
+"""`python -m kvstore stat`: what running targets say of themselves."""
+
+import argparse
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvstore import bus, membership, transport
+from kvstore.client import StoreClient
+from kvstore.errors import validated
+from kvstore.membership import Membership, StaticMembership
+from kvstore.tools import words
+from kvstore.wire import Outcome, Status
+
+HELP = """Show how targets are doing: what they hold, and what they did since their start. With --watch again and again;
+from the second time on, counts are per second since the time before. The exit code is 1 if a target does not answer.
+
+  python -m kvstore stat 10.0.0.7:7600,10.0.0.8:7600 --watch 5
+"""
+
+# A target answers from memory: one that takes longer is in trouble, and its neighbours are to be shown.
+_PATIENCE_SECONDS = 3.0
+_COLUMNS_MAX = 5  # of a table; more targets than this get a table below
+
+_GROWING = (
+    "received_bytes",
+    "sent_bytes",
+    "accepted_bytes",
+    "rewritten_bytes",
+    "device_written_bytes",
+    "hot_hits",
+    "device_hits",
+    "evicted_entries",
+    "corrupt_entries",
+    "failed_writes",
+)
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    address: str
+    watch: float | None = Field(None, gt=0)
+    namespace: str = "default"
+    as_json: bool = False
+
+
+class Look(NamedTuple):
+    """What was seen at `seconds` of the monotonic clock: of each target its status, or why there is none."""
+
+    seconds: float
+    answers: Mapping[str, Status | str]
+
+
+def main(argv: list[str]) -> int:
+    options = _parse(argv)
+    logging.basicConfig(level=logging.ERROR)  # why a target does not answer is said in the table
+    targets = _membership(options)
+    before: Look | None = None
+    try:
+        while True:
+            look = take_look(targets.targets(), options.namespace)
+            print(_as_json(look, before) if options.as_json else _as_tables(look, before), flush=True)
+            if options.watch is None:
+                return 1 if any(isinstance(answer, str) for answer in look.answers.values()) or not look.answers else 0
+            before = look
+            time.sleep(max(0.0, look.seconds + options.watch - time.monotonic()))
+    finally:
+        targets.close()
+
+
+def _parse(argv: list[str]) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m kvstore stat", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "address", help="host:port, several with commas between them, or etcd://host:port for all there"
+    )
+    parser.add_argument("--watch", metavar="SECONDS", help="look again so often, until interrupted")
+    parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object a look, each on its line")
+    return validated(Options, vars(parser.parse_args(argv)))
+
+
+def _membership(options: Options) -> Membership:
+    bus.checked_namespace(options.namespace)
+    if not options.address.startswith("etcd://"):
+        addresses = [part.strip() for part in options.address.split(",")]
+        return StaticMembership([membership.checked_address("address", address) for address in addresses])
+    return membership.open_membership(options.address, options.namespace)
+
+
+def take_look(targets: Sequence[str], namespace: str) -> Look:
+    """Ask all targets at once."""
+    with ThreadPoolExecutor(max(1, len(targets))) as pool:
+        answers = pool.map(lambda target: _ask(target, namespace), targets)
+        return Look(time.monotonic(), dict(zip(targets, answers, strict=True)))
+
+
+def _ask(target: str, namespace: str) -> Status | str:
+    client = StoreClient(StaticMembership([target]), namespace=namespace, name="kvtier-stat", connections_per_target=1)
+    try:
+        answer = client.stat(time.monotonic() + _PATIENCE_SECONDS).get(target)
+    finally:
+        client.close()
+    return answer or _reason(target, namespace)
+
+
+def _reason(target: str, namespace: str) -> str:
+    try:
+        transport.connect(target, time.monotonic() + _PATIENCE_SECONDS).close()
+    except OSError as error:
+        return (error.strerror or "nothing heard").lower()
+    return f"something listens there: it hangs, or serves another namespace than {namespace!r}"
+
+
+# ---- what is shown
+
+
+def _counts(status: Status) -> dict[str, int]:
+    """Everything that only grows while the target runs, by name."""
+    counts: dict[str, int] = {name: getattr(status, name) for name in _GROWING}
+    for operation, outcomes in status.operations.items():
+        counts |= {f"{operation}_{outcome}": keys for outcome, keys in outcomes.items()}
+    return counts
+
+
+def _growth(status: Status, before: Status | str | None) -> tuple[dict[str, int], bool]:
+    """How much each count has grown, and whether it is since `before`; if that was another run, since the start."""
+    counts = _counts(status)
+    if not isinstance(before, Status) or before.epoch != status.epoch:
+        return counts, False
+    last = _counts(before)
+    return {name: count - last.get(name, 0) for name, count in counts.items()}, True
+
+
+def _as_json(look: Look, before: Look | None) -> str:
+    targets: dict[str, object] = {}
+    for target, answer in look.answers.items():
+        if isinstance(answer, str):
+            targets[target] = {"error": answer}
+            continue
+        one = msgspec.to_builtins(answer)
+        growth, rated = _growth(answer, before.answers.get(target) if before else None)
+        one["write_amplification"] = _amplification(growth)
+        if rated and before:
+            seconds = look.seconds - before.seconds
+            one["per_second"] = {name: round(count / seconds, 3) for name, count in growth.items()}
+        targets[target] = one
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return msgspec.json.encode({"time": now, "targets": targets}).decode()
+
+
+def _as_tables(look: Look, before: Look | None) -> str:
+    seconds = look.seconds - before.seconds if before else 0.0
+    columns: dict[str, dict[str, str]] = {}
+    silent = []
+    for target, answer in look.answers.items():
+        if isinstance(answer, str):
+            silent.append(f"{target} does not answer: {answer}")
+        else:
+            columns[target] = column(answer, before.answers.get(target) if before else None, seconds)
+    names = list(columns)
+    parts = [datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")]
+    for first in range(0, len(names), _COLUMNS_MAX):
+        some = names[first : first + _COLUMNS_MAX]
+        labels = [label for label in columns[some[0]] if any(columns[name][label] for name in some)]
+        rows = [[label, *(columns[name][label] or "-" for name in some)] for label in labels]
+        parts.append(words.table([["", *some], *rows]))
+    return "\n".join([*parts, *silent, *([] if look.answers else ["no target is registered"])]) + "\n"
+
+
+def column(status: Status, before: Status | str | None, seconds: float) -> dict[str, str]:
+    """A target's figures by label; "" for what never happened. Labels and their order are the same for all."""
+    growth, rated = _growth(status, before)
+
+    def count(name: str) -> str:
+        number = growth.get(name, 0)
+        return f"{number / seconds:,.1f}/s" if rated else f"{number:,}"
+
+    def volume(name: str) -> str:
+        return words.speed(growth[name] / seconds) if rated else words.size(growth[name])
+
+    amplification = _amplification(growth)
+    restarted = isinstance(before, Status) and not rated
+    totals = _counts(status)
+    shown = {
+        "epoch": f"{status.epoch}{' (restarted)' if restarted else ''}",
+        "capacity": words.size(status.capacity_bytes),
+        "used by payload": f"{words.size(status.payload_bytes)} {status.payload_bytes / status.capacity_bytes:4.0%}",
+        "chunks": f"{status.entries:,}",
+        "connections": f"{status.connections:,}",
+        "received": volume("received_bytes"),
+        "sent": volume("sent_bytes"),
+        "chunks sent from memory": count("hot_hits"),
+        "chunks sent from device": count("device_hits"),
+        "held in memory": f"{status.hot_entries:,} chunks, {words.size(status.hot_bytes)}"
+        if status.hot_entries
+        else "",
+        "waiting to be read": words.size(status.waiting_read_bytes),
+        "waiting to be written": words.size(status.waiting_write_bytes),
+        "written to device": volume("device_written_bytes"),
+        "write amplification": "" if amplification is None else f"{amplification:.2f}",
+        "evicted chunks": count("evicted_entries"),
+        "age when evicted last": words.age(status.evicted_age_seconds) if status.evicted_segments else "",
+        "corrupt chunks": f"{status.corrupt_entries:,}",
+        "failed writes": f"{status.failed_writes:,}",
+    }
+    for operation in ("get", "put"):
+        for outcome in Outcome:
+            name = f"{operation}_{outcome.name.lower()}"
+            shown[name.replace("_", " ")] = count(name) if totals.get(name) else ""
+    return shown
+
+
+def _amplification(growth: Mapping[str, int]) -> float | None:
+    """Bytes written to the device for each byte of payload taken."""
+    accepted = growth["accepted_bytes"]
+    return round(growth["device_written_bytes"] / accepted, 3) if accepted else None

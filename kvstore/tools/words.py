@@ -1,0 +1,27 @@
+"""Numbers and tables as a person reads them."""
+
+from collections.abc import Sequence
+
+from pydantic import ByteSize
+
+
+def size(count: float) -> str:
+    return ByteSize(count).human_readable(separator=" ")
+
+
+def speed(bytes_per_second: float) -> str:
+    return ByteSize(bytes_per_second).human_readable(decimal=True, separator=" ") + "/s"
+
+
+def age(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as what is in them; the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)

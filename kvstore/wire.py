@@ -1,0 +1,205 @@
+"""The protocol between a client and a target: frames, their contents, and their bounds. No socket is touched here.
+
+A frame is a header of 32 bytes, a control part in msgpack and a data part of raw bytes; docs/wire.md has it byte by
+byte. Everything that a header announces is checked against a bound before any memory is taken for it.
+"""
+
+import enum
+import struct
+from typing import Annotated, NamedTuple, TypeVar
+
+import msgspec
+
+from kvstore.keys import KEY_BYTES
+
+VERSION = 1
+MAGIC = b"KVTR"
+HEADER = struct.Struct("<4sBBHIIIIQ")
+HEADER_BYTES = HEADER.size
+
+# One prompt of a million tokens is 4,000 chunks of 256: nobody needs more in a single frame.
+KEYS_MAX = 4096
+# A key with its metadata packs into less than 64 bytes.
+CONTROL_BYTES_MAX = 512 << 10
+# The largest chunk a target takes, whatever its segments would allow: a buffer of it is held while it travels.
+VALUE_BYTES_MAX = 64 << 20
+
+
+class Op(enum.IntEnum):
+    """What a frame says. Even numbers answer the odd number before them."""
+
+    HELLO = 1
+    WELCOME = 2
+    GET = 3
+    VALUE = 4  # one for each key of a GET, in any order; the only answer that carries data
+    PUT = 5
+    STORED = 6
+    EXISTS = 7
+    FOUND = 8
+    STAT = 9
+    STATUS = 10
+    TAKEN = 11  # after PLACED: the target may use that memory again; not answered
+    ERROR = 12  # the sender closes the connection after it
+    PLACED = 14  # in place of a VALUE: the data is to be fetched from the target's memory (carrier.py)
+
+
+class Outcome(enum.IntEnum):
+    """What became of one key. A value, never an exception: a store that fails costs speed and nothing else."""
+
+    HIT = 0
+    MISS = 1
+    LATE = 2  # the deadline passed first
+    CORRUPT = 3  # the bytes are not those that were stored; they must not be used
+    REFUSED = 4  # the target would not: full, overloaded, too large
+    UNREACHABLE = 5
+    STORED = 6  # of a put: the chunk is in the store now
+
+
+class ProtocolError(Exception):
+    """The peer sent something that this version does not understand or that passes a bound."""
+
+
+class Header(NamedTuple):
+    op: Op
+    request: int = 0  # chosen by the client, repeated in every answer
+    flags: int = 0  # of VALUE: the outcome
+    number: int = 0  # of VALUE: which key of the GET
+    crc: int = 0  # of VALUE: crc32c of the data
+    control_bytes: int = 0
+    data_bytes: int = 0
+
+
+Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+Keys = Annotated[list[Key], msgspec.Meta(max_length=KEYS_MAX)]
+ValueBytes = Annotated[int, msgspec.Meta(gt=0, le=VALUE_BYTES_MAX)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]  # kept for as long as the connection, and repeated in errors
+U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+U64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack has no wider integers
+
+
+class Hello(msgspec.Struct, array_like=True, frozen=True):
+    namespace: Name
+    client: Name
+    boot_id: Name  # of the client's kernel: the same as the target's means the same host
+    carrier: Name = ""  # by which the client would rather have its data
+
+
+class Welcome(msgspec.Struct, array_like=True, frozen=True):
+    target: str
+    epoch: int
+    value_bytes_max: int
+    unix_path: str  # "" if the target is not on the client's host
+    carrier_greeting: bytes = b""  # if the target has the carrier: from now on hits are PLACED
+
+
+class Get(msgspec.Struct, array_like=True, frozen=True):
+    keys: Keys
+    sizes: Annotated[list[ValueBytes], msgspec.Meta(max_length=KEYS_MAX)]  # the client's room; another length is a miss
+    deadline_ms: U32  # from the arrival of the frame: an expired key costs no read
+
+
+class Placed(msgspec.Struct, array_like=True, frozen=True):
+    place: bytes  # the carrier's own
+
+
+class Taken(msgspec.Struct, array_like=True, frozen=True):
+    number: U16
+
+
+class PutItem(msgspec.Struct, array_like=True, frozen=True):
+    key: Key
+    length: ValueBytes
+    crc: U32
+    router_hash: U64
+    fingerprint: U64
+    blocks_per_chunk: U16
+    saved_us: U32 = 0  # GPU time that a hit saves; when more comes than can be written, what saves least is shed
+
+
+class Put(msgspec.Struct, array_like=True, frozen=True):
+    # Their payloads follow as the data part, in this order, without gaps.
+    items: Annotated[list[PutItem], msgspec.Meta(max_length=KEYS_MAX)]
+
+
+class Exists(msgspec.Struct, array_like=True, frozen=True):
+    keys: Keys
+
+
+class Outcomes(msgspec.Struct, array_like=True, frozen=True):
+    outcomes: list[Outcome]  # one for each key or item asked for
+
+
+class Status(msgspec.Struct, frozen=True):
+    """What a target says of itself; counts since its start."""
+
+    target: str
+    epoch: int
+    capacity_bytes: int
+    payload_bytes: int
+    entries: int
+    evicted_entries: int
+    evicted_segments: int
+    evicted_age_seconds: float  # of the segment evicted last
+    corrupt_entries: int
+    failed_writes: int
+    accepted_bytes: int
+    device_written_bytes: int
+    rewritten_bytes: int
+    connections: int
+    sent_bytes: int
+    received_bytes: int
+    hot_entries: int
+    hot_bytes: int
+    hot_hits: int
+    device_hits: int
+    waiting_read_bytes: int
+    waiting_write_bytes: int
+    operations: dict[str, dict[str, int]]  # operation -> outcome -> keys
+
+
+class Failure(msgspec.Struct, array_like=True, frozen=True):
+    message: str
+
+
+Control = TypeVar("Control", bound=msgspec.Struct)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(header: Header, control: msgspec.Struct | None = None) -> bytes:
+    """Header and control part as bytes; the data part, of `header.data_bytes`, is sent after them."""
+    body = b"" if control is None else _encoder.encode(control)
+    op, request, flags, number, crc, _, data_bytes = header
+    return HEADER.pack(MAGIC, VERSION, op, flags, request, number, crc, len(body), data_bytes) + body
+
+
+def decode_header(raw: bytes | bytearray | memoryview) -> Header:
+    """Check and unpack a header. Raises ProtocolError."""
+    if len(raw) != HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(raw)} bytes, expected {HEADER_BYTES}")
+    magic, version, op, flags, request, number, crc, control_bytes, data_bytes = HEADER.unpack(raw)
+    if magic != MAGIC:
+        raise ProtocolError(f"not a kvtier frame: it begins with {bytes(magic)!r}, expected {MAGIC!r}")
+    if version != VERSION:
+        raise ProtocolError(f"protocol version {version}, this side speaks {VERSION}")
+    try:
+        op = Op(op)
+    except ValueError:
+        raise ProtocolError(f"unknown operation {op}") from None
+    if control_bytes > CONTROL_BYTES_MAX:
+        raise ProtocolError(f"control part of {control_bytes} bytes, at most {CONTROL_BYTES_MAX}")
+    bound = {Op.PUT: KEYS_MAX * VALUE_BYTES_MAX, Op.VALUE: VALUE_BYTES_MAX}.get(op, 0)
+    if data_bytes > bound:
+        raise ProtocolError(f"data part of {data_bytes} bytes in {op.name}, at most {bound}")
+    return Header(op, request, flags, number, crc, control_bytes, data_bytes)
+
+
+def decode_control(raw: bytes | bytearray | memoryview, kind: type[Control]) -> Control:
+    """Unpack and check a control part. Raises ProtocolError."""
+    try:
+        control = msgspec.msgpack.decode(raw, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: nested too deep
+        raise ProtocolError(f"{kind.__name__}: {error}") from None
+    if isinstance(control, Get) and len(control.keys) != len(control.sizes):
+        raise ProtocolError(f"Get: {len(control.keys)} keys with {len(control.sizes)} sizes")
+    return control
