@@ -1,0 +1,34 @@
+"""What the command lines of the worker and the router have in common."""
+
+import argparse
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from kvstore import bus
+
+DEFAULT_ENDPOINT = "dynamo.backend.generate"  # of the workers, as in stock Dynamo
+
+
+class CommonOptions(BaseModel):
+    """Where things are; checked."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    endpoint: str = DEFAULT_ENDPOINT
+    namespace: str = "default"
+    nats: str = bus.DEFAULT_NATS
+    deadline_ms: int = Field(2000, ge=1, le=600_000)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _three_parts(cls, endpoint: str) -> str:
+        if len(endpoint.split(".")) != 3 or not all(endpoint.split(".")):
+            raise ValueError("namespace.component.endpoint")
+        return endpoint
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--endpoint", help=f"the workers' Dynamo endpoint; default {DEFAULT_ENDPOINT}")
+    parser.add_argument("--namespace", help="the store's namespace; default 'default'")
+    parser.add_argument("--nats", help=f"where store, workers and routers meet; default {bus.DEFAULT_NATS}")
+    parser.add_argument("--deadline-ms", help="longest that a request may wait for the store; default 2000")

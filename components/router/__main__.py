@@ -1,0 +1,207 @@
+"""The public model of a cluster: `python -m components.router --model-name llama --model-path /models/llama`."""
+
+import argparse
+import asyncio
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from pydantic import Field
+
+from components.options import CommonOptions, add_common_arguments
+from components.router.cost import Policy, Speeds
+from components.router.router import Router
+from components.router.workers import Workers
+from kvstore import bus, residency
+from kvstore.bus import Bus, WorkerReport
+from kvstore.errors import ConfigError, UnavailableError, fail, run_command, validated
+from kvstore.residency import Mirror
+
+logger = logging.getLogger("components.router")
+
+HELP = """Route prompts to the worker where the first token comes soonest for the least GPU time.
+
+Registers as the public model: stock dynamo.frontend sends its prompts here. Workers must be started with
+--endpoint-types none (python -m components.worker does), or a frontend goes round the router. Speeds are this
+cluster's: measure them once (docs/operations.md), the defaults are of a 70B model on one H200.
+"""
+
+
+class Options(CommonOptions):
+    """The command line, checked."""
+
+    model_name: str
+    model_path: str | None = None
+    block_size: int | None = Field(None, ge=1)
+    prefill_tokens_per_second: float = Field(9000, gt=0)
+    prefill_base_ms: float = Field(40, ge=0)
+    prefill_quadratic_ns: float = Field(0, ge=0)
+    dram_gbytes_per_second: float = Field(25, gt=0)
+    store_gbytes_per_second: float = Field(3, gt=0)
+    store_latency_ms: float = Field(2, ge=0)
+    gpu_price: float = Field(0.5, ge=0)
+    pressure_ms: float = Field(200, ge=0)
+
+    def speeds(self) -> Speeds:
+        return Speeds(
+            prefill_base_seconds=self.prefill_base_ms / 1e3,
+            prefill_seconds_per_token=1 / self.prefill_tokens_per_second,
+            prefill_seconds_per_token_squared=self.prefill_quadratic_ns / 1e9,
+            dram_bytes_per_second=self.dram_gbytes_per_second * 1e9,
+            store_bytes_per_second=self.store_gbytes_per_second * 1e9,
+            store_latency_seconds=self.store_latency_ms / 1e3,
+        )
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m components.router", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser)
+    parser.add_argument("--model-name", required=True, help="name of the model in the OpenAI API")
+    parser.add_argument("--model-path", help="its folder or hub name, for the tokenizer; default: the model's name")
+    parser.add_argument("--block-size", help="KV block size in tokens; default: the workers' own")
+    parser.add_argument("--prefill-tokens-per-second", help="prefill speed of a worker; default 9000")
+    parser.add_argument("--prefill-base-ms", help="time to first token of a prompt wholly in HBM; default 40")
+    parser.add_argument("--prefill-quadratic-ns", help="prefill ns per token and token of context; default 0")
+    parser.add_argument("--dram-gbytes-per-second", help="DRAM tier to HBM; default 25")
+    parser.add_argument("--store-gbytes-per-second", help="store to DRAM tier, one worker; default 3")
+    parser.add_argument("--store-latency-ms", help="time until the first byte comes from the store; default 2")
+    parser.add_argument("--gpu-price", help="what a GPU second costs when all are busy, in seconds; default 0.5")
+    parser.add_argument("--pressure-ms", help="charge of a worker whose KV memory is full; default 200")
+    return validated(Options, vars(parser.parse_args(argv)))
+
+
+async def serve(runtime: Any, options: Options) -> None:
+    """Run the router until the runtime is shut down."""
+    from dynamo.common.utils.prometheus import register_engine_metrics_callback
+    from dynamo.llm import (
+        FpmEventSubscriber,
+        KvRouter,
+        KvRouterConfig,
+        ModelInput,
+        ModelType,
+        WorkerType,
+        register_model,
+    )
+
+    namespace = bus.checked_namespace(options.namespace)
+    line = await Bus.connect(options.nats, f"kvtier router {options.model_name}")
+    workers = Workers(options.endpoint)
+    mirror = Mirror()
+
+    async def heard(report: WorkerReport) -> None:
+        workers.heard(report, time.monotonic())
+
+    await line.subscribe(bus.subject(namespace, "speed.worker"), WorkerReport, heard)
+    worker_endpoint = runtime.endpoint(options.endpoint)
+    cards = FpmEventSubscriber(worker_endpoint)
+    cards.start_tracking()
+    block_tokens = await _first_card(cards, workers, options)
+
+    kv_router = KvRouter(worker_endpoint, block_tokens, KvRouterConfig())
+    router = Router(
+        kv_router,
+        workers,
+        mirror,
+        block_tokens=block_tokens,
+        speeds=options.speeds(),
+        policy=Policy(options.gpu_price, options.pressure_ms / 1e3),
+        deadline_ms=(min(100, options.deadline_ms), options.deadline_ms),
+    )
+    tasks = [
+        asyncio.create_task(residency.follow(mirror, line, namespace)),
+        asyncio.create_task(_watch_cards(cards, workers, block_tokens)),
+    ]
+    public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.kvtier-router.generate")
+    register_engine_metrics_callback(endpoint=public, registry=router.decisions.registry)
+    await register_model(
+        ModelInput.Tokens,
+        ModelType.Chat | ModelType.Completions,
+        public,
+        options.model_path or options.model_name,
+        options.model_name,
+        kv_cache_block_size=block_tokens,
+        worker_type=WorkerType.Aggregated,
+    )
+    print(f"components.router: ready for {options.model_name}, blocks of {block_tokens} tokens", flush=True)
+    try:
+        await public.serve_endpoint(router.generate, graceful_shutdown=True)
+    finally:
+        for task in tasks:
+            task.cancel()
+        cards.shutdown()
+        await line.close()
+
+
+async def _first_card(cards: Any, workers: Workers, options: Options) -> int:
+    """The workers' block size, as soon as there is a worker. Raises ConfigError if another one was asked for."""
+    logger.info("waiting for a worker at %s", options.endpoint)
+    while not workers.cards:
+        await asyncio.sleep(0.2)
+        workers.set_cards(cards.get_model_cards())
+    card = next(iter(workers.cards.values()))
+    if options.block_size not in (None, card.block_tokens):
+        raise ConfigError("block-size", options.block_size, f"{card.block_tokens}, the block size of the workers")
+    return card.block_tokens
+
+
+async def _watch_cards(cards: Any, workers: Workers, block_tokens: int) -> None:
+    refused: set[int] = set()
+    while True:
+        workers.set_cards(cards.get_model_cards())
+        workers.forget_silent(time.monotonic())
+        for worker, card in workers.cards.items():
+            if card.block_tokens != block_tokens and worker not in refused:
+                refused.add(worker)
+                logger.error(
+                    "worker %x has blocks of %d tokens, this router's are %d: it gets no prompts; start it with "
+                    "--block-size %d",
+                    worker,
+                    card.block_tokens,
+                    block_tokens,
+                    block_tokens,
+                )
+        await asyncio.sleep(1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    from dynamo.runtime import dynamo_worker
+    from dynamo.runtime.logging import configure_dynamo_logging
+
+    options = parse(argv)
+    model = Path(options.model_path or options.model_name)
+    if model.is_absolute() and not (model / "config.json").is_file():
+        raise ConfigError("model-path", model, "a folder with a config.json, or a name on the hub")
+    configure_dynamo_logging()
+    logging.getLogger("components").setLevel(logging.INFO)
+    asyncio.run(Bus.check(options.nats))
+    failure: list[Exception] = []
+    started = False
+
+    @dynamo_worker()  # type: ignore[untyped-decorator]
+    async def worker(runtime: Any) -> None:
+        nonlocal started
+        started = True
+        try:
+            await serve(runtime, options)
+        except (ConfigError, UnavailableError) as error:
+            failure.append(error)
+            runtime.shutdown()
+
+    try:
+        uvloop.run(worker())
+    except Exception as error:
+        if started:
+            raise
+        raise UnavailableError(f"dynamo: the runtime does not start: {error}") from None
+    if failure:
+        fail("components.router", failure[0])
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "components.router"
+    run_command("components.router", main)

@@ -1,0 +1,102 @@
+"""Every name that this package takes from vLLM, in one place: the next release renames some of them.
+
+Written against vLLM 0.26. A release that moved something fails here, at import, with its own message, and not in the
+middle of a request.
+"""
+
+import vllm
+from vllm.config import VllmConfig
+from vllm.distributed.kv_events import BlockStored
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import _OffloadEventMetadata as OffloadEventMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    GroupOffloadConfig,
+    RequestOffloadState,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.platforms import current_platform
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_offload.base import (
+    BlockIDsLoadStoreSpec,
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    LookupResult,
+    OffloadingCounterMetadata,
+    OffloadingEvent,
+    OffloadingKVEventsConfig,
+    OffloadingManager,
+    OffloadingMetricMetadata,
+    OffloadingSpec,
+    OffloadingWorker,
+    OffloadKey,
+    OffloadPolicy,
+    ReqContext,
+    RequestOffloadingContext,
+    TransferResult,
+    get_offload_block_hash,
+    get_offload_group_idx,
+)
+from vllm.v1.kv_offload.config import OffloadingConfig
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.base import JobId, JobMetadata, JobResult, SecondaryTierManager
+from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+from vllm.v1.request import Request
+
+VLLM_VERSION: str = vllm.__version__
+
+__all__ = [
+    "VLLM_VERSION",
+    "BlockIDsLoadStoreSpec",
+    "BlockPool",
+    "BlockStored",
+    "CPUPrimaryTierOffloadingManager",
+    "CanonicalKVCaches",
+    "GPULoadStoreSpec",
+    "GroupOffloadConfig",
+    "JobId",
+    "JobMetadata",
+    "JobResult",
+    "KVCacheConfig",
+    "KVConnectorMetadata",
+    "KVConnectorRole",
+    "LoadStoreSpec",
+    "LookupResult",
+    "OffloadEventMetadata",
+    "OffloadKey",
+    "OffloadPolicy",
+    "OffloadingConfig",
+    "OffloadingConnector",
+    "OffloadingConnectorStats",
+    "OffloadingCounterMetadata",
+    "OffloadingEvent",
+    "OffloadingEventsTracker",
+    "OffloadingKVEventsConfig",
+    "OffloadingManager",
+    "OffloadingMetricMetadata",
+    "OffloadingSpec",
+    "OffloadingWorker",
+    "ReqContext",
+    "Request",
+    "RequestOffloadState",
+    "RequestOffloadingContext",
+    "SchedulerOutput",
+    "SecondaryTierFactory",
+    "SecondaryTierManager",
+    "SharedOffloadRegion",
+    "TieringOffloadingManager",
+    "TieringOffloadingSpec",
+    "TransferResult",
+    "VllmConfig",
+    "current_platform",
+    "generate_block_hash_extra_keys",
+    "get_offload_block_hash",
+    "get_offload_group_idx",
+]

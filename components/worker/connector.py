@@ -1,0 +1,152 @@
+"""The connector that vLLM loads: its own OffloadingConnector, with fetches that start when a request arrives.
+
+Stock offloading asks the tiers for a request's chunks when the scheduler has a slot for it. This one asks on arrival,
+so that a fetch runs while the request queues. It also keeps the engine from three faults of vLLM 0.26: see
+`_cap_stores` and manager.py.
+"""
+
+from components.worker.compat import (
+    BlockPool,
+    GroupOffloadConfig,
+    KVCacheConfig,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    LookupResult,
+    OffloadingConnector,
+    OffloadKey,
+    Request,
+    RequestOffloadState,
+    SchedulerOutput,
+    VllmConfig,
+    get_offload_group_idx,
+)
+from components.worker.events import ChunkEvents
+from components.worker.layout import engine_layout
+from components.worker.manager import GuardedTieringManager
+from components.worker.remote_tier import TIER_TYPE, RemoteTier
+from kvstore.keys import layout_digest
+
+
+class KvtierConnector(OffloadingConnector):
+    """One in the scheduler's process, one in each rank's. The methods here run on the scheduler's thread and must not
+    block; the tier's I/O is on threads of its own (remote_tier.py)."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
+        if role == KVConnectorRole.SCHEDULER:
+            extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+            digest = layout_digest(engine_layout(vllm_config, kv_cache_config, extra))
+            for tier in extra.get("secondary_tiers", []):
+                if tier.get("type") == TIER_TYPE:
+                    tier["layout_digest"] = digest.hex()
+        super().__init__(vllm_config, role, kv_cache_config)
+        if self.connector_scheduler is None:
+            return
+        manager = self.connector_scheduler.manager
+        assert isinstance(manager, GuardedTieringManager)
+        self._manager = manager
+        self._tiers = [tier for tier in manager.secondary_tiers if isinstance(tier, RemoteTier)]
+        self._groups: tuple[GroupOffloadConfig, ...] = self.connector_scheduler.config.kv_group_configs
+        self._block_pool: BlockPool | None = None
+        # Requests whose fetch has not begun: without a plan, the store has yet to say what it holds.
+        self._arriving: dict[str, RequestOffloadState] = {}
+        events = vllm_config.kv_events_config
+        self._events = ChunkEvents(
+            enabled=bool(events and events.enable_kv_cache_events),
+            chunks_max=2 * manager.primary_tier._num_blocks,
+            describe=self._describe,
+        )
+        self.connector_scheduler._events_tracker = self._events
+        for tier in self._tiers:
+            tier.on_load = self._note_load
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._block_pool = gpu_block_pool
+
+    def on_new_request(self, request: Request) -> None:
+        super().on_new_request(request)
+        status = self.connector_scheduler._req_status[request.request_id]
+        status.update_offload_keys()
+        for group, state in zip(self._groups, status.group_states, strict=True):
+            for chunk, key in enumerate(state.offload_keys):
+                self._describe(request, group, chunk, key)
+        if request.skip_reading_prefix_cache:
+            return
+        for tier in self._tiers:
+            tier.ask(request.request_id)
+        self._arriving[request.request_id] = status
+        self._prefetch(status)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
+        return super().get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        for status in list(self._arriving.values()):
+            self._prefetch(status)
+        meta = super().build_connector_meta(scheduler_output)
+        self._manager.release(scheduler_output.finished_req_ids)
+        return meta
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, object] | None]:
+        self._leave(request)
+        return super().request_finished(request, block_ids)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, object] | None]:
+        self._leave(request)
+        return super().request_finished_all_groups(request, block_ids)
+
+    def _leave(self, request: Request) -> None:
+        self._arriving.pop(request.request_id, None)
+        for tier in self._tiers:
+            tier.cancel(request.request_id)
+        status = self.connector_scheduler._req_status.get(request.request_id)
+        if status is not None:
+            _cap_stores(request, status, self._groups)
+
+    def _prefetch(self, status: RequestOffloadState) -> None:
+        """Look up what is not in HBM, which makes the manager promote what the tiers hold, up to the first miss."""
+        req_id = status.req.request_id
+        if any(tier.undecided(req_id) for tier in self._tiers):
+            return
+        self._arriving.pop(req_id, None)
+        for group, state in zip(self._groups, status.group_states, strict=True):
+            if group.sliding_window_size_in_chunks is not None:
+                continue  # only the window is needed, and where that is depends on what is hit
+            for key in state.offload_keys[self._chunks_in_hbm(status.req, group) :]:
+                if self._manager.lookup(key, status.req_context) is LookupResult.MISS:
+                    break
+
+    def _chunks_in_hbm(self, request: Request, group: GroupOffloadConfig) -> int:
+        """Leading whole chunks that the engine's own prefix cache holds."""
+        if self._block_pool is None or group.hashes_per_chunk * group.tokens_per_block != group.tokens_per_chunk:
+            return 0  # hashed in other units than this group's blocks
+        blocks = 0
+        for block_hash in request.block_hashes:
+            if not self._block_pool.get_cached_block(block_hash, [group.group_idx]):
+                break
+            blocks += 1
+        return blocks // group.hashes_per_chunk
+
+    def _describe(self, request: Request, group: GroupOffloadConfig, chunk: int, key: OffloadKey) -> None:
+        for tier in self._tiers:
+            tier.describe(request, chunk, key)
+
+    def _note_load(self, request: Request, key: OffloadKey, chunk: int) -> None:
+        self._events.record_store(request, self._groups[get_offload_group_idx(key)], chunk, key)
+
+
+def _cap_stores(request: Request, status: RequestOffloadState, groups: tuple[GroupOffloadConfig, ...]) -> None:
+    """Let a finished request store no more than what is computed and has blocks.
+
+    vLLM 0.26 stores up to the request's last token. That token was sampled and never computed, so a chunk that ends in
+    it would hold stale KV in its last position, and serve it to the next turn of the conversation. And a request that
+    leaves before it was ever scheduled has no blocks at all, which trips an assertion that ends the engine.
+    """
+    with_blocks = min(
+        len(state.block_ids) * group.tokens_per_block for group, state in zip(groups, status.group_states, strict=True)
+    )
+    computed = request.num_computed_tokens - request.num_in_flight_tokens
+    asked = status.max_offload_tokens
+    status.max_offload_tokens = min(with_blocks, computed, request.num_tokens if asked is None else asked)
