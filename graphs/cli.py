@@ -1,0 +1,68 @@
+"""The console script, under two names: `kvtier serve|store` and `dynamo serve`."""
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import kvstore.__main__ as store
+from graphs import serve
+from graphs.service import load_deployment
+from graphs.services import frontend_url, model_name
+from kvstore.errors import run_command
+
+HELP = """
+  serve    start a graph of services:   dynamo serve graphs.agg_router:Frontend -f config.yaml
+  store    run a target by itself:      kvtier store --dir /nvme0 --capacity 3T   (the same as python -m kvstore)
+
+'COMMAND --help' says more.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else argv
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    commands = {"serve": _serve, "store": store.main}
+    if command not in commands:
+        wanted_help = command in ("-h", "--help")
+        print(f"usage: {Path(sys.argv[0]).name} COMMAND ...\n{HELP}", file=sys.stdout if wanted_help else sys.stderr)
+        sys.exit(0 if wanted_help else 2)
+    run_command(f"{Path(sys.argv[0]).name} {command}", lambda: commands[command](rest))
+
+
+def _serve(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="dynamo serve",
+        description="Start every service that a graph links, in order, and stop all of them on ctrl-C.",
+        epilog="Any setting can be given as --Service.key=value, for example --VllmWorker.ServiceArgs.workers=2.",
+    )
+    parser.add_argument("graph", help="module:Service, for example graphs.agg_router:Frontend")
+    parser.add_argument("-f", "--file", type=Path, help="YAML with the services' settings")
+    parser.add_argument(
+        "--state-dir", type=Path, default=serve.DEFAULT_STATE_DIR, help="for logs, discovery and, by default, the store"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the commands and do not run them")
+    options, overrides = parser.parse_known_args(argv)
+    deployment = load_deployment(options.graph, options.file, overrides, options.state_dir)
+    if options.dry_run:
+        print("\n".join(serve.dry_run(deployment)))
+        return
+    url = frontend_url(deployment)
+
+    def announce() -> None:
+        print(
+            f"\nserving at {url}; try\n\n  {_curl(url, model_name(deployment))}\n\nctrl-C stops everything\n",
+            flush=True,
+        )
+
+    asyncio.run(serve.serve(deployment, announce))
+
+
+def _curl(url: str, model: str) -> str:
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
+    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The supervisor behind `dynamo serve`: starts a deployment in order, shows its output, and takes it down again."""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from components.worker.shm import sweep_stale_regions
+from graphs.service import Deployment, Process, Service
+from kvstore.errors import UnavailableError
+from kvstore.transport import split_address
+
+# A 70B model loads in minutes; a worker that says nothing for longer will not come.
+READY_SECONDS = 900.0
+# dynamo.vllm lets requests finish before it leaves.
+STOP_SECONDS = 20.0
+# A process that dies is started again after this long, twice as long each time, up to the second figure.
+RESTART_SECONDS = (1.0, 60.0)
+# Those who import etcd3 set it for themselves; it would slow down the engines.
+_NOT_INHERITED = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"}
+_TAIL_LINES = 30
+DEFAULT_STATE_DIR = Path(".kvtier")
+_COLORS = (36, 32, 33, 35, 34, 96, 92, 93, 95, 94)
+
+
+@dataclass(eq=False)
+class Child:
+    """A process of the deployment, as it runs."""
+
+    process: Process
+    running: asyncio.subprocess.Process
+    started: float = field(default_factory=time.monotonic)
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
+    saw_ready_line: bool = False
+    pump: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.running.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.running.returncode is None
+
+    def signal(self, number: int, *, trackers: bool = True) -> None:
+        """To the child and everything it started: each child leads a process group of its own. Without `trackers`,
+        Python's resource trackers are left to clean up shared memory behind those that were killed."""
+        for pid in self.group():
+            with contextlib.suppress(OSError):
+                if trackers or b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, number)
+
+    def group(self) -> list[int]:
+        """The living processes that the child started, and the child itself."""
+        members = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError, ValueError):
+                _, _, after_name = stat.read_text().rpartition(")")
+                state, _, group = after_name.split()[:3]
+                if int(group) == self.pid and state != "Z":
+                    members.append(int(stat.parent.name))
+        return members
+
+
+class Supervisor:
+    """Runs the processes of a deployment. `show` gets every line of output, with the process's name."""
+
+    def __init__(self, deployment: Deployment, show: Callable[[str, str], None], *, restart: bool = True):
+        self.deployment = deployment
+        self.children: dict[str, Child] = {}
+        self._show = show
+        self._restart = restart
+        self._logs = deployment.state_dir / "logs"
+        self._environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        self._stopping = False
+        self._watchers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start everything, each service when those it needs are ready. Raises UnavailableError if one does not come
+        up; what had started is stopped first."""
+        processes = self.deployment.processes()
+        up = {service.name: asyncio.Event() for service in self.deployment.services}
+
+        async def start(service: Service) -> None:
+            for needed in service.links:
+                await up[needed.name].wait()
+            batch = [process for process in processes if process.service == service.name]
+            await asyncio.gather(*(self.launch(process) for process in batch))
+            up[service.name].set()
+
+        starting = [asyncio.create_task(start(service)) for service in self.deployment.services]
+        try:
+            await asyncio.gather(*starting)
+        except BaseException:
+            for task in starting:
+                task.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
+            await self.stop()
+            raise
+        if self._restart:
+            self._watchers = [asyncio.create_task(self._watch(name)) for name in self.children]
+
+    async def launch(self, process: Process) -> Child:
+        """Start one process and wait until it is ready. Raises UnavailableError."""
+        _check_free(process)
+        child = await self._spawn(process)
+        deadline = time.monotonic() + READY_SECONDS
+        while not await self._is_ready(child):
+            if not child.alive:
+                if child.pump is not None:
+                    await child.pump
+                raise UnavailableError(f"{process.name}: {_last_words(child)}")
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"{process.name}: not ready after {READY_SECONDS:.0f} s; see {self._logs}")
+            await asyncio.sleep(0.2)
+        self._show(process.name, f"ready after {time.monotonic() - child.started:.1f} s")
+        return child
+
+    async def stop(self) -> None:
+        """Take everything down, those first that need others; what does not leave in time is killed."""
+        self._stopping = True
+        for watcher in self._watchers:
+            watcher.cancel()
+        for service in reversed(self.deployment.services):
+            leaving = [child for child in self.children.values() if child.process.service == service.name]
+            await asyncio.gather(*(self.end(child) for child in leaving))
+        sweep_stale_regions()
+
+    async def end(self, child: Child, number: int = signal.SIGTERM) -> None:
+        """Signal a child, and see that it and all it started are gone."""
+        steps = [(number, STOP_SECONDS), (signal.SIGKILL, 5.0)]
+        if number == signal.SIGKILL:
+            del steps[0]
+        for step, seconds in steps:
+            if step == signal.SIGKILL:
+                child.signal(step, trackers=False)
+            elif child.alive:
+                child.running.send_signal(step)  # it tells its own
+            deadline = time.monotonic() + seconds
+            while child.group() and time.monotonic() < deadline:
+                await asyncio.sleep(0.05)
+        child.signal(signal.SIGKILL)
+        await child.running.wait()
+        if child.pump is not None:
+            await child.pump
+        self.children.pop(child.process.name, None)
+
+    async def wait(self) -> None:
+        """Until cancelled."""
+        await asyncio.Event().wait()
+
+    async def _spawn(self, process: Process) -> Child:
+        for folder in (self._logs, *process.folders):
+            folder.mkdir(parents=True, exist_ok=True)
+        running = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "graphs.child", *process.command),
+            env={**self._environment, "PYTHONUNBUFFERED": "1", **process.env},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+            limit=1 << 20,
+        )
+        child = self.children[process.name] = Child(process, running)
+        child.pump = asyncio.create_task(self._pump(child))
+        return child
+
+    async def _pump(self, child: Child) -> None:
+        """Carry the child's output to the log file and to `show`, until it and all that share its output are gone."""
+        assert child.running.stdout is not None
+        with (self._logs / f"{child.process.name}.log").open("ab") as log:
+            while True:
+                try:
+                    raw = await child.running.stdout.readline()
+                except ValueError:
+                    continue  # a line beyond the limit: dropped
+                if not raw:
+                    return
+                log.write(raw)
+                log.flush()
+                line = raw.decode(errors="replace").rstrip()
+                child.tail.append(line)
+                if child.process.ready_line and child.process.ready_line in line:
+                    child.saw_ready_line = True
+                self._show(child.process.name, line)
+
+    async def _is_ready(self, child: Child) -> bool:
+        process = child.process
+        if process.ready_line:
+            return child.saw_ready_line
+        return await asyncio.to_thread(_answers, process.ready_url, process.ready_text)
+
+    async def _watch(self, name: str) -> None:
+        """Start the process again whenever it dies."""
+        first, longest = RESTART_SECONDS
+        pause = first
+        while True:
+            child = self.children[name]
+            code = await child.running.wait()
+            if self._stopping:
+                return
+            child.signal(signal.SIGKILL)  # what it may have left behind
+            pause = first if time.monotonic() - child.started > longest else min(longest, 2 * pause)
+            self._show(name, f"ended with {code}; starting it again in {pause:.0f} s")
+            await asyncio.sleep(pause)
+            with contextlib.suppress(UnavailableError):
+                await self.launch(child.process)
+
+
+def console() -> Callable[[str, str], None]:
+    """Shows lines on standard output, each behind its process's name, in a colour of its own on a terminal."""
+    colors: dict[str, int] = {}
+
+    def show(name: str, line: str) -> None:
+        prefix = f"{name:>14} | "
+        if sys.stdout.isatty():
+            color = colors.setdefault(name, _COLORS[len(colors) % len(_COLORS)])
+            prefix = f"\033[{color}m{prefix}\033[0m"
+        print(prefix + line, flush=True)
+
+    return show
+
+
+async def serve(deployment: Deployment, announce: Callable[[], None]) -> None:
+    """Run a deployment until SIGINT or SIGTERM; `announce` is called when it is up."""
+    supervisor = Supervisor(deployment, console())
+    running = asyncio.current_task()
+    assert running is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+    try:
+        await supervisor.start()
+        announce()
+        await supervisor.wait()
+    except asyncio.CancelledError:
+        print("stopping", flush=True)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().remove_signal_handler(number)
+        await supervisor.stop()
+
+
+def _answers(url: str, text: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return answer.status == 200 and text in answer.read().decode(errors="replace")
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _last_words(child: Child) -> str:
+    """Its own error message, if it gave one; otherwise the end of its output."""
+    errors = [line for line in child.tail if ": error: " in line]
+    if errors:
+        return errors[-1]
+    return f"ended with {child.running.returncode} before it was ready:\n  " + "\n  ".join(child.tail)
+
+
+def dry_run(deployment: Deployment) -> Sequence[str]:
+    """The processes that would be started, as shell lines."""
+    lines = []
+    for process in deployment.processes():
+        env = [f"{key}={value}" for key, value in process.env.items()]
+        lines.append(f"# {process.name}\n{shlex.join([*env, *process.command])}")
+    return lines
+
+
+def _check_free(process: Process) -> None:
+    """Raises UnavailableError if somebody listens where the process wants to."""
+    for address in process.listens:
+        host, port = split_address(address)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise UnavailableError(
+                    f"{process.service}: cannot listen on {address} ({error.strerror}): free it, or set another port"
+                ) from None

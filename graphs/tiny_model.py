@@ -1,0 +1,126 @@
+"""A small Llama with random weights, made locally: the model of the demo and of the end-to-end tests.
+
+Loading it is the real thing (config.json, safetensors, tokenizer, chat template); only the weights are
+noise. They are drawn from a fixed seed with a spread wide enough that different prompts give different
+text, so that a wrong KV block shows in the tokens and not only in the last digits.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+# The only tokens that the weights ever sample: text that reads back as the very same tokens, so that a conversation's
+# next turn repeats this one token by token.
+ALPHABET = "abcdefghijklmnopqrstuvwxyz "
+SPECIAL = ("<|begin_of_text|>", "<|start|>", "<|end|>", "<|eot|>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>"
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end|>{% endif %}"
+)
+
+
+def make_tiny_model(folder: Path, *, seed: int = 7, layers: int = 4, max_tokens: int = 8192) -> Path:
+    """Write the model into `folder` unless it is there already, and return the folder.
+
+    Shape: `layers` layers of width 256, 4 heads of 64, 2 KV heads, float32: 4 KiB of KV per token at four
+    layers, 512 KiB per block of 128 tokens. One token is one byte of ASCII text.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    if (folder / "model.safetensors").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = alphabet + list(SPECIAL)
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    hidden, heads, kv_heads, head_dim, mlp = 256, 4, 2, 64, 512
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(words),
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": max_tokens,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": vocab[SPECIAL[0]],
+        "eos_token_id": vocab[SPECIAL[3]],
+        "torch_dtype": "float32",
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": vocab[SPECIAL[0]], "eos_token_id": vocab[SPECIAL[3]]},
+    )
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIAL[0],
+            "eos_token": SPECIAL[3],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": max_tokens,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(rows: int, columns: int, gain: float) -> torch.Tensor:
+        drawn: torch.Tensor = torch.randn(rows, columns, generator=generator) * (gain / columns**0.5)
+        return drawn
+
+    spoken = [vocab[pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(c)[0][0]] for c in ALPHABET]
+    lm_head = torch.zeros(len(words), hidden)
+    # A gain of 6 spreads the logits over several nats: greedy choices are clear, not ties.
+    lm_head[spoken] = random(len(spoken), hidden, 6.0)
+    weights = {
+        "model.embed_tokens.weight": torch.randn(len(words), hidden, generator=generator),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": lm_head,
+    }
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        weights |= {
+            prefix + "input_layernorm.weight": torch.ones(hidden),
+            prefix + "post_attention_layernorm.weight": torch.ones(hidden),
+            # Sharp queries and keys make attention pick single positions: one wrong block changes the text.
+            prefix + "self_attn.q_proj.weight": random(heads * head_dim, hidden, 2.0),
+            prefix + "self_attn.k_proj.weight": random(kv_heads * head_dim, hidden, 2.0),
+            prefix + "self_attn.v_proj.weight": random(kv_heads * head_dim, hidden, 2.0),
+            prefix + "self_attn.o_proj.weight": random(hidden, heads * head_dim, 2.0),
+            prefix + "mlp.gate_proj.weight": random(mlp, hidden, 1.0),
+            prefix + "mlp.up_proj.weight": random(mlp, hidden, 1.0),
+            prefix + "mlp.down_proj.weight": random(hidden, mlp, 1.0),
+        }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m graphs.tiny_model FOLDER")
+    print(make_tiny_model(Path(sys.argv[1])))

@@ -1,0 +1,396 @@
+"""A cluster to try things on, without a GPU: the quickstart, a reference worker without the tier, and ways to break it.
+
+The demo and the end-to-end tests stand on this. Everything is real: stock frontend and workers, vLLM's CPU engine,
+NATS, a target on a directory; only the model's weights are noise.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from crc32c import crc32c
+from prometheus_client.parser import text_string_to_metric_families
+
+from graphs import agg_router
+from graphs.serve import Child, Supervisor
+from graphs.service import load_deployment
+from graphs.services import Frontend, free_port, frontend_url, runtime_env, vllm_workers
+from graphs.tiny_model import make_tiny_model
+from kvstore import record, residency, wire
+from kvstore.bus import Bus
+from kvstore.client import StoreClient
+from kvstore.keys import sequence_hashes
+from kvstore.membership import StaticMembership
+from kvstore.record import Entry
+from kvstore.residency import Mirror
+
+MODEL, REFERENCE = "tiny", "tiny-reference"
+BLOCK_TOKENS = 128  # of vLLM's CPU engine
+CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
+# The small model runs in float32: a right answer repeats to the last digit, a wrong block moves logprobs by 0.01 and
+# more. The tolerance leaves room for another order of additions.
+LOGPROB_TOLERANCE = 1e-3
+
+ReferenceWorker = vllm_workers("ReferenceWorker")
+Frontend.link(ReferenceWorker)
+
+Message = dict[str, str]
+
+
+@dataclass
+class Answer:
+    """What came back for one prompt."""
+
+    text: str
+    logprobs: list[float]
+    prompt_tokens: int
+    ttft_seconds: float
+
+    def equals(self, other: "Answer") -> bool:
+        """The same text, and token by token the same logprobs."""
+        return (
+            self.text == other.text
+            and len(self.logprobs) == len(other.logprobs) > 0
+            and all(abs(a - b) <= LOGPROB_TOLERANCE for a, b in zip(self.logprobs, other.logprobs, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a worker found the tokens of its prompts, since it started."""
+
+    hbm: int = 0
+    dram: int = 0
+    store: int = 0
+    computed: int = 0
+
+    def __sub__(self, other: "Sources") -> "Sources":
+        return Sources(
+            self.hbm - other.hbm, self.dram - other.dram, self.store - other.store, self.computed - other.computed
+        )
+
+    @property
+    def total(self) -> int:
+        return self.hbm + self.dram + self.store + self.computed
+
+
+@dataclass
+class Turn:
+    """One answered prompt: which worker served it and where it found the tokens."""
+
+    worker: str
+    sources: Sources
+    answer: Answer
+
+
+@dataclass
+class Trial:
+    """The cluster. `say` hears what it does; `folder` holds its model, state and logs."""
+
+    folder: Path
+    say: Callable[[str], None] = lambda line: None
+    overrides: Sequence[str] = ()
+    config: Path = CONFIG
+    messages: list[Message] = field(default_factory=list)
+
+    async def __aenter__(self) -> "Trial":
+        model = make_tiny_model(self.folder / "model")
+        self._store_port = free_port()
+        nats = f"127.0.0.1:{free_port()}"
+        overrides = [
+            f"--Common.model={model}",
+            f"--Nats.listen={nats}",
+            f"--Store.listen=127.0.0.1:{self._store_port}",
+            f"--Frontend.port={free_port()}",
+            *self.overrides,
+        ]
+        self.deployment = load_deployment(
+            f"{agg_router.__name__}:Frontend", self.config, overrides, self.folder / "state"
+        )
+        tiered = self.deployment.of("VllmWorker")
+        reference = {
+            **tiered.flags,
+            "served-model-name": REFERENCE,
+            "endpoint": "dynamo.reference.generate",
+            "prefix-caching-hash-algo": "sha256_cbor",
+            "tier": False,
+        }
+        args = tiered.args.model_copy(update={"workers": 1})
+        settings = {**self.deployment.settings, "ReferenceWorker": type(tiered)(args, tiered.env, reference)}
+        self.deployment = type(self.deployment)(self.deployment.services, settings, self.deployment.state_dir)
+        self.url = frontend_url(self.deployment)
+        self.supervisor = Supervisor(self.deployment, self._log, restart=False)
+        self.http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300))
+        try:
+            await self.supervisor.start()
+            self.bus = await Bus.connect(f"nats://{nats}", "kvtier trial")
+            self.mirror = Mirror()
+            self._follower = asyncio.create_task(residency.follow(self.mirror, self.bus, "default"))
+            self._store = StoreClient(StaticMembership([self.store_address]))
+            self._ids: dict[str, int] = {}
+            os.environ.update(runtime_env(self.deployment), DYN_LOG="off")
+            from dynamo.runtime import DistributedRuntime  # it reads the environment when imported
+
+            self._runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
+            await self.until(self._answers, "both models answer", 120)
+        except BaseException:
+            await self.http.close()
+            await self.supervisor.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._follower.cancel()
+        self._store.close()
+        await self.bus.close()
+        self._runtime.shutdown()
+        await self.http.close()
+        await self.supervisor.stop()
+
+    # ---- talking
+
+    async def ask(
+        self, messages: Sequence[Message], *, model: str = MODEL, max_tokens: int = 32, worker: str = ""
+    ) -> Answer:
+        """One streaming chat completion, greedy, with logprobs; pinned to `worker` if one is named."""
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "logprobs": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if worker:
+            body["nvext"] = {"backend_instance_id": await self.worker_id(worker)}
+        answer = Answer("", [], 0, 0.0)
+        started = time.perf_counter()
+        async with aclosing(self.stream(body)) as parts:
+            async for part in parts:
+                if part.get("usage"):
+                    answer.prompt_tokens = part["usage"]["prompt_tokens"]
+                for choice in part["choices"]:
+                    if choice["delta"].get("content"):
+                        answer.ttft_seconds = answer.ttft_seconds or time.perf_counter() - started
+                        answer.text += choice["delta"]["content"]
+                    for token in (choice.get("logprobs") or {}).get("content") or []:
+                        answer.logprobs.append(token["logprob"])
+        return answer
+
+    async def stream(self, body: Mapping[str, Any]) -> Any:
+        """The server-sent events of a completion; closing the generator hangs up."""
+        async with self.http.post(f"{self.url}/v1/chat/completions", json=body) as response:
+            if response.status != 200:
+                raise RuntimeError(f"HTTP {response.status}: {await response.text()}")
+            async for line in response.content:
+                if line.startswith(b"data: ") and b"[DONE]" not in line:
+                    yield json.loads(line[6:])
+
+    async def say_next(self, text: str, *, max_tokens: int = 32) -> Turn:
+        """The next turn of the conversation: `text`, the answer, and where the worker found the prompt."""
+        self.messages.append({"role": "user", "content": text})
+        before = {name: await self.sources(name) for name in self.workers}
+        answer = await self.ask(self.messages, max_tokens=max_tokens)
+        turn: list[Turn] = []
+
+        async def counted() -> bool:
+            for name, earlier in before.items():
+                found = await self.sources(name) - earlier
+                if found.total == answer.prompt_tokens:
+                    turn[:] = [Turn(name, found, answer)]
+            return bool(turn)
+
+        await self.until(counted, "a worker has counted the prompt", 10)
+        self.messages.append({"role": "assistant", "content": answer.text})
+        return turn[0]
+
+    async def reference(self, *, max_tokens: int = 32, cold: bool = False) -> Answer:
+        """What the worker without a tier says to the last prompt; `cold` makes it compute all of it."""
+        if cold:
+            await self.clear("ReferenceWorker-0")
+        return await self.ask(self.messages[:-1], model=REFERENCE, max_tokens=max_tokens)
+
+    # ---- looking
+
+    @property
+    def workers(self) -> list[str]:
+        """Names of the live workers that have the tier."""
+        return [name for name, child in self.supervisor.children.items() if name.startswith("Vllm") and child.alive]
+
+    @property
+    def store_address(self) -> str:
+        return f"127.0.0.1:{self._store_port}"
+
+    @property
+    def store_dir(self) -> Path:
+        return self.deployment.state_dir / "store"
+
+    def child(self, name: str) -> Child:
+        return self.supervisor.children[name]
+
+    async def metrics(self, worker: str) -> dict[tuple[str, str], float]:
+        """A worker's counters and gauges: (name, the label that tells its series apart) -> value."""
+        port = self.child(worker).process.env["DYN_SYSTEM_PORT"]
+        async with self.http.get(f"http://127.0.0.1:{port}/metrics") as response:
+            text = await response.text()
+        values: dict[tuple[str, str], float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                apart = sample.labels.get("source") or sample.labels.get("outcome") or ""
+                key = sample.name, apart
+                values[key] = values.get(key, 0.0) + sample.value
+                if "worker_id" in sample.labels:
+                    self._ids[worker] = int(sample.labels["worker_id"], 16)
+        return values
+
+    async def worker_id(self, worker: str) -> int:
+        await self.metrics(worker)
+        return self._ids[worker]
+
+    async def sources(self, worker: str) -> Sources:
+        values = await self.metrics(worker)
+
+        def source(name: str) -> int:
+            return int(values.get(("vllm:prompt_tokens_by_source_total", name), 0))
+
+        fetched = int(values.get(("vllm:kvtier_fetched_chunks_total", "hit"), 0)) * BLOCK_TOKENS
+        external = source("external_kv_transfer")
+        store = min(fetched, external)
+        return Sources(source("local_cache_hit"), external - store, store, source("local_compute"))
+
+    async def store_status(self) -> wire.Status | None:
+        status = await asyncio.to_thread(self._store.stat, time.monotonic() + 2)
+        return status.get(self.store_address)
+
+    def chunk_hashes(self, messages: Sequence[Message], *, answered: bool = False) -> list[int]:
+        """Router hashes of the prompt's chunks, computed as a router does from the tokens."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
+        tokens = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=not answered, tokenize=True, return_dict=False
+        )
+        return sequence_hashes(tokens, BLOCK_TOKENS)
+
+    async def until_stored(self, messages: Sequence[Message] | None = None) -> None:
+        """Wait until every whole chunk of the conversation so far is announced by the target."""
+        hashes = self.chunk_hashes(self.messages[:-1] if messages is None else messages)
+        fingerprint = 0
+
+        async def all_there() -> bool:
+            nonlocal fingerprint
+            known = {key for view in self.mirror._views.values() for key in view.resident}
+            fingerprint = next(iter(known - {0}), 0)
+            return all(self.mirror.locate(fingerprint, hashes, time.monotonic()))
+
+        await self.until(all_there, "the store has announced the conversation", 20)
+
+    async def until_idle(self) -> None:
+        """Wait until no worker has a request, and none is counted any more."""
+        last: list[Sources] = []
+
+        async def idle() -> bool:
+            nonlocal last
+            counted, requests = [], 0.0
+            for worker in self.workers:
+                values = await self.metrics(worker)
+                requests += values["vllm:num_requests_running", ""] + values["vllm:num_requests_waiting", ""]
+                counted.append(await self.sources(worker))
+            still = counted == last
+            last = counted
+            await asyncio.sleep(0.3)
+            return still and not requests
+
+        await self.until(idle, "every slot is free", 30)
+
+    async def until(self, condition: Callable[[], Any], what: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            with suppress(aiohttp.ClientError, RuntimeError, KeyError):
+                if await condition():
+                    return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {seconds:.0f} s: not yet that {what}")
+            await asyncio.sleep(0.1)
+
+    # ---- breaking
+
+    async def kill(self, name: str) -> None:
+        """kill -9, of the process and all that it started."""
+        await self.supervisor.end(self.child(name), signal.SIGKILL)
+
+    async def restart(self, name: str) -> None:
+        """Start a process of the deployment that was killed, and wait until it is ready."""
+        process = next(process for process in self.deployment.processes() if process.name == name)
+        await self.supervisor.launch(process)
+
+    async def clear(self, worker: str) -> None:
+        """Empty the worker's HBM and DRAM tiers, through the stock worker's own endpoint."""
+        component = "reference" if worker.startswith("Reference") else "backend"
+        client = await self._runtime.endpoint(f"dynamo.{component}.clear_kv_blocks").client()
+        await client.wait_for_instances()
+        async for answer in await client.direct({}, await self.worker_id(worker)):
+            if answer.data()["status"] != "success":
+                raise RuntimeError(f"{worker}: {answer.data()}")
+
+    def flip_byte(self, router_hash: int) -> None:
+        """Flip one byte in the middle of a chunk on disk, as bad flash would."""
+        path, entry, _ = self._find(router_hash)
+        with path.open("r+b") as file:
+            place = entry.payload_offset + entry.length // 2
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 0x40]))
+
+    def forge(self, router_hash: int) -> None:
+        """Make a chunk wrong and its checksums right, which only a liar can; while no target is running."""
+        path, entry, header = self._find(router_hash)
+        with path.open("r+b") as file:
+            file.seek(entry.payload_offset)
+            values = array("f")
+            values.frombytes(file.read(entry.length))
+            payload = array("f", [-value for value in values]).tobytes()
+            forged = entry._replace(crc=int(crc32c(payload)))
+            namespace = record.namespace_id("default")
+            file.seek(entry.page * record.PAGE_BYTES)
+            file.write(record.pack_record_header(forged, header.stamp, namespace))
+            file.write(payload)
+            file.seek(header.segment_bytes - record.PAGE_BYTES)  # a footer, if there is one, would tell
+            file.write(bytes(record.PAGE_BYTES))
+
+    def _find(self, router_hash: int) -> tuple[Path, Entry, record.SegmentHeader]:
+        """The record that holds a chunk, found in the segments' files."""
+        for path in sorted(self.store_dir.glob("segment-*.kvt")):
+            content = memoryview(path.read_bytes())
+            header = record.unpack_segment_header(content[: record.PAGE_BYTES])
+            if header is None:
+                continue
+            for number in range(1, len(content) // record.PAGE_BYTES):
+                page = content[number * record.PAGE_BYTES : (number + 1) * record.PAGE_BYTES]
+                entry = record.unpack_record_header(
+                    page, stamp=header.stamp, page_number=number, namespace=record.namespace_id("default")
+                )
+                if entry is not None and entry.router_hash == router_hash:
+                    return path, entry, header
+        raise LookupError(f"no chunk with router hash {router_hash:x} in {self.store_dir}")
+
+    async def _answers(self) -> bool:
+        hello = [{"role": "user", "content": "hello"}]
+        for model in (MODEL, REFERENCE):
+            await self.ask(hello, model=model, max_tokens=2)
+        return True
+
+    def _log(self, name: str, line: str) -> None:
+        if line.startswith("ready after") or ": error: " in line:
+            self.say(f"{name}: {line}")
