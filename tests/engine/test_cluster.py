@@ -1,0 +1,159 @@
+"""End to end, on the real engine: one cluster, as `make demo` and `dynamo serve` start it, shared by all tests here.
+
+In this order: the demo first, what needs the bus gone last.
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from graphs import demo
+from graphs.services import runtime_env
+from graphs.trial import BLOCK_TOKENS, MODEL, REFERENCE, Trial
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def trial(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trial]:
+    async with Trial(tmp_path_factory.mktemp("trial"), print, demo.OVERRIDES) as one:
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def new_conversation(trial: Trial) -> None:
+    trial.messages.clear()
+
+
+async def test_the_demo(trial: Trial) -> None:
+    report = await demo.Demo(trial).play()
+    assert report.passed, demo.table(report.turns)
+    assert [turn.identical for turn in report.turns] == [True] * 10
+    assert report.turns[2].hbm_tokens > 0
+    assert report.turns[3].dram_tokens > 0
+    assert report.turns[4].worker != report.turns[3].worker
+    assert sum(vars_of(report.turns[2])) > 1200
+
+
+def vars_of(turn: demo.TurnReport) -> tuple[int, int, int, int]:
+    return turn.hbm_tokens, turn.dram_tokens, turn.store_tokens, turn.computed_tokens
+
+
+async def test_an_answer_that_ends_a_chunk_is_not_stored_half_computed(trial: Trial) -> None:
+    """The last token of an answer is sampled and never computed. When it is the last of a chunk, too, stock vLLM would
+    store that chunk with a stale last position; the next turn, on another worker, would read it."""
+    first, second = trial.workers
+    trial.messages.append({"role": "user", "content": "An answer that ends on the boundary, please. " * 8})
+    probe = await trial.ask(trial.messages, max_tokens=1, worker=first)
+    fills = -probe.prompt_tokens % BLOCK_TOKENS or BLOCK_TOKENS
+    answer = await trial.ask(trial.messages, max_tokens=fills, worker=first)
+    total = probe.prompt_tokens + len(answer.logprobs)
+    assert total % BLOCK_TOKENS == 0
+    trial.messages.append({"role": "assistant", "content": answer.text})
+    await trial.until_stored(trial.messages[:1])
+    await trial.until_idle()
+    before = await trial.sources(second)
+    question = {"role": "user", "content": "And what comes after that?"}
+    after = await trial.ask([*trial.messages, question], worker=second)
+    await trial.until_idle()
+    found = await trial.sources(second) - before
+    assert found.store == total - BLOCK_TOKENS
+    assert after.equals(await trial.ask([*trial.messages, question], model=REFERENCE))
+
+
+async def test_tenants_do_not_share_chunks(trial: Trial) -> None:
+    """The same prompt under another cache salt is another prompt, to the router and to the store."""
+    prompt = [{"role": "user", "content": "What is said under one salt is not known under another. " * 6}]
+    first, second = trial.workers
+
+    async def under(salt: str, worker: str) -> int:
+        """Store hits of the prompt on a worker that has not seen it."""
+        before = await trial.sources(worker)
+        body = {
+            "model": MODEL,
+            "messages": prompt,
+            "max_tokens": 2,
+            "stream": True,
+            "nvext": {"cache_salt": salt, "backend_instance_id": await trial.worker_id(worker)},
+        }
+        async for _ in trial.stream(body):
+            pass
+        await trial.until_idle()
+        return (await trial.sources(worker) - before).store
+
+    status = await trial.store_status()
+    assert await under("red", first) == 0
+    chunks = len(trial.chunk_hashes(prompt))
+
+    async def stored() -> bool:
+        now = await trial.store_status()
+        return bool(now and status and now.entries >= status.entries + chunks)
+
+    await trial.until(stored, "the store holds the prompt", 10)
+    await asyncio.sleep(0.5)  # and the router has heard of it
+    assert await under("blue", second) == 0
+    await trial.clear(second)
+    assert await under("red", second) == chunks * BLOCK_TOKENS
+
+
+async def test_many_conversations_at_once_leave_the_engines_alive(trial: Trial) -> None:
+    """Closed-loop multi-turn chat: what ends stock engines within seconds, since a request's last chunk is stored after
+    it is forgotten."""
+
+    async def converse(number: int) -> int:
+        messages = [{"role": "user", "content": f"Conversation {number}. " + demo.OPENING[: 200 + 60 * number]}]
+        for turn in range(3):
+            answer = await trial.ask(messages, max_tokens=24)
+            assert len(answer.text) > 0
+            messages.append({"role": "assistant", "content": answer.text})
+            messages.append({"role": "user", "content": f"And then, for the {turn}th time, what else is there to say?"})
+        return len(messages)
+
+    assert await asyncio.gather(*(converse(number) for number in range(12))) == [7] * 12
+    await trial.until_idle()
+    assert len(trial.workers) == 2
+    await trial.say_next("After the crowd has gone, does everything still work as before? " * 4)
+    assert (await trial.say_next("And once more?")).answer.equals(await trial.reference())
+
+
+async def test_an_unknown_model_is_not_found(trial: Trial) -> None:
+    with pytest.raises(RuntimeError, match="HTTP 404"):
+        await trial.ask([{"role": "user", "content": "hello"}], model="nobody")
+
+
+async def test_a_router_with_another_block_size_is_told_so(trial: Trial) -> None:
+    arguments = ["--model-name", "other", "--model-path", str(trial.folder / "model"), "--block-size", "16"]
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "components.router", *arguments],
+        env={**os.environ, **runtime_env(trial.deployment), "DYN_LOG": "off"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    expected = "components.router: error: block-size: '16' given, expected 128, the block size of the workers"
+    assert expected in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+async def test_without_nats_everything_serves_on(trial: Trial) -> None:
+    await trial.say_next("Before the bus goes away, let us fill a few chunks with words. " * 6)
+    await trial.kill("Nats")
+    for number in range(2):
+        played = await trial.say_next(f"The bus is gone, and this is question {number}; do you answer it?")
+        assert played.answer.equals(await trial.reference())
+    await trial.restart("Nats")
+    await trial.until_idle()
+    await trial.say_next("And now that it is back?")
+    await trial.until_stored()

@@ -1,0 +1,161 @@
+"""The price of a prompt: the cheapest way is found, and what it is made of adds up."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.router import cost
+from components.router.cost import Candidate, Choice, Policy, Speeds, choose
+
+SPEEDS = Speeds(
+    prefill_base_seconds=0.04,
+    prefill_seconds_per_token=1 / 9000,
+    prefill_seconds_per_token_squared=1e-9,
+    dram_bytes_per_second=25e9,
+    store_bytes_per_second=3e9,
+    store_latency_seconds=0.002,
+)
+POLICY = Policy(gpu_price=0.5, pressure_seconds=0.2)
+BLOCK, CHUNK_BYTES = 16, 16 * 320 * 1024  # Llama-3.1-70B in BF16
+
+
+def candidate(worker: int = 1, **changes: object) -> Candidate:
+    plain = Candidate(worker, SPEEDS, blocks_per_chunk=1, chunk_bytes=CHUNK_BYTES)
+    return replace(plain, **changes)
+
+
+def best(candidates: list[Candidate], tokens: int = 2200) -> Choice:
+    return choose(candidates, tokens, BLOCK, POLICY)[0]
+
+
+speeds = st.builds(
+    Speeds,
+    prefill_base_seconds=st.floats(0, 0.1),
+    prefill_seconds_per_token=st.floats(1e-6, 1e-2),
+    prefill_seconds_per_token_squared=st.floats(0, 1e-6),
+    dram_bytes_per_second=st.floats(1e8, 1e11),
+    store_bytes_per_second=st.floats(1e7, 1e11),
+    store_latency_seconds=st.floats(0, 0.1),
+)
+
+
+@settings(max_examples=500)
+@given(
+    speeds,
+    st.integers(1, 3000),
+    st.integers(1, 8),
+    st.integers(0, 100),
+    st.integers(0, 100),
+    st.integers(0, 200),
+    st.integers(0, 20_000),
+    st.integers(0, 10**9),
+    st.floats(0, 3),
+)
+def test_three_candidates_are_as_good_as_all(
+    speed: Speeds,
+    tokens: int,
+    blocks_per_chunk: int,
+    hbm: int,
+    dram: int,
+    chunks: int,
+    queued: int,
+    fetching: int,
+    gpu_price: float,
+) -> None:
+    """The chosen number of chunks is within rounding of the best of every possible number."""
+    hbm, dram = min(hbm, tokens // BLOCK), min(dram, tokens // BLOCK)
+    chunks = min(chunks, tokens // (BLOCK * blocks_per_chunk))
+    one = Candidate(
+        1,
+        speed,
+        hbm_blocks=hbm,
+        dram_blocks=max(hbm, dram),
+        queued_prefill_tokens=queued,
+        fetching_bytes=fetching,
+        blocks_per_chunk=blocks_per_chunk,
+        chunk_bytes=CHUNK_BYTES * blocks_per_chunk,
+        located=["t"] * chunks,
+    )
+    policy = Policy(gpu_price, 0.1)
+    chosen, _ = choose([one], tokens, BLOCK, policy)
+    first, available = cost.fetchable(one)
+    price = gpu_price if queued else 0.0
+    every = [cost._price(one, first, r, tokens, BLOCK, policy, price).price_seconds for r in range(available + 1)]
+    assert chosen.price_seconds <= min(every) * (1 + 1e-9) + 1e-9
+
+
+def test_tokens_add_up() -> None:
+    choice = best([candidate(hbm_blocks=10, dram_blocks=30, located=["t"] * 100)])
+    assert (choice.hbm_tokens, choice.dram_tokens) == (160, 320)
+    assert choice.hbm_tokens + choice.dram_tokens + choice.store_tokens + choice.missing_tokens == 2200
+    assert choice.targets == ["t"] * (choice.first_chunk + choice.fetch_chunks)
+
+
+def test_a_fast_store_is_used_and_a_slow_one_is_not() -> None:
+    """2,200 tokens of a 70B model are 720 MB: 0.24 s of prefill, 0.24 s at 3 GB/s, 0.072 s at 10."""
+    located = ["t"] * 137
+    fast = candidate(located=located, speeds=replace(SPEEDS, store_bytes_per_second=10e9))
+    slow = candidate(located=located, speeds=replace(SPEEDS, store_bytes_per_second=1e9))
+    assert best([fast]).fetch_chunks == 137
+    assert best([slow]).fetch_chunks == 0
+
+
+def test_a_slow_store_is_used_while_the_prompt_queues_anyway() -> None:
+    slow = replace(SPEEDS, store_bytes_per_second=1e9)
+    queued = candidate(located=["t"] * 137, speeds=slow, queued_prefill_tokens=3000)
+    choice = best([queued])
+    assert 0 < choice.fetch_chunks < 137  # as much as the wait hides
+    assert choice.fetch_seconds == pytest.approx(choice.wait_seconds, abs=0.006)
+
+
+def test_a_gap_ends_what_can_be_fetched() -> None:
+    located = ["t"] * 40 + [None] + ["t"] * 96
+    assert cost.fetchable(candidate(located=located)) == (0, 40)
+    assert cost.fetchable(candidate(located=located, hbm_blocks=41)) == (41, 96)
+    assert cost.fetchable(candidate(located=located, blocks_per_chunk=0)) == (0, 0)
+
+
+def test_hits_win_until_the_queue_outweighs_them() -> None:
+    warm = candidate(1, hbm_blocks=130)
+    cold = candidate(2)
+    assert best([warm, cold]).candidate.worker == 1
+    assert best([replace(warm, queued_prefill_tokens=20_000), cold]).candidate.worker == 2
+
+
+def test_the_store_makes_any_worker_a_warm_one() -> None:
+    fast = replace(SPEEDS, store_bytes_per_second=20e9)
+    busy = candidate(1, speeds=fast, hbm_blocks=130, queued_prefill_tokens=8000)
+    idle = candidate(2, speeds=fast, located=["t"] * 137)
+    choice = best([busy, idle])
+    assert choice.candidate.worker == 2
+    assert choice.store_tokens > 2000
+
+
+def test_dearer_gpus_make_fetching_worth_more() -> None:
+    speed = replace(SPEEDS, store_bytes_per_second=2.5e9)
+    one = candidate(located=["t"] * 137, speeds=speed)
+    idle, _ = choose([one], 2200, BLOCK, Policy(0.0, 0.0))
+    others_busy = [one, candidate(2, speeds=speed, queued_prefill_tokens=50_000)]
+    busy, _ = choose(others_busy, 2200, BLOCK, Policy(4.0, 0.0))
+    assert idle.fetch_chunks == 0
+    assert busy.candidate.worker == 1
+    assert busy.fetch_chunks == 137
+
+
+def test_ties_go_to_the_least_loaded_and_then_to_chance() -> None:
+    free = Policy(gpu_price=0.0, pressure_seconds=0.0)
+    fuller = candidate(1, memory_used=0.9)
+    assert {choose([fuller, candidate(2)], 100, BLOCK, free)[0].candidate.worker for _ in range(20)} == {2}
+    assert {choose([candidate(1), candidate(2)], 100, BLOCK, free)[0].candidate.worker for _ in range(50)} == {1, 2}
+
+
+def test_the_last_token_is_always_computed() -> None:
+    choice = best([candidate(hbm_blocks=4)], tokens=64)
+    assert choice.missing_tokens == 1
+
+
+def test_nobody_to_choose_from() -> None:
+    with pytest.raises(ValueError, match="no candidates"):
+        choose([], 10, BLOCK, POLICY)

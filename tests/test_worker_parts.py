@@ -1,0 +1,652 @@
+"""The tier inside the engine, part by part, with vLLM's own classes around it; its faults are shown before the cure."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    GroupOffloadConfig,
+    OffloadingConnectorScheduler,
+    RequestOffloadState,
+    SchedulerOffloadConfig,
+)
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCacheRef,
+    CanonicalKVCaches,
+    CanonicalKVCacheTensor,
+    GPULoadStoreSpec,
+    LookupResult,
+    OffloadPolicy,
+    ReqContext,
+    make_offload_key,
+)
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+from vllm.v1.kv_offload.tiering.base import JobMetadata
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+
+from components.worker import layout, shm
+from components.worker.connector import _cap_stores
+from components.worker.events import ChunkEvents
+from components.worker.manager import GuardedTieringManager, PartialResult
+from components.worker.mover import MemcpyWorker
+from components.worker.remote_tier import FETCHES_PER_CHUNK, RemoteTier, RouterHashes
+from kvstore.keys import chunk_key, sequence_hashes
+from kvstore.plan import FIELD, make_plan
+from kvstore.wire import Outcome
+from tests.conftest import RunningTarget, eventually
+
+ROW = 4096
+DIGEST = b"\x07" * 32
+
+
+def offload_key(number: int, group: int = 0) -> Any:
+    return make_offload_key(number.to_bytes(32, "big"), group)
+
+
+# ---- moving between engine and DRAM
+
+
+class Rows:
+    """Stands for SharedOffloadRegion: rows of all tensors side by side, without a file behind them."""
+
+    def __init__(self, rows: int, row_bytes: int):
+        self.memory = torch.zeros((rows, row_bytes), dtype=torch.int8)
+        self._next = 0
+
+    def create_next_view(self, page_bytes: int) -> torch.Tensor:
+        view = self.memory[:, self._next : self._next + page_bytes]
+        self._next += page_bytes
+        return view
+
+    def cleanup(self) -> None:
+        pass
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 7), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_blocks_come_back_as_they_went(per_chunk: int, first: int, count: int, layers: int, seed: int) -> None:
+    """A transfer that begins and ends anywhere inside a row, over several tensors of several sizes."""
+    pages = [8 * (layer + 1) for layer in range(layers)]
+    generator = torch.Generator().manual_seed(seed)
+    engine = [torch.randint(-128, 127, (40, page), dtype=torch.int8, generator=generator) for page in pages]
+    caches = CanonicalKVCaches(
+        [CanonicalKVCacheTensor(tensor, page) for tensor, page in zip(engine, pages, strict=True)],
+        [[CanonicalKVCacheRef(layer, page) for layer, page in enumerate(pages)]],
+    )
+    rows = Rows(12, sum(pages) * per_chunk)
+    worker = MemcpyWorker(caches, per_chunk, rows)
+    spanned = (first % per_chunk + count - 1) // per_chunk + 1
+    row_ids = torch.randperm(12, generator=generator)[:spanned].tolist()
+    source = torch.randperm(40, generator=generator)[:count].tolist()
+    target = torch.randperm(40, generator=generator)[:count].tolist()
+    before = [tensor[source].clone() for tensor in engine]
+    assert worker.submit_store(1, GPULoadStoreSpec(source, [count], [first]), CPULoadStoreSpec(row_ids))
+    for tensor in engine:
+        tensor.zero_()
+    assert worker.submit_load(2, CPULoadStoreSpec(row_ids), GPULoadStoreSpec(target, [count], [first]))
+    assert all(torch.equal(tensor[target], old) for tensor, old in zip(engine, before, strict=True))
+    results = worker.get_finished()
+    assert [(result.job_id, result.success, result.transfer_size) for result in results] == [
+        (1, True, count * sum(pages)),
+        (2, True, count * sum(pages)),
+    ]
+    assert worker.get_finished() == []
+
+
+# ---- the manager's two faults
+
+
+class Primary(CPUOffloadingManager):
+    """The DRAM tier's bookkeeping, without its memory."""
+
+    def __init__(self, rows: int = 16):
+        super().__init__(rows)
+        self.prepare_read = self.prepare_load
+        self.complete_read = self.complete_load
+        self.prepare_write = self.prepare_store
+        self.complete_write = self.complete_store
+
+
+class Tier:
+    """A secondary tier that remembers its jobs."""
+
+    tier_type = "test"
+
+    def __init__(self) -> None:
+        self.jobs: list[JobMetadata] = []
+        self.results: list[Any] = []
+        self.finished: list[str] = []
+
+    def on_new_request(self, context: ReqContext) -> Any:
+        return SimpleNamespace(policy=OffloadPolicy.BLOCK_LEVEL)
+
+    def on_request_finished(self, context: ReqContext) -> None:
+        self.finished.append(context.req_id)
+
+    def lookup(self, key: Any, context: ReqContext) -> LookupResult:
+        return LookupResult.HIT
+
+    def submit_load(self, job: JobMetadata) -> None:
+        self.jobs.append(job)
+
+    submit_store = submit_load
+
+    def get_finished_jobs(self) -> list[Any]:
+        results, self.results = self.results, []
+        return results
+
+    def serve_external_requests(self, parent: object) -> None:
+        pass
+
+    def on_schedule_end(self, context: object) -> None:
+        pass
+
+
+STEP = SimpleNamespace(new_req_ids=[], preempted_req_ids=[])
+
+
+def finish_then_store(manager: TieringOffloadingManager) -> None:
+    """What the engine does with a request's last chunk: the request finishes first, its store is built after."""
+    context = ReqContext("r")
+    manager.on_new_request(context)
+    manager.on_request_finished(context)
+    output = manager.prepare_store([offload_key(1)], context)
+    assert output is not None
+    manager.complete_store(output.keys_to_store, context)
+
+
+def test_stock_forgets_a_request_before_its_last_store() -> None:
+    with pytest.raises(KeyError):
+        finish_then_store(TieringOffloadingManager(Primary(), [Tier()]))
+
+
+def test_the_guarded_manager_remembers_it_until_released() -> None:
+    tier = Tier()
+    manager = GuardedTieringManager(Primary(), [tier])
+    finish_then_store(manager)
+    assert [list(job.keys) for job in tier.jobs] == [[offload_key(1)]]
+    assert tier.finished == []
+    manager.release(["r", "unknown"])
+    assert tier.finished == ["r"]
+    assert not manager._req_state
+    assert not manager._held
+
+
+def test_a_release_before_the_last_store_is_done_waits_for_it() -> None:
+    tier = Tier()
+    manager = GuardedTieringManager(Primary(), [tier])
+    context = ReqContext("r")
+    manager.on_new_request(context)
+    manager.on_request_finished(context)
+    output = manager.prepare_store([offload_key(1)], context)
+    manager.release(["r"])
+    assert tier.finished == []
+    manager.complete_store(output.keys_to_store, context)
+    assert tier.finished == ["r"]
+
+
+def test_chunks_that_arrived_are_kept_when_others_did_not() -> None:
+    tier = Tier()
+    manager = GuardedTieringManager(Primary(), [tier])
+    context = ReqContext("r")
+    manager.on_new_request(context)
+    keys = [offload_key(number) for number in range(4)]
+    assert {manager.lookup(key, context) for key in keys} == {LookupResult.RETRY}
+    manager.on_schedule_end(STEP)
+    (job,) = tier.jobs
+    tier.results.append(PartialResult(job.job_id, True, frozenset([keys[2]])))
+    manager.on_schedule_end(STEP)
+    found = [manager.primary_tier.lookup(key, context) for key in keys]
+    assert found == [LookupResult.HIT, LookupResult.HIT, LookupResult.MISS, LookupResult.HIT]
+    assert manager.primary_tier._get_num_free_blocks() == 13
+
+
+# ---- what a finished request may store
+
+
+def group(tokens: int = 4) -> GroupOffloadConfig:
+    return GroupOffloadConfig(0, tokens, tokens, 1, None, None)
+
+
+def request_state(*, tokens: int, computed: int, blocks: int, in_flight: int = 0) -> tuple[Any, RequestOffloadState]:
+    request = SimpleNamespace(
+        request_id="r",
+        num_tokens=tokens,
+        num_prompt_tokens=4,
+        num_computed_tokens=computed,
+        num_in_flight_tokens=in_flight,
+        kv_transfer_params=None,
+        is_finished=lambda: True,
+        block_hashes=[bytes([number]) * 32 for number in range(tokens // 4)],
+    )
+    config = SchedulerOffloadConfig((group(),), 1, 1, False)
+    status = RequestOffloadState(config, request, ReqContext("r"), SimpleNamespace(policy=OffloadPolicy.BLOCK_LEVEL))
+    status.update_offload_keys()
+    status.group_states[0].block_ids.extend(range(1, blocks + 1))
+    return request, status
+
+
+def stored_chunks(status: RequestOffloadState) -> int:
+    """How many chunks stock vLLM asks to store for the finished request."""
+    asked: list[Any] = []
+    scheduler = object.__new__(OffloadingConnectorScheduler)
+    scheduler.config = status.config
+    scheduler._req_status = {"r": status}
+    scheduler.manager = SimpleNamespace(prepare_store=lambda keys, context: asked.extend(keys))
+    scheduler._connector_stats = SimpleNamespace(increase_counter=lambda name: None)
+    scheduler._build_store_jobs(SimpleNamespace(num_scheduled_tokens={}, finished_req_ids=["r"]))
+    return len(asked)
+
+
+def test_stock_stores_a_chunk_whose_last_token_was_never_computed() -> None:
+    """Eight tokens, of which the last was sampled and not run through the model: the second chunk is not whole."""
+    request, status = request_state(tokens=8, computed=7, blocks=2)
+    assert stored_chunks(status) == 2
+    request, status = request_state(tokens=8, computed=7, blocks=2)
+    _cap_stores(request, status, (group(),))
+    assert stored_chunks(status) == 1
+
+
+def test_what_is_still_in_flight_does_not_count_as_computed() -> None:
+    request, status = request_state(tokens=8, computed=8, blocks=2, in_flight=1)
+    _cap_stores(request, status, (group(),))
+    assert stored_chunks(status) == 1
+    request, status = request_state(tokens=8, computed=8, blocks=2)
+    _cap_stores(request, status, (group(),))
+    assert stored_chunks(status) == 2
+
+
+def test_stock_dies_of_a_request_that_left_before_it_was_scheduled() -> None:
+    _, status = request_state(tokens=8, computed=0, blocks=0)
+    with pytest.raises(AssertionError):
+        stored_chunks(status)
+    request, status = request_state(tokens=8, computed=0, blocks=0)
+    _cap_stores(request, status, (group(),))
+    assert stored_chunks(status) == 0
+
+
+def test_a_cap_that_the_client_asked_for_stays() -> None:
+    request, status = request_state(tokens=12, computed=12, blocks=3)
+    status.max_offload_tokens = 4
+    _cap_stores(request, status, (group(),))
+    assert stored_chunks(status) == 1
+
+
+# ---- the tier
+
+
+def engine_request(tokens: int = 64, **changes: Any) -> Any:
+    return SimpleNamespace(
+        request_id="r",
+        all_token_ids=list(range(tokens)),
+        mm_features=[],
+        prompt_embeds=None,
+        cache_salt=None,
+        lora_request=None,
+        **changes,
+    )
+
+
+class Engine:
+    """A DRAM tier of some rows with the remote tier under it, against real targets."""
+
+    def __init__(self, store: str, rows: int = 16, **options: Any):
+        self.memory = np.zeros((rows, ROW), dtype=np.int8)
+        spec = SimpleNamespace(tokens_per_block=(4,), blocks_per_chunk=2, tokens_per_hash=4)
+        self.tier = RemoteTier(
+            spec, memoryview(self.memory), "kvtier", store=store, layout_digest=DIGEST.hex(), **options
+        )
+        self.jobs = iter(range(1000))
+
+    def arrive(self, request: Any, keys: list[Any], plan: Any = None) -> ReqContext:
+        params = None if plan is None else {FIELD: msgspec.to_builtins(plan)}
+        context = ReqContext(request.request_id, params)
+        self.policy = self.tier.on_new_request(context).policy
+        for chunk, key in enumerate(keys):
+            self.tier.describe(request, chunk, key)
+        return context
+
+    def store(self, context: ReqContext, keys: list[Any], rows: list[int]) -> None:
+        job = JobMetadata(next(self.jobs), keys, np.array(rows), False, context)
+        self.tier.submit_store(job)
+        eventually(lambda: any(result.job_id == job.job_id for result in self.tier.get_finished_jobs()))
+
+    def load(self, context: ReqContext, keys: list[Any], rows: list[int], seconds: float = 10) -> Any:
+        """The result of a promotion."""
+        job = JobMetadata(next(self.jobs), keys, np.array(rows), True, context)
+        self.tier.submit_load(job)
+        results: list[Any] = []
+        eventually(lambda: results.extend(self.tier.get_finished_jobs()) or results, seconds)
+        (result,) = results
+        return result
+
+    def fill(self, row: int, number: int) -> bytes:
+        self.memory[row] = np.frombuffer(np.random.default_rng(number).bytes(ROW), dtype=np.int8)
+        return self.memory[row].tobytes()
+
+
+@pytest.fixture
+def engines() -> Iterator[Any]:
+    made: list[Engine] = []
+
+    def make(store: str, **options: Any) -> Engine:
+        made.append(Engine(store, **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.tier.shutdown()
+
+
+KEYS = [offload_key(number) for number in range(8)]
+
+
+def stored(engine: Engine, target: RunningTarget, count: int = 4) -> list[bytes]:
+    """Chunks 0 .. count-1 of a request, written by one engine."""
+    contents = [engine.fill(row, row + 1) for row in range(count)]
+    context = engine.arrive(engine_request(), KEYS)
+    engine.store(context, KEYS[:count], list(range(count)))
+    eventually(lambda: len(target.log) == count)
+    return contents
+
+
+def plan(target: RunningTarget, chunks: int, *, deadline_ms: float = 2000) -> Any:
+    return make_plan([target.address] * chunks, fetch=chunks, deadline_ms=deadline_ms, chunk_ms=1, decision_id="d")
+
+
+def test_what_one_engine_stored_another_fetches(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    writer, reader = engines(target.address), engines(target.address)
+    contents = stored(writer, target)
+    hashes = sequence_hashes(list(range(64)), 4)[1::2]
+    assert {entry.router_hash for entry in target.log.entries()} == set(hashes[:4])
+    assert {entry.blocks_per_chunk for entry in target.log.entries()} == {2}
+
+    context = reader.arrive(engine_request(), KEYS, plan(target, 4))
+    found = [reader.tier.lookup(key, context) for key in KEYS]
+    assert found == [LookupResult.HIT] * 4 + [LookupResult.MISS] * 4
+    result = reader.load(context, KEYS[:4], [5, 6, 7, 8])
+    assert (result.success, result.failed) == (True, frozenset())
+    assert [reader.memory[row].tobytes() for row in (5, 6, 7, 8)] == contents
+
+
+def test_another_layout_does_not_hit(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    stored(engines(target.address), target)
+    other = engines(target.address)
+    other.tier._digest = b"\x08" * 32
+    context = other.arrive(engine_request(), KEYS, plan(target, 4))
+    assert other.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[:4])
+
+
+def test_without_a_plan_the_store_is_asked(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    stored(engines(target.address), target)
+    engine = engines(target.address, lookup_ms=2000)
+    context = engine.arrive(engine_request(), KEYS)
+    engine.tier.ask("r")
+    eventually(lambda: not engine.tier.undecided("r"))
+    found = [engine.tier.lookup(key, context) for key in KEYS]
+    assert found == [LookupResult.HIT] * 4 + [LookupResult.MISS] * 4
+    assert not engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed
+
+
+def test_a_store_that_is_not_there_is_a_miss_at_once(engines: Any) -> None:
+    engine = engines("127.0.0.1:9")
+    context = engine.arrive(engine_request(), KEYS)
+    engine.tier.ask("r")
+    started = time.monotonic()
+    eventually(lambda: not engine.tier.undecided("r"))
+    assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
+    engine.store(context, KEYS[:4], [0, 1, 2, 3])  # and nothing waits for it
+    assert time.monotonic() - started < 5
+
+
+def test_a_chunk_that_is_gone_fails_alone_and_is_not_tried_again(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    stored(engines(target.address), target)
+    engine = engines(target.address)
+    context = engine.arrive(engine_request(), KEYS, plan(target, 6))
+    result = engine.load(context, KEYS[:6], [0, 1, 2, 3, 4, 5])
+    assert result.failed == frozenset(KEYS[4:6])
+    assert engine.tier.lookup(KEYS[4], context) is LookupResult.MISS
+    assert engine.tier.lookup(KEYS[0], context) is LookupResult.HIT  # pushed out of DRAM meanwhile: once more
+    for _ in range(FETCHES_PER_CHUNK - 1):
+        engine.load(context, KEYS[:1], [0])
+    assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS  # and no more
+
+
+def test_a_corrupt_chunk_is_not_used(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    stored(engines(target.address), target)
+    segment = next(Path(target.log.path).glob("segment-*"))
+    entry = target.log.find(chunk_key(DIGEST, (1).to_bytes(32, "big")))
+    with segment.open("r+b") as file:
+        file.seek(entry.payload_offset)
+        file.write(b"nonsense")
+    engine = engines(target.address)
+    context = engine.arrive(engine_request(), KEYS, plan(target, 4))
+    assert engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[1:2])
+    counted = engine.tier.get_stats().reduce()
+    assert counted["vllm:kvtier_fetched_chunks:('hit',)"] == 3
+    assert counted["vllm:kvtier_fetched_chunks:('corrupt',)"] == 1
+
+
+def test_a_deadline_ends_a_fetch_and_all_waiting(start_target: Any, engines: Any, monkeypatch: Any) -> None:
+    target = start_target()
+    stored(engines(target.address), target)
+    stuck = threading.Event()
+    monkeypatch.setattr(target.target, "_get", lambda *_: stuck.wait(5))
+    engine = engines(target.address)
+    context = engine.arrive(engine_request(), KEYS, plan(target, 4, deadline_ms=300))
+    started = time.monotonic()
+    assert engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[:4])
+    assert 0.2 < time.monotonic() - started < 4.5
+    assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
+    stuck.set()
+
+
+def test_a_request_that_leaves_stops_its_fetch(start_target: Any, engines: Any, monkeypatch: Any) -> None:
+    target = start_target()
+    stored(engines(target.address), target)
+    engine = engines(target.address, fetch_threads=1)
+    held = threading.Event()
+    monkeypatch.setattr(engine.tier._client, "get", lambda *_, **__: held.wait(5) and [Outcome.HIT] * 4)
+    first = engine.arrive(engine_request(), KEYS, plan(target, 4))
+    engine.tier.submit_load(JobMetadata(900, KEYS[:4], np.arange(4), True, first))
+    second = engine.arrive(SimpleNamespace(**{**vars(engine_request()), "request_id": "s"}), KEYS, plan(target, 4))
+    engine.tier.submit_load(JobMetadata(901, KEYS[:4], np.arange(4, 8), True, second))
+    engine.tier.cancel("s")
+    (result,) = engine.tier.get_finished_jobs()
+    assert (result.job_id, result.success) == (901, False)
+    assert engine.tier.lookup(KEYS[0], second) is LookupResult.MISS
+    held.set()
+    engine.tier.drain_jobs()
+    assert not engine.tier._jobs_under_way
+
+
+def test_puts_beyond_the_bound_are_dropped_and_pin_nothing(start_target: Any, engines: Any, monkeypatch: Any) -> None:
+    target = start_target()
+    engine = engines(target.address, put_threads=1, put_queue_share=0.25)  # 4 of 16 rows
+    held = threading.Event()
+    monkeypatch.setattr(engine.tier._client, "exists", lambda keys, deadline: held.wait(5) and [Outcome.HIT] * 4)
+    context = engine.arrive(engine_request(), KEYS)
+    engine.tier.submit_store(JobMetadata(900, KEYS[:4], np.arange(4), False, context))
+    engine.tier.submit_store(JobMetadata(901, KEYS[4:], np.arange(4, 8), False, context))
+    (dropped,) = engine.tier.get_finished_jobs()
+    assert dropped.job_id == 901
+    held.set()
+    engine.tier.drain_jobs()
+    assert engine.tier._put_queue_bytes == 0
+    assert engine.tier.get_stats().reduce()["vllm:kvtier_stored_chunks:('dropped',)"] == 4
+
+
+def test_what_the_store_holds_is_not_sent_again(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    stored(engines(target.address), target)
+    received = target.target.status().received_bytes
+    again = engines(target.address)
+    context = again.arrive(engine_request(), KEYS)
+    again.store(context, KEYS[:4], [0, 1, 2, 3])
+    assert target.target.status().received_bytes == received
+
+
+def test_holes_in_the_plan_make_the_worker_offer_everything(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    engine = engines(target.address)
+    whole = make_plan([target.address] * 3, fetch=0, deadline_ms=1, chunk_ms=1, decision_id="d")
+    holes = make_plan([target.address, None, None], fetch=0, deadline_ms=1, chunk_ms=1, decision_id="d")
+    engine.arrive(engine_request(), KEYS, whole)
+    assert engine.policy is OffloadPolicy.BLOCK_LEVEL
+    engine.arrive(engine_request(), KEYS, holes)
+    assert engine.policy is OffloadPolicy.REQUEST_LEVEL
+
+
+def test_router_hashes_of_salted_adapted_and_illustrated_requests() -> None:
+    tokens = list(range(64))
+    plain = RouterHashes(engine_request(), 4, 2)
+    assert [plain.of_chunk(3), plain.of_chunk(1)] == [sequence_hashes(tokens, 4)[7], sequence_hashes(tokens, 4)[3]]
+    salted = engine_request()
+    salted.cache_salt = "dynamo-cache-salt:tenant"
+    assert RouterHashes(salted, 4, 2).of_chunk(0) == sequence_hashes(tokens, 4, cache_namespace="tenant")[1]
+    adapted = engine_request()
+    adapted.lora_request = SimpleNamespace(name="adapter")
+    assert RouterHashes(adapted, 4, 2).of_chunk(0) == sequence_hashes(tokens, 4, lora_name="adapter")[1]
+    illustrated = engine_request()
+    illustrated.mm_features = ["an image"]
+    assert RouterHashes(illustrated, 4, 2).of_chunk(0) == 0
+
+
+# ---- events, layout, leftovers
+
+
+def event_request() -> Any:
+    return SimpleNamespace(
+        **{**vars(engine_request(16)), "block_hashes": [bytes([number]) * 32 for number in range(4)]}
+    )
+
+
+def test_events_say_what_a_router_needs() -> None:
+    described: list[int] = []
+    events = ChunkEvents(
+        enabled=True, chunks_max=10, describe=lambda request, group, chunk, key: described.append(chunk)
+    )
+    kind = SimpleNamespace(kv_cache_spec_kind="full", kv_cache_spec_sliding_window=None)
+    config = GroupOffloadConfig(0, 4, 8, 2, kind, None)
+    key = make_offload_key(bytes([3]) * 32, 0)
+    events.record_store(event_request(), config, 1, key)
+    assert described == [1]
+    (stored_event,) = events.take_events([SimpleNamespace(keys=[key], medium="CPU", removed=False, locality=None)])
+    assert stored_event.token_ids == list(range(8, 16))
+    assert stored_event.block_size == 4
+    assert len(stored_event.block_hashes) == 2
+    assert stored_event.parent_block_hash is not None
+    assert stored_event.extra_keys == [None, None]
+    unknown = make_offload_key(bytes([9]) * 32, 0)
+    assert not list(events.take_events([SimpleNamespace(keys=[unknown], medium="CPU", removed=False, locality=None)]))
+    (removed,) = events.take_events([SimpleNamespace(keys=[key], medium="CPU", removed=True, locality=None)])
+    assert removed.block_hashes == stored_event.block_hashes
+
+
+def test_chunks_of_a_prompt_are_announced_together_and_parents_first() -> None:
+    events = ChunkEvents(enabled=True, chunks_max=100, describe=lambda *_: None)
+    kind = SimpleNamespace(kv_cache_spec_kind="full", kv_cache_spec_sliding_window=None)
+    config = GroupOffloadConfig(0, 4, 4, 1, kind, None)
+    keys = []
+    for prompt in range(2):
+        request = event_request()
+        request.block_hashes = [bytes([prompt, number]) * 16 for number in range(4)]
+        for chunk in range(4):
+            keys.append(make_offload_key(request.block_hashes[chunk], 0))
+            events.record_store(request, config, chunk, keys[-1])
+    shuffled = [keys[place] for place in (5, 2, 7, 0, 1, 4, 3)]  # all but the second prompt's third chunk
+    told = list(events.take_events([SimpleNamespace(keys=shuffled, medium="CPU", removed=False, locality=None)]))
+    assert sorted(len(one.block_hashes) for one in told) == [1, 2, 4]
+    assert all(len(one.token_ids) == 4 * len(one.block_hashes) for one in told)
+    whole = next(one for one in told if len(one.block_hashes) == 4)
+    assert whole.parent_block_hash is None
+    assert whole.token_ids == list(range(16))
+
+
+def test_descriptions_are_bounded() -> None:
+    events = ChunkEvents(enabled=True, chunks_max=3, describe=lambda *_: None)
+    kind = SimpleNamespace(kv_cache_spec_kind="full", kv_cache_spec_sliding_window=None)
+    config = GroupOffloadConfig(0, 4, 4, 1, kind, None)
+    for number in range(50):
+        events.record_store(event_request(), config, 0, offload_key(number))
+    assert len(events._pending_event_metadata) == 3
+
+
+def vllm_config(folder: Path, **changes: Any) -> Any:
+    model = SimpleNamespace(
+        model=str(folder),
+        revision=None,
+        quantization=None,
+        seed=0,
+        dtype="float32",
+        hf_config=SimpleNamespace(to_dict=lambda: {"layers": 2}),
+    )
+    cache = SimpleNamespace(prefix_caching_hash_algo="sha256_cbor", cache_dtype="auto", **changes)
+    parallel = SimpleNamespace(
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        prefill_context_parallel_size=1,
+        decode_context_parallel_size=1,
+    )
+    load = SimpleNamespace(load_format="auto")
+    return SimpleNamespace(
+        model_config=model, cache_config=cache, parallel_config=parallel, load_config=load, attention_config=None
+    )
+
+
+def test_a_layout_follows_the_weights_and_not_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    kv_cache = SimpleNamespace(kv_cache_groups=[])
+    digests = []
+    for name, byte in (("one", 1), ("other place", 1), ("fine-tuned", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes([byte]) * 5_000_000)
+        digests.append(layout.engine_layout(vllm_config(folder), kv_cache, {})["model"])
+    assert digests[0] == digests[1]
+    assert digests[0] != digests[2]
+
+
+def test_an_engine_that_cannot_share_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kv_cache = SimpleNamespace(kv_cache_groups=[])
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(ValueError, match="PYTHONHASHSEED is not set: set it to 0"):
+        layout.engine_layout(vllm_config(tmp_path), kv_cache, {})
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    config = vllm_config(tmp_path)
+    config.cache_config.prefix_caching_hash_algo = "xxhash"
+    with pytest.raises(ValueError, match="expected sha256_cbor"):
+        layout.engine_layout(config, kv_cache, {})
+    with pytest.raises(ValueError, match="calculate-kv-scales"):
+        layout.engine_layout(vllm_config(tmp_path, calculate_kv_scales=True), kv_cache, {})
+
+
+def test_leftovers_of_dead_engines_are_swept_and_living_ones_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shm, "SHM", tmp_path)
+    living = shm.hold_region("kvtier-living")
+    dead = shm.hold_region("kvtier-dead")
+    for name in ("kvtier-living", "kvtier-dead", "stock"):
+        (tmp_path / f"vllm_offload_{name}.mmap").write_bytes(b"kv")
+    os.close(dead)
+    shm.sweep_stale_regions()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["vllm_offload_kvtier-living.lock", "vllm_offload_kvtier-living.mmap", "vllm_offload_stock.mmap"]
+    os.close(living)
