@@ -226,7 +226,7 @@ def test_nobody_writes_to_a_destination_after_the_call() -> None:
     into = rooms(1)
     assert client.get([key(1)], into, soon(0.2)) == [Outcome.LATE]
     into[0][:] = bytes(LENGTH)
-    arrived.wait(5)
+    arrived.wait(20)
     time.sleep(0.1)
     assert bytes(into[0]) == bytes(LENGTH)
     client.close()
@@ -264,7 +264,7 @@ def test_closing_ends_a_greeting() -> None:
         call.start()
         eventually(lambda: client._line(next(iter(client._targets)))._busy if client._targets else False)
         client.close()
-        call.join(5)
+        call.join(20)
         assert outcomes == [Outcome.UNREACHABLE]
 
 
@@ -275,7 +275,7 @@ def test_closing_ends_calls_under_way() -> None:
     call.start()
     time.sleep(0.2)
     client.close()
-    call.join(2)
+    call.join(20)
     assert outcomes == [Outcome.UNREACHABLE]
 
 

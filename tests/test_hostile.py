@@ -360,13 +360,14 @@ def test_what_has_no_payload_overtakes_those_that_do(start_target, monkeypatch: 
     running = start_target()
     fill(running, 60)
     stream = greeted(running)
-    (connection,) = (one for one in running.target._connections if one.reader.client == "test")
+    eventually(lambda: "test" in [one.reader.client for one in list(running.target._connections)])
+    (connection,) = (one for one in list(running.target._connections) if one.reader.client == "test")
     stream.send([get_frame(range(60))], soon())
     eventually(lambda: len(connection._outbox) > 40)  # the socket is full
     asked, status = threading.Event(), running.target.status
     monkeypatch.setattr(running.target, "status", lambda: asked.set() or status())
     stream.send([wire.encode(Header(Op.STAT, 2))], soon())
-    assert asked.wait(5)
+    assert asked.wait(20)
     order = []
     for _ in range(61):
         header = stream.receive_header(soon())
@@ -722,7 +723,7 @@ def test_whoever_fits_gets_what_came_back() -> None:
     pool.give_back(got[0])
     pool.give_back(rest)
     for thread in threads:
-        thread.join(5)
+        thread.join(20)
     assert all(got)
 
 

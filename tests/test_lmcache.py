@@ -353,7 +353,7 @@ def test_what_nobody_waits_for_any_more_is_given_back(start_worker, store: Store
     eventually(lambda: worker.chunks_in_use() == 1)
     getting.cancel()
     with pytest.raises(CancelledError):
-        getting.result(1)
+        getting.result(20)
     assert worker.chunks_in_use() == 1  # the fetch still writes there
     store.go_on()
     eventually(lambda: worker.chunks_in_use() == 0)
@@ -419,7 +419,7 @@ def test_closing_ends_calls_under_way(store: Store) -> None:
     started = time.monotonic()
     assert not asking.done()
     worker.backend.close()
-    assert asking.result(1) is False
+    assert asking.result(20) is False
     assert time.monotonic() - started < 10
     worker.manager.close()
 

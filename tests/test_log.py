@@ -143,7 +143,7 @@ def test_a_place_that_is_read_is_not_reused(tmp_path: Path) -> None:
     got: list[bytes | None] = []
     reader = threading.Thread(target=lambda: got.append(read(log, 0)))
     reader.start()
-    assert files.begun.wait(5)
+    assert files.begun.wait(20)
     number = 0
     while key(0) in log or number < 60:
         number += 1

@@ -61,7 +61,7 @@ def test_another_process_watches_etcd_for_the_engine(etcd_address: str) -> None:
     registration.close()
     eventually(lambda: list(membership.targets()) == [])
     membership.close()
-    assert child.wait(5) is not None
+    assert child.wait(20) is not None
 
 
 def test_the_last_known_targets_outlive_etcd(etcd_address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_metrics_show_what_happened(arguments: list[str]) -> None:
     store.put([item(1)], soon())
     store.get([key(1), key(2)], [memoryview(bytearray(100_000)) for _ in range(2)], soon())
     time.sleep(0.1)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
         text = answer.read().decode()
     for line in (
         'kvtier_target_operations_total{operation="get",outcome="hit"} 1.0',

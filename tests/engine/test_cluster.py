@@ -98,7 +98,7 @@ async def test_tenants_do_not_share_chunks(trial: Trial) -> None:
         return bool(now and status and now.entries >= status.entries + chunks)
 
     await trial.until(stored, "the store holds the prompt", 10)
-    await asyncio.sleep(0.5)  # and the router has heard of it
+    await asyncio.sleep(2)  # and the router has heard of it
     assert await under("blue", second) == 0
     await trial.clear(second)
     assert await under("red", second) == chunks * BLOCK_TOKENS
