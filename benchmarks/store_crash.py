@@ -176,7 +176,7 @@ class Watched(Log):
         """Where a visible chunk lies."""
         entry = self.find(key)
         assert entry is not None
-        return self._segments[self.where(key) >> 24], entry
+        return self._segments[self._index[key] >> 24], entry
 
     def still_has(self, segment: _Segment) -> bool:
         """Whether a segment was not emptied."""

@@ -7,6 +7,7 @@ standard library is imported at the top: a peer's own interpreter runs this file
 import contextlib
 import ctypes
 import importlib
+import itertools
 import mmap
 import random
 import socket
@@ -135,7 +136,8 @@ class BareSocket(Pooled):
 
 
 def serve_bare_socket(address: str, memory_bytes: int) -> None:
-    """Answer BareSocket clients, a thread each, out of and into memory of that size."""
+    """Answer BareSocket clients, a thread each, out of and into memory of that size, going round in it: a limit for a
+    hot cache must not be served from the processor's."""
     memory = allocate(memory_bytes, random_content(memory_bytes))
     if "/" in address:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -145,11 +147,14 @@ def serve_bare_socket(address: str, memory_bytes: int) -> None:
         host, _, port = address.rpartition(":")
         listener = socket.create_server((host, int(port)), backlog=64)
 
+    rounds = itertools.count()
+
     def serve(sock: socket.socket) -> None:
         with contextlib.suppress(ConnectionError), sock:
             while True:
                 operation, size, count = _ASK.unpack(receive_bytes(sock, _ASK.size))
-                for start in (number * size % memory_bytes for number in range(count)):
+                for _ in range(count):
+                    start = next(rounds) % (memory_bytes // size) * size
                     if operation == b"G":
                         sock.sendall(memory[start : start + size])
                     else:

@@ -191,7 +191,8 @@ class Bench:
                 stack.callback(target.stop)
                 self._open(name, "kvtier", target.address, [target.pid], server=target)
             address = self._unix("socket") if transport == "unix" else f"127.0.0.1:{servers.free_port()}"
-            command = [sys.executable, "-m", "benchmarks.store_worker", "socket", address, str(plan.batch_bytes)]
+            memory_bytes = plan.hot_batches * plan.batch_bytes
+            command = [sys.executable, "-m", "benchmarks.store_worker", "socket", address, str(memory_bytes)]
             bare = Process("socket", command, self._logs)
             stack.callback(bare.stop)
             bare.wait_for(address)

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from kvstore.record import PAGE_BYTES, record_bytes
 
@@ -125,15 +126,23 @@ class BufferPool:
     def take(self, length: int, deadline: float) -> Buffer | None:
         """A buffer for a payload of `length` bytes, held by the caller; None if there was no memory for it before
         `deadline` (time.monotonic())."""
+        with self._returned:
+            return self._take(length, deadline)
+
+    def take_all(self, lengths: Sequence[int], deadline: float) -> list[Buffer | None]:
+        """The same for several."""
+        with self._returned:
+            return [self._take(length, deadline) for length in lengths]
+
+    def _take(self, length: int, deadline: float) -> Buffer | None:
         size = record_bytes(length)
         if size > self.arena.total_bytes:
             return None
-        with self._returned:
-            while (offset := self.arena.take(size)) is None:
-                if not self._drop_oldest() and not self._returned.wait(deadline - time.monotonic()):
-                    return None
-            self._held_bytes += size
-            return Buffer(self.arena[offset : offset + size], offset, length)
+        while (offset := self.arena.take(size)) is None:
+            if not self._drop_oldest() and not self._returned.wait(deadline - time.monotonic()):
+                return None
+        self._held_bytes += size
+        return Buffer(self.arena[offset : offset + size], offset, length)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._values
@@ -160,14 +169,15 @@ class BufferPool:
                 self._values[key] = buffer
                 self._kept_bytes += buffer.length
 
-    def give_back(self, buffer: Buffer) -> None:
+    def give_back(self, *buffers: Buffer) -> None:
         with self._returned:
-            buffer.holders -= 1
-            if not buffer.holders:
-                self._held_bytes -= len(buffer.view)
-                if not buffer.key:
-                    self.arena.give_back(buffer.offset, len(buffer.view))
-                self._returned.notify_all()  # who comes first may want more than this, another one less
+            for buffer in buffers:
+                buffer.holders -= 1
+                if not buffer.holders:
+                    self._held_bytes -= len(buffer.view)
+                    if not buffer.key:
+                        self.arena.give_back(buffer.offset, len(buffer.view))
+            self._returned.notify_all()  # who comes first may want more than this, another one less
 
     def _drop_oldest(self) -> bool:
         """Forget the value that was not asked for for the longest time. Those that somebody holds are passed over."""

@@ -209,9 +209,17 @@ class Log:
             where = self._index.get(key)
             return None if where is None else self._segments[where >> _INDEX_BITS].entry(where & _NUMBER_MASK)
 
-    def where(self, key: bytes) -> int:
-        """A number that is the same or near for chunks that lie side by side; for putting reads into order."""
-        return self._index.get(key, 0)
+    def locate(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[int | None]:
+        """A number for each chunk that is there and so long, by which reads are put into the order of the device."""
+        with self._changed:
+            return [self._where(key, length) for key, length in zip(keys, lengths, strict=True)]
+
+    def _where(self, key: bytes, length: int) -> int | None:
+        where = self._index.get(key)
+        if where is None:
+            return None
+        found = record.entry_length(self._segments[where >> _INDEX_BITS].table, where & _NUMBER_MASK)
+        return where if found == length else None
 
     def was_evicted(self, key: bytes) -> bool:
         """Whether the chunk was here not long ago."""

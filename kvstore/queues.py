@@ -335,18 +335,19 @@ class ReadQueue:
         now = time.monotonic()
         if now > read.deadline or self._will_be_late(read, now):
             return read.all(Outcome.LATE)
-        answers, wants, buffers = [], [], []
+        answers, absent = [], []
         for want in read.wants:
-            if buffer := self._pool.find(want.key, want.length):  # read for somebody else meanwhile
-                self._log.used(want.key)
-                answers.append(Answer(want, Outcome.HIT, buffer, buffer.crc))
-                continue
-            buffer = self._pool.take(want.length, min(read.deadline, time.monotonic() + _BUFFER_SECONDS))
-            if buffer is None:
-                answers.append(Answer(want, Outcome.REFUSED))
+            # Read for somebody else meanwhile?
+            hot = self._pool.find(want.key, want.length) if want.key in self._pool else None
+            if hot is None:
+                absent.append(want)
             else:
-                wants.append(want)
-                buffers.append(buffer)
+                self._log.used(want.key)
+                answers.append(Answer(want, Outcome.HIT, hot, hot.crc))
+        taken = self._pool.take_all([want.length for want in absent], min(read.deadline, now + _BUFFER_SECONDS))
+        answers += [Answer(want, Outcome.REFUSED) for want, buffer in zip(absent, taken, strict=True) if buffer is None]
+        wants = [want for want, buffer in zip(absent, taken, strict=True) if buffer is not None]
+        buffers = [buffer for buffer in taken if buffer is not None]
         found = self._log.read([want.key for want in wants], buffers)
         for want, buffer, one in zip(wants, buffers, found, strict=True):
             if one is not None and one.intact:
@@ -400,14 +401,14 @@ class WriteQueue:
                 write.done.append(done)
             return write is not None
 
-    def expect(self, length: int, benefit: float) -> bool:
-        """Before a payload is taken in: whether there is room for it; what has less benefit is shed for it. If so,
-        `offer` or `give_up` must follow."""
+    def expect(self, length: int, benefit: float, until: float) -> bool:
+        """Before a payload is taken in: whether there is room for it; what has less benefit is shed for it, otherwise
+        room is waited for until `until` (time.monotonic()). If so, `offer` or `give_up` must follow."""
         size = record_bytes(length)
         with self._changed:
-            shed = self._less_useful(self._waiting_bytes + self._coming_bytes + size - self._bytes_max, benefit)
-            if shed is None:
-                return False
+            while (shed := self._less_useful(self._excess_bytes(size), benefit)) is None:
+                if self._stopping or not self._changed.wait(until - time.monotonic()):
+                    return False
             for write in shed:
                 self._waiting.remove(write)
                 self._waiting_bytes -= len(write.value.buffer.record)
@@ -421,6 +422,7 @@ class WriteQueue:
         """The payload did not come."""
         with self._changed:
             self._coming_bytes -= record_bytes(length)
+            self._changed.notify_all()
 
     def offer(self, write: Write) -> None:
         """Queue a chunk that was expected; its buffer is the queue's from now on."""
@@ -433,7 +435,7 @@ class WriteQueue:
                 self._waiting.append(write)
                 self._waiting_bytes += size
                 self._pending[write.value.key] = write
-                self._changed.notify()
+                self._changed.notify_all()  # threads that write wait here, and those that look for room
             elif known is not None:
                 known.done.extend(write.done)
                 write.done.clear()
@@ -446,6 +448,10 @@ class WriteQueue:
             self._stopping = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._waiting and not self._under_way, 10)
+
+    def _excess_bytes(self, size: int) -> int:
+        """How much has to go for `size` bytes more."""
+        return self._waiting_bytes + self._coming_bytes + size - self._bytes_max
 
     def _less_useful(self, size: int, benefit: float) -> list[Write] | None:
         """Of what waits, that of least benefit that makes `size` bytes; None if it takes more than has less benefit."""
@@ -466,6 +472,7 @@ class WriteQueue:
                     return
                 batch = self._batch()
                 self._under_way += 1
+                self._changed.notify_all()
             try:
                 stored = self._log.append([write.value for write in batch])
             except Exception:

@@ -31,6 +31,7 @@ _TRAILER = struct.Struct("<8sHxxIQQQI")  # magic, version, entry count, store, g
 _TRAILER_MAGIC = b"KVTIERFT"
 _ENTRY = struct.Struct(f"<{KEY_BYTES}sQQIIIHxx")
 ENTRY_BYTES = _ENTRY.size
+_LENGTH = struct.Struct(f"<{KEY_BYTES + 20}xI8x")
 _KEY_LENGTH = struct.Struct(f"<{KEY_BYTES}s20xI8x")  # of an entry, these two alone
 _RECORD = struct.Struct(f"<8sHxxIQQQ{ENTRY_BYTES}s")  # magic, version, header bytes, store, generation, namespace
 _RECORD_MAGIC = b"KVTIERRC"
@@ -92,6 +93,12 @@ def pack_entry(entry: Entry) -> bytes:
 
 def unpack_entry(table: bytes | bytearray | memoryview, index: int) -> Entry:
     return Entry._make(_ENTRY.unpack_from(table, index * ENTRY_BYTES))
+
+
+def entry_length(table: bytes | bytearray | memoryview, index: int) -> int:
+    """Of that entry, this alone."""
+    length: int = _LENGTH.unpack_from(table, index * ENTRY_BYTES)[0]
+    return length
 
 
 def pack_record_header(entry: Entry, stamp: Stamp, namespace: int) -> bytes:

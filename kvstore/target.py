@@ -38,8 +38,8 @@ OWED_BYTES_MAX = 1 << 20
 _SEND_BYTES = 1 << 20
 _SHORT_MAX = 256
 _LENT_LOOK_SECONDS = 1.0
-# A payload that finds no memory for so long is refused: readers use it.
-_PUT_BUFFER_SECONDS = 0.5
+# Where the device falls behind, a PUT is taken in at its speed: for so long in all, then what finds no room is refused.
+_PUT_PATIENCE_SECONDS = 1.0
 _ERROR_SECONDS = 1.0
 _COMPLAIN_SECONDS = 1.0
 # Chunks from memory go out in portions of this: the first is on its way while the next is looked up.
@@ -249,28 +249,29 @@ class Target:
         hot: list[Want] = []
         of_log: dict[Log, list[Want]] = {}
         for number, (key, size) in enumerate(zip(get.keys, get.sizes, strict=True)):
-            want, log = Want(number, key, size), self.shelf.of(key)
-            entry = log.find(key)
-            if entry is None or entry.length != size:
-                missing.append(Answer(want, Outcome.MISS))
-            elif key in self.pool and connection.lender is None:
-                hot.append(want)
-            else:
-                of_log.setdefault(log, []).append(want)
+            of_log.setdefault(self.shelf.of(key), []).append(Want(number, key, size))
 
         def done(answers: list[Answer]) -> None:
             self._device_seconds.observe(time.monotonic() - arrived)
             self._send_values(connection, request, answers)
 
-        def read(log: Log, wants: list[Want]) -> None:
-            wants.sort(key=lambda want: log.where(want.key))
+        def read(log: Log, wants: Sequence[Want]) -> None:
             self._reads[log].submit(
                 [Read(connection.reader, part, deadline, done) for part in _parts(wants, self._batch_bytes)]
             )
 
-        self._send_values(connection, request, missing)
         for log, wants in of_log.items():
-            read(log, wants)
+            places = log.locate([want.key for want in wants], [want.length for want in wants])
+            cold: list[tuple[int, Want]] = []
+            for want, place in zip(wants, places, strict=True):
+                if place is None:
+                    missing.append(Answer(want, Outcome.MISS))
+                elif want.key in self.pool and connection.lender is None:
+                    hot.append(want)
+                else:
+                    cold.append((place, want))
+            read(log, [want for _, want in sorted(cold)])
+        self._send_values(connection, request, missing)
         for part in _parts(hot, _HOT_BYTES):
             answers = self._from_memory(connection, part)
             self._memory_seconds.observe(time.monotonic() - arrived)
@@ -296,24 +297,26 @@ class Target:
     def _send_values(
         self, connection: "_Connection", request: int, answers: Sequence[Answer], *, hot: bool = False
     ) -> None:
+        if not answers:
+            return
+        outcomes = Counter(answer.outcome for answer in answers)
         with self._lock:
-            for answer in answers:
-                self._operations["get", answer.outcome.name.lower()] += 1
-                if answer.buffer is not None:
-                    self._counts["sent_bytes"] += answer.buffer.length
-                    self._counts["hot_hits" if hot else "device_hits"] += 1
+            for outcome, count in outcomes.items():
+                self._operations["get", outcome.name.lower()] += count
+            self._counts["sent_bytes"] += sum(answer.want.length for answer in answers if answer.buffer is not None)
+            self._counts["hot_hits" if hot else "device_hits"] += outcomes[Outcome.HIT]
         connection.send([self._message(connection, request, answer) for answer in answers])
 
     def _message(self, connection: "_Connection", request: int, answer: Answer) -> "_Message":
         want, outcome, buffer, crc = answer
-        header = Header(Op.VALUE, request, outcome, want.number, crc)
         if buffer is None:
-            return _Message([wire.encode(header)])
+            return _Message([wire.encode(Header(Op.VALUE, request, outcome, want.number, crc))])
         if connection.lender is None:
-            return _Message([wire.encode(header._replace(data_bytes=buffer.length)), buffer.payload], buffer)
+            header = Header(Op.VALUE, request, outcome, want.number, crc, data_bytes=buffer.length)
+            return _Message([wire.encode(header), buffer.payload], buffer)
         place = wire.Placed(connection.lender.place(buffer))
         connection.lend(request, want.number, buffer)
-        return _Message([wire.encode(header._replace(op=Op.PLACED), place)])
+        return _Message([wire.encode(Header(Op.PLACED, request, outcome, want.number, crc), place)])
 
     # ---- put
 
@@ -323,10 +326,11 @@ class Target:
             raise ProtocolError("PUT: the data part is not as long as its items together")
         connection.owe(1)
         batch = _PutBatch(len(request.items), lambda outcomes: self._stored(connection, header.request, outcomes))
+        with self._lock:
+            self._counts["received_bytes"] += header.data_bytes
+        patient_until = time.monotonic() + _PUT_PATIENCE_SECONDS
         for number, item in enumerate(request.items):
-            with self._lock:
-                self._counts["received_bytes"] += item.length
-            self._store(connection.incoming, item, batch.at(number))
+            self._store(connection.incoming, item, patient_until, batch.at(number))
 
     def _stored(self, connection: "_Connection", request: int, outcomes: list[Outcome]) -> None:
         with self._lock:
@@ -334,7 +338,7 @@ class Target:
                 self._operations["put", outcome.name.lower()] += 1
         connection.send([_Message([wire.encode(Header(Op.STORED, request), wire.Outcomes(outcomes))])])
 
-    def _store(self, stream: Stream, item: wire.PutItem, done: Callable[[Outcome], None]) -> None:
+    def _store(self, stream: Stream, item: wire.PutItem, patient_until: float, done: Callable[[Outcome], None]) -> None:
         """Take one payload in, or read past it; `done` is called now or once it is written."""
         deadline = time.monotonic() + STALL_SECONDS
         log = self.shelf.of(item.key)
@@ -343,8 +347,8 @@ class Target:
         benefit = max(item.saved_us, 1) / item.length * (_RETURNED if log.was_evicted(item.key) else 1.0)
         wanted = not joined and item.key not in log and item.length <= log.value_bytes_max
         buffer = None
-        if wanted and writes.expect(item.length, benefit):
-            buffer = self.pool.take(item.length, time.monotonic() + _PUT_BUFFER_SECONDS)
+        if wanted and writes.expect(item.length, benefit, patient_until):
+            buffer = self.pool.take(item.length, patient_until)
             if buffer is None:
                 writes.give_up(item.length)
         if buffer is None:
@@ -555,8 +559,7 @@ class _Connection:
         """The client has these."""
         if not buffers:
             return
-        for buffer in buffers:
-            self._pool.give_back(buffer)
+        self._pool.give_back(*buffers)
         self.reader.hold(-sum(buffer.length for buffer in buffers))
         self._made_room()
 

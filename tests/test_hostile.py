@@ -573,7 +573,7 @@ class Writer:
         eventually(lambda: gate.waiting == 1)
 
     def offer(self, number: int, benefit: float) -> bool:
-        if not self.queue.expect(LENGTH, benefit):
+        if not self.queue.expect(LENGTH, benefit, 0.0):
             return False
         self.bring(number, benefit)
         return True
@@ -606,19 +606,31 @@ def test_a_full_queue_sheds_what_is_of_least_benefit(writer: Writer, log: Log) -
 
 def test_nothing_is_shed_for_what_finds_no_room_even_so(writer: Writer) -> None:
     assert all(writer.offer(number, 2.0 if number == 2 else 9.0) for number in (2, 3, 4, 5))
-    assert not writer.queue.expect(2 * LENGTH, 5.0)
+    assert not writer.queue.expect(2 * LENGTH, 5.0, 0.0)
     assert not writer.outcomes[2]
 
 
 def test_what_is_coming_in_counts(writer: Writer) -> None:
-    assert all(writer.queue.expect(LENGTH, 1.0) for _ in range(4))
-    assert not writer.queue.expect(LENGTH, 9.0)  # there is nothing that could be shed
+    assert all(writer.queue.expect(LENGTH, 1.0, 0.0) for _ in range(4))
+    assert not writer.queue.expect(LENGTH, 9.0, 0.0)  # there is nothing that could be shed
     writer.queue.give_up(LENGTH)
     assert writer.offer(2, 9.0)
 
 
+def test_who_finds_no_room_waits_until_something_was_written(writer: Writer) -> None:
+    assert all(writer.offer(number, 9.0) for number in (2, 3, 4, 5))
+    found: list[bool] = []
+    waiting = threading.Thread(target=lambda: found.append(writer.queue.expect(LENGTH, 1.0, soon())))
+    waiting.start()
+    time.sleep(0.1)
+    assert not found
+    writer.gate.open_all()
+    waiting.join(20)
+    assert found == [True]
+
+
 def test_a_key_that_comes_twice_is_written_once(writer: Writer, log: Log) -> None:
-    assert writer.queue.expect(LENGTH, 1.0)
+    assert writer.queue.expect(LENGTH, 1.0, 0.0)
     assert writer.offer(2, 1.0)
     writer.bring(2, 1.0)
     assert writer.queue.join(key(2), writer.outcomes[2].append)
