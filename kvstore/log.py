@@ -650,14 +650,10 @@ class Log:
     def _adopt(self, segment: _Segment) -> None:
         """Make a recovered segment's entries visible."""
         self._segments[segment.slot] = segment
-        lengths = dict(record.keys_and_lengths(segment.table))
-        keys: Iterable[bytes] = lengths
-        if len(lengths) < len(segment):  # one is there twice: the later entry counts
-            keys = (key for key, _ in record.keys_and_lengths(segment.table))
         base = segment.slot << _INDEX_BITS
-        self._index.update(zip(keys, range(base, base + len(segment)), strict=True))
+        self._index.update(zip(record.keys(segment.table), range(base, base + len(segment)), strict=True))
         self.stats.entries += len(segment)
-        self.stats.payload_bytes += sum(lengths.values())
+        self.stats.payload_bytes += sum(record.lengths(segment.table))
 
     def _adopt_again(self, found: Iterable[_Segment]) -> None:
         """In the order of their generations: a key that is in several segments belongs to the youngest."""
@@ -666,7 +662,8 @@ class Log:
         self.stats.entries = len(self._index)
         self.stats.payload_bytes = 0
         for segment in found:
-            places = enumerate(record.keys_and_lengths(segment.table), segment.slot << _INDEX_BITS)
+            entries = zip(record.keys(segment.table), record.lengths(segment.table), strict=True)
+            places = enumerate(entries, segment.slot << _INDEX_BITS)
             self.stats.payload_bytes += sum(length for place, (key, length) in places if self._index[key] == place)
 
     def _read_table(self, segment: _Segment, trailer: Trailer, tail: memoryview) -> bool:

@@ -11,8 +11,9 @@ Every header carries a `Stamp`: the store's random id, so that no payload can be
 generation, which grows with every reuse of a slot, so that what an earlier use left behind is never taken for a record.
 """
 
+import operator
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,8 +32,10 @@ _TRAILER = struct.Struct("<8sHxxIQQQI")  # magic, version, entry count, store, g
 _TRAILER_MAGIC = b"KVTIERFT"
 _ENTRY = struct.Struct(f"<{KEY_BYTES}sQQIIIHxx")
 ENTRY_BYTES = _ENTRY.size
+# Of an entry, one field alone.
+_KEY = struct.Struct(f"<{KEY_BYTES}s{_ENTRY.size - KEY_BYTES}x")
 _LENGTH = struct.Struct(f"<{KEY_BYTES + 20}xI8x")
-_KEY_LENGTH = struct.Struct(f"<{KEY_BYTES}s20xI8x")  # of an entry, these two alone
+_first: Callable[[tuple[Any, ...]], Any] = operator.itemgetter(0)
 _RECORD = struct.Struct(f"<8sHxxIQQQ{ENTRY_BYTES}s")  # magic, version, header bytes, store, generation, namespace
 _RECORD_MAGIC = b"KVTIERRC"
 _CRC = struct.Struct("<I")
@@ -155,9 +158,14 @@ def unpack_trailer(page: bytes | memoryview, segment_bytes: int) -> Trailer | No
     return Trailer(Stamp(store, generation), offset, count * ENTRY_BYTES, crc)
 
 
-def keys_and_lengths(table: bytes | bytearray) -> Iterator[tuple[bytes, int]]:
-    """Key and payload length of each entry of a table; ten times as fast as unpacking all of it."""
-    return _KEY_LENGTH.iter_unpack(table)
+def keys(table: bytes | bytearray) -> Iterator[bytes]:
+    """The keys of a table's entries, at a tenth of what unpacking all of them takes."""
+    return map(_first, _KEY.iter_unpack(table))
+
+
+def lengths(table: bytes | bytearray) -> Iterator[int]:
+    """The payload lengths of a table's entries."""
+    return map(_first, _LENGTH.iter_unpack(table))
 
 
 def _page(fields: bytes) -> bytes:
