@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from kvstore import bus, membership, residency, tools, transport
-from kvstore.bus import Bus
+from kvstore.bus import Bus, TargetReport
 from kvstore.errors import ConfigError, UnavailableError, run_command, validated
 from kvstore.log import Log
 from kvstore.residency import Announcer
@@ -171,7 +172,10 @@ async def serve(options: Options) -> None:
     if unix_path:
         target.serve(_listen("unix-socket", unix_path))
     target.serve(listener)
-    tasks = [asyncio.create_task(residency.announce(announcer, line, namespace))] if line else []
+    tasks: list[asyncio.Task[None]] = []
+    if line:
+        tasks.append(asyncio.create_task(residency.announce(announcer, line, namespace)))
+        tasks.append(asyncio.create_task(_report(target, line, namespace)))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -190,6 +194,29 @@ async def serve(options: Options) -> None:
         Path(unix_path).unlink(missing_ok=True)
     if line:
         await line.close()
+
+
+async def _report(target: Target, line: Bus, namespace: str) -> None:
+    """Tell the routers once a second how busy the target is, until cancelled."""
+    before, then = target.status(), time.monotonic()
+    while True:
+        await asyncio.sleep(bus.HEARTBEAT_SECONDS)
+        status, now = target.status(), time.monotonic()
+        report = TargetReport(
+            target=status.target,
+            epoch=status.epoch,
+            sent_bytes_per_second=(status.sent_bytes - before.sent_bytes) / (now - then),
+            received_bytes_per_second=(status.received_bytes - before.received_bytes) / (now - then),
+            device_bytes_per_second=target.device_bytes_per_second,
+            waiting_read_bytes=status.waiting_read_bytes,
+            waiting_write_bytes=status.waiting_write_bytes,
+            capacity_bytes=status.capacity_bytes,
+            payload_bytes=status.payload_bytes,
+            connections=status.connections,
+            ts_ms=time.time_ns() // 1_000_000,
+        )
+        await line.publish(bus.subject(namespace, "speed.target", target.name), report)
+        before, then = status, now
 
 
 def _open_shelf(options: Options, namespace: str) -> Shelf:

@@ -72,6 +72,22 @@ class WorkerReport(msgspec.Struct, frozen=True):
     ts_ms: int
 
 
+class TargetReport(msgspec.Struct, frozen=True):
+    """How busy a target is, published on `speed.target.<target>` once a heartbeat."""
+
+    target: str
+    epoch: int
+    sent_bytes_per_second: float  # of payload, since the report before
+    received_bytes_per_second: float
+    device_bytes_per_second: float  # what its devices read together when kept busy; 0: not lately
+    waiting_read_bytes: int
+    waiting_write_bytes: int
+    capacity_bytes: int
+    payload_bytes: int
+    connections: int
+    ts_ms: int
+
+
 def subject(namespace: str, kind: str, name: str = "*") -> str:
     """`kvtier.<namespace>.<kind>.<name>`, the name (an address, say) made into one token."""
     token = name if name == "*" else re.sub(r"[^A-Za-z0-9_-]", "_", name)

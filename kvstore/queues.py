@@ -198,6 +198,11 @@ class ReadQueue:
     def waiting_bytes(self) -> int:
         return self._waiting_bytes
 
+    @property
+    def bytes_per_second(self) -> float:
+        """What the device read when all threads were busy; 0 if that was not lately."""
+        return self._speed if time.monotonic() < self._speed_until else 0.0
+
     def submit(self, reads: Sequence[Read]) -> None:
         """Queue reads of one reader; those that make no sense any more are answered before this returns."""
         refused = []

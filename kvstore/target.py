@@ -376,6 +376,11 @@ class Target:
         for start in range(0, length, _SCRATCH_BYTES):
             stream.receive(scratch[: min(_SCRATCH_BYTES, length - start)], deadline)
 
+    @property
+    def device_bytes_per_second(self) -> float:
+        """What the devices read together when they were busy; 0 if they were not lately."""
+        return sum(reads.bytes_per_second for reads in self._reads.values())
+
     def status(self) -> wire.Status:
         stats = self.shelf.stats()
         hot_entries, hot_bytes = self.pool.kept

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from graphs.services import free_port
-from kvstore import residency
-from kvstore.bus import Bus
+from kvstore import bus, residency
+from kvstore.bus import Bus, TargetReport
 from kvstore.client import StoreClient
 from kvstore.membership import StaticMembership
 from kvstore.residency import Mirror
@@ -109,6 +109,21 @@ async def test_a_mirror_sees_through_kill_9(arguments: list[str], nats_url: str)
     assert mirror.locate(7, [1, 40, 41], asyncio.get_running_loop().time()) == [target, target, None]
     again.end(signal.SIGTERM)
     following.cancel()
+    await line.close()
+
+
+async def test_it_tells_how_busy_it_is(arguments: list[str], nats_url: str) -> None:
+    line = await Bus.connect(nats_url, "test")
+    reports: asyncio.Queue[TargetReport] = asyncio.Queue()
+    await line.subscribe(bus.subject("default", "speed.target"), TargetReport, reports.put)
+    process = await asyncio.to_thread(Process(*arguments).ready)
+    await asyncio.to_thread(client(arguments).put, [item(n) for n in range(30)], soon())
+    async with asyncio.timeout(20):
+        while not (report := await reports.get()).received_bytes_per_second:
+            pass
+    assert report.target == arguments[arguments.index("--listen") + 1]
+    assert report.payload_bytes <= 30 * 100_000 < report.capacity_bytes
+    process.end(signal.SIGTERM)
     await line.close()
 
 
