@@ -312,7 +312,9 @@ class Mooncake:
 
 
 def random_content(count: int) -> bytes:
-    return random.Random(SEED).randbytes(count)
+    """The same again after each 64 MiB, which is more than anything here could compress or deduplicate."""
+    piece = random.Random(SEED).randbytes(min(count, 64 << 20))
+    return (piece * -(-count // len(piece)))[:count]
 
 
 def allocate(count: int, content: bytes | None = None) -> memoryview:

@@ -1,0 +1,395 @@
+"""Multi-turn chat against one engine: what a tier under its KV cache gives, beside the engine without and its own.
+
+    python -m benchmarks.multi_turn --model DIR --hbm-tokens N --dram SIZE --dir DIR --json FILE [--plot FILE.svg]
+    python -m benchmarks.multi_turn --url http://HOST:PORT --model NAME --json FILE
+
+Closed loop: N clients each play a turn of one conversation after the other, from a pool whose KV exceeds HBM several
+times; a conversation's next turn comes when all others have had one. Before each mode is measured, every conversation's
+prompt is asked for once, which fills its tiers. Each mode is a fresh engine with the same HBM, DRAM and pool:
+
+    plain      vLLM's prefix cache alone
+    dram       vLLM's own offloading to DRAM
+    files      vLLM's own file tier under that DRAM
+    store      this project: that DRAM, and a target on the same disk, without a hot cache
+    store-hot  the same, with a hot cache that holds the pool
+
+With --fresh no conversation ever goes on: what the tier costs where it cannot help. With --first-token N prompts of
+that length are asked for one at a time, from each place where they can be. With --url a server that runs already is
+measured.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import aiohttp
+import msgspec
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+from benchmarks.multi_turn_load import (
+    CHAT,
+    FRESH,
+    Endpoint,
+    FirstToken,
+    Point,
+    Pool,
+    first_tokens,
+    measure,
+    warm_up,
+)
+from benchmarks.multi_turn_plot import plot
+from components.worker.__main__ import Options as WorkerOptions
+from components.worker.__main__ import compose
+from graphs.services import free_port
+from kvstore.errors import ConfigError, run_command, validated
+
+MODES = ("plain", "dram", "files", "store", "store-hot")
+MEDIA = {
+    "plain": ("cold", "hbm"),
+    "dram": ("cold", "hbm", "dram"),
+    "files": ("cold", "hbm", "dram", "store"),
+    "store": ("cold", "hbm", "dram", "store"),
+    "store-hot": ("cold", "hbm", "dram", "store"),
+}
+TPOT_LIMITS_MS = (40, 60)
+START_SECONDS = 400.0
+SETTLE_SECONDS = 3.0  # what is written behind the warm-up
+ROOT = Path(__file__).parents[1]
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Options(BaseModel):
+    """The command line, checked."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str
+    url: str = ""
+    modes: list[str] = list(MODES)
+    clients: list[Positive] = [8, 16, 32]
+    pool: Positive = 80
+    scale: float = Field(1.0, gt=0, le=10)
+    seconds: float = Field(30.0, gt=0)
+    ramp: float = Field(5.0, ge=0)
+    seed: int = 1
+    fresh: bool = False
+    first_token: list[Positive] = []
+    repeats: Positive = 5
+    hbm_tokens: int = Field(0, ge=0)
+    block_tokens: Positive = 16
+    blocks_per_chunk: Positive = 1
+    max_model_len: Positive = 8192
+    kv_dtype: str = "auto"
+    load_format: str = "auto"
+    tensor_parallel: Positive = 1
+    dram: ByteSize = ByteSize(8 << 30)
+    dir: Path = Path(tempfile.gettempdir())
+    capacity: ByteSize = ByteSize(64 << 30)
+    engine: str = ""
+    json_file: Path | None = None
+    plot: Path | None = None
+
+
+class Report(msgspec.Struct):
+    command: str
+    pool_tokens: int
+    points: list[Point] = []
+    first_tokens: list[FirstToken] = []
+    failed: dict[str, str] = {}
+    # mode -> the most requests per second with a mean TPOT of at most so many ms
+    best: dict[str, dict[str, float]] = {}
+
+
+class EngineError(Exception):
+    """An engine or a target that does not come up; its last words."""
+
+
+def parse(argv: list[str]) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.multi_turn",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder of the model; with --url the name that the server knows it by")
+    add("--url", help="measure this server instead of starting engines")
+    add("--modes", help=f"default {','.join(MODES)}")
+    add("--clients", help="numbers of clients; default 8,16,32")
+    add("--pool", help="conversations; default 80")
+    add("--scale", help="of all lengths, for small models; default 1")
+    add("--seconds", help="of each measurement; default 30")
+    add("--ramp", help="seconds before each; default 5")
+    add("--seed")
+    add("--fresh", action="store_true", default=None, help="prompts that share nothing")
+    add("--first-token", help="prompt lengths to time one by one, such as 2200,8000")
+    add("--repeats", help="of these; default 5")
+    add("--hbm-tokens", help="KV cache of the engine; default what it finds room for")
+    add("--block-tokens", help="default 16; the CPU engine has 128")
+    add("--blocks-per-chunk", help="KV blocks that a tier moves at once; default 1")
+    add("--max-model-len", help="default 8192")
+    add("--kv-dtype", help="auto or fp8")
+    add("--load-format", help="auto, or dummy for a folder without weights")
+    add("--tensor-parallel", help="default 1")
+    add("--dram", help="of the DRAM tier; default 8GiB")
+    add("--dir", help="where the file tier and the target keep their files; default: that of temporary files")
+    add("--capacity", help="of the target; default 64GiB")
+    add("--engine", help="more arguments for the engine, as one string")
+    add("--json", dest="json_file", help="where to write the result, after every point")
+    add("--plot", help="where to draw it, as SVG")
+    values = vars(parser.parse_args(argv))
+    for name in ("modes", "clients", "first_token"):
+        if values[name] is not None:
+            values[name] = values[name].split(",")
+    options = validated(Options, values)
+    for mode in options.modes:
+        if mode not in MODES:
+            raise ConfigError("modes", mode, f"some of {','.join(MODES)}")
+    if not options.dir.is_dir():
+        raise ConfigError("dir", options.dir, "a folder that exists")
+    if not options.url and not (Path(options.model) / "config.json").is_file():
+        raise ConfigError("model", options.model, "a folder with a config.json")
+    return options
+
+
+# ---- engines
+
+
+@contextlib.contextmanager
+def running(name: str, command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, in a group of its own that ends with the block."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def last_words(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return " | ".join((errors or lines)[-3:])[-600:]
+
+
+async def until_ready(endpoint: Endpoint, session: aiohttp.ClientSession, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with session.get(f"{endpoint.url}/health", timeout=aiohttp.ClientTimeout(2)) as reply:
+                if reply.status == 200:
+                    return
+        await asyncio.sleep(0.5)
+    raise EngineError(f"not ready after {START_SECONDS:.0f} s" if process.poll() is None else "it ended")
+
+
+def transfer_config(options: Options, mode: str, store: str, files: Path) -> dict[str, object] | None:
+    """What goes into --kv-transfer-config; the same DRAM and the same chunks for all that have any."""
+    stock = {
+        "cpu_bytes_to_use": int(options.dram),
+        "blocks_per_chunk": options.blocks_per_chunk,
+    }
+    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    match mode:
+        case "dram":
+            return {**connector, "kv_connector_extra_config": {**stock, "offload_prompt_only": False}}
+        case "files":
+            tier = {"type": "fs", "root_dir": str(files)}
+            # With offload_prompt_only false, stock 0.26 ends under load: a finished request's last chunks.
+            spec = {"spec_name": "TieringOffloadingSpec", "offload_prompt_only": True, "secondary_tiers": [tier]}
+            return {**connector, "kv_connector_extra_config": {**stock, **spec}}
+        case "store" | "store-hot":
+            worker = validated(
+                WorkerOptions,
+                {
+                    "model": options.model,
+                    "store": store,
+                    "dram": int(options.dram),
+                    "blocks_per_chunk": options.blocks_per_chunk,
+                    "nats": "",
+                },
+            )
+            command, _ = compose(worker, [])
+            ours: dict[str, object] = json.loads(command[command.index("--kv-transfer-config") + 1])
+            return ours
+    return None
+
+
+def engine_command(options: Options, port: int, transfer: dict[str, object] | None) -> list[str]:
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(options.max_model_len)]
+    command += ["--load-format", options.load_format, "--kv-cache-dtype", options.kv_dtype]
+    command += ["--tensor-parallel-size", str(options.tensor_parallel), "--block-size", str(options.block_tokens)]
+    command += ["--prefix-caching-hash-algo", "sha256_cbor", "--enable-prefix-caching"]
+    if options.hbm_tokens:
+        command += ["--num-gpu-blocks-override", str(-(-options.hbm_tokens // options.block_tokens))]
+    if transfer is not None:
+        command += ["--kv-transfer-config", json.dumps(transfer)]
+    return command + shlex.split(options.engine)
+
+
+def target_command(options: Options, mode: str, folder: Path, address: str) -> list[str]:
+    hot = options.capacity // 4 if mode == "store-hot" else 0
+    command = [sys.executable, "-m", "kvstore", "--dir", str(folder), "--capacity", str(int(options.capacity))]
+    return [*command, "--listen", address, "--nats", "", "--hot", str(hot)]
+
+
+# ---- measuring
+
+
+class Bench:
+    def __init__(self, options: Options, logs: Path):
+        self.options = options
+        self.logs = logs
+        pool = self._pool()
+        self.report = Report(shlex.join(["python", "-m", "benchmarks.multi_turn", *sys.argv[1:]]), pool.prompt_tokens)
+
+    def _pool(self) -> Pool:
+        options = self.options
+        return Pool(options.pool, options.seed, FRESH if options.fresh else CHAT, scale=options.scale)
+
+    async def run(self) -> None:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+            if self.options.url:
+                await self._measure(Endpoint(session, self.options.url, self.options.model), "url")
+                return
+            for mode in self.options.modes:
+                try:
+                    await self._run_mode(session, mode)
+                except (EngineError, ConnectionError, TimeoutError) as error:
+                    words = last_words(self.logs / f"{mode}.log")
+                    self.report.failed[mode] = f"{error}: {words}"
+                    say(f"{mode}: {error}: {words}")
+                    self.write()
+
+    async def _run_mode(self, session: aiohttp.ClientSession, mode: str) -> None:
+        options, port = self.options, free_port()
+        environment = {"PYTHONHASHSEED": "0", "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
+        endpoint = Endpoint(session, f"http://127.0.0.1:{port}", options.model)
+        with ExitStack() as stack:
+            own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-turns-", dir=options.dir)))
+            address = f"127.0.0.1:{free_port()}"
+            if mode.startswith("store"):
+                command = target_command(options, mode, own, address)
+                target = stack.enter_context(running("target", command, {}, self.logs / "target.log"))
+            transfer = transfer_config(options, mode, address, own)
+            begun = time.monotonic()
+            command = engine_command(options, port, transfer)
+            engine = stack.enter_context(running("engine", command, environment, self.logs / f"{mode}.log"))
+            await until_ready(endpoint, session, engine)
+            say(f"{mode}: up after {time.monotonic() - begun:.0f} s")
+            if mode.startswith("store") and target.poll() is not None:
+                raise EngineError(f"the target ended: {last_words(self.logs / 'target.log')}")
+            await self._measure(endpoint, mode)
+
+    async def _measure(self, endpoint: Endpoint, mode: str) -> None:
+        options = self.options
+        for tokens in options.first_token:
+            media = MEDIA.get(mode, ("cold", "hbm"))
+            found = await first_tokens(endpoint, mode, tokens, options.repeats, options.seed + tokens, media)
+            self.report.first_tokens += found
+            say(f"{mode}: {tokens} tokens: " + ", ".join(f"{one.medium} {one.ttft_ms_median:.0f} ms" for one in found))
+            self.write()
+        if options.seconds < 1:
+            return
+        pool = self._pool()
+        begun = time.monotonic()
+        await warm_up(endpoint, pool, max(options.clients))
+        await asyncio.sleep(SETTLE_SECONDS)
+        say(f"{mode}: warm after {time.monotonic() - begun:.0f} s")
+        for clients in options.clients:
+            point = await measure(endpoint, pool, mode, clients, seconds=options.seconds, ramp_seconds=options.ramp)
+            self.report.points.append(point)
+            say(line(point))
+            self.write()
+
+    def write(self) -> None:
+        self.report.best = best(self.report.points)
+        if self.options.json_file:
+            content = msgspec.json.format(msgspec.json.encode(self.report), indent=2)
+            self.options.json_file.write_bytes(content + b"\n")
+
+
+def best(points: list[Point]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for point in points:
+        for limit in TPOT_LIMITS_MS:
+            if point.tpot_ms_mean <= limit:
+                of_mode = found.setdefault(point.mode, {})
+                of_mode[str(limit)] = max(of_mode.get(str(limit), 0.0), point.requests_per_second)
+    return found
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+HEADER = (
+    f"{'mode':<10}{'clients':>8}{'requests/s':>12}{'TTFT ms':>9}{'p50':>8}{'p99':>8}{'TPOT ms':>9}"
+    f"{'out tok/s':>11}{'HBM':>6}{'tiers':>7}{'store GB/s':>12}{'failed':>8}"
+)
+
+
+def line(point: Point) -> str:
+    return (
+        f"{point.mode:<10}{point.clients:>8}{point.requests_per_second:>12.2f}{point.ttft_ms_mean:>9.0f}"
+        f"{point.ttft_ms_p50:>8.0f}{point.ttft_ms_p99:>8.0f}{point.tpot_ms_mean:>9.1f}"
+        f"{point.output_tokens_per_second:>11.0f}{point.hbm_hit_share:>6.0%}{point.external_hit_share:>7.0%}"
+        f"{point.store_bytes_per_second / 1e9:>12.2f}{point.failed:>8}"
+    )
+
+
+def table(report: Report) -> str:
+    lines = [report.command, f"the pool's prompts have {report.pool_tokens} tokens", ""]
+    if report.points:
+        lines += [HEADER, *map(line, report.points), ""]
+    for mode, of_mode in report.best.items():
+        lines += [f"{mode}: {most:.2f} requests/s with TPOT <= {limit} ms" for limit, most in of_mode.items()]
+    lines += [
+        f"{one.mode}: first token of {one.prompt_tokens} tokens, {one.medium}: {one.ttft_ms_median:.0f} ms"
+        f" ({one.ttft_ms[0]:.0f} to {one.ttft_ms[-1]:.0f})"
+        for one in report.first_tokens
+    ]
+    lines += [f"{mode}: NOT MEASURED: {reason}" for mode, reason in report.failed.items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    options = parse(sys.argv[1:])
+    logs = Path(tempfile.mkdtemp(prefix="kvtier-turns-logs-"))
+    bench = Bench(options, logs)
+    try:
+        asyncio.run(bench.run())
+    finally:
+        bench.write()
+        shutil.rmtree(logs, ignore_errors=True)
+    print(table(bench.report))
+    if options.plot:
+        options.plot.write_text(plot(bench.report.points))
+    return 1 if bench.report.failed else 0
+
+
+if __name__ == "__main__":
+    run_command("benchmarks.multi_turn", main)

@@ -1,0 +1,338 @@
+"""The load of the multi-turn benchmark: conversations, the clients that play them, and what a measurement says.
+
+Token ids in, token ids out: a turn's prompt is the last one's, its answer and the next question, so that what a cache
+holds of the last turn is a prefix of this one, to the token. One event loop.
+"""
+
+import asyncio
+import json
+import math
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import aiohttp
+import msgspec
+
+
+class Shape(NamedTuple):
+    """Of conversations: the fewest and the most turns, and tokens of the opening, a question, an answer."""
+
+    turns: tuple[int, int]
+    opening: tuple[int, int]
+    question: tuple[int, int]
+    answer: tuple[int, int]
+
+
+# A turn adds 40 + 165 tokens on average, and turns are 9 into their conversation on average: with this opening the mean
+# prompt has 2,200.
+CHAT = Shape((2, 28), (200, 500), (20, 60), (100, 230))
+# The same prompts and answers, and nobody ever goes on: a cache can only be in the way.
+FRESH = Shape((1, 1), (400, 4000), (20, 60), (100, 230))
+# Ids of plain text in any vocabulary: past the special ones, and in a tokenizer of bytes still bytes.
+TOKEN_IDS = (40, 120)
+REQUEST_SECONDS = 120.0
+
+
+class Conversation:
+    """One conversation, decided by its seed: how many turns, and how long each question and answer is."""
+
+    def __init__(self, seed: int, shape: Shape = CHAT, *, scale: float = 1.0):
+        self._chance = random.Random(seed)
+        self._shape = shape
+        self._scale = scale
+        self.turns = self._chance.randint(*shape.turns)
+        self.turn = 0
+        self.prompt: list[int] = self._tokens(shape.opening)
+        self.answer_tokens = self._length(shape.answer)
+
+    def _length(self, bounds: tuple[int, int]) -> int:
+        return max(1, round(self._scale * self._chance.randint(*bounds)))
+
+    def _tokens(self, bounds: tuple[int, int]) -> list[int]:
+        return self._chance.choices(range(*TOKEN_IDS), k=self._length(bounds))
+
+    @property
+    def ended(self) -> bool:
+        return self.turn >= self.turns
+
+    def go_on(self, answer: Sequence[int]) -> None:
+        """The turn was answered: the next question follows."""
+        self.prompt += [*answer, *self._tokens(self._shape.question)]
+        self.answer_tokens = self._length(self._shape.answer)
+        self.turn += 1
+
+    def skip_to(self, turn: int) -> None:
+        """As if the turns before had been played."""
+        while self.turn < turn:
+            self.go_on(self._chance.choices(range(*TOKEN_IDS), k=self.answer_tokens))
+
+
+class Pool:
+    """Conversations at all stages. Each waits until all others have had a turn; one that ended begins anew."""
+
+    def __init__(self, size: int, seed: int, shape: Shape = CHAT, *, scale: float = 1.0):
+        self._shape = shape
+        self._seeds: Iterator[int] = iter(range(seed * 1_000_000, (seed + 1) * 1_000_000))
+        self._scale = scale
+        chance = random.Random(seed)
+        self._waiting: deque[Conversation] = deque()
+        while len(self._waiting) < size:
+            one = self._new()
+            # A conversation of many turns is met more often than one of few, at any of them.
+            if chance.random() < one.turns / shape.turns[1]:
+                one.skip_to(chance.randrange(one.turns))
+                self._waiting.append(one)
+
+    def _new(self) -> Conversation:
+        return Conversation(next(self._seeds), self._shape, scale=self._scale)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(one.prompt) for one in self._waiting)
+
+    def take(self) -> Conversation:
+        return self._waiting.popleft()
+
+    def put(self, one: Conversation) -> None:
+        self._waiting.append(self._new() if one.ended else one)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+
+@dataclass
+class Answer:
+    """Times of time.monotonic()."""
+
+    sent: float
+    first: float = 0.0
+    last: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    count: int = 0
+
+    @property
+    def ttft_seconds(self) -> float:
+        return self.first - self.sent
+
+    @property
+    def tpot_seconds(self) -> float:
+        return (self.last - self.first) / (self.count - 1) if self.count > 1 else math.nan
+
+
+class Endpoint:
+    """An OpenAI-compatible server. Its completions must take token ids; where it does not give them back
+    (`return_token_ids`), answers are taken for other tokens of that number, and only prompts are ever reused."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, model: str):
+        self._session = session
+        self.url = url.rstrip("/")
+        self._model = model
+
+    async def complete(self, prompt: Sequence[int], tokens: int) -> Answer:
+        """Raises ConnectionError or TimeoutError if it does not answer in full."""
+        body = {
+            "model": self._model,
+            "prompt": list(prompt),
+            "max_tokens": tokens,
+            "min_tokens": tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        answer = Answer(time.monotonic())
+        try:
+            async with self._session.post(f"{self.url}/v1/completions", json=body) as reply:
+                if reply.status != 200:
+                    raise ConnectionError(f"{self.url}: status {reply.status}: {(await reply.text())[:300]}")
+                async for line in reply.content:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    for choice in json.loads(line[6:]).get("choices", ()):
+                        ids = choice.get("token_ids") or []
+                        if ids or choice.get("text"):
+                            answer.last = time.monotonic()
+                            answer.first = answer.first or answer.last
+                            answer.count += len(ids) or 1
+                            answer.tokens += ids
+        except aiohttp.ClientError as error:
+            raise ConnectionError(f"{self.url}: {error!r}") from None
+        if not answer.count:
+            raise ConnectionError(f"{self.url}: an answer without tokens")
+        return answer
+
+    async def counters(self) -> dict[str, float]:
+        """The sums of its Prometheus counters over their labels; empty where it has none."""
+        sums: dict[str, float] = {}
+        try:
+            async with self._session.get(f"{self.url}/metrics") as reply:
+                text = await reply.text() if reply.status == 200 else ""
+        except aiohttp.ClientError:
+            text = ""
+        for line in text.splitlines():
+            name, _, value = line.rpartition(" ")
+            if line.startswith("vllm:") and name.partition("{")[0].endswith("_total"):
+                short = name.partition("{")[0].removeprefix("vllm:").removesuffix("_total")
+                sums[short] = sums.get(short, 0.0) + float(value)
+        return sums
+
+    async def forget(self, *, external: bool) -> None:
+        """Empty the engine's HBM cache, and with `external` its DRAM tier, too: what a store holds stays."""
+        query = "?reset_external=true" if external else ""
+        async with self._session.post(f"{self.url}/reset_prefix_cache{query}") as reply:
+            if reply.status != 200:
+                raise ConnectionError(f"{self.url}: it does not reset its cache: status {reply.status}")
+
+
+class Point(msgspec.Struct):
+    """One mode with so many clients, over the requests that ended in the window."""
+
+    mode: str
+    clients: int
+    seconds: float
+    requests: int
+    failed: int
+    requests_per_second: float
+    output_tokens_per_second: float
+    prompt_tokens_mean: float
+    ttft_ms_mean: float
+    ttft_ms_p50: float
+    ttft_ms_p99: float
+    tpot_ms_mean: float
+    hbm_hit_share: float  # of prompt tokens, by the engine's own counters
+    external_hit_share: float
+    store_bytes_per_second: float  # fetched, where the tier counts them
+
+
+class _Sample(msgspec.Struct):
+    ended: float
+    prompt_tokens: int
+    output_tokens: int
+    ttft_seconds: float
+    tpot_seconds: float
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value at that rank; NaN of nothing."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else math.nan
+
+
+def mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
+
+
+async def warm_up(endpoint: Endpoint, pool: Pool, clients: int) -> None:
+    """Each conversation's prompt once, for one token: from now on every tier holds what it has room for."""
+    left = len(pool)
+
+    async def play() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            one = pool.take()
+            await asyncio.wait_for(endpoint.complete(one.prompt, 1), REQUEST_SECONDS)
+            pool.put(one)
+
+    await asyncio.gather(*(play() for _ in range(clients)))
+
+
+async def measure(
+    endpoint: Endpoint, pool: Pool, mode: str, clients: int, *, seconds: float, ramp_seconds: float
+) -> Point:
+    """Closed loop: each client plays one turn after the other. What ends in the window after the ramp counts."""
+    samples: list[_Sample] = []
+    failed = 0
+    begin = time.monotonic() + ramp_seconds
+    end = begin + seconds
+
+    async def play(number: int) -> None:
+        nonlocal failed
+        await asyncio.sleep(ramp_seconds * 0.5 * number / clients)  # not all prefills at once
+        while time.monotonic() < end:
+            one = pool.take()
+            prompt_tokens = len(one.prompt)
+            try:
+                answer = await asyncio.wait_for(endpoint.complete(one.prompt, one.answer_tokens), REQUEST_SECONDS)
+            except (ConnectionError, TimeoutError):
+                failed += 1
+                pool.put(one)
+                await asyncio.sleep(0.5)
+                continue
+            one.go_on(answer.tokens or [TOKEN_IDS[0]] * answer.count)
+            pool.put(one)
+            samples.append(_Sample(answer.last, prompt_tokens, answer.count, answer.ttft_seconds, answer.tpot_seconds))
+
+    players = [asyncio.create_task(play(number)) for number in range(clients)]
+    await asyncio.sleep(max(0.0, begin - time.monotonic()))
+    before = await endpoint.counters()
+    await asyncio.sleep(max(0.0, end - time.monotonic()))
+    after = await endpoint.counters()
+    took = time.monotonic() - begin
+    await asyncio.gather(*players)
+    counted = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    return summary(mode, clients, [one for one in samples if begin <= one.ended < begin + took], failed, took, counted)
+
+
+def summary(
+    mode: str, clients: int, samples: Sequence[_Sample], failed: int, seconds: float, counted: dict[str, float]
+) -> Point:
+    ttfts = [1000 * one.ttft_seconds for one in samples]
+    asked = counted.get("prefix_cache_queries", 0.0)
+    return Point(
+        mode=mode,
+        clients=clients,
+        seconds=round(seconds, 2),
+        requests=len(samples),
+        failed=failed,
+        requests_per_second=round(len(samples) / seconds, 3),
+        output_tokens_per_second=round(sum(one.output_tokens for one in samples) / seconds, 1),
+        prompt_tokens_mean=round(mean([one.prompt_tokens for one in samples]), 1),
+        ttft_ms_mean=round(mean(ttfts), 1),
+        ttft_ms_p50=round(quantile(ttfts, 0.5), 1),
+        ttft_ms_p99=round(quantile(ttfts, 0.99), 1),
+        tpot_ms_mean=round(1000 * mean([one.tpot_seconds for one in samples if one.output_tokens > 1]), 2),
+        hbm_hit_share=round(counted.get("prefix_cache_hits", 0.0) / asked, 3) if asked else 0.0,
+        external_hit_share=round(counted.get("external_prefix_cache_hits", 0.0) / asked, 3) if asked else 0.0,
+        store_bytes_per_second=round(counted.get("kvtier_fetched_bytes", 0.0) / seconds),
+    )
+
+
+class FirstToken(msgspec.Struct):
+    """Times to first token of one prompt at a time, by where it was found."""
+
+    mode: str
+    prompt_tokens: int
+    medium: str
+    ttft_ms_median: float
+    ttft_ms: list[float]  # sorted
+
+
+async def first_tokens(
+    endpoint: Endpoint, mode: str, prompt_tokens: int, repeats: int, seed: int, media: Sequence[str]
+) -> list[FirstToken]:
+    """Each repeat takes a new prompt, and asks for it again after emptying one tier after the other."""
+    chance = random.Random(seed)
+    times: dict[str, list[float]] = {medium: [] for medium in media}
+
+    async def ask(prompt: list[int], medium: str, *, counts: bool) -> None:
+        answer = await asyncio.wait_for(endpoint.complete(prompt, 2), REQUEST_SECONDS)
+        if counts:
+            times[medium].append(round(1000 * answer.ttft_seconds, 1))
+
+    for repeat in range(-1, repeats):  # one to warm up
+        prompt = chance.choices(range(*TOKEN_IDS), k=prompt_tokens)
+        for medium in media:
+            if medium in ("dram", "store"):
+                await asyncio.sleep(1.0)  # what is written behind the request is there now
+                await endpoint.forget(external=medium == "store")
+            await ask(prompt, medium, counts=repeat >= 0)
+    return [
+        FirstToken(mode, prompt_tokens, medium, statistics.median(found), sorted(found))
+        for medium, found in times.items()
+        if found
+    ]
