@@ -70,6 +70,16 @@ class WorkerReport(msgspec.Struct, frozen=True):
     blocks_per_chunk: int
     chunk_bytes: int
     ts_ms: int
+    # Measured here; 0 where nothing was yet. Computing m tokens that follow c takes
+    # base + per_token * m + per_token_squared * m * (c + m / 2) seconds.
+    prefill_base_seconds: float = 0.0
+    prefill_seconds_per_token: float = 0.0
+    prefill_seconds_per_token_squared: float = 0.0
+    dram_bytes_per_second: float = 0.0  # DRAM -> HBM
+    store_bytes_per_second: float = 0.0  # store -> DRAM
+    bytes_in_flight: int = 0  # from the store
+    queue: int = 0  # requests that the engine has not begun with
+    bytes_per_token: int = 0
 
 
 class TargetReport(msgspec.Struct, frozen=True):

@@ -1,15 +1,10 @@
 """The tier inside the engine, part by part, with vLLM's own classes around it; its faults are shown before the cure."""
 
 import os
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,12 +34,7 @@ from components.worker import layout, shm
 from components.worker.connector import _cap_stores
 from components.worker.events import ChunkEvents
 from components.worker.manager import GuardedTieringManager, PartialResult
-from components.worker.mover import MemcpyWorker
-from components.worker.remote_tier import FETCHES_PER_CHUNK, RemoteTier, RouterHashes
-from kvstore.keys import chunk_key, sequence_hashes
-from kvstore.plan import FIELD, make_plan
-from kvstore.wire import Outcome
-from tests.conftest import RunningTarget, eventually
+from components.worker.memcpy import MemcpyWorker
 
 ROW = 4096
 DIGEST = b"\x07" * 32
@@ -283,7 +273,7 @@ def test_a_cap_that_the_client_asked_for_stays() -> None:
     assert stored_chunks(status) == 1
 
 
-# ---- the tier
+# ---- events, layout, leftovers
 
 
 def engine_request(tokens: int = 64, **changes: Any) -> Any:
@@ -296,239 +286,6 @@ def engine_request(tokens: int = 64, **changes: Any) -> Any:
         lora_request=None,
         **changes,
     )
-
-
-class Engine:
-    """A DRAM tier of some rows with the remote tier under it, against real targets."""
-
-    def __init__(self, store: str, rows: int = 16, **options: Any):
-        self.memory = np.zeros((rows, ROW), dtype=np.int8)
-        spec = SimpleNamespace(tokens_per_block=(4,), blocks_per_chunk=2, tokens_per_hash=4)
-        self.tier = RemoteTier(
-            spec, memoryview(self.memory), "kvtier", store=store, layout_digest=DIGEST.hex(), **options
-        )
-        self.jobs = iter(range(1000))
-
-    def arrive(self, request: Any, keys: list[Any], plan: Any = None) -> ReqContext:
-        params = None if plan is None else {FIELD: msgspec.to_builtins(plan)}
-        context = ReqContext(request.request_id, params)
-        self.policy = self.tier.on_new_request(context).policy
-        for chunk, key in enumerate(keys):
-            self.tier.describe(request, chunk, key)
-        return context
-
-    def store(self, context: ReqContext, keys: list[Any], rows: list[int]) -> None:
-        job = JobMetadata(next(self.jobs), keys, np.array(rows), False, context)
-        self.tier.submit_store(job)
-        eventually(lambda: any(result.job_id == job.job_id for result in self.tier.get_finished_jobs()))
-
-    def load(self, context: ReqContext, keys: list[Any], rows: list[int], seconds: float = 10) -> Any:
-        """The result of a promotion."""
-        job = JobMetadata(next(self.jobs), keys, np.array(rows), True, context)
-        self.tier.submit_load(job)
-        results: list[Any] = []
-        eventually(lambda: results.extend(self.tier.get_finished_jobs()) or results, seconds)
-        (result,) = results
-        return result
-
-    def fill(self, row: int, number: int) -> bytes:
-        self.memory[row] = np.frombuffer(np.random.default_rng(number).bytes(ROW), dtype=np.int8)
-        return self.memory[row].tobytes()
-
-
-@pytest.fixture
-def engines() -> Iterator[Any]:
-    made: list[Engine] = []
-
-    def make(store: str, **options: Any) -> Engine:
-        made.append(Engine(store, **options))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.tier.shutdown()
-
-
-KEYS = [offload_key(number) for number in range(8)]
-
-
-def stored(engine: Engine, target: RunningTarget, count: int = 4) -> list[bytes]:
-    """Chunks 0 .. count-1 of a request, written by one engine."""
-    contents = [engine.fill(row, row + 1) for row in range(count)]
-    context = engine.arrive(engine_request(), KEYS)
-    engine.store(context, KEYS[:count], list(range(count)))
-    eventually(lambda: len(target.log) == count)
-    return contents
-
-
-def plan(target: RunningTarget, chunks: int, *, deadline_ms: float = 2000) -> Any:
-    return make_plan([target.address] * chunks, fetch=chunks, deadline_ms=deadline_ms, chunk_ms=1, decision_id="d")
-
-
-def test_what_one_engine_stored_another_fetches(start_target: Any, engines: Any) -> None:
-    target = start_target()
-    writer, reader = engines(target.address), engines(target.address)
-    contents = stored(writer, target)
-    hashes = sequence_hashes(list(range(64)), 4)[1::2]
-    assert {entry.router_hash for entry in target.log.entries()} == set(hashes[:4])
-    assert {entry.blocks_per_chunk for entry in target.log.entries()} == {2}
-
-    context = reader.arrive(engine_request(), KEYS, plan(target, 4))
-    found = [reader.tier.lookup(key, context) for key in KEYS]
-    assert found == [LookupResult.HIT] * 4 + [LookupResult.MISS] * 4
-    result = reader.load(context, KEYS[:4], [5, 6, 7, 8])
-    assert (result.success, result.failed) == (True, frozenset())
-    assert [reader.memory[row].tobytes() for row in (5, 6, 7, 8)] == contents
-
-
-def test_another_layout_does_not_hit(start_target: Any, engines: Any) -> None:
-    target = start_target()
-    stored(engines(target.address), target)
-    other = engines(target.address)
-    other.tier._digest = b"\x08" * 32
-    context = other.arrive(engine_request(), KEYS, plan(target, 4))
-    assert other.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[:4])
-
-
-def test_without_a_plan_the_store_is_asked(start_target: Any, engines: Any) -> None:
-    target = start_target()
-    stored(engines(target.address), target)
-    engine = engines(target.address, lookup_ms=2000)
-    context = engine.arrive(engine_request(), KEYS)
-    engine.tier.ask("r")
-    eventually(lambda: not engine.tier.undecided("r"))
-    found = [engine.tier.lookup(key, context) for key in KEYS]
-    assert found == [LookupResult.HIT] * 4 + [LookupResult.MISS] * 4
-    assert not engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed
-
-
-def test_a_store_that_is_not_there_is_a_miss_at_once(engines: Any) -> None:
-    engine = engines("127.0.0.1:9")
-    context = engine.arrive(engine_request(), KEYS)
-    engine.tier.ask("r")
-    started = time.monotonic()
-    eventually(lambda: not engine.tier.undecided("r"))
-    assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
-    engine.store(context, KEYS[:4], [0, 1, 2, 3])  # and nothing waits for it
-    assert time.monotonic() - started < 5
-
-
-def test_a_chunk_that_is_gone_fails_alone_and_is_not_tried_again(start_target: Any, engines: Any) -> None:
-    target = start_target()
-    stored(engines(target.address), target)
-    engine = engines(target.address)
-    context = engine.arrive(engine_request(), KEYS, plan(target, 6))
-    result = engine.load(context, KEYS[:6], [0, 1, 2, 3, 4, 5])
-    assert result.failed == frozenset(KEYS[4:6])
-    assert engine.tier.lookup(KEYS[4], context) is LookupResult.MISS
-    assert engine.tier.lookup(KEYS[0], context) is LookupResult.HIT  # pushed out of DRAM meanwhile: once more
-    for _ in range(FETCHES_PER_CHUNK - 1):
-        engine.load(context, KEYS[:1], [0])
-    assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS  # and no more
-
-
-def test_a_corrupt_chunk_is_not_used(start_target: Any, engines: Any) -> None:
-    target = start_target()
-    stored(engines(target.address), target)
-    segment = next(Path(target.log.path).glob("segment-*"))
-    entry = target.log.find(chunk_key(DIGEST, (1).to_bytes(32, "big")))
-    with segment.open("r+b") as file:
-        file.seek(entry.payload_offset)
-        file.write(b"nonsense")
-    engine = engines(target.address)
-    context = engine.arrive(engine_request(), KEYS, plan(target, 4))
-    assert engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[1:2])
-    counted = engine.tier.get_stats().reduce()
-    assert counted["vllm:kvtier_fetched_chunks:('hit',)"] == 3
-    assert counted["vllm:kvtier_fetched_chunks:('corrupt',)"] == 1
-
-
-def test_a_deadline_ends_a_fetch_and_all_waiting(start_target: Any, engines: Any, monkeypatch: Any) -> None:
-    target = start_target()
-    stored(engines(target.address), target)
-    stuck = threading.Event()
-    monkeypatch.setattr(target.target, "_get", lambda *_: stuck.wait(5))
-    engine = engines(target.address)
-    context = engine.arrive(engine_request(), KEYS, plan(target, 4, deadline_ms=300))
-    started = time.monotonic()
-    assert engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[:4])
-    assert 0.2 < time.monotonic() - started < 4.5
-    assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
-    stuck.set()
-
-
-def test_a_request_that_leaves_stops_its_fetch(start_target: Any, engines: Any, monkeypatch: Any) -> None:
-    target = start_target()
-    stored(engines(target.address), target)
-    engine = engines(target.address, fetch_threads=1)
-    held = threading.Event()
-    monkeypatch.setattr(engine.tier._client, "get", lambda *_, **__: held.wait(5) and [Outcome.HIT] * 4)
-    first = engine.arrive(engine_request(), KEYS, plan(target, 4))
-    engine.tier.submit_load(JobMetadata(900, KEYS[:4], np.arange(4), True, first))
-    second = engine.arrive(SimpleNamespace(**{**vars(engine_request()), "request_id": "s"}), KEYS, plan(target, 4))
-    engine.tier.submit_load(JobMetadata(901, KEYS[:4], np.arange(4, 8), True, second))
-    engine.tier.cancel("s")
-    (result,) = engine.tier.get_finished_jobs()
-    assert (result.job_id, result.success) == (901, False)
-    assert engine.tier.lookup(KEYS[0], second) is LookupResult.MISS
-    held.set()
-    engine.tier.drain_jobs()
-    assert not engine.tier._jobs_under_way
-
-
-def test_puts_beyond_the_bound_are_dropped_and_pin_nothing(start_target: Any, engines: Any, monkeypatch: Any) -> None:
-    target = start_target()
-    engine = engines(target.address, put_threads=1, put_queue_share=0.25)  # 4 of 16 rows
-    held = threading.Event()
-    monkeypatch.setattr(engine.tier._client, "exists", lambda keys, deadline: held.wait(5) and [Outcome.HIT] * 4)
-    context = engine.arrive(engine_request(), KEYS)
-    engine.tier.submit_store(JobMetadata(900, KEYS[:4], np.arange(4), False, context))
-    engine.tier.submit_store(JobMetadata(901, KEYS[4:], np.arange(4, 8), False, context))
-    (dropped,) = engine.tier.get_finished_jobs()
-    assert dropped.job_id == 901
-    held.set()
-    engine.tier.drain_jobs()
-    assert engine.tier._put_queue_bytes == 0
-    assert engine.tier.get_stats().reduce()["vllm:kvtier_stored_chunks:('dropped',)"] == 4
-
-
-def test_what_the_store_holds_is_not_sent_again(start_target: Any, engines: Any) -> None:
-    target = start_target()
-    stored(engines(target.address), target)
-    received = target.target.status().received_bytes
-    again = engines(target.address)
-    context = again.arrive(engine_request(), KEYS)
-    again.store(context, KEYS[:4], [0, 1, 2, 3])
-    assert target.target.status().received_bytes == received
-
-
-def test_holes_in_the_plan_make_the_worker_offer_everything(start_target: Any, engines: Any) -> None:
-    target = start_target()
-    engine = engines(target.address)
-    whole = make_plan([target.address] * 3, fetch=0, deadline_ms=1, chunk_ms=1, decision_id="d")
-    holes = make_plan([target.address, None, None], fetch=0, deadline_ms=1, chunk_ms=1, decision_id="d")
-    engine.arrive(engine_request(), KEYS, whole)
-    assert engine.policy is OffloadPolicy.BLOCK_LEVEL
-    engine.arrive(engine_request(), KEYS, holes)
-    assert engine.policy is OffloadPolicy.REQUEST_LEVEL
-
-
-def test_router_hashes_of_salted_adapted_and_illustrated_requests() -> None:
-    tokens = list(range(64))
-    plain = RouterHashes(engine_request(), 4, 2)
-    assert [plain.of_chunk(3), plain.of_chunk(1)] == [sequence_hashes(tokens, 4)[7], sequence_hashes(tokens, 4)[3]]
-    salted = engine_request()
-    salted.cache_salt = "dynamo-cache-salt:tenant"
-    assert RouterHashes(salted, 4, 2).of_chunk(0) == sequence_hashes(tokens, 4, cache_namespace="tenant")[1]
-    adapted = engine_request()
-    adapted.lora_request = SimpleNamespace(name="adapter")
-    assert RouterHashes(adapted, 4, 2).of_chunk(0) == sequence_hashes(tokens, 4, lora_name="adapter")[1]
-    illustrated = engine_request()
-    illustrated.mm_features = ["an image"]
-    assert RouterHashes(illustrated, 4, 2).of_chunk(0) == 0
-
-
-# ---- events, layout, leftovers
 
 
 def event_request() -> Any:

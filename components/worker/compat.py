@@ -8,6 +8,7 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import _OffloadEventMetadata as OffloadEventMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
@@ -18,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.platforms import current_platform
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -46,11 +48,38 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.base import JobId, JobMetadata, JobResult, SecondaryTierManager
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
-from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+from vllm.v1.kv_offload.tiering.manager import (
+    CPUPrimaryTierOffloadingManager,
+    PendingPromotion,
+    TieringOffloadingManager,
+)
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 VLLM_VERSION: str = vllm.__version__
+
+
+def job_rows(job: JobMetadata) -> list[int]:
+    """The DRAM rows of a job between tiers."""
+    return [int(row) for row in job.block_ids]
+
+
+def split_promotions(pending: dict[str, PendingPromotion], chunks_max: int) -> None:
+    """Cut the promotions that wait to be submitted, one a request, into several of at most so many chunks, in order.
+    The stock manager submits them one by one, and goes by their content and not by their name."""
+    whole = dict(pending)
+    pending.clear()
+    for req_id, one in whole.items():
+        for start in range(0, len(one.keys), chunks_max):
+            part = slice(start, start + chunks_max)
+            pending[f"{req_id}/{start}"] = PendingPromotion(one.req_context, one.keys[part], one.block_ids[part])
+
+
+def region_fd(spec: OffloadingSpec) -> int:
+    """The file of the shared memory behind the DRAM tier, open in this process, while its secondary tiers are made."""
+    return int(spec._scheduler_mmap.fd)
+
 
 __all__ = [
     "VLLM_VERSION",
@@ -64,8 +93,10 @@ __all__ = [
     "JobId",
     "JobMetadata",
     "JobResult",
+    "KVCacheBlocks",
     "KVCacheConfig",
     "KVConnectorMetadata",
+    "KVConnectorOutput",
     "KVConnectorRole",
     "LoadStoreSpec",
     "LookupResult",
@@ -83,6 +114,7 @@ __all__ = [
     "OffloadingMetricMetadata",
     "OffloadingSpec",
     "OffloadingWorker",
+    "OffloadingWorkerMetadata",
     "ReqContext",
     "Request",
     "RequestOffloadState",
@@ -99,4 +131,7 @@ __all__ = [
     "generate_block_hash_extra_keys",
     "get_offload_block_hash",
     "get_offload_group_idx",
+    "job_rows",
+    "region_fd",
+    "split_promotions",
 ]

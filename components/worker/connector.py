@@ -5,11 +5,15 @@ so that a fetch runs while the request queues. It also keeps the engine from thr
 `_cap_stores` and manager.py.
 """
 
+import time
+
 from components.worker.compat import (
     BlockPool,
     GroupOffloadConfig,
+    KVCacheBlocks,
     KVCacheConfig,
     KVConnectorMetadata,
+    KVConnectorOutput,
     KVConnectorRole,
     LookupResult,
     OffloadingConnector,
@@ -24,12 +28,13 @@ from components.worker.events import ChunkEvents
 from components.worker.layout import engine_layout
 from components.worker.manager import GuardedTieringManager
 from components.worker.remote_tier import TIER_TYPE, RemoteTier
+from components.worker.step_clock import StepClock, prefilled
 from kvstore.keys import layout_digest
 
 
 class KvtierConnector(OffloadingConnector):
     """One in the scheduler's process, one in each rank's. The methods here run on the scheduler's thread and must not
-    block; the tier's I/O is on threads of its own (remote_tier.py)."""
+    block; the tier's I/O is in a process of its own (mover.py)."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         if role == KVConnectorRole.SCHEDULER:
@@ -47,8 +52,10 @@ class KvtierConnector(OffloadingConnector):
         self._tiers = [tier for tier in manager.secondary_tiers if isinstance(tier, RemoteTier)]
         self._groups: tuple[GroupOffloadConfig, ...] = self.connector_scheduler.config.kv_group_configs
         self._block_pool: BlockPool | None = None
-        # Requests whose fetch has not begun: without a plan, the store has yet to say what it holds.
+        # Requests whose fetch has not all begun: without a plan, the store has yet to say what it holds; and there may
+        # be no row free. In order of arrival, which is that of scheduling.
         self._arriving: dict[str, RequestOffloadState] = {}
+        self._clock = StepClock()
         events = vllm_config.kv_events_config
         self._events = ChunkEvents(
             enabled=bool(events and events.enable_kv_cache_events),
@@ -73,19 +80,42 @@ class KvtierConnector(OffloadingConnector):
             return
         for tier in self._tiers:
             tier.ask(request.request_id)
+        self._manager.expect(request.request_id)
         self._arriving[request.request_id] = status
         self._prefetch(status)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
+        for tier in self._tiers:
+            tier.hurry(request.request_id)
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        self._manager.let_go(request.request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         for status in list(self._arriving.values()):
+            if not all(tier.has_room for tier in self._tiers):
+                break
             self._prefetch(status)
         meta = super().build_connector_meta(scheduler_output)
         self._manager.release(scheduler_output.finished_req_ids)
+        self._clock.begin(*prefilled(scheduler_output), time.monotonic())
+        if not scheduler_output.total_num_scheduled_tokens:
+            for tier in self._tiers:
+                tier.wait()
         return meta
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        now = time.monotonic()
+        self._clock.end(now)
+        self._clock.note_transfers(connector_output.kv_connector_worker_meta)
+        super().update_connector_output(connector_output)
+        if self._clock.due(now):
+            for tier in self._tiers:
+                tier.prefill = self._clock.prefill
+                tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving))
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, object] | None]:
         self._leave(request)
@@ -110,13 +140,15 @@ class KvtierConnector(OffloadingConnector):
         req_id = status.req.request_id
         if any(tier.undecided(req_id) for tier in self._tiers):
             return
-        self._arriving.pop(req_id, None)
         for group, state in zip(self._groups, status.group_states, strict=True):
             if group.sliding_window_size_in_chunks is not None:
                 continue  # only the window is needed, and where that is depends on what is hit
             for key in state.offload_keys[self._chunks_in_hbm(status.req, group) :]:
+                if not all(tier.has_room for tier in self._tiers):
+                    return  # the rest when rows are free again
                 if self._manager.lookup(key, status.req_context) is LookupResult.MISS:
                     break
+        self._arriving.pop(req_id, None)
 
     def _chunks_in_hbm(self, request: Request, group: GroupOffloadConfig) -> int:
         """Leading whole chunks that the engine's own prefix cache holds."""

@@ -1,18 +1,36 @@
-"""vLLM's tiering manager, with two faults mended and one refinement.
+"""vLLM's tiering manager, with two faults mended and three refinements.
 
 * Stock 0.26 forgets a request when it finishes, and only then builds the stores of its last chunks, which look the
   request up: KeyError, and the engine dies. Here a request is remembered until `release`, which the connector calls
   after those stores were built.
 * A promotion is one job for all chunks of a request; stock counts it as failed if one chunk failed. Here a result may
-  name the chunks that failed, and the others are kept.
+  name the chunks that failed, and the others are kept. And a promotion of many chunks is several jobs, so that one
+  request's hundreds of chunks do not stand before another's first ones.
+* A chunk that came from a lower tier may be evicted before the request that wanted it is scheduled. Here its row is
+  held for the request until that is scheduled, gone, or late, within a share of all rows.
+* A request waits for a chunk that is on its way however long that takes. Here it passes over it past its deadline.
 
 All of it runs on the scheduler's thread.
 """
 
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from components.worker.compat import JobResult, OffloadKey, ReqContext, SecondaryTierManager, TieringOffloadingManager
+from components.worker.compat import (
+    JobResult,
+    LookupResult,
+    OffloadKey,
+    ReqContext,
+    SecondaryTierManager,
+    TieringOffloadingManager,
+    split_promotions,
+)
+
+# A request that has not been scheduled so long after its chunks came may find them evicted.
+HOLD_SECONDS = 30.0
+# Of all rows; the rest is for what the engine computes and for those that are scheduled first.
+HOLD_SHARE = 0.5
 
 
 @dataclass
@@ -22,12 +40,50 @@ class PartialResult(JobResult):
     failed: frozenset[OffloadKey] = frozenset()
 
 
+@dataclass
+class _Holding:
+    """Rows that are held for a request that is not scheduled yet."""
+
+    context: ReqContext
+    until: float
+    keys: list[OffloadKey] = field(default_factory=list)
+
+
 class GuardedTieringManager(TieringOffloadingManager):
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         self._held: set[str] = set()
+        self._waiting: set[str] = set()  # not scheduled yet
+        self._holdings: dict[str, _Holding] = {}
+        self._held_rows = 0
+        self._held_rows_max = int(HOLD_SHARE * self.primary_tier._num_blocks)
+
+    # ---- requests
+
+    def expect(self, req_id: str) -> None:
+        """The request is going to be scheduled: hold what is promoted for it."""
+        self._waiting.add(req_id)
+
+    def let_go(self, req_id: str) -> None:
+        """The request is scheduled, and its loads hold their rows themselves; or it is gone."""
+        self._waiting.discard(req_id)
+        self._drop(req_id)
+
+    def lookup(
+        self, key: OffloadKey, req_context: ReqContext, *, exclude_tier: SecondaryTierManager | None = None
+    ) -> LookupResult:
+        found = super().lookup(key, req_context, exclude_tier=exclude_tier)
+        if found is LookupResult.HIT_PENDING and any(self._gave_up(tier, req_context) for tier in self.secondary_tiers):
+            return LookupResult.MISS
+        return found
+
+    @staticmethod
+    def _gave_up(tier: SecondaryTierManager, req_context: ReqContext) -> bool:
+        gave_up = getattr(tier, "gave_up", None)
+        return gave_up is not None and gave_up(req_context.req_id)
 
     def on_request_finished(self, req_context: ReqContext, *, exclude_tier: SecondaryTierManager | None = None) -> None:
+        self.let_go(req_context.req_id)
         if exclude_tier is None:  # otherwise it is a tier's own request, which the engine never reports as finished
             self._held.add(req_context.req_id)
         super().on_request_finished(req_context, exclude_tier=exclude_tier)
@@ -40,12 +96,18 @@ class GuardedTieringManager(TieringOffloadingManager):
                 self._maybe_finalize_request(req_id)
 
     def reset_cache(self) -> None:
+        for req_id in list(self._holdings):
+            self._drop(req_id)
+        waiting, self._waiting = self._waiting, set()  # what comes in meanwhile is not worth holding
         super().reset_cache()
+        self._waiting = waiting
         self._held.intersection_update(self._req_state)
 
     def _maybe_finalize_request(self, req_id: str, exclude_tier: SecondaryTierManager | None = None) -> None:
         if req_id not in self._held:
             super()._maybe_finalize_request(req_id, exclude_tier)
+
+    # ---- jobs
 
     def _process_finished_jobs(self) -> None:
         for tier in self.secondary_tiers:
@@ -59,3 +121,31 @@ class GuardedTieringManager(TieringOffloadingManager):
                     self.primary_tier.complete_write(failed, job.req_context, False)
                 arrived = [key for key in job.keys if key not in failed]
                 self.primary_tier.complete_write(arrived, job.req_context, result.success)
+                if result.success:
+                    self._hold(arrived, job.req_context)
+        now = time.monotonic()
+        for req_id in [req_id for req_id, holding in self._holdings.items() if now > holding.until]:
+            self._drop(req_id)
+
+    def _flush_pending_promotions(self) -> None:
+        for tier in self._pending_load_submissions:
+            chunks_max = getattr(tier, "job_chunks", None)
+            if chunks_max is not None:
+                split_promotions(self._pending_load_submissions[tier], chunks_max)
+        super()._flush_pending_promotions()
+
+    def _hold(self, keys: list[OffloadKey], context: ReqContext) -> None:
+        room = self._held_rows_max - self._held_rows
+        if context.req_id not in self._waiting or room <= 0 or not keys:
+            return
+        keys = keys[:room]
+        self.primary_tier.prepare_read(keys, context)
+        holding = self._holdings.setdefault(context.req_id, _Holding(context, time.monotonic() + HOLD_SECONDS))
+        holding.keys += keys
+        self._held_rows += len(keys)
+
+    def _drop(self, req_id: str) -> None:
+        holding = self._holdings.pop(req_id, None)
+        if holding is not None:
+            self.primary_tier.complete_read(holding.keys, holding.context)
+            self._held_rows -= len(holding.keys)

@@ -1,89 +1,359 @@
-"""HBM <-> DRAM on an engine without a GPU: both are host memory, so a transfer is a copy.
+"""The mover: the process that moves chunks between the DRAM tier's rows and the targets, one for each engine.
 
-It copies on the caller's thread, the engine's worker, and is done when `submit_*` returns. vLLM's own mover for GPUs
-(CPUOffloadingWorker) is used wherever there is one.
+It maps the engine's shared memory and does what the tier in the engine (remote_tier.py) tells it over a socket, so that
+the scheduler never shares its interpreter with a transfer. It knows neither the engine nor torch, starts in a fraction
+of a second, and ends with the engine, however that ends.
+
+    python -m components.worker.mover SOCKET_FD ENGINE_PID SETUP_JSON    # started by mover_link.py, not by hand
 """
 
+import contextlib
+import ctypes
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
 import time
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-import numpy as np
-import torch
+import msgspec
 
-from components.worker.compat import (
-    BlockIDsLoadStoreSpec,
-    CanonicalKVCaches,
-    GPULoadStoreSpec,
-    LoadStoreSpec,
-    OffloadingWorker,
-    SharedOffloadRegion,
-    TransferResult,
-)
+from components.worker import frames
+from components.worker.frames import Ask, Cancel, Forget, Found, Hurry, Load, Loaded, Pace, Put, Setup, Stored, Tokens
+from components.worker.report import Reporter
+from components.worker.speeds import Throughput
+from kvstore.bus import WorkerReport
+from kvstore.carrier import borrower
+from kvstore.client import Item, StoreClient
+from kvstore.errors import UnavailableError
+from kvstore.keys import SequenceHasher, chunk_key, fingerprint
+from kvstore.membership import open_membership, place
+from kvstore.wire import Outcome
+
+logger = logging.getLogger(__name__)
+
+# Several chunks go in one put, to spare round trips; between puts, loads may go first.
+PUT_BYTES = 8 << 20
+PUT_SECONDS = 10.0
+# A put gives way to loads, but its rows are pinned meanwhile: not for longer than this.
+PUT_PATIENCE_SECONDS = 1.0
+# A speed measured on less would be a latency; one that is older says nothing of a store that may have recovered.
+SAMPLE_BYTES = 4 << 20
+SAMPLE_SECONDS = 0.5
+SAMPLE_VALID_SECONDS = 10.0
+# The pages of the rows are mapped ahead of use, in steps that hold the interpreter for a few milliseconds each.
+_MAP_BYTES = 16 << 20
+_MADV_POPULATE_WRITE = 23
+_PR_SET_PDEATHSIG = 1
+EXIT_UNAVAILABLE = 3
 
 
-class MemcpyWorker(OffloadingWorker):
-    """Moves KV blocks between the engine's tensors and the rows of the shared DRAM tier.
+@dataclass
+class _Prompt:
+    """The tokens of a request, as far as the engine sent them, and their hashes."""
 
-    A row holds `blocks_per_chunk` blocks of every tensor; a transfer may begin and end inside a row. One instance per
-    engine rank, one thread.
-    """
+    hasher: SequenceHasher
+    tokens: "array[int]" = field(default_factory=lambda: array("I"))
 
-    def __init__(self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion):
-        self._blocks_per_chunk = blocks_per_chunk
-        self._region = region
-        self._groups = kv_caches.group_data_refs
-        self._engine = [cache.tensor.view(torch.int8) for cache in kv_caches.tensors]
-        # (rows, blocks_per_chunk, page) per tensor, over the rank's part of each row
-        self._rows = [
-            region.create_next_view(cache.page_size_bytes * blocks_per_chunk).unflatten(
-                1, (blocks_per_chunk, cache.page_size_bytes)
+
+class Mover:
+    """Takes commands on the caller's thread (`run`); transfers run on threads of their own, each under a deadline."""
+
+    def __init__(self, link: socket.socket, setup: Setup):
+        self._link = link
+        self._setup = setup
+        self._digest = bytes.fromhex(setup.digest)
+        self._fingerprint = fingerprint(self._digest)
+        self._region = mmap.mmap(setup.region_fd, setup.region_bytes, flags=mmap.MAP_SHARED)
+        self._memory = memoryview(self._region)
+        self._membership = open_membership(setup.store, setup.namespace)
+        self._client = StoreClient(
+            self._membership,
+            namespace=setup.namespace,
+            name="worker",
+            connections_per_target=setup.connections_per_target,
+            carrier=borrower(setup.carrier) if setup.carrier else None,
+        )
+        # Connections and threads of their own, so that a put that stalls is never in the way of a load.
+        self._put_client = StoreClient(
+            self._membership, namespace=setup.namespace, name="writer", connections_per_target=setup.put_threads
+        )
+        self._lock = threading.Condition()
+        self._send_lock = threading.Lock()
+        # All bounded by the tier: loads by rows, puts by a share of rows, questions and prompts by requests.
+        self._loads: list[Load] = []
+        self._puts: deque[tuple[Put, list[int]]] = deque()
+        self._questions: deque[Ask] = deque()
+        self._prompts: dict[int, _Prompt] = {}
+        self._hurried: set[int] = set()
+        self._loading: set[int] = set()
+        self._cancelled: set[int] = set()
+        self._throughput = Throughput()
+        self._measured_until = 0.0
+        self._moved_bytes = 0
+        self._moving_seconds = 0.0
+        self._sampled = -SAMPLE_VALID_SECONDS
+        self._pace = Pace(0, 0, 0, 0, 0, 0, 0)
+        self._reporter: Reporter | None = None
+
+    def run(self) -> None:
+        """Until the engine closes the socket."""
+        setup = self._setup
+        loops = [(self._load_next, setup.fetch_threads), (self._put_next, setup.put_threads), (self._answer_next, 1)]
+        for step, count in loops:
+            for _ in range(count):
+                threading.Thread(target=self._repeat, args=(step,), name=step.__name__, daemon=True).start()
+        threading.Thread(target=self._map_rows, name="map", daemon=True).start()
+        if setup.nats:
+            self._reporter = Reporter(setup.nats, setup.namespace, f"{os.getppid()}-{os.getpid()}", self._report)
+        self._send(frames.Ready())
+        while packet := self._link.recv(frames.FRAME_BYTES_MAX):
+            self._take(frames.decode_command(packet))
+
+    def _take(self, command: frames.Command) -> None:
+        match command:
+            case Load():
+                with self._lock:
+                    self._loads.append(command)
+                    self._lock.notify_all()
+            case Put():
+                hashes = self._router_hashes(command)
+                with self._lock:
+                    self._puts.append((command, hashes))
+                    self._lock.notify_all()
+            case Ask():
+                with self._lock:
+                    self._questions.append(command)
+                    self._lock.notify_all()
+            case Tokens():
+                self._add_tokens(command)
+            case Hurry(request):
+                with self._lock:
+                    self._hurried.add(request)
+            case Forget(request):
+                self._prompts.pop(request, None)
+                with self._lock:
+                    self._hurried.discard(request)
+            case Cancel(job):
+                self._cancel(job)
+            case Pace():
+                self._pace = command
+
+    def _cancel(self, job: int) -> None:
+        with self._lock:
+            queued = next((load for load in self._loads if load.job == job), None)
+            if queued is not None:
+                self._loads.remove(queued)
+            elif job in self._loading:
+                self._cancelled.add(job)
+        if queued is not None:
+            self._loaded(queued, [Outcome.LATE] * len(queued.names))
+
+    def _repeat(self, step: Callable[[], None]) -> None:
+        while True:
+            try:
+                step()
+            except Exception:
+                logger.exception("kvtier mover: a transfer failed in an unforeseen way")
+
+    def _send(self, report: frames.Report) -> None:
+        """Blocks while the engine does not listen, which stalls this thread and nothing else; ends with the engine."""
+        with self._send_lock:
+            try:
+                self._link.send(frames.encode(report))
+            except OSError:
+                os._exit(0)
+
+    # ---- loads
+
+    def _load_next(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._loads)
+            load = min(self._loads, key=lambda one: (one.request not in self._hurried, one.due))
+            self._loads.remove(load)
+            self._measure()
+            self._loading.add(load.job)
+        outcomes = [Outcome.UNREACHABLE] * len(load.names)
+        try:
+            outcomes = self._client.get(
+                [self._key(name) for name in load.names],
+                [self._row(row) for row in load.rows],
+                load.deadline,
+                targets=load.targets,
+                cancelled=lambda: load.job in self._cancelled,
             )
-            for cache in kv_caches.tensors
+        finally:
+            with self._lock:
+                self._measure(outcomes.count(Outcome.HIT) * self._setup.row_bytes)
+                self._loading.remove(load.job)
+                self._cancelled.discard(load.job)
+                self._lock.notify_all()
+            self._loaded(load, outcomes)
+
+    def _measure(self, moved_bytes: int = 0) -> None:
+        """Count the time since the last call as time of loading, if anything was. Called with the lock held."""
+        now = time.monotonic()
+        if self._loading:
+            self._moved_bytes += moved_bytes
+            self._moving_seconds += now - self._measured_until
+        self._measured_until = now
+        if self._moved_bytes >= SAMPLE_BYTES or self._moving_seconds >= SAMPLE_SECONDS:
+            self._throughput.add(self._moved_bytes, self._moving_seconds)
+            self._moved_bytes, self._moving_seconds, self._sampled = 0, 0.0, now
+
+    def _bytes_per_second(self) -> float:
+        """From the store into DRAM; 0 if that was not measured lately."""
+        return self._throughput.bytes_per_second if time.monotonic() < self._sampled + SAMPLE_VALID_SECONDS else 0.0
+
+    def _loaded(self, load: Load, outcomes: list[Outcome]) -> None:
+        self._send(Loaded(load.job, bytes(outcomes), self._bytes_per_second()))
+
+    # ---- puts
+
+    def _put_next(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._puts)
+            put, hashes = self._puts.popleft()
+        outcomes = [Outcome.UNREACHABLE.name.lower()] * len(put.names)
+        try:
+            self._store(put, hashes, outcomes)
+        finally:
+            self._send(Stored(put.job, outcomes))
+
+    def _store(self, put: Put, hashes: list[int], outcomes: list[str]) -> None:
+        """Put what the store does not hold yet."""
+        self._give_way()
+        deadline = time.monotonic() + PUT_SECONDS
+        keys = [self._key(name) for name in put.names]
+        missing: list[int] = []
+        for index, outcome in enumerate(self._put_client.exists(keys, deadline)):
+            outcomes[index] = "known" if outcome is Outcome.HIT else outcome.name.lower()
+            if outcome is Outcome.MISS:
+                missing.append(index)
+        per_put = max(1, PUT_BYTES // self._setup.row_bytes)
+        for start in range(0, len(missing), per_put):
+            part = missing[start : start + per_put]
+            items = [
+                Item(
+                    keys[index],
+                    self._row(put.rows[index]),
+                    hashes[index],
+                    self._fingerprint,
+                    self._setup.blocks_per_chunk,
+                    put.saved_seconds,
+                )
+                for index in part
+            ]
+            self._give_way()
+            for index, outcome in zip(part, self._put_client.put(items, deadline), strict=True):
+                outcomes[index] = outcome.name.lower()
+
+    def _give_way(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: not self._loads and not self._loading, PUT_PATIENCE_SECONDS)
+
+    def _router_hashes(self, put: Put) -> list[int]:
+        """0, not announced, for groups but the first: they are stored beside it, and one announcement is enough."""
+        prompt = self._prompts.get(put.request)
+        known = prompt.hasher.hashes if prompt else []
+        blocks = self._setup.blocks_per_chunk
+        return [
+            known[(chunk + 1) * blocks - 1] if group == 0 and chunk >= 0 and (chunk + 1) * blocks <= len(known) else 0
+            for (_, group), chunk in zip(put.names, put.chunks, strict=True)
         ]
-        self._finished: list[TransferResult] = []
 
-    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
-        return self._copy(job_id, src_spec, dst_spec, store=True)
+    def _add_tokens(self, more: Tokens) -> None:
+        prompt = self._prompts.get(more.request)
+        if prompt is None:
+            hasher = SequenceHasher(self._setup.block_tokens, lora_name=more.lora, cache_namespace=more.salt)
+            prompt = self._prompts[more.request] = _Prompt(hasher)
+        if more.first == len(prompt.tokens):
+            prompt.tokens.frombytes(more.tokens)
+            prompt.hasher.extend(prompt.tokens)
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        return self._copy(job_id, dst_spec, src_spec, store=False)
+    # ---- questions
 
-    def get_finished(self) -> list[TransferResult]:
-        finished, self._finished = self._finished, []
-        return finished
+    def _answer_next(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._questions)
+            ask = self._questions.popleft()
+        found: list[str] = []
+        try:
+            keys = [self._key(name) for name in ask.names]
+            live = self._membership.targets()
+            for key, outcome in zip(keys, self._client.exists(keys, ask.deadline), strict=True):
+                target = place(key, live)
+                if outcome is not Outcome.HIT or target is None:
+                    break
+                found.append(target)
+        finally:
+            self._send(Found(ask.request, found))
 
-    def wait(self, job_ids: set[int]) -> None:
-        """Nothing is ever under way."""
+    # ---- the rest
 
-    def shutdown(self) -> None:
-        self._engine.clear()
-        self._rows.clear()
-        self._region.cleanup()
+    def _key(self, name: frames.Name) -> bytes:
+        return chunk_key(self._digest, *name)
 
-    def _copy(self, job_id: int, engine: GPULoadStoreSpec, tier: LoadStoreSpec, *, store: bool) -> bool:
-        assert isinstance(tier, BlockIDsLoadStoreSpec)
-        started = time.perf_counter()
-        moved_bytes = 0
-        block, row = 0, 0
-        for refs, count, first in zip(self._groups, engine.group_sizes, engine.block_indices, strict=True):
-            if count == 0:
-                continue
-            # Where each block of the group lies within its rows: `first` is its index in the request.
-            places = first % self._blocks_per_chunk + np.arange(count)
-            row_count = int(places[-1]) // self._blocks_per_chunk + 1
-            block_ids = engine.block_ids[block : block + count]
-            row_ids = tier.block_ids[row + places // self._blocks_per_chunk]
-            in_row = places % self._blocks_per_chunk
-            for ref in refs:
-                tensor, rows = self._engine[ref.tensor_idx], self._rows[ref.tensor_idx]
-                # One copy a page: twenty times the speed of one indexed assignment for all of them (512 KiB pages).
-                for block_id, row_id, place in zip(block_ids, row_ids, in_row, strict=True):
-                    if store:
-                        rows[row_id, place].copy_(tensor[block_id])
-                    else:
-                        tensor[block_id].copy_(rows[row_id, place])
-                moved_bytes += count * ref.page_size_bytes
-            block += count
-            row += row_count
-        assert (block, row) == (len(engine.block_ids), len(tier.block_ids))
-        self._finished.append(TransferResult(job_id, True, moved_bytes, time.perf_counter() - started))
-        return True
+    def _row(self, row: int) -> memoryview:
+        return self._memory[row * self._setup.row_bytes : (row + 1) * self._setup.row_bytes]
+
+    def _map_rows(self) -> None:
+        """Map the rows' pages, which the engine has in memory already: in a transfer that costs a third."""
+        for start in range(0, self._setup.region_bytes, _MAP_BYTES):
+            with contextlib.suppress(OSError):  # before Linux 5.14
+                length = min(_MAP_BYTES, self._setup.region_bytes - start)
+                self._region.madvise(_MADV_POPULATE_WRITE, start, length)
+            time.sleep(0.001)
+
+    def _report(self) -> WorkerReport:
+        setup, pace = self._setup, self._pace
+        return WorkerReport(
+            worker=setup.worker,
+            endpoint=setup.endpoint,
+            fingerprint=self._fingerprint,
+            block_tokens=setup.block_tokens,
+            blocks_per_chunk=setup.blocks_per_chunk,
+            chunk_bytes=setup.row_bytes,
+            ts_ms=time.time_ns() // 1_000_000,
+            prefill_base_seconds=pace.prefill_base_seconds,
+            prefill_seconds_per_token=pace.prefill_seconds_per_token,
+            prefill_seconds_per_token_squared=pace.prefill_seconds_per_token_squared,
+            dram_bytes_per_second=pace.dram_bytes_per_second,
+            store_bytes_per_second=self._bytes_per_second(),
+            bytes_in_flight=pace.bytes_in_flight,
+            queue=pace.queue,
+            bytes_per_token=pace.bytes_per_token,
+        )
+
+
+def end_with_the_engine(engine: int) -> None:
+    """Be killed when the thread that started this process ends, even while stopped or stuck; exit if it has already."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != engine:
+        os._exit(0)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    fd, engine, setup = int(sys.argv[1]), int(sys.argv[2]), msgspec.json.decode(sys.argv[3], type=Setup)
+    end_with_the_engine(engine)
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # meant for the engine, which says when it is done
+        signal.signal(interrupt, signal.SIG_IGN)
+    try:
+        Mover(socket.socket(fileno=fd), setup).run()
+    except UnavailableError as error:
+        logger.error("kvtier mover: %s", error)
+        os._exit(EXIT_UNAVAILABLE)
+    except OSError as error:
+        logger.error("kvtier mover: %r", error)
+    os._exit(0)  # threads may be in the middle of a transfer, and nobody waits for it
+
+
+if __name__ == "__main__":
+    main()

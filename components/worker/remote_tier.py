@@ -1,19 +1,23 @@
-"""The store as a tier of the engine: chunks move between rows of the DRAM tier and targets, on threads of their own.
+"""The store as a tier of the engine: what is asked of it, what is under way, and what is no longer waited for.
 
-The scheduler's thread only ever takes a lock, looks into a dictionary or appends to a queue. Everything that touches
-the network runs on `kvtier-fetch` and `kvtier-put` threads, under a deadline; what fails, is late or does not check out
-is reported as missing, and the engine computes it.
+A state machine on the scheduler's thread. It takes no lock and makes no call that blocks: whatever touches the network
+is done by the mover, a process of its own (mover.py), under a deadline. What fails, is late or does not check out is
+reported as missing, and the engine computes it.
+
+One rule stands above speed: a load is reported as finished only when nobody can write into its rows any more. Either
+the mover says so, or the mover is dead and reaped. A request does not wait for that: past its deadline `gave_up` tells
+the manager to pass over what is still pending.
 """
 
-import itertools
 import logging
 import os
-import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
+from components.worker import frames
 from components.worker.compat import (
     JobId,
     JobMetadata,
@@ -31,14 +35,13 @@ from components.worker.compat import (
     SecondaryTierManager,
     get_offload_block_hash,
     get_offload_group_idx,
+    job_rows,
+    region_fd,
 )
+from components.worker.frames import Ask, Cancel, Forget, Found, Hurry, Load, Loaded, Pace, Put, Setup, Stored, Tokens
 from components.worker.manager import PartialResult
-from components.worker.report import Reporter
-from kvstore.bus import WorkerReport
-from kvstore.carrier import borrower
-from kvstore.client import Item, StoreClient
-from kvstore.keys import SequenceHasher, chunk_key, fingerprint
-from kvstore.membership import open_membership, place
+from components.worker.mover_link import MoverLink
+from components.worker.speeds import Prefill, due_seconds, worth_waiting_for
 from kvstore.plan import Plan, read_plan
 from kvstore.wire import Outcome
 
@@ -48,9 +51,20 @@ TIER_TYPE = "kvtier"
 # A chunk that was fetched and pushed out of DRAM again before its request was scheduled is fetched once more, not more
 # often: under such pressure the request would wait for ever.
 FETCHES_PER_CHUNK = 2
-# Several chunks go in one put, to spare round trips; each is pinned in DRAM until its put is done.
-PUT_BYTES = 32 << 20
-PUT_SECONDS = 10.0
+# A load that the mover has not answered so long after its deadline is in the hands of a mover that hangs. A request
+# does not wait for it; its rows do.
+HUNG_SECONDS = 1.0
+# A put may take twice what the mover allows for one, with its turns behind others: longer, and it hangs.
+PUT_HUNG_SECONDS = 60.0
+# Pieces of this size keep every connection busy and let another request's first chunks in between.
+JOB_BYTES = 8 << 20
+JOB_CHUNKS = 64
+PUT_CHUNKS = 256
+# Commands that wait for a mover to take them.
+_OUTBOX_MAX = 4096
+_STOP_SECONDS = 2.0
+_DRAIN_SECONDS = 5.0
+_WAIT_SECONDS = 0.001
 
 # dynamo.vllm leaves its instance id here for the engine's process.
 _DYNAMO_WORKER_ID = "DYN_FPM_WORKER_ID"
@@ -59,6 +73,8 @@ _FETCHED = "vllm:kvtier_fetched_chunks"
 _STORED = "vllm:kvtier_stored_chunks"
 _FETCHED_BYTES = "vllm:kvtier_fetched_bytes"
 _STORED_BYTES = "vllm:kvtier_stored_bytes"
+_CUT = "vllm:kvtier_cut_chunks"
+_MOVER_STARTS = "vllm:kvtier_mover_starts"
 
 
 def blocks_per_chunk(spec: OffloadingSpec) -> int:
@@ -66,33 +82,11 @@ def blocks_per_chunk(spec: OffloadingSpec) -> int:
     return int(spec.tokens_per_block[0] * spec.blocks_per_chunk // spec.tokens_per_hash)
 
 
-class RouterHashes:
-    """The router hash of each chunk of a request, computed on the thread that needs it. Thread-safe.
-
-    0, which is never announced, for requests whose blocks depend on more than tokens, LoRA and salt.
-    """
-
-    def __init__(self, request: Request, block_tokens: int, blocks_per_chunk: int):
-        self._tokens = request.all_token_ids
-        self._blocks_per_chunk = blocks_per_chunk
-        self._plain = not request.mm_features and request.prompt_embeds is None
-        salt = (request.cache_salt or "").removeprefix("dynamo-cache-salt:")
-        lora = request.lora_request.name if request.lora_request else None
-        self._hasher = SequenceHasher(block_tokens, lora_name=lora, cache_namespace=salt or None)
-        self._lock = threading.Lock()
-
-    def of_chunk(self, chunk: int) -> int:
-        if not self._plain:
-            return 0
-        blocks = (chunk + 1) * self._blocks_per_chunk
-        with self._lock:
-            return self._hasher.extend(self._tokens, blocks)[blocks - 1]
-
-
-@dataclass
+@dataclass(eq=False)
 class _RequestState:
     """What the tier knows of a request that is in the engine."""
 
+    number: int
     plan: Plan | None
     targets: list[str | None]  # by chunk; from the plan, or found by asking
     arrived: float
@@ -101,37 +95,55 @@ class _RequestState:
     request: Request | None = None
     asked: bool = False  # without a plan the store itself is asked; this says that it has been
     answered: bool = False
-    hashes: RouterHashes | None = None
+    hurried: bool = False
+    tokens_sent: int = 0
+    cut: bool = False
     chunk_of: dict[OffloadKey, int] = field(default_factory=dict)
     fetches: dict[OffloadKey, int] = field(default_factory=dict)
+    loads: dict[JobId, "_Load"] = field(default_factory=dict)
+    cancelled: bool = False
+
+    @property
+    def until(self) -> float:
+        """When the request stops waiting."""
+        if self.plan is None:
+            return self.deadline
+        return min(self.deadline, self.arrived + self.plan.wait_seconds(max(self.submitted, self.plan.fetch)))
+
+    @property
+    def plain(self) -> bool:
+        """Whether blocks depend on nothing but tokens, LoRA and salt, so that a router can compute their hashes."""
+        return self.request is not None and not self.request.mm_features and self.request.prompt_embeds is None
+
+
+@dataclass(eq=False)
+class _Load:
+    job_id: JobId
+    keys: list[OffloadKey]
+    state: _RequestState
+    first_chunk: int
+    deadline: float
+    command: Load
+    sent: bool = False
+    done: bool = False
     cancelled: bool = False
 
 
-@dataclass
-class _Fetch:
-    job_id: JobId
-    keys: list[OffloadKey]
-    rows: list[int]
-    targets: list[str | None]
-    state: _RequestState
-    deadline: float
-
-
-@dataclass
+@dataclass(eq=False)
 class _Put:
+    """A part of a job to store."""
+
     job_id: JobId
-    keys: list[OffloadKey]
-    rows: list[int]
-    chunks: list[int | None]
-    hashes: RouterHashes | None
-    payload_bytes: int
-    saved_seconds: float  # what computing a chunk takes, as far as the router said
+    hung_at: float
+    command: Put
+    done: bool = False
 
 
 class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
     for the contract of each method. `layout_digest` names what the bytes mean (layout.py); `nats` and `endpoint` are
-    for telling routers, and may be left out. `on_load` is called for each chunk that is going to be fetched.
+    for telling routers, and may be left out. `on_load` is called for each chunk that is going to be fetched; `prefill`
+    is what computing costs here, as far as it is known.
     """
 
     def __init__(
@@ -152,58 +164,69 @@ class RemoteTier(SecondaryTierManager):
         connections_per_target: int = 4,
         carrier: str = "",
         put_queue_share: float = 0.25,
+        load_share: float = 0.5,
     ):
         super().__init__(offloading_spec, primary_kv_view, tier_type)
         rows, row_bytes = primary_kv_view.shape or (0, 0)
         self._row_bytes = row_bytes
-        self._memory = primary_kv_view.cast("B") if rows * row_bytes else memoryview(bytearray())
-        self._digest = bytes.fromhex(layout_digest)
-        self._fingerprint = fingerprint(self._digest)
         self._block_tokens = offloading_spec.tokens_per_hash
         self._blocks_per_chunk = blocks_per_chunk(offloading_spec)
         self._deadline_seconds = deadline_ms / 1000
         self._lookup_seconds = lookup_ms / 1000
         # Rows waiting for a put cannot be evicted: beyond this share of DRAM the tier would stand in the engine's way.
-        self._put_queue_bytes_max = int(put_queue_share * rows * row_bytes)
-        self._put_queue_bytes = 0
-        self._membership = open_membership(store, namespace, isolated=True)
-        self._client = StoreClient(
-            self._membership,
-            namespace=namespace,
-            name="worker",
-            connections_per_target=connections_per_target,
-            carrier=borrower(carrier) if carrier else None,
-        )
+        self._put_rows_max = int(put_queue_share * rows)
+        self._put_rows = 0
+        # Nor can rows that are being filled; the bound on rows is one on bytes in flight, too.
+        self._load_rows_max = max(1, int(load_share * rows))
+        self._load_rows = 0
+        self._promised_rows = 0  # looked up as there, not submitted yet
         self._states: dict[str, _RequestState] = {}
-        self._lock = threading.Condition()
-        self._fetches: deque[_Fetch] = deque()
-        self._questions: deque[tuple[_RequestState, list[OffloadKey]]] = deque()
-        self._puts: deque[_Put] = deque()
+        self._by_number: dict[int, _RequestState] = {}
+        self._requests = 0
+        self._loads: dict[JobId, _Load] = {}
+        self._puts: dict[int, _Put] = {}  # by a number of their own
+        self._put_parts: dict[JobId, int] = {}  # how many are still under way
+        self._put_number = 0
+        self._suspect = False
+        self._outbox: deque[frames.Command | _Load | _Put] = deque()
         self._finished: list[JobResult] = []
-        self._jobs_under_way = 0
         self._stats = OffloadingConnectorStats()
-        self._stopping = False
+        self._store_bytes_per_second = 0.0
         self.on_load: Callable[[Request, OffloadKey, int], None] = lambda request, key, chunk: None
-        self._endpoint = endpoint
-        self._reporter = Reporter(nats, namespace, f"{os.getpid()}-{id(self)}", self._report) if nats else None
-        self._threads = [
-            threading.Thread(target=self._run, args=(loop,), name=f"kvtier-{name}", daemon=True)
-            for name, count, loop in (
-                ("fetch", fetch_threads, self._fetch_next),
-                ("put", put_threads, self._put_next),
-                ("ask", 1, self._ask_next),
+        self.prefill = Prefill()
+        self.link = MoverLink(
+            Setup(
+                region_fd=region_fd(offloading_spec),
+                region_bytes=rows * row_bytes,
+                row_bytes=row_bytes,
+                digest=layout_digest,
+                store=store,
+                namespace=namespace,
+                carrier=carrier,
+                nats=nats,
+                endpoint=endpoint,
+                worker=os.environ.get(_DYNAMO_WORKER_ID, ""),
+                block_tokens=self._block_tokens,
+                blocks_per_chunk=self._blocks_per_chunk,
+                connections_per_target=connections_per_target,
+                fetch_threads=fetch_threads,
+                put_threads=put_threads,
             )
-            for _ in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        )
 
-    # ---- the scheduler's thread: requests
+    @property
+    def job_chunks(self) -> int:
+        """How many chunks a load should have at most."""
+        return max(1, min(JOB_CHUNKS, JOB_BYTES // max(1, self._row_bytes)))
+
+    # ---- requests
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         plan, now = read_plan(req_context.kv_transfer_params), time.monotonic()
-        state = _RequestState(plan, plan.targets() if plan else [], now, now + self._deadline_seconds)
-        self._states[req_context.req_id] = state
+        self._requests += 1
+        wait = self._deadline_seconds
+        state = _RequestState(self._requests, plan, plan.targets() if plan else [], now, now + wait)
+        self._states[req_context.req_id] = self._by_number[state.number] = state
         # A chunk that this worker should hold and no target does was lost to an outage, or evicted while it was read
         # from HBM alone: offer all of the request again, hits included, and the store is whole again.
         holes = plan is not None and any(run.target is None for run in plan.runs)
@@ -212,263 +235,344 @@ class RemoteTier(SecondaryTierManager):
     def describe(self, request: Request, chunk: int, key: OffloadKey) -> None:
         """Tell which chunk of the request `key` is. Comes before any lookup or store of the key."""
         state = self._states.get(request.request_id)
-        if state is None:
-            return
-        if state.hashes is None:
+        if state is not None:
             state.request = request
-            state.hashes = RouterHashes(request, self._block_tokens, self._blocks_per_chunk)
-        state.chunk_of[key] = chunk
+            state.chunk_of[key] = chunk
 
     def ask(self, req_id: str) -> None:
-        """For a request without a plan: find out on another thread which of its chunks the store holds."""
+        """For a request without a plan: find out which of its leading chunks the store holds."""
         state = self._states.get(req_id)
         if state is None or state.plan is not None or state.asked:
             return
+        now = time.monotonic()
         state.asked = True
-        state.deadline = min(state.deadline, time.monotonic() + self._lookup_seconds)
-        with self._lock:
-            self._questions.append((state, list(state.chunk_of)))
-            self._lock.notify_all()
+        state.deadline = min(state.deadline, now + self._lookup_seconds)
+        names = [_name(key) for key in list(state.chunk_of)[: frames.CHUNKS_MAX]]
+        state.answered = not names or not self.link.ready
+        if not state.answered:
+            state.answered = not self._say(Ask(state.number, names, state.deadline))
 
     def undecided(self, req_id: str) -> bool:
-        """Whether it is not known yet what the store holds of the request."""
+        """Whether it is not known yet what the store holds of the request, and may be soon."""
         state = self._states.get(req_id)
-        return state is not None and state.asked and not state.answered
+        return state is not None and _undecided(state)
+
+    def hurry(self, req_id: str) -> None:
+        """The engine has a slot for the request, and could begin now."""
+        state = self._states.get(req_id)
+        if state is None or state.hurried:
+            return
+        state.hurried = True
+        now = time.monotonic()
+        if not state.submitted and not state.asked and now > state.until:
+            # It queued for longer than a fetch may take, and none was begun, for want of rows: its time begins now.
+            state.arrived, state.deadline = now, now + self._deadline_seconds
+        if state.loads:
+            self._say(Hurry(state.number))
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         state = self._states.get(req_context.req_id)
         chunk = None if state is None else state.chunk_of.get(key)
-        if state is None or chunk is None or state.cancelled or time.monotonic() > state.deadline:
+        if state is None or chunk is None or self._gave_up(state):
             return LookupResult.MISS
-        if state.asked and not state.answered:
+        if _undecided(state):
             return LookupResult.RETRY
         target = state.targets[chunk] if chunk < len(state.targets) else None
-        if target is None or state.fetches.get(key, 0) >= FETCHES_PER_CHUNK:
+        if target is None or self.link.dead or self._suspect or state.fetches.get(key, 0) >= FETCHES_PER_CHUNK:
             return LookupResult.MISS
+        if not self.has_room:
+            return LookupResult.RETRY
+        self._promised_rows += 1
         return LookupResult.HIT
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another row may be filled."""
+        return self._load_rows + self._promised_rows < self._load_rows_max
+
+    def gave_up(self, req_id: str) -> bool:
+        """Whether the request waits for nothing of this tier any more, whatever is still under way for it."""
+        state = self._states.get(req_id)
+        return state is not None and self._gave_up(state)
+
+    def _gave_up(self, state: _RequestState) -> bool:
+        return state.cancelled or state.cut or time.monotonic() > state.until
 
     def cancel(self, req_id: str) -> None:
         """The request is gone: stop what is fetched for it."""
         state = self._states.get(req_id)
         if state is not None:
             state.cancelled = True
+            for load in list(state.loads.values()):
+                self._cancel(load)
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         self.cancel(req_context.req_id)
-        self._states.pop(req_context.req_id, None)
+        state = self._states.pop(req_context.req_id, None)
+        if state is not None:
+            del self._by_number[state.number]
+            if state.tokens_sent or state.hurried:
+                self._say(Forget(state.number))
 
-    # ---- the scheduler's thread: jobs
+    # ---- jobs
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
-        keys = list(job_metadata.keys)
+        keys, rows = list(job_metadata.keys), job_rows(job_metadata)
         state = self._states.get(job_metadata.req_context.req_id)
-        with self._lock:
-            if state is None:
-                self._finished.append(JobResult(job_metadata.job_id, False))
-                return
-            for key in keys:
-                state.fetches[key] = state.fetches.get(key, 0) + 1
-            chunks = [state.chunk_of[key] for key in keys]
-            targets = [state.targets[chunk] for chunk in chunks]
-            state.submitted += len(keys)
-            deadline = state.deadline
-            if state.plan is not None:
-                deadline = min(deadline, state.arrived + state.plan.wait_seconds(state.submitted))
-            self._fetches.append(
-                _Fetch(job_metadata.job_id, keys, list(job_metadata.block_ids), targets, state, deadline)
-            )
-            self._jobs_under_way += 1
-            self._lock.notify_all()
+        if state is None or self.link.dead or len(keys) > frames.CHUNKS_MAX or len(self._outbox) >= _OUTBOX_MAX:
+            self._finished.append(JobResult(job_metadata.job_id, False))
+            return
+        chunks = [state.chunk_of[key] for key in keys]
+        for key in keys:
+            state.fetches[key] = state.fetches.get(key, 0) + 1
+        due = due_seconds(state.arrived, state.submitted, self._row_bytes)
+        state.submitted += len(keys)
+        deadline = state.until
+        targets = [state.targets[chunk] for chunk in chunks]
+        command = Load(job_metadata.job_id, state.number, [_name(key) for key in keys], rows, targets, deadline, due)
+        load = _Load(job_metadata.job_id, keys, state, min(chunks), deadline, command)
+        self._loads[load.job_id] = state.loads[load.job_id] = load
+        self._load_rows += len(keys)
+        self._outbox.append(load)
+        if state.hurried:
+            self._say(Hurry(state.number))
+        self._flush()
         if state.request is not None:
             for key, chunk in zip(keys, chunks, strict=True):
                 self.on_load(state.request, key, chunk)
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        keys = list(job_metadata.keys)
-        payload_bytes = len(keys) * self._row_bytes
+        keys, rows = list(job_metadata.keys), job_rows(job_metadata)
         state = self._states.get(job_metadata.req_context.req_id)
-        chunks = [None if state is None else state.chunk_of.get(key) for key in keys]
-        hashes = None if state is None else state.hashes
+        beyond = self._put_rows + len(keys) > self._put_rows_max
+        if beyond or self.link.dead or len(self._outbox) >= _OUTBOX_MAX:
+            self._stats.increase_counter(_STORED, len(keys), ("dropped",))
+            self._finished.append(JobResult(job_metadata.job_id, True))
+            return
+        chunks = [-1 if state is None else state.chunk_of.get(key, -1) for key in keys]
+        if state is not None:
+            self._send_tokens(state, max(chunks, default=-1))
         saved = 0.0 if state is None or state.plan is None else state.plan.chunk_ms / 1000
-        with self._lock:
-            if self._stopping or self._put_queue_bytes + payload_bytes > self._put_queue_bytes_max:
-                self._stats.increase_counter(_STORED, len(keys), ("dropped",))
-                self._finished.append(JobResult(job_metadata.job_id, True))
-                return
-            self._put_queue_bytes += payload_bytes
-            self._puts.append(
-                _Put(job_metadata.job_id, keys, list(job_metadata.block_ids), chunks, hashes, payload_bytes, saved)
-            )
-            self._jobs_under_way += 1
-            self._lock.notify_all()
+        number = 0 if state is None else state.number
+        hung_at = time.monotonic() + PUT_HUNG_SECONDS
+        starts = range(0, len(keys), PUT_CHUNKS)
+        for start in starts:
+            part = slice(start, start + PUT_CHUNKS)
+            self._put_number += 1
+            names = [_name(key) for key in keys[part]]
+            command = Put(self._put_number, number, names, rows[part], chunks[part], saved)
+            self._puts[self._put_number] = put = _Put(job_metadata.job_id, hung_at, command)
+            self._outbox.append(put)
+        self._put_parts[job_metadata.job_id] = len(starts)
+        self._put_rows += len(keys)
+        self._flush()
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        with self._lock:
-            self._expire()
-            finished, self._finished = self._finished, []
+        self._step()
+        finished, self._finished = self._finished, []
         return finished
 
+    def on_schedule_end(self, context: object) -> None:
+        self._promised_rows = 0  # those that were promoted were submitted just before
+
     def has_pending_work(self) -> bool:
-        return self._jobs_under_way > 0 or bool(self._finished)
+        return bool(self._loads or self._puts or self._finished)
+
+    def wait(self) -> None:
+        """With nothing to run and a job under way: until the mover says something, at most for a millisecond."""
+        if self._loads or self._puts:
+            self.link.wait(_WAIT_SECONDS)
 
     def drain_jobs(self) -> None:
-        """Bounded by the deadlines of the jobs under way."""
-        with self._lock:
-            self._lock.wait_for(lambda: self._jobs_under_way == 0)
+        """Blocks for some seconds at most: then the mover is killed, and what it had not finished has failed."""
+        for load in list(self._loads.values()):
+            self._cancel(load)
+        until = time.monotonic() + _DRAIN_SECONDS
+        while self._loads or self._puts:
+            if time.monotonic() > until:
+                self.link.kill("it did not finish its jobs in time")
+            self._step()
+            self.link.wait(0.01)
 
     def shutdown(self) -> None:
-        with self._lock:
-            self._stopping = True
-            self._puts.clear()
-            self._lock.notify_all()
-        if self._reporter is not None:
-            self._reporter.close()
-        self._client.close()
-        for thread in self._threads:
-            thread.join(2)
-        self._memory.release()
+        self.link.stop(_STOP_SECONDS)
+        self._end_all()
 
-    def _expire(self) -> None:
-        """Fail the fetches that are still queued and that nobody can use any more. Called with the lock held."""
-        now = time.monotonic()
-        waiting, self._fetches = self._fetches, deque()
-        for fetch in waiting:
-            if fetch.state.cancelled or now > fetch.deadline:
-                self._stats.increase_counter(_FETCHED, len(fetch.keys), (Outcome.LATE.name.lower(),))
-                self._finish(JobResult(fetch.job_id, False))
-            else:
-                self._fetches.append(fetch)
+    # ---- the state machine
 
-    def _finish(self, result: JobResult) -> None:
-        self._jobs_under_way -= 1
-        self._finished.append(result)
-        self._lock.notify_all()
+    def _step(self) -> None:
+        """Take in what the mover said, look after it, and give up what is not worth waiting for."""
+        for report in self.link.receive():
+            match report:
+                case Loaded():
+                    self._loaded(report)
+                case Stored():
+                    self._stored(report)
+                case Found(request, targets):
+                    state = self._by_number.get(request)
+                    if state is not None:
+                        self._answer(state, list(targets))
+        self._watch(time.monotonic())
+        if self.link.reap():
+            self._end_all()
+        if self.link.dead:
+            self.link.start_when_due()
+            if self.link.starts > 1 and not self.link.dead:
+                self._stats.increase_counter(_MOVER_STARTS, 1)
+        self._flush()
+        self._cut()
 
-    # ---- threads
+    def _watch(self, now: float) -> None:
+        """End what is past its deadline, and a mover that does not."""
+        overdue = [load for load in self._loads.values() if now > load.deadline]
+        for load in overdue:
+            self._cancel(load)
+        sent_until = [load.deadline for load in self._loads.values() if load.sent]
+        # Loads share threads and connections, so that one may end with another's deadline; none is added meanwhile.
+        self._suspect = any(load.sent and now > load.deadline + HUNG_SECONDS for load in overdue)
+        if sent_until and now > max(sent_until) + HUNG_SECONDS:
+            self.link.kill("a load is not answered past its deadline")
+        if any(now > put.hung_at for put in self._puts.values()):
+            self.link.kill("a put is not answered")
 
-    def _run(self, step: Callable[[], None]) -> None:
-        while not self._stopping:
-            try:
-                step()
-            except Exception:
-                if self._stopping:
-                    return
-                logger.exception("kvtier: a transfer failed in an unforeseen way")
+    def _say(self, command: frames.Command) -> bool:
+        """Queue a command; False if there is no room or nobody to hear it."""
+        if self.link.dead or len(self._outbox) >= _OUTBOX_MAX:
+            return False
+        self._outbox.append(command)
+        self._flush()
+        return True
 
-    def _fetch_next(self) -> None:
-        with self._lock:
-            self._lock.wait_for(lambda: self._fetches or self._stopping)
-            if self._stopping:
+    def _flush(self) -> None:
+        while self._outbox and self.link.ready:
+            one = self._outbox[0]
+            if isinstance(one, _Load | _Put):
+                if not one.done:
+                    if not self.link.send(one.command):
+                        return
+                    if isinstance(one, _Load):
+                        one.sent = True
+            elif not self.link.send(one):
                 return
-            fetch = self._fetches.popleft()
-        outcomes = [Outcome.UNREACHABLE] * len(fetch.keys)
-        try:
-            outcomes = self._client.get(
-                [self._key(key) for key in fetch.keys],
-                [self._row(row) for row in fetch.rows],
-                fetch.deadline,
-                targets=fetch.targets,
-                cancelled=lambda: fetch.state.cancelled,
-            )
-        finally:
-            failed = frozenset(
-                key for key, outcome in zip(fetch.keys, outcomes, strict=True) if outcome is not Outcome.HIT
-            )
-            with self._lock:
-                for key in failed:
-                    fetch.state.fetches[key] = FETCHES_PER_CHUNK  # not again for this request
-                for outcome in outcomes:
-                    self._stats.increase_counter(_FETCHED, 1, (outcome.name.lower(),))
-                self._stats.increase_counter(_FETCHED_BYTES, (len(fetch.keys) - len(failed)) * self._row_bytes)
-                self._finish(PartialResult(fetch.job_id, True, failed))
+            self._outbox.popleft()
 
-    def _put_next(self) -> None:
-        with self._lock:
-            self._lock.wait_for(lambda: self._puts or self._stopping)
-            if self._stopping:
-                return
-            put = self._puts.popleft()
-        try:
-            self._store(put)
-        finally:
-            with self._lock:
-                self._put_queue_bytes -= put.payload_bytes
-                self._finish(JobResult(put.job_id, True))
+    def _end_all(self) -> None:
+        """The mover is no more: whatever it had not finished is missing."""
+        self._outbox.clear()
+        for load in list(self._loads.values()):
+            self._finish_load(load, [Outcome.UNREACHABLE] * len(load.keys))
+        for put in list(self._puts.values()):
+            self._finish_put(put, [Outcome.UNREACHABLE.name.lower()] * len(put.command.rows))
+        for state in self._states.values():
+            state.tokens_sent = 0
+            if _undecided(state):
+                self._answer(state, [])
 
-    def _store(self, put: _Put) -> None:
-        """Put what the store does not hold yet."""
-        deadline = time.monotonic() + PUT_SECONDS
-        keys = [self._key(key) for key in put.keys]
-        there = self._client.exists(keys, deadline)
-        outcomes = ["known" if outcome is Outcome.HIT else outcome.name.lower() for outcome in there]
-        missing = [index for index, outcome in enumerate(there) if outcome is Outcome.MISS]
-        per_put = max(1, PUT_BYTES // self._row_bytes)
-        for start in range(0, len(missing), per_put):
-            part = missing[start : start + per_put]
-            items = [
-                Item(
-                    keys[index],
-                    self._row(put.rows[index]),
-                    self._router_hash(put, index),
-                    self._fingerprint,
-                    self._blocks_per_chunk,
-                    put.saved_seconds,
-                )
-                for index in part
-            ]
-            for index, outcome in zip(part, self._client.put(items, deadline), strict=True):
-                outcomes[index] = outcome.name.lower()
-        with self._lock:
-            for outcome_name in outcomes:
-                self._stats.increase_counter(_STORED, 1, (outcome_name,))
-            self._stats.increase_counter(_STORED_BYTES, outcomes.count("stored") * self._row_bytes)
-
-    def _ask_next(self) -> None:
-        with self._lock:
-            self._lock.wait_for(lambda: self._questions or self._stopping)
-            if self._stopping:
-                return
-            state, offload_keys = self._questions.popleft()
-        keys = [self._key(key) for key in offload_keys]
-        found: dict[int, str | None] = {}
-        try:
-            live = self._membership.targets()
-            for offload_key, key, outcome in zip(
-                offload_keys, keys, self._client.exists(keys, state.deadline), strict=True
-            ):
-                if outcome is Outcome.HIT:
-                    found[state.chunk_of[offload_key]] = place(key, live)
-        finally:
-            first_missing = next(chunk for chunk in itertools.count() if chunk not in found)
-            state.targets = [found[chunk] for chunk in range(first_missing)]
+    def _answer(self, state: _RequestState, targets: list[str | None]) -> None:
+        if not state.answered:
+            state.targets = targets
             state.deadline += self._deadline_seconds
             state.answered = True
 
-    def _key(self, key: OffloadKey) -> bytes:
-        return chunk_key(self._digest, get_offload_block_hash(key), get_offload_group_idx(key))
+    def _cancel(self, load: _Load) -> None:
+        if not load.sent:
+            self._finish_load(load, [Outcome.LATE] * len(load.keys))
+        elif not load.cancelled:
+            load.cancelled = self._say(Cancel(load.job_id))
 
-    def _row(self, row: int) -> memoryview:
-        return self._memory[row * self._row_bytes : (row + 1) * self._row_bytes]
+    def _loaded(self, report: Loaded) -> None:
+        self._store_bytes_per_second = report.store_bytes_per_second
+        load = self._loads.get(report.job)
+        if load is None or len(report.outcomes) != len(load.keys):
+            self.link.kill(f"it says nonsense of load {report.job}")
+            return
+        self._finish_load(load, [Outcome(one) for one in report.outcomes])
 
-    def _router_hash(self, put: _Put, index: int) -> int:
-        """0, not announced, for groups but the first: they are stored beside it, and one announcement is enough."""
-        chunk = put.chunks[index]
-        if chunk is None or put.hashes is None or get_offload_group_idx(put.keys[index]) != 0:
-            return 0
-        return put.hashes.of_chunk(chunk)
+    def _finish_load(self, load: _Load, outcomes: list[Outcome]) -> None:
+        """Nobody writes to the load's rows any more."""
+        failed = frozenset(key for key, outcome in zip(load.keys, outcomes, strict=True) if outcome is not Outcome.HIT)
+        for key in failed:
+            load.state.fetches[key] = FETCHES_PER_CHUNK  # not again for this request
+        for outcome in outcomes:
+            self._stats.increase_counter(_FETCHED, 1, (outcome.name.lower(),))
+        self._stats.increase_counter(_FETCHED_BYTES, (len(load.keys) - len(failed)) * self._row_bytes)
+        load.done = True
+        del self._loads[load.job_id], load.state.loads[load.job_id]
+        self._load_rows -= len(load.keys)
+        self._finished.append(PartialResult(load.job_id, True, failed))
+
+    def _stored(self, report: Stored) -> None:
+        put = self._puts.get(report.job)
+        if put is None:
+            self.link.kill(f"it says nonsense of put {report.job}")
+            return
+        self._finish_put(put, report.outcomes)
+
+    def _finish_put(self, put: _Put, outcomes: list[str]) -> None:
+        for name in outcomes:
+            self._stats.increase_counter(_STORED, 1, (name,))
+        self._stats.increase_counter(_STORED_BYTES, outcomes.count("stored") * self._row_bytes)
+        put.done = True
+        del self._puts[put.command.job]
+        self._put_rows -= len(put.command.rows)
+        self._put_parts[put.job_id] -= 1
+        if not self._put_parts[put.job_id]:
+            del self._put_parts[put.job_id]
+            self._finished.append(JobResult(put.job_id, True))
+
+    def _send_tokens(self, state: _RequestState, chunk: int) -> None:
+        """Let the mover know the request's tokens up to the end of the chunk, which its router hash is made of."""
+        request = state.request
+        if request is None or not state.plain:
+            return
+        end = (chunk + 1) * self._blocks_per_chunk * self._block_tokens
+        salt = (request.cache_salt or "").removeprefix("dynamo-cache-salt:") or None
+        lora = request.lora_request.name if request.lora_request else None
+        while state.tokens_sent < end:
+            first = state.tokens_sent
+            tokens = array("I", request.all_token_ids[first : min(end, first + frames.TOKENS_MAX)])
+            if not tokens or not self._say(Tokens(state.number, first, tokens.tobytes(), lora, salt)):
+                return
+            state.tokens_sent += len(tokens)
+
+    # ---- load or recompute
+
+    def _cut(self) -> None:
+        """Stop fetching, from a chunk boundary on, what the engine has sooner by computing it."""
+        now, ahead_bytes = time.monotonic(), 0
+        hurried = [state for state in self._states.values() if state.hurried and state.loads]
+        for state in hurried:
+            loads = sorted(state.loads.values(), key=lambda load: load.first_chunk)
+            left = sum(len(load.keys) for load in loads)
+            worth = left
+            if not self._gave_up(state):
+                worth = worth_waiting_for(
+                    left,
+                    chunk_bytes=self._row_bytes,
+                    ahead_bytes=ahead_bytes,
+                    bytes_per_second=self._store_bytes_per_second,
+                    prefill=self.prefill,
+                    chunk_tokens=self._blocks_per_chunk * self._block_tokens,
+                    context_tokens=loads[0].first_chunk * self._blocks_per_chunk * self._block_tokens,
+                    seconds_left=loads[0].deadline - now,
+                )
+            kept = 0
+            for load in loads:
+                # What began to come in is let through up to the end of its piece, a boundary in any case.
+                if kept + len(load.keys) > worth and not load.cancelled:
+                    self._cancel(load)
+                    self._stats.increase_counter(_CUT, len(load.keys))
+                    state.cut = state.cut or worth == 0
+                kept += len(load.keys)
+            ahead_bytes += min(kept, worth) * self._row_bytes
 
     # ---- what others see
 
-    def _report(self) -> WorkerReport:
-        return WorkerReport(
-            worker=os.environ.get(_DYNAMO_WORKER_ID, ""),
-            endpoint=self._endpoint,
-            fingerprint=self._fingerprint,
-            block_tokens=self._block_tokens,
-            blocks_per_chunk=self._blocks_per_chunk,
-            chunk_bytes=self._row_bytes,
-            ts_ms=time.time_ns() // 1_000_000,
-        )
+    def tell_pace(self, dram_bytes_per_second: float, queue: int) -> None:
+        """For the heartbeat, about once a second. `queue` counts requests that the engine has not begun with."""
+        bytes_per_token = self._row_bytes // (self._blocks_per_chunk * self._block_tokens)
+        in_flight = self._load_rows * self._row_bytes
+        self._say(Pace(*self.prefill, dram_bytes_per_second, bytes_per_token, in_flight, queue))
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, object]) -> dict[str, OffloadingMetricMetadata]:
@@ -477,12 +581,21 @@ class RemoteTier(SecondaryTierManager):
             _STORED: OffloadingCounterMetadata("Chunks offered to the kvtier store, by outcome", ("outcome",)),
             _FETCHED_BYTES: OffloadingCounterMetadata("Bytes loaded from the kvtier store into DRAM"),
             _STORED_BYTES: OffloadingCounterMetadata("Bytes written from DRAM to the kvtier store"),
+            _CUT: OffloadingCounterMetadata("Chunks whose fetch was given up because computing them is sooner"),
+            _MOVER_STARTS: OffloadingCounterMetadata("Starts of the mover process, but for the first"),
         }
 
     def get_stats(self) -> OffloadingConnectorStats | None:
-        with self._lock:
-            stats, self._stats = self._stats, OffloadingConnectorStats()
+        stats, self._stats = self._stats, OffloadingConnectorStats()
         return stats
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Recency is the target's own business."""
+
+
+def _name(key: OffloadKey) -> frames.Name:
+    return get_offload_block_hash(key), get_offload_group_idx(key)
+
+
+def _undecided(state: _RequestState) -> bool:
+    return state.asked and not state.answered and time.monotonic() <= state.deadline

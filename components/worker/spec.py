@@ -14,7 +14,7 @@ from components.worker.compat import (
     current_platform,
 )
 from components.worker.manager import GuardedTieringManager
-from components.worker.mover import MemcpyWorker
+from components.worker.memcpy import MemcpyWorker
 from components.worker.remote_tier import TIER_TYPE
 from components.worker.shm import MARK, hold_region, sweep_stale_regions
 

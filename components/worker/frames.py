@@ -1,0 +1,151 @@
+"""What the tier in the engine and its mover process say to each other, over a pair of packet sockets.
+
+One msgpack frame a packet, so a frame comes whole or not at all. Deadlines are time.monotonic() values, which on Linux
+are the same clock in every process of a host.
+"""
+
+import contextlib
+import socket
+
+import msgspec
+
+# What a packet socket takes with the kernel's default buffers is about 200 KiB; every frame is cut to fit well below.
+FRAME_BYTES_MAX = 128 << 10
+# Of a job, and of a question: about 40 KiB of names at most.
+CHUNKS_MAX = 1024
+TOKENS_MAX = 16384  # in one frame, 4 bytes each
+_SOCKET_BUFFER_BYTES = 1 << 20
+
+Name = tuple[bytes, int]  # a chunk as the engine knows it: block hash, KV-cache group
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """How a mover is started; JSON on its command line."""
+
+    region_fd: int
+    region_bytes: int
+    row_bytes: int
+    digest: str
+    store: str
+    namespace: str
+    carrier: str
+    nats: str
+    endpoint: str
+    worker: str
+    block_tokens: int
+    blocks_per_chunk: int
+    connections_per_target: int
+    fetch_threads: int
+    put_threads: int
+
+
+class Load(msgspec.Struct, tag="load", array_like=True, frozen=True):
+    """Fill rows from the store. Answered by one Loaded, after which nobody writes to the rows any more."""
+
+    job: int
+    request: int
+    names: list[Name]
+    rows: list[int]
+    targets: list[str | None]
+    deadline: float
+    due: float  # the smaller comes first
+
+
+class Put(msgspec.Struct, tag="put", array_like=True, frozen=True):
+    """Write rows to the store, as far as it lacks them. Answered by one Stored, after which nobody reads the rows."""
+
+    job: int
+    request: int
+    names: list[Name]
+    rows: list[int]
+    chunks: list[int]  # the place of each in its request; -1 where that is not known
+    saved_seconds: float
+
+
+class Ask(msgspec.Struct, tag="ask", array_like=True, frozen=True):
+    """Which leading chunks are there? Answered by one Found."""
+
+    request: int
+    names: list[Name]
+    deadline: float
+
+
+class Tokens(msgspec.Struct, tag="tokens", array_like=True, frozen=True):
+    """More of a request's tokens, u32 little-endian, from number `first` on: router hashes are made of them."""
+
+    request: int
+    first: int
+    tokens: bytes
+    lora: str | None
+    salt: str | None
+
+
+class Hurry(msgspec.Struct, tag="hurry", array_like=True, frozen=True):
+    """The engine could begin with the request now: its loads go before those of requests that queue."""
+
+    request: int
+
+
+class Forget(msgspec.Struct, tag="forget", array_like=True, frozen=True):
+    """The request is finished."""
+
+    request: int
+
+
+class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True):
+    """Nobody wants what is left of a load."""
+
+    job: int
+
+
+class Pace(msgspec.Struct, tag="pace", array_like=True, frozen=True):
+    """What the engine's side measured, for the heartbeat."""
+
+    prefill_base_seconds: float
+    prefill_seconds_per_token: float
+    prefill_seconds_per_token_squared: float
+    dram_bytes_per_second: float
+    bytes_per_token: int
+    bytes_in_flight: int
+    queue: int
+
+
+Command = Load | Put | Ask | Tokens | Hurry | Forget | Cancel | Pace
+
+
+class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
+    """The mover takes commands from here on."""
+
+
+class Loaded(msgspec.Struct, tag="loaded", array_like=True, frozen=True):
+    job: int
+    outcomes: bytes  # one Outcome a chunk
+    store_bytes_per_second: float  # 0: not measured yet
+
+
+class Stored(msgspec.Struct, tag="stored", array_like=True, frozen=True):
+    job: int
+    outcomes: list[str]
+
+
+class Found(msgspec.Struct, tag="found", array_like=True, frozen=True):
+    request: int
+    targets: list[str]  # of the leading chunks that are there, without a gap
+
+
+Report = Ready | Loaded | Stored | Found
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_report = msgspec.msgpack.Decoder(Report).decode
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected packet sockets; the first is non-blocking, for the engine."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for one in (ours, theirs):
+        with contextlib.suppress(OSError):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+    ours.setblocking(False)
+    return ours, theirs

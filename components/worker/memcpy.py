@@ -1,0 +1,89 @@
+"""HBM <-> DRAM on an engine without a GPU: both are host memory, so a transfer is a copy.
+
+It copies on the caller's thread, the engine's worker, and is done when `submit_*` returns. vLLM's own mover for GPUs
+(CPUOffloadingWorker) is used wherever there is one.
+"""
+
+import time
+
+import numpy as np
+import torch
+
+from components.worker.compat import (
+    BlockIDsLoadStoreSpec,
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    OffloadingWorker,
+    SharedOffloadRegion,
+    TransferResult,
+)
+
+
+class MemcpyWorker(OffloadingWorker):
+    """Moves KV blocks between the engine's tensors and the rows of the shared DRAM tier.
+
+    A row holds `blocks_per_chunk` blocks of every tensor; a transfer may begin and end inside a row. One instance per
+    engine rank, one thread.
+    """
+
+    def __init__(self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion):
+        self._blocks_per_chunk = blocks_per_chunk
+        self._region = region
+        self._groups = kv_caches.group_data_refs
+        self._engine = [cache.tensor.view(torch.int8) for cache in kv_caches.tensors]
+        # (rows, blocks_per_chunk, page) per tensor, over the rank's part of each row
+        self._rows = [
+            region.create_next_view(cache.page_size_bytes * blocks_per_chunk).unflatten(
+                1, (blocks_per_chunk, cache.page_size_bytes)
+            )
+            for cache in kv_caches.tensors
+        ]
+        self._finished: list[TransferResult] = []
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
+        return self._copy(job_id, src_spec, dst_spec, store=True)
+
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        return self._copy(job_id, dst_spec, src_spec, store=False)
+
+    def get_finished(self) -> list[TransferResult]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Nothing is ever under way."""
+
+    def shutdown(self) -> None:
+        self._engine.clear()
+        self._rows.clear()
+        self._region.cleanup()
+
+    def _copy(self, job_id: int, engine: GPULoadStoreSpec, tier: LoadStoreSpec, *, store: bool) -> bool:
+        assert isinstance(tier, BlockIDsLoadStoreSpec)
+        started = time.perf_counter()
+        moved_bytes = 0
+        block, row = 0, 0
+        for refs, count, first in zip(self._groups, engine.group_sizes, engine.block_indices, strict=True):
+            if count == 0:
+                continue
+            # Where each block of the group lies within its rows: `first` is its index in the request.
+            places = first % self._blocks_per_chunk + np.arange(count)
+            row_count = int(places[-1]) // self._blocks_per_chunk + 1
+            block_ids = engine.block_ids[block : block + count]
+            row_ids = tier.block_ids[row + places // self._blocks_per_chunk]
+            in_row = places % self._blocks_per_chunk
+            for ref in refs:
+                tensor, rows = self._engine[ref.tensor_idx], self._rows[ref.tensor_idx]
+                # One copy a page: twenty times the speed of one indexed assignment for all of them (512 KiB pages).
+                for block_id, row_id, place in zip(block_ids, row_ids, in_row, strict=True):
+                    if store:
+                        rows[row_id, place].copy_(tensor[block_id])
+                    else:
+                        tensor[block_id].copy_(rows[row_id, place])
+                moved_bytes += count * ref.page_size_bytes
+            block += count
+            row += row_count
+        assert (block, row) == (len(engine.block_ids), len(tier.block_ids))
+        self._finished.append(TransferResult(job_id, True, moved_bytes, time.perf_counter() - started))
+        return True

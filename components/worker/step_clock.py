@@ -1,0 +1,68 @@
+"""Times the engine's steps and its copies from DRAM to HBM: what the prefill model and the heartbeat are made of.
+
+On the scheduler's thread; plain bookkeeping, the fit once a second.
+"""
+
+from collections import deque
+
+from components.worker.compat import OffloadingWorkerMetadata, SchedulerOutput
+from components.worker.speeds import Prefill, PrefillFit, Throughput
+
+_TELL_SECONDS = 1.0
+# With asynchronous scheduling a step is scheduled while the one before runs; more than a few are never under way.
+_STEPS_MAX = 8
+# Fewer prompt tokens in a step, and what it takes is decided by the decodes beside them.
+_PREFILL_TOKENS_MIN = 64
+
+
+def prefilled(output: SchedulerOutput) -> tuple[int, float]:
+    """The prompt tokens of a step, and the sum of m * (c + m / 2) over requests that compute m after c others."""
+    tokens, attended = 0, 0.0
+    computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+    cached = output.scheduled_cached_reqs
+    computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    for req_id, count in output.num_scheduled_tokens.items():
+        if count > 1 + len(output.scheduled_spec_decode_tokens.get(req_id, ())):
+            tokens += count
+            attended += count * (computed.get(req_id, 0) + count / 2)
+    return tokens, attended
+
+
+class StepClock:
+    """Times in seconds of time.monotonic()."""
+
+    def __init__(self) -> None:
+        self._fit = PrefillFit()
+        self._copies = Throughput()
+        self._steps: deque[tuple[int, float, float]] = deque(maxlen=_STEPS_MAX)
+        self._last_end = 0.0
+        self._told = 0.0
+        self.prefill = Prefill()
+
+    def begin(self, tokens: int, attended: float, now: float) -> None:
+        self._steps.append((tokens, attended, now))
+
+    def end(self, now: float) -> None:
+        """The oldest step under way is done. It ran since it began or since the one before ended."""
+        if not self._steps:
+            return
+        tokens, attended, began = self._steps.popleft()
+        if tokens >= _PREFILL_TOKENS_MIN:
+            self._fit.add(tokens, attended, now - max(began, self._last_end))
+        self._last_end = now
+
+    def note_transfers(self, meta: object) -> None:
+        if isinstance(meta, OffloadingWorkerMetadata) and not meta.transfer_stats.is_empty():
+            self._copies.add(meta.transfer_stats.load.bytes, meta.transfer_stats.load.time)
+
+    @property
+    def dram_bytes_per_second(self) -> float:
+        return self._copies.bytes_per_second
+
+    def due(self, now: float) -> bool:
+        """True once a second; then `prefill` is fitted anew."""
+        if now < self._told + _TELL_SECONDS:
+            return False
+        self._told = now
+        self.prefill = self._fit.fit()
+        return True
