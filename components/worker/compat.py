@@ -1,7 +1,7 @@
-"""Every name that this package takes from vLLM, in one place: the next release renames some of them.
+"""Every name that this package takes from vLLM, in one place: later releases rename some of them.
 
-Written against vLLM 0.26. A release that moved something fails here, at import, with its own message, and not in the
-middle of a request.
+Runs on vLLM 0.26. Every name is there under 0.33, too; its tiering manager, however, keeps its jobs otherwise, which
+`check_manager` says when an engine starts, and not in the middle of a request.
 """
 
 import vllm
@@ -46,7 +46,7 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-from vllm.v1.kv_offload.tiering.base import JobId, JobMetadata, JobResult, SecondaryTierManager
+from vllm.v1.kv_offload.tiering.base import JobId, JobResult, SecondaryTierManager
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.manager import (
     CPUPrimaryTierOffloadingManager,
@@ -57,12 +57,29 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+try:
+    from vllm.v1.kv_offload.tiering.base import JobMetadata
+except ImportError:  # renamed between 0.26 and 0.33
+    from vllm.v1.kv_offload.tiering.base import TransferJob as JobMetadata
+
 VLLM_VERSION: str = vllm.__version__
+
+_MANAGER_STATE = ("_transfer_jobs", "_pending_load_submissions", "_req_state")
 
 
 def job_rows(job: JobMetadata) -> list[int]:
     """The DRAM rows of a job between tiers."""
-    return [int(row) for row in job.block_ids]
+    rows = job.block_ids if hasattr(job, "block_ids") else job.chunk_ids  # renamed between 0.26 and 0.33
+    return [int(row) for row in rows]
+
+
+def check_manager(manager: TieringOffloadingManager) -> None:
+    """Raises RuntimeError if the tiering manager of this vLLM is not one that manager.py knows how to mend."""
+    missing = [name for name in _MANAGER_STATE if not hasattr(manager, name)]
+    if missing:
+        raise RuntimeError(
+            f"kvtier: vLLM {VLLM_VERSION} given, expected 0.26: its tiering manager has no {', '.join(missing)}"
+        )
 
 
 def split_promotions(pending: dict[str, PendingPromotion], chunks_max: int) -> None:
@@ -127,6 +144,7 @@ __all__ = [
     "TieringOffloadingSpec",
     "TransferResult",
     "VllmConfig",
+    "check_manager",
     "current_platform",
     "generate_block_hash_extra_keys",
     "get_offload_block_hash",

@@ -24,6 +24,7 @@ from components.worker.compat import (
     ReqContext,
     SecondaryTierManager,
     TieringOffloadingManager,
+    check_manager,
     split_promotions,
 )
 
@@ -52,6 +53,7 @@ class _Holding:
 class GuardedTieringManager(TieringOffloadingManager):
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
+        check_manager(self)
         self._held: set[str] = set()
         self._waiting: set[str] = set()  # not scheduled yet
         self._holdings: dict[str, _Holding] = {}

@@ -16,7 +16,7 @@ from components.worker.compat import (
 from components.worker.manager import GuardedTieringManager
 from components.worker.memcpy import MemcpyWorker
 from components.worker.remote_tier import TIER_TYPE
-from components.worker.shm import MARK, hold_region, sweep_stale_regions
+from components.worker.shm import MARK, check_room, hold_region, sweep_stale_regions
 
 # Fewer, and the chunks of one prompt push each other out before it is scheduled.
 _ROWS_MIN = 8
@@ -41,6 +41,7 @@ class KvtierSpec(TieringOffloadingSpec):
             )
         self._engine_id = MARK + self._engine_id
         sweep_stale_regions()
+        check_room(self._engine_id, self.num_blocks * self.kv_bytes_per_chunk)
         self._lock_fd = hold_region(self._engine_id)
 
     def get_manager(self) -> OffloadingManager:
