@@ -1,6 +1,7 @@
 """The tier inside the engine, part by part, with vLLM's own classes around it; its faults are shown before the cure."""
 
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     RequestOffloadState,
     SchedulerOffloadConfig,
 )
+from vllm.utils.hashing import sha256_cbor
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_offload.base import (
     CanonicalKVCacheRef,
     CanonicalKVCaches,
@@ -33,7 +36,7 @@ from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from components.worker import layout, shm
 from components.worker.connector import _cap_stores
 from components.worker.events import ChunkEvents
-from components.worker.manager import GuardedTieringManager, PartialResult
+from components.worker.manager import HOLD_SECONDS, GuardedTieringManager, PartialResult
 from components.worker.memcpy import MemcpyWorker
 
 ROW = 4096
@@ -200,6 +203,126 @@ def test_chunks_that_arrived_are_kept_when_others_did_not() -> None:
     found = [manager.primary_tier.lookup(key, context) for key in keys]
     assert found == [LookupResult.HIT, LookupResult.HIT, LookupResult.MISS, LookupResult.HIT]
     assert manager.primary_tier._get_num_free_blocks() == 13
+
+
+# ---- rows that were fetched ahead
+
+
+def promoted(manager: GuardedTieringManager, tier: Tier, name: str, keys: list[Any]) -> ReqContext:
+    """A request that queues, with its chunks fetched into rows."""
+    context = ReqContext(name)
+    manager.on_new_request(context)
+    manager.expect(name)
+    for key in keys:
+        manager.lookup(key, context)
+    manager.on_schedule_end(STEP)
+    tier.results += [PartialResult(job.job_id, True) for job in tier.jobs if job.is_promotion]
+    tier.jobs.clear()
+    manager.on_schedule_end(STEP)
+    return context
+
+
+def pushed_out(manager: GuardedTieringManager, keys: list[Any]) -> list[Any]:
+    """Which of the chunks are gone after the engine stored as much as it could."""
+    other = ReqContext("other")
+    manager.on_new_request(other)
+    for number in range(1000, 1016):
+        output = manager.prepare_store([offload_key(number)], other)
+        if output is not None:
+            manager.primary_tier.complete_store(output.keys_to_store, other)
+    return [key for key in keys if manager.primary_tier.lookup(key, other) is LookupResult.MISS]
+
+
+def test_stock_evicts_what_was_fetched_before_it_is_used() -> None:
+    keys = [offload_key(number) for number in range(4)]
+    tier = Tier()
+    manager = GuardedTieringManager(Primary(), [tier])
+    manager._held_rows_max = 0  # as stock
+    promoted(manager, tier, "r", keys)
+    assert pushed_out(manager, keys) == keys
+
+
+def test_fetched_rows_are_held_until_the_request_is_scheduled_or_gone() -> None:
+    keys = [offload_key(number) for number in range(4)]
+    tier = Tier()
+    manager = GuardedTieringManager(Primary(), [tier])
+    promoted(manager, tier, "r", keys)
+    assert pushed_out(manager, keys) == []
+    manager.let_go("r")
+    assert manager._held_rows == 0
+    assert pushed_out(manager, keys) == keys
+
+
+def test_a_finished_request_holds_nothing() -> None:
+    keys = [offload_key(number) for number in range(4)]
+    tier = Tier()
+    manager = GuardedTieringManager(Primary(), [tier])
+    context = promoted(manager, tier, "r", keys)
+    manager.on_request_finished(context)
+    assert (manager._held_rows, manager._holdings, manager._waiting) == (0, {}, set())
+    assert manager.primary_tier._num_evictable_cache_blocks == 4
+
+
+def test_rows_are_not_held_for_ever_nor_beyond_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = Tier()
+    manager = GuardedTieringManager(Primary(), [tier])
+    for name in range(3):
+        promoted(manager, tier, str(name), [offload_key(10 * name + number) for number in range(5)])
+    assert manager._held_rows == 8  # of 16
+    assert manager.primary_tier._num_evictable_cache_blocks == 7
+    later = time.monotonic() + HOLD_SECONDS + 1
+    monkeypatch.setattr("components.worker.manager.time", SimpleNamespace(monotonic=lambda: later))
+    manager.on_schedule_end(STEP)
+    assert manager._held_rows == 0
+    assert manager.primary_tier._num_evictable_cache_blocks == 15
+
+
+def test_a_reset_holds_nothing_and_goes_on() -> None:
+    keys = [offload_key(number) for number in range(4)]
+    tier = Tier()
+    tier.drain_jobs = lambda: None  # type: ignore[attr-defined]
+    manager = GuardedTieringManager(Primary(), [tier])
+    promoted(manager, tier, "r", keys)
+    manager.reset_cache()
+    assert (manager._held_rows, manager._holdings) == (0, {})
+    promoted(manager, tier, "r", keys)
+    manager.let_go("r")
+    assert manager._held_rows == 0
+
+
+def test_a_long_promotion_is_several_jobs_in_order() -> None:
+    tier = Tier()
+    tier.job_chunks = 3  # type: ignore[attr-defined]
+    manager = GuardedTieringManager(Primary(), [tier])
+    context = ReqContext("r")
+    manager.on_new_request(context)
+    keys = [offload_key(number) for number in range(8)]
+    for key in keys:
+        manager.lookup(key, context)
+    manager.on_schedule_end(STEP)
+    assert [list(job.keys) for job in tier.jobs] == [keys[:3], keys[3:6], keys[6:]]
+    assert len({row for job in tier.jobs for row in job.block_ids}) == 8
+    assert all(job.req_context is context for job in tier.jobs)
+
+
+def test_a_request_passes_over_what_it_gave_up_and_the_row_stays_taken() -> None:
+    tier = Tier()
+    manager = GuardedTieringManager(Primary(), [tier])
+    context = ReqContext("r")
+    manager.on_new_request(context)
+    manager.lookup(KEY, context)
+    manager.on_schedule_end(STEP)
+    assert manager.lookup(KEY, context) is LookupResult.HIT_PENDING
+    tier.gave_up = lambda req_id: True  # type: ignore[attr-defined]
+    assert manager.lookup(KEY, context) is LookupResult.MISS
+    assert manager.primary_tier._get_num_free_blocks() == 15
+    manager.on_schedule_end(STEP)
+    tier.results.append(PartialResult(tier.jobs[0].job_id, True, frozenset([KEY])))
+    manager.on_schedule_end(STEP)
+    assert manager.primary_tier._get_num_free_blocks() == 16
+
+
+KEY = offload_key(77)
 
 
 # ---- what a finished request may store
@@ -380,6 +503,91 @@ def test_a_layout_follows_the_weights_and_not_the_path(tmp_path: Path, monkeypat
     assert digests[0] != digests[2]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: setattr(config.model_config, "dtype", "bfloat16"),
+        lambda config: setattr(config.cache_config, "cache_dtype", "fp8"),
+        lambda config: setattr(config.parallel_config, "tensor_parallel_size", 2),
+        lambda config: setattr(config.parallel_config, "pipeline_parallel_size", 2),
+        lambda config: setattr(config.model_config, "quantization", "fp8"),
+        lambda config: setattr(config.model_config, "hf_config", SimpleNamespace(to_dict=lambda: {"layers": 3})),
+        lambda config: setattr(config.cache_config, "prefix_caching_hash_algo", "sha256"),
+        lambda config: setattr(config, "attention_config", SimpleNamespace(backend="FLASHINFER")),
+        lambda config: None,
+    ],
+    ids=["dtype", "KV dtype", "TP", "PP", "quantization", "model", "hash", "attention backend", "nothing"],
+)
+def test_whatever_changes_the_bytes_changes_the_layout(
+    change: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    kv_cache = SimpleNamespace(kv_cache_groups=[])
+    one, other = vllm_config(tmp_path), vllm_config(tmp_path)
+    change(other)
+    same = layout.engine_layout(one, kv_cache, {}) == layout.engine_layout(other, kv_cache, {})
+    assert same == (request.node.callspec.id == "nothing")
+
+
+@pytest.mark.parametrize("field", ["blocks_per_chunk", "page_size_bytes", "block_size", "layer_names", None])
+def test_whatever_changes_the_rows_changes_the_layout(
+    field: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+
+    def described(changed: str | None) -> dict[str, object]:
+        spec = SimpleNamespace(block_size=16, page_size_bytes=4096)
+        if changed in ("block_size", "page_size_bytes"):
+            setattr(spec, changed, 8192)
+        layers = ["0", "1", "2"] if changed == "layer_names" else ["0", "1"]
+        groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec, layer_names=layers)])
+        return layout.engine_layout(
+            vllm_config(tmp_path), groups, {"blocks_per_chunk": 2 if changed == "blocks_per_chunk" else 1}
+        )
+
+    assert (described(field) == described(None)) == (field is None)
+
+
+def test_a_revision_of_a_model_on_the_hub_is_in_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    monkeypatch.setattr(layout, "_local_folder", lambda model, revision: None)
+    configs = [vllm_config(tmp_path) for _ in range(3)]
+    configs[2].model_config.revision = "other"
+    first, again, other = (layout.model_digest(config) for config in configs)
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"cache_salt": "red"}, {"cache_salt": "blue"}, {"lora_request": "adapter"}, {}],
+    ids=["salt", "other salt", "LoRA", "nothing"],
+)
+def test_salt_and_lora_are_in_the_engines_own_block_hashes(changes: dict[str, Any]) -> None:
+    """The key is made of the block hash, so nothing crosses that the engine itself would not share."""
+
+    def hashed(**differences: Any) -> Any:
+        lora = SimpleNamespace(lora_name=differences.pop("lora_request")) if "lora_request" in differences else None
+        request = SimpleNamespace(
+            all_token_ids=list(range(16)),
+            num_tokens=16,
+            block_hashes=[],
+            mm_features=[],
+            prompt_embeds=None,
+            cache_salt=None,
+            lora_request=lora,
+            skip_reading_prefix_cache=False,
+        )
+        vars(request).update(differences)
+        return get_request_block_hasher(4, sha256_cbor)(request)
+
+    init_none_hash(sha256_cbor)
+    plain, changed = hashed(), hashed(**changes)
+    assert len(plain) == len(changed) == 4
+    assert (plain == changed) == (not changes)
+    if changes:  # not one block, the later ones by their chain of parents
+        assert not set(plain) & set(changed)
+
+
 def test_an_engine_that_cannot_share_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kv_cache = SimpleNamespace(kv_cache_groups=[])
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
@@ -392,6 +600,19 @@ def test_an_engine_that_cannot_share_is_told_what_to_do(tmp_path: Path, monkeypa
         layout.engine_layout(config, kv_cache, {})
     with pytest.raises(ValueError, match="calculate-kv-scales"):
         layout.engine_layout(vllm_config(tmp_path, calculate_kv_scales=True), kv_cache, {})
+
+
+def test_a_tier_that_does_not_fit_into_shared_memory_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shm, "SHM", tmp_path)
+    status = os.statvfs(tmp_path)
+    free = status.f_bavail * status.f_frsize
+    shm.check_room("kvtier-x", 4096)
+    with pytest.raises(ValueError, match="lower --dram"):
+        shm.check_room("kvtier-x", 2 * free)
+    (tmp_path / "vllm_offload_kvtier-x.mmap").write_bytes(b"made by another process of this engine")
+    shm.check_room("kvtier-x", 2 * free)
 
 
 def test_leftovers_of_dead_engines_are_swept_and_living_ones_kept(

@@ -120,7 +120,7 @@ class MoverLink:
         """It is gone when `reap` says so."""
         if self._process is not None and not self._killed:
             logger.error("kvtier: killing the mover: %s", reason)
-            self._killed = True
+            self._killed, self.ready = True, False
             self._process.kill()
 
     def reap(self) -> bool:

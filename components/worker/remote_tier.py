@@ -278,7 +278,7 @@ class RemoteTier(SecondaryTierManager):
         if _undecided(state):
             return LookupResult.RETRY
         target = state.targets[chunk] if chunk < len(state.targets) else None
-        if target is None or self.link.dead or self._suspect or state.fetches.get(key, 0) >= FETCHES_PER_CHUNK:
+        if target is None or not self.link.ready or self._suspect or state.fetches.get(key, 0) >= FETCHES_PER_CHUNK:
             return LookupResult.MISS
         if not self.has_room:
             return LookupResult.RETRY
