@@ -1,6 +1,7 @@
 """The tier in the engine, with its mover in a process of its own, against real targets."""
 
 import os
+import select
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, ReqContext, make_offload_key
 from vllm.v1.kv_offload.tiering.base import JobMetadata
 
+from components.worker.mover import PUT_PATIENCE_SECONDS
 from components.worker.remote_tier import FETCHES_PER_CHUNK, RemoteTier
 from components.worker.speeds import Prefill
 from kvstore.keys import chunk_key, sequence_hashes
@@ -49,6 +51,7 @@ class Engine:
     """A DRAM tier of some rows with the remote tier under it."""
 
     def __init__(self, store: str, rows: int = 16, row_bytes: int = ROW, digest: bytes = DIGEST, **options: Any):
+        options.setdefault("deadline_ms", int(1000 * SOON))
         self._fd = os.memfd_create("kvtier-test")
         os.ftruncate(self._fd, rows * row_bytes)
         self.memory = np.memmap(f"/proc/self/fd/{self._fd}", dtype=np.int8, mode="r+", shape=(rows, row_bytes))
@@ -315,6 +318,10 @@ def test_rows_being_filled_are_bounded(start_target: Any, engines: Any) -> None:
     job = engine.begin_load(context, KEYS[:4], [0, 1, 2, 3])
     engine.tier.on_schedule_end(None)
     assert engine.tier.lookup(KEYS[4], context) is LookupResult.RETRY
+    could_begin = engine.arrive(engine_request(name="next"), KEYS, plan(target, 8))
+    assert engine.tier.lookup(KEYS[0], could_begin) is LookupResult.RETRY
+    engine.tier.hurry("next")
+    assert engine.tier.lookup(KEYS[0], could_begin) is LookupResult.MISS
     engine.result(job)
     assert engine.tier.lookup(KEYS[4], context) is LookupResult.HIT
 
@@ -379,3 +386,52 @@ def test_only_the_same_layout_group_and_block_hash_hit(start_target: Any, engine
         assert result.failed == (frozenset() if same else frozenset(keys))
         if same:
             assert [other.memory[row].tobytes() for row in range(4)] == contents
+
+
+def test_an_engine_that_was_idle_uses_the_store_for_its_first_request(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    stored(engines(target.address), target)
+    engine = engines(target.address, wait=False, lookup_ms=60_000)
+    eventually(lambda: select.select([engine.tier.link._socket], [], [], 0)[0], SOON)  # ready, and nobody has listened
+    engine.arrive(engine_request(), KEYS)
+    engine.tier.ask("r")
+    assert engine.tier.undecided("r")
+
+
+def test_a_job_of_many_chunks_to_store_is_one_job(start_target: Any, engines: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("components.worker.remote_tier.PUT_CHUNKS", 3)
+    target = start_target()
+    engine = engines(target.address, put_queue_share=1.0)
+    stored(engine, target, 8)
+    assert not engine.tier.has_pending_work()
+    assert engine.counted()["vllm:kvtier_stored_chunks:('stored',)"] == 8
+
+
+def test_puts_that_are_never_answered_end_with_the_mover(start_target: Any, engines: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("components.worker.remote_tier.PUT_HUNG_SECONDS", 1.0)
+    target = start_target()
+    engine = engines(target.address)
+    context = engine.arrive(engine_request(), KEYS)
+    os.kill(engine.tier.link.pid, signal.SIGSTOP)
+    assert engine.result(engine.begin_store(context, KEYS[:2], [0, 1])).success
+    assert engine.tier._put_rows == 0
+    engine.until_ready()
+    assert engine.tier.link.starts == 2
+
+
+def test_puts_give_way_to_loads(start_target: Any, engines: Any, monkeypatch: Any) -> None:
+    """While a load is under way a put waits, but not for ever."""
+    target = start_target()
+    stored(engines(target.address), target)
+    stuck = threading.Event()
+    get = target.target._get
+    monkeypatch.setattr(target.target, "_get", lambda *all_of_it: stuck.wait(SOON) and get(*all_of_it))
+    engine = engines(target.address)
+    context = engine.arrive(engine_request(), KEYS, plan(target, 4))
+    load = engine.begin_load(context, KEYS[:4], [0, 1, 2, 3])
+    began = time.monotonic()
+    engine.store(context, KEYS[4:5], [4])
+    assert time.monotonic() - began >= PUT_PATIENCE_SECONDS
+    assert load not in engine.results
+    stuck.set()
+    assert not engine.result(load).failed

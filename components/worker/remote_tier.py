@@ -54,12 +54,14 @@ FETCHES_PER_CHUNK = 2
 # A load that the mover has not answered so long after its deadline is in the hands of a mover that hangs. A request
 # does not wait for it; its rows do.
 HUNG_SECONDS = 1.0
-# A put may take twice what the mover allows for one, with its turns behind others: longer, and it hangs.
+# With puts under way, the mover answers one at least so often, unless it hangs: it gives a piece 10 seconds, and gives
+# way to loads for a second before each 8 MiB of it.
 PUT_HUNG_SECONDS = 60.0
 # Pieces of this size keep every connection busy and let another request's first chunks in between.
 JOB_BYTES = 8 << 20
 JOB_CHUNKS = 64
 PUT_CHUNKS = 256
+PUT_PIECE_BYTES = 64 << 20
 # Commands that wait for a mover to take them.
 _OUTBOX_MAX = 4096
 _STOP_SECONDS = 2.0
@@ -134,7 +136,6 @@ class _Put:
     """A part of a job to store."""
 
     job_id: JobId
-    hung_at: float
     command: Put
     done: bool = False
 
@@ -187,6 +188,7 @@ class RemoteTier(SecondaryTierManager):
         self._puts: dict[int, _Put] = {}  # by a number of their own
         self._put_parts: dict[JobId, int] = {}  # how many are still under way
         self._put_number = 0
+        self._put_progress = 0.0
         self._suspect = False
         self._outbox: deque[frames.Command | _Load | _Put] = deque()
         self._finished: list[JobResult] = []
@@ -222,6 +224,7 @@ class RemoteTier(SecondaryTierManager):
     # ---- requests
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._step()  # an engine that was idle has not listened to its mover
         plan, now = read_plan(req_context.kv_transfer_params), time.monotonic()
         self._requests += 1
         wait = self._deadline_seconds
@@ -281,7 +284,8 @@ class RemoteTier(SecondaryTierManager):
         if target is None or not self.link.ready or self._suspect or state.fetches.get(key, 0) >= FETCHES_PER_CHUNK:
             return LookupResult.MISS
         if not self.has_room:
-            return LookupResult.RETRY
+            # A request that queues, or waits for other chunks anyway, takes its turn; one that could begin does.
+            return LookupResult.MISS if state.hurried and not state.loads else LookupResult.RETRY
         self._promised_rows += 1
         return LookupResult.HIT
 
@@ -354,14 +358,16 @@ class RemoteTier(SecondaryTierManager):
             self._send_tokens(state, max(chunks, default=-1))
         saved = 0.0 if state is None or state.plan is None else state.plan.chunk_ms / 1000
         number = 0 if state is None else state.number
-        hung_at = time.monotonic() + PUT_HUNG_SECONDS
-        starts = range(0, len(keys), PUT_CHUNKS)
+        if not self._puts:
+            self._put_progress = time.monotonic()
+        piece_chunks = max(1, min(PUT_CHUNKS, PUT_PIECE_BYTES // self._row_bytes))
+        starts = range(0, len(keys), piece_chunks)
         for start in starts:
-            part = slice(start, start + PUT_CHUNKS)
+            part = slice(start, start + piece_chunks)
             self._put_number += 1
             names = [_name(key) for key in keys[part]]
             command = Put(self._put_number, number, names, rows[part], chunks[part], saved)
-            self._puts[self._put_number] = put = _Put(job_metadata.job_id, hung_at, command)
+            self._puts[self._put_number] = put = _Put(job_metadata.job_id, command)
             self._outbox.append(put)
         self._put_parts[job_metadata.job_id] = len(starts)
         self._put_rows += len(keys)
@@ -432,7 +438,7 @@ class RemoteTier(SecondaryTierManager):
         self._suspect = any(load.sent and now > load.deadline + HUNG_SECONDS for load in overdue)
         if sent_until and now > max(sent_until) + HUNG_SECONDS:
             self.link.kill("a load is not answered past its deadline")
-        if any(now > put.hung_at for put in self._puts.values()):
+        if self._puts and now > self._put_progress + PUT_HUNG_SECONDS:
             self.link.kill("a put is not answered")
 
     def _say(self, command: frames.Command) -> bool:
@@ -513,6 +519,7 @@ class RemoteTier(SecondaryTierManager):
             self._stats.increase_counter(_STORED, 1, (name,))
         self._stats.increase_counter(_STORED_BYTES, outcomes.count("stored") * self._row_bytes)
         put.done = True
+        self._put_progress = time.monotonic()
         del self._puts[put.command.job]
         self._put_rows -= len(put.command.rows)
         self._put_parts[put.job_id] -= 1

@@ -4,7 +4,9 @@ In this order: the demo first, what needs the bus gone last.
 """
 
 import asyncio
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -122,6 +124,43 @@ async def test_many_conversations_at_once_leave_the_engines_alive(trial: Trial) 
     assert len(trial.workers) == 2
     await trial.say_next("After the crowd has gone, does everything still work as before? " * 4)
     assert (await trial.say_next("And once more?")).answer.equals(await trial.reference())
+
+
+def movers() -> list[int]:
+    """The mover processes below this one."""
+    parents, found = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            pid = int(folder.name)
+            parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if b"components.worker.mover" in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(pid)
+
+    def ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and ours(parents[pid]))
+
+    return [pid for pid in found if ours(pid)]
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+async def test_a_mover_that_ends_or_hangs_costs_no_token(trial: Trial, fault: signal.Signals) -> None:
+    await trial.say_next(f"Somebody carries all of this to and fro, until {fault.name}. " * 6)
+    await trial.until_stored()
+    await trial.until_idle()
+    for worker in trial.workers:
+        await trial.clear(worker)
+    carriers = movers()
+    assert len(carriers) == len(trial.workers)
+    for pid in carriers:
+        os.kill(pid, fault)
+    for number in range(2):
+        played = await trial.say_next(f"Nobody carries anything now, and this is question {number}; is it answered?")
+        assert played.answer.equals(await trial.reference())
+    for pid in carriers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    await trial.until_idle()
+    assert (await trial.say_next("And now that there is somebody again?")).answer.equals(await trial.reference())
 
 
 async def test_an_unknown_model_is_not_found(trial: Trial) -> None:
