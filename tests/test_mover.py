@@ -168,16 +168,14 @@ def test_one_that_hangs_is_killed_and_reaped_before_its_loads_are_given_back(eng
     belong to others by then; the rest of the value is let loose to show that it does not."""
     trickle = Trickle()
     engine = engines(trickle.address)
-    context = engine.arrive(engine_request(), KEYS, plan(trickle, 2, deadline_ms=1000))
+    context = engine.arrive(engine_request(), KEYS, plan(trickle, 2, deadline_ms=3000))
     load = engine.begin_load(context, KEYS[:2], [0, 1])
     assert trickle.begun.wait(SOON)
     mover = engine.tier.link.pid
     os.kill(mover, signal.SIGSTOP)
-    deadline = engine.tier._loads[load].deadline
-    eventually(lambda: (engine.step(), engine.tier.gave_up("r"))[1], SOON)
-    assert time.monotonic() > deadline or engine.tier.gave_up("r")  # the request waits no longer than that
-    if load not in engine.results:
-        assert alive(mover) or not engine.tier.link.dead
+    eventually(lambda: engine.tier.gave_up("r"), SOON)  # the request waits no longer than its deadline
+    engine.step()
+    assert load not in engine.results or engine.tier.link.dead
     assert engine.result(load).failed == frozenset(KEYS[:2])
     assert not alive(mover)
     before = engine.memory[:2].copy()
@@ -284,7 +282,7 @@ def test_a_target_that_is_slow_gives_what_it_can_by_the_deadline(engines: Any) -
 
     target = Impostor(slow)
     engine = engines(target.address)
-    context = engine.arrive(engine_request(), KEYS, plan(target, 3, deadline_ms=2000))
+    context = engine.arrive(engine_request(), KEYS, plan(target, 3, deadline_ms=4000))
     assert engine.load(context, KEYS[:3], [0, 1, 2]).failed == frozenset(KEYS[1:3])
     assert (engine.memory[0] == 1).all()
     assert engine.tier.link.starts == 1
@@ -426,7 +424,10 @@ def test_first_chunks_and_requests_that_could_begin_come_first(engines: Any) -> 
         if name == "long":
             assert target.begun.wait(SOON)
     engine.tier.hurry("next")
-    time.sleep(0.5)  # until the mover has heard of all
+    extra = engine.arrive(engine_request(name="extra"), names, plan(target, 32))
+    last = engine.begin_load(extra, names[:1], [63])
+    engine.tier.cancel("extra")
+    engine.result(last)  # so the mover has heard of all
     target.go_on.set()
     eventually(lambda: (engine.step(), len(engine.results) == len(loads))[1], SOON)
     order = [dict(loads)[job] for job in engine.results]

@@ -268,8 +268,8 @@ def test_rows_are_not_held_for_ever_nor_beyond_their_share(monkeypatch: pytest.M
     manager = GuardedTieringManager(Primary(), [tier])
     for name in range(3):
         promoted(manager, tier, str(name), [offload_key(10 * name + number) for number in range(5)])
-    assert manager._held_rows == 8  # of 16
-    assert manager.primary_tier._num_evictable_cache_blocks == 7
+    assert manager._held_rows == 6  # of 16
+    assert manager.primary_tier._num_evictable_cache_blocks == 9
     later = time.monotonic() + HOLD_SECONDS + 1
     monkeypatch.setattr("components.worker.manager.time", SimpleNamespace(monotonic=lambda: later))
     manager.on_schedule_end(STEP)

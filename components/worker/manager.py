@@ -30,8 +30,9 @@ from components.worker.compat import (
 
 # A request that has not been scheduled so long after its chunks came may find them evicted.
 HOLD_SECONDS = 30.0
-# Of all rows; the rest is for what the engine computes and for those that are scheduled first.
-HOLD_SHARE = 0.5
+# Of all rows. With those being filled and those that wait to be put (remote_tier.py, a quarter each) a tenth is
+# left in any case for what the engine computes.
+HOLD_SHARE = 0.4
 
 
 @dataclass

@@ -22,7 +22,8 @@ from components.worker.frames import Setup
 
 logger = logging.getLogger(__name__)
 
-# A mover that ends is started again after this long, then after twice as long, up to the second figure.
+# A mover that was well is started again at once; if that one ends, too, after this long, then after twice as long, up to
+# the second figure.
 RESTART_SECONDS = (0.2, 30.0)
 # One that lived this long was well: the next failure begins a new count.
 _WELL_SECONDS = 60.0
@@ -173,5 +174,5 @@ class MoverLink:
         if now > self._started + _WELL_SECONDS:
             self._failures = 0
         first, longest = RESTART_SECONDS
-        self._restart_at = now + min(longest, first * 2**self._failures)
+        self._restart_at = now if not self._failures else now + min(longest, first * 2 ** (self._failures - 1))
         self._failures += 1

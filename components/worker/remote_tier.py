@@ -165,7 +165,7 @@ class RemoteTier(SecondaryTierManager):
         connections_per_target: int = 4,
         carrier: str = "",
         put_queue_share: float = 0.25,
-        load_share: float = 0.5,
+        load_share: float = 0.25,
     ):
         super().__init__(offloading_spec, primary_kv_view, tier_type)
         rows, row_bytes = primary_kv_view.shape or (0, 0)

@@ -1,7 +1,6 @@
 """Tells the routers, once a second over NATS, what this worker's tier looks like.
 
-Runs an event loop on a thread of its own, since it lives in the engine's process; a NATS that is away is tried again
-for ever, quietly.
+Runs an event loop on a thread of its own, in the mover's process; a NATS that is away is tried again for ever, quietly.
 """
 
 import asyncio

@@ -1,0 +1,142 @@
+"""The connector's own steps, with a scheduler and a tier that only write down what they are asked."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import GroupOffloadConfig
+from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
+
+from components.worker.connector import KvtierConnector
+from components.worker.step_clock import StepClock
+
+
+class Tier:
+    """A tier with room for so many rows."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+        self.unknown: set[str] = set()
+        self.waits = 0
+        self.hurried: list[str] = []
+        self.paces: list[tuple[float, int]] = []
+
+    @property
+    def has_room(self) -> bool:
+        return self.rows > 0
+
+    def undecided(self, req_id: str) -> bool:
+        return req_id in self.unknown
+
+    def hurry(self, req_id: str) -> None:
+        self.hurried.append(req_id)
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def tell_pace(self, dram_bytes_per_second: float, queue: int) -> None:
+        self.paces.append((dram_bytes_per_second, queue))
+
+
+class Manager:
+    def __init__(self, tier: Tier):
+        self.tier = tier
+        self.promoted: list[tuple[str, int]] = []
+        self.let_go_of: list[str] = []
+
+    def lookup(self, key: bytes, context: ReqContext) -> LookupResult:
+        wanted = (context.req_id, int.from_bytes(key[:32], "big"))
+        if wanted not in self.promoted:
+            self.promoted.append(wanted)
+            self.tier.rows -= 1
+        return LookupResult.HIT_PENDING
+
+    def let_go(self, req_id: str) -> None:
+        self.let_go_of.append(req_id)
+
+    def release(self, req_ids: object) -> None:
+        pass
+
+
+def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
+    """A connector at which requests of so many chunks have arrived."""
+    tier = Tier(rows)
+    manager = Manager(tier)
+    one: Any = object.__new__(KvtierConnector)
+    one._tiers, one._manager, one._block_pool = [tier], manager, None
+    one._groups = (GroupOffloadConfig(0, 4, 4, 1, None, None),)
+    one._clock = StepClock()
+    one.connector_scheduler = SimpleNamespace(
+        build_connector_meta=lambda output: "meta",
+        get_num_new_matched_tokens=lambda request, computed: (0, False),
+        update_state_after_alloc=lambda request, blocks, tokens: None,
+        update_connector_output=lambda output: None,
+    )
+    one._arriving = {
+        name: SimpleNamespace(
+            req=SimpleNamespace(request_id=name, block_hashes=[]),
+            req_context=ReqContext(name),
+            group_states=[
+                SimpleNamespace(offload_keys=[make_offload_key(n.to_bytes(32, "big"), 0) for n in range(chunks)])
+            ],
+        )
+        for name, chunks in requests.items()
+    }
+    return one, tier, manager
+
+
+def output(tokens: int = 0) -> Any:
+    return SimpleNamespace(
+        total_num_scheduled_tokens=tokens,
+        finished_req_ids=set(),
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+        num_scheduled_tokens={},
+        scheduled_spec_decode_tokens={},
+    )
+
+
+def test_fetches_begin_in_order_of_arrival_as_far_as_there_is_room() -> None:
+    one, tier, manager = connector(3, {"first": 2, "second": 3, "third": 1})
+    one.build_connector_meta(output())
+    assert manager.promoted == [("first", 0), ("first", 1), ("second", 0)]
+    assert list(one._arriving) == ["second", "third"]
+    tier.rows = 10
+    one.build_connector_meta(output())
+    assert manager.promoted[3:] == [("second", 1), ("second", 2), ("third", 0)]
+    assert not one._arriving
+
+
+def test_a_request_of_which_nothing_is_known_yet_does_not_hold_up_others() -> None:
+    one, tier, manager = connector(10, {"first": 1, "second": 1})
+    tier.unknown.add("first")
+    one.build_connector_meta(output())
+    assert manager.promoted == [("second", 0)]
+    tier.unknown.clear()
+    one.build_connector_meta(output())
+    assert manager.promoted == [("second", 0), ("first", 0)]
+
+
+def test_a_step_that_runs_nothing_waits_for_the_mover_and_others_do_not() -> None:
+    one, tier, _ = connector(1, {})
+    one.build_connector_meta(output(tokens=5))
+    assert tier.waits == 0
+    one.build_connector_meta(output())
+    assert tier.waits == 1
+
+
+def test_what_the_scheduler_looks_at_is_hurried_and_what_it_runs_is_let_go() -> None:
+    one, tier, manager = connector(1, {"r": 1})
+    request = SimpleNamespace(request_id="r")
+    one.get_num_new_matched_tokens(request, 0)
+    assert tier.hurried == ["r"]
+    assert not one._arriving
+    one.update_state_after_alloc(request, None, 0)
+    assert manager.let_go_of == ["r"]
+
+
+def test_the_pace_is_told_about_once_a_second() -> None:
+    one, tier, _ = connector(0, {"r": 1})
+    for _ in range(5):
+        one.build_connector_meta(output(tokens=5))
+        one.update_connector_output(SimpleNamespace(kv_connector_worker_meta=None))
+    assert tier.paces == [(0.0, 1)]
