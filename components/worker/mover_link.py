@@ -22,8 +22,8 @@ from components.worker.frames import Setup
 
 logger = logging.getLogger(__name__)
 
-# A mover that was well is started again at once; if that one ends, too, after this long, then after twice as long, up to
-# the second figure.
+# A mover that was well is started again at once; if that one ends, too, after this long, then after twice as long, up
+# to the second figure.
 RESTART_SECONDS = (0.2, 30.0)
 # One that lived this long was well: the next failure begins a new count.
 _WELL_SECONDS = 60.0
