@@ -113,8 +113,9 @@ class Mover:
         if setup.nats:
             self._reporter = Reporter(setup.nats, setup.namespace, f"{os.getppid()}-{os.getpid()}", self._report)
         self._send(frames.Ready())
-        while packet := self._link.recv(frames.FRAME_BYTES_MAX):
-            self._take(frames.decode_command(packet))
+        with contextlib.suppress(ConnectionError):  # the engine left without hearing all that was said to it
+            while packet := self._link.recv(frames.FRAME_BYTES_MAX):
+                self._take(frames.decode_command(packet))
 
     def _take(self, command: frames.Command) -> None:
         match command:
@@ -350,9 +351,10 @@ def main() -> None:
     except UnavailableError as error:
         logger.error("kvtier mover: %s", error)
         os._exit(EXIT_UNAVAILABLE)
-    except OSError as error:
-        logger.error("kvtier mover: %r", error)
-    os._exit(0)  # threads may be in the middle of a transfer, and nobody waits for it
+    except Exception:
+        logger.exception("kvtier mover: ended")
+        os._exit(1)
+    os._exit(0)  # here and above: threads may be in the middle of a transfer, and nobody waits for it
 
 
 if __name__ == "__main__":
