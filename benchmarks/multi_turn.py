@@ -13,9 +13,9 @@ prompt is asked for once, which fills its tiers. Each mode is a fresh engine wit
     store      this project: that DRAM, and a target on the same disk, without a hot cache
     store-hot  the same, with a hot cache that holds the pool
 
-With --fresh no conversation ever goes on: what the tier costs where it cannot help. With --first-token N prompts of
-that length are asked for one at a time, from each place where they can be. With --url a server that runs already is
-measured.
+With --fresh each mode also has prompts that nobody goes on with: what the tier costs where it cannot help. With
+--first-token N prompts of that length are asked for one at a time, from each place where they can be. With --url a
+server that runs already is measured.
 """
 
 import argparse
@@ -46,6 +46,7 @@ from benchmarks.multi_turn_load import (
     FirstToken,
     Point,
     Pool,
+    Shape,
     first_tokens,
     measure,
     warm_up,
@@ -134,7 +135,7 @@ def parse(argv: list[str]) -> Options:
     add("--seconds", help="of each measurement; default 30")
     add("--ramp", help="seconds before each; default 5")
     add("--seed")
-    add("--fresh", action="store_true", default=None, help="prompts that share nothing")
+    add("--fresh", action="store_true", default=None, help="then also prompts that share nothing")
     add("--first-token", help="prompt lengths to time one by one, such as 2200,8000")
     add("--repeats", help="of these; default 5")
     add("--hbm-tokens", help="KV cache of the engine; default what it finds room for")
@@ -261,12 +262,11 @@ class Bench:
     def __init__(self, options: Options, logs: Path):
         self.options = options
         self.logs = logs
-        pool = self._pool()
+        pool = self._pool(CHAT)
         self.report = Report(shlex.join(["python", "-m", "benchmarks.multi_turn", *sys.argv[1:]]), pool.prompt_tokens)
 
-    def _pool(self) -> Pool:
-        options = self.options
-        return Pool(options.pool, options.seed, FRESH if options.fresh else CHAT, scale=options.scale)
+    def _pool(self, shape: Shape) -> Pool:
+        return Pool(self.options.pool, self.options.seed, shape, scale=self.options.scale)
 
     async def run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
@@ -311,18 +311,24 @@ class Bench:
             self.report.first_tokens += found
             say(f"{mode}: {tokens} tokens: " + ", ".join(f"{one.medium} {one.ttft_ms_median:.0f} ms" for one in found))
             self.write()
-        if options.seconds < 1:
-            return
-        pool = self._pool()
+        pool = self._pool(CHAT)
         begun = time.monotonic()
         await warm_up(endpoint, pool, max(options.clients))
         await asyncio.sleep(SETTLE_SECONDS)
         say(f"{mode}: warm after {time.monotonic() - begun:.0f} s")
         for clients in options.clients:
             point = await measure(endpoint, pool, mode, clients, seconds=options.seconds, ramp_seconds=options.ramp)
-            self.report.points.append(point)
-            say(line(point))
-            self.write()
+            self._add(point)
+        if options.fresh:
+            fresh = f"{mode}, fresh"
+            clients = min(options.clients)
+            pool = self._pool(FRESH)
+            self._add(await measure(endpoint, pool, fresh, clients, seconds=options.seconds, ramp_seconds=options.ramp))
+
+    def _add(self, point: Point) -> None:
+        self.report.points.append(point)
+        say(line(point))
+        self.write()
 
     def write(self) -> None:
         self.report.best = best(self.report.points)

@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import random
+import re
 import statistics
 import time
 from collections import deque
@@ -36,6 +37,7 @@ FRESH = Shape((1, 1), (400, 4000), (20, 60), (100, 230))
 # Ids of plain text in any vocabulary: past the special ones, and in a tokenizer of bytes still bytes.
 TOKEN_IDS = (40, 120)
 REQUEST_SECONDS = 120.0
+_COUNTER = re.compile(r'vllm:(?P<name>\w+)_total(?:\{(?:.*(?:source|outcome)="(?P<label>\w+)")?.*\})? (?P<value>\S+)$')
 
 
 class Conversation:
@@ -167,7 +169,7 @@ class Endpoint:
         return answer
 
     async def counters(self) -> dict[str, float]:
-        """The sums of its Prometheus counters over their labels; empty where it has none."""
+        """The sums of its Prometheus counters, by source or outcome where they tell; empty where it has none."""
         sums: dict[str, float] = {}
         try:
             async with self._session.get(f"{self.url}/metrics") as reply:
@@ -175,10 +177,10 @@ class Endpoint:
         except aiohttp.ClientError:
             text = ""
         for line in text.splitlines():
-            name, _, value = line.rpartition(" ")
-            if line.startswith("vllm:") and name.partition("{")[0].endswith("_total"):
-                short = name.partition("{")[0].removeprefix("vllm:").removesuffix("_total")
-                sums[short] = sums.get(short, 0.0) + float(value)
+            found = _COUNTER.match(line)
+            if found:
+                name = f"{found['name']}:{found['label']}" if found["label"] else found["name"]
+                sums[name] = sums.get(name, 0.0) + float(found["value"])
         return sums
 
     async def forget(self, *, external: bool) -> None:
@@ -207,6 +209,7 @@ class Point(msgspec.Struct):
     hbm_hit_share: float  # of prompt tokens, by the engine's own counters
     external_hit_share: float
     store_bytes_per_second: float  # fetched, where the tier counts them
+    tier: dict[str, float]  # what the tier counted meanwhile
 
 
 class _Sample(msgspec.Struct):
@@ -282,7 +285,11 @@ def summary(
     mode: str, clients: int, samples: Sequence[_Sample], failed: int, seconds: float, counted: dict[str, float]
 ) -> Point:
     ttfts = [1000 * one.ttft_seconds for one in samples]
-    asked = counted.get("prefix_cache_queries", 0.0)
+    computed, hbm, tiers = (
+        counted.get(f"prompt_tokens_by_source:{source}", 0.0)
+        for source in ("local_compute", "local_cache_hit", "external_kv_transfer")
+    )
+    prompts = max(1.0, computed + hbm + tiers)
     return Point(
         mode=mode,
         clients=clients,
@@ -296,9 +303,10 @@ def summary(
         ttft_ms_p50=round(quantile(ttfts, 0.5), 1),
         ttft_ms_p99=round(quantile(ttfts, 0.99), 1),
         tpot_ms_mean=round(1000 * mean([one.tpot_seconds for one in samples if one.output_tokens > 1]), 2),
-        hbm_hit_share=round(counted.get("prefix_cache_hits", 0.0) / asked, 3) if asked else 0.0,
-        external_hit_share=round(counted.get("external_prefix_cache_hits", 0.0) / asked, 3) if asked else 0.0,
+        hbm_hit_share=round(hbm / prompts, 3),
+        external_hit_share=round(tiers / prompts, 3),
         store_bytes_per_second=round(counted.get("kvtier_fetched_bytes", 0.0) / seconds),
+        tier={name: value for name, value in counted.items() if name.startswith("kvtier_")},
     )
 
 

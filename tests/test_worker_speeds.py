@@ -113,6 +113,28 @@ def test_no_other_number_would_save_more(
         assert gain(worth) == pytest.approx(best)
 
 
+@given(st.integers(1, 500), speeds, prefills, st.integers(0, 64))
+def test_the_more_requests_run_the_more_is_waited_for(
+    chunks: int, speed: float, prefill: Prefill, running: int
+) -> None:
+    def worth(count: int) -> int:
+        return worth_waiting_for(
+            chunks,
+            chunk_bytes=CHUNK,
+            ahead_bytes=0,
+            bytes_per_second=speed,
+            prefill=prefill,
+            chunk_tokens=64,
+            context_tokens=0,
+            seconds_left=2.0,
+            running=count,
+        )
+
+    assert worth(0) <= worth(running) <= worth(running + 1)
+    if worth(running) and prefill.known:
+        assert worth(running) * CHUNK / speed <= 3 * 1.25 * prefill.saved_seconds(worth(running) * 64, 0) * (1 + 1e-9)
+
+
 @given(st.integers(1, 500), st.integers(0, 1 << 34), prefills)
 def test_what_was_not_measured_decides_nothing(chunks: int, ahead: int, prefill: Prefill) -> None:
     known = {"chunk_bytes": CHUNK, "chunk_tokens": 64, "context_tokens": 0}

@@ -102,8 +102,9 @@ class KvtierConnector(OffloadingConnector):
         meta = super().build_connector_meta(scheduler_output)
         self._manager.release(scheduler_output.finished_req_ids)
         self._clock.begin(*prefilled(scheduler_output), time.monotonic())
-        if not scheduler_output.total_num_scheduled_tokens:
-            for tier in self._tiers:
+        for tier in self._tiers:
+            tier.running = len(scheduler_output.num_scheduled_tokens)
+            if not tier.running:
                 tier.wait()
         return meta
 

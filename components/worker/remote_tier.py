@@ -144,7 +144,7 @@ class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
     for the contract of each method. `layout_digest` names what the bytes mean (layout.py); `nats` and `endpoint` are
     for telling routers, and may be left out. `on_load` is called for each chunk that is going to be fetched; `prefill`
-    is what computing costs here, as far as it is known.
+    is what computing costs here, as far as it is known, and `running` how many requests the engine is at.
     """
 
     def __init__(
@@ -196,6 +196,7 @@ class RemoteTier(SecondaryTierManager):
         self._store_bytes_per_second = 0.0
         self.on_load: Callable[[Request, OffloadKey, int], None] = lambda request, key, chunk: None
         self.prefill = Prefill()
+        self.running = 0
         self.link = MoverLink(
             Setup(
                 region_fd=region_fd(offloading_spec),
@@ -562,6 +563,7 @@ class RemoteTier(SecondaryTierManager):
                     chunk_tokens=self._blocks_per_chunk * self._block_tokens,
                     context_tokens=loads[0].first_chunk * self._blocks_per_chunk * self._block_tokens,
                     seconds_left=loads[0].deadline - now,
+                    running=self.running,
                 )
             kept = 0
             for load in loads:

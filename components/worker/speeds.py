@@ -16,6 +16,10 @@ _REWEIGHTINGS = 4
 _HALF_LIFE_SECONDS = 5.0
 # A measured speed is good to about a quarter: a fetch is given up when it is clearly the slower way, not at a tie.
 _DOUBT = 1.25
+# Each running request adds this part of a second to the price of a GPU's second: at most it triples, so that a request
+# that meets a slow store is not the one that pays for all others.
+_RUNNING_SHARE = 4
+_RUNNING_MAX = 8
 
 
 class Prefill(NamedTuple):
@@ -130,12 +134,14 @@ def worth_waiting_for(
     chunk_tokens: int,
     context_tokens: int,
     seconds_left: float,
+    running: int = 0,
 ) -> int:
     """How many of a request's next `chunks`, which are being fetched, to wait for rather than compute.
 
     `ahead_bytes` come first, `context_tokens` are there, and the engine could begin now. What is saved grows faster
     than in proportion to the number and what the fetch takes in proportion, so the answer is 0 or as many as come by
-    the deadline. What was not measured yet decides nothing: then only the deadline counts.
+    the deadline. To compute delays every one of the `running` requests, to wait this one alone: the more run, the more
+    a wait may take. What was not measured yet decides nothing: then only the deadline counts.
     """
     if seconds_left <= 0:
         return 0
@@ -148,4 +154,9 @@ def worth_waiting_for(
         return in_time
     fetch_seconds = (ahead_bytes + in_time * chunk_bytes) / bytes_per_second
     saved_seconds = prefill.saved_seconds(in_time * chunk_tokens, context_tokens)
-    return in_time if fetch_seconds <= _DOUBT * saved_seconds else 0
+    return in_time if fetch_seconds <= _DOUBT * _gpu_price(running) * saved_seconds else 0
+
+
+def _gpu_price(running: int) -> float:
+    """What a second of the GPU costs in seconds of one request's waiting."""
+    return 1 + min(running, _RUNNING_MAX) / _RUNNING_SHARE
