@@ -57,9 +57,9 @@ def test_a_point_counts_what_ended_in_its_window() -> None:
     samples = [_Sample(1.0, 2000, 100, 0.1 * number, 0.03) for number in range(1, 11)]
     by = "prompt_tokens_by_source:"
     counted = {
-        source + "local_compute": 500.0,
-        source + "local_cache_hit": 300.0,
-        source + "external_kv_transfer": 200.0,
+        by + "local_compute": 500.0,
+        by + "local_cache_hit": 300.0,
+        by + "external_kv_transfer": 200.0,
     }
     point = summary("store", 4, samples, 1, 2.0, {**counted, "kvtier_fetched_bytes": 4e9})
     assert (point.requests_per_second, point.output_tokens_per_second, point.failed) == (5.0, 500.0, 1)
