@@ -104,7 +104,7 @@ class KvtierConnector(OffloadingConnector):
         self._clock.begin(*prefilled(scheduler_output), time.monotonic())
         for tier in self._tiers:
             tier.running = len(scheduler_output.num_scheduled_tokens)
-            if not tier.running:
+            if not scheduler_output.total_num_scheduled_tokens:
                 tier.wait()
         return meta
 

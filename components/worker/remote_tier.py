@@ -349,9 +349,12 @@ class RemoteTier(SecondaryTierManager):
     def submit_store(self, job_metadata: JobMetadata) -> None:
         keys, rows = list(job_metadata.keys), job_rows(job_metadata)
         state = self._states.get(job_metadata.req_context.req_id)
-        beyond = self._put_rows + len(keys) > self._put_rows_max
-        if beyond or self.link.dead or len(self._outbox) >= _OUTBOX_MAX:
-            self._stats.increase_counter(_STORED, len(keys), ("dropped",))
+        room = 0 if self.link.dead or len(self._outbox) >= _OUTBOX_MAX else self._put_rows_max - self._put_rows
+        if len(keys) > room:
+            # The leading chunks are of use without the rest, and not the other way round.
+            self._stats.increase_counter(_STORED, len(keys) - max(0, room), ("dropped",))
+            keys, rows = keys[: max(0, room)], rows[: max(0, room)]
+        if not keys:
             self._finished.append(JobResult(job_metadata.job_id, True))
             return
         chunks = [-1 if state is None else state.chunk_of.get(key, -1) for key in keys]

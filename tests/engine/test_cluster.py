@@ -149,13 +149,15 @@ async def test_a_mover_that_ends_or_hangs_costs_no_token(trial: Trial, fault: si
     await trial.until_idle()
     for worker in trial.workers:
         await trial.clear(worker)
-        # An engine that is idle does not notice that its mover has ended; its next request does.
-        await trial.ask([{"role": "user", "content": "Are you there?"}], max_tokens=1, worker=worker)
 
     async def complete() -> bool:
+        if len(movers()) != len(trial.workers):
+            # An engine that is idle does not notice that its mover has ended; its next requests do.
+            for worker in trial.workers:
+                await trial.ask([{"role": "user", "content": "Are you there?"}], max_tokens=1, worker=worker)
         return len(movers()) == len(trial.workers)
 
-    await trial.until(complete, "every worker has a mover", 20)
+    await trial.until(complete, "every worker has a mover", 60)
     carriers = movers()
     for pid in carriers:
         os.kill(pid, fault)
