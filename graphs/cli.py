@@ -1,4 +1,4 @@
-"""The console script, under two names: `kvtier serve|store` and `dynamo serve`."""
+"""The console script, under two names: `kvtier serve|render|store` and `dynamo serve|render`."""
 
 import argparse
 import asyncio
@@ -8,12 +8,15 @@ from pathlib import Path
 
 import kvstore.__main__ as store
 from graphs import serve
+from graphs.render import PLACES, render
 from graphs.service import load_deployment
 from graphs.services import frontend_url, model_name
-from kvstore.errors import run_command
+from kvstore.errors import ConfigError, run_command
 
 HELP = """
   serve    start a graph of services:   dynamo serve graphs.agg_router:Frontend -f config.yaml
+  render   write it for containers:     dynamo render compose graphs.agg_router:Frontend -f config.yaml
+                                        dynamo render k8s graphs.agg_router:Frontend -f config.yaml
   store    run a target by itself:      kvtier store --dir /nvme0 --capacity 3T   (the same as python -m kvstore)
 
 'COMMAND --help' says more.
@@ -23,7 +26,7 @@ HELP = """
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    commands = {"serve": _serve, "store": store.main}
+    commands = {"serve": _serve, "render": _render, "store": store.main}
     if command not in commands:
         wanted_help = command in ("-h", "--help")
         print(f"usage: {Path(sys.argv[0]).name} COMMAND ...\n{HELP}", file=sys.stdout if wanted_help else sys.stderr)
@@ -51,12 +54,32 @@ def _serve(argv: list[str]) -> None:
     url = frontend_url(deployment)
 
     def announce() -> None:
-        print(
-            f"\nserving at {url}; try\n\n  {_curl(url, model_name(deployment))}\n\nctrl-C stops everything\n",
-            flush=True,
-        )
+        where = f"serving at {url}; try\n\n  {_curl(url, model_name(deployment))}" if url else "everything is up"
+        print(f"\n{where}\n\nctrl-C stops everything\n", flush=True)
 
     asyncio.run(serve.serve(deployment, announce))
+
+
+def _render(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="dynamo render",
+        description="Write a graph as a compose file, or as manifests for Dynamo's Kubernetes operator.",
+        epilog="Any setting can be given as --Service.key=value, as with dynamo serve.",
+    )
+    parser.add_argument("target", choices=list(PLACES), help="what to write")
+    parser.add_argument("graph", help="module:Service, for example graphs.agg_router:Frontend")
+    parser.add_argument("-f", "--file", type=Path, help="YAML with the services' settings")
+    parser.add_argument("-o", "--output", type=Path, help="file to write; default: standard output")
+    options, overrides = parser.parse_known_args(argv)
+    folder = options.output.parent if options.output else Path()
+    text = render(options.target, options.graph, options.file, overrides, folder)
+    if not options.output:
+        print(text, end="")
+        return
+    try:
+        options.output.write_text(text)
+    except OSError as error:
+        raise ConfigError("output", options.output, f"a file that can be written ({error.strerror})") from None
 
 
 def _curl(url: str, model: str) -> str:

@@ -13,6 +13,7 @@ A graph file links services (`Frontend.link(Router).link(VllmWorker)`); a YAML f
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,36 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where processes run, and so how they find each other: all on this machine, or, if `hosts` names any, each in a
+    container of its own."""
+
+    python: str = sys.executable
+    hosts: Mapping[str, str] = field(default_factory=dict)  # a service's name in the network, with {replica}
+    pins_cores: bool = True
+
+    @property
+    def apart(self) -> bool:
+        return bool(self.hosts)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where settings were written, to say so in an error message."""
+
+    file: Path | None = None
+    lines: dict[str, int] = field(default_factory=dict)  # by Service.key
+
+    def find(self, dotted: str) -> str:
+        """`file:line: ` of a setting, or of the nearest thing around it; nothing if no file says it."""
+        service, _, key = dotted.partition(".")
+        for name in (dotted, f"Common.{key}", dotted.rpartition(".")[0], service):
+            if name in self.lines:
+                return f"{self.file}:{self.lines[name]}: "
+        return ""
+
+
+@dataclass(frozen=True)
 class Process:
     """A process to run: what, with what around it, and how one sees that it is ready."""
 
@@ -59,6 +90,9 @@ class Process:
     service: str
     command: Sequence[str]
     env: Mapping[str, str]
+    port: int = 0  # where others reach it
+    metrics_port: int = 0  # where Prometheus does
+    gpus: Sequence[int] = ()
     ready_line: str = ""  # text that appears in its output
     ready_url: str = ""  # URL that answers 200, with `ready_text` in its body
     ready_text: str = ""
@@ -73,12 +107,17 @@ class Service:
     name: str
     compose: Callable[[Settings, "Deployment"], list[Process]]
     links: list["Service"] = field(default_factory=list)
+    replicas: int = 1  # unless the settings say otherwise
 
     def link(self, other: "Service") -> "Service":
         """This service needs the other; returns the other, so that links chain."""
         if other not in self.links:
             self.links.append(other)
         return other
+
+    def fresh(self) -> "Service":
+        """The same service without links, for another graph."""
+        return Service(self.name, self.compose, replicas=self.replicas)
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -91,12 +130,37 @@ class Deployment:
     services: Sequence[Service]
     settings: Mapping[str, Settings]
     state_dir: Path
+    place: Place = Place()
+    source: Source = Source()
 
     def processes(self) -> list[Process]:
-        return [process for service in self.services for process in service.compose(self.of(service.name), self)]
+        """What is to run, in starting order. Raises ConfigError, which says where the setting was written."""
+        processes = []
+        for service in self.services:
+            try:
+                processes += service.compose(self.of(service.name), self)
+            except ConfigError as error:
+                name = f"{service.name}.{str(error).partition(':')[0]}"
+                error.args = (f"{self.source.find(name)}{service.name}.{error}",)
+                raise
+        return processes
 
     def of(self, name: str) -> Settings:
         return self.settings.get(name, Settings())
+
+    def runs(self, name: str) -> bool:
+        """Whether the graph has the service, and at least one replica of it."""
+        return any(service.name == name for service in self.services) and self.of(name).args.workers > 0
+
+    def gpus_before(self, name: str) -> int:
+        """How many GPUs the services take that come before this one."""
+        total = 0
+        for service in self.services:
+            if service.name == name:
+                break
+            args = self.of(service.name).args
+            total += args.workers * args.resources.gpu
+        return total
 
 
 def load_graph(reference: str) -> list[Service]:
@@ -125,19 +189,28 @@ def load_graph(reference: str) -> list[Service]:
     return ordered
 
 
-def load_deployment(reference: str, config: Path | None, overrides: Sequence[str], state_dir: Path) -> Deployment:
+def load_deployment(
+    reference: str, config: Path | None, overrides: Sequence[str], state_dir: Path, place: Place | None = None
+) -> Deployment:
     """Graph, YAML and `--Service.key=value` overrides put together. Raises ConfigError."""
     services = load_graph(reference)
-    content = _read_yaml(config) if config is not None else {}
+    content, source = _read_yaml(config) if config is not None else ({}, Source())
     for override in overrides:
-        _override(content, override)
-    names = {service.name for service in services}
-    for name in content:
-        if name != "Common" and name not in names:
-            raise ConfigError("config", name, f"Common or a service of the graph: {', '.join(sorted(names))}")
-    common = _section(content, "Common")
-    settings = {name: _settings(name, _section(content, name), common) for name in names}
-    return Deployment(services, settings, state_dir)
+        _override(content, override, source)
+    names = [service.name for service in services]
+    try:
+        for name in content:
+            if name != "Common" and name not in names:
+                raise ConfigError(name, "a section", f"Common or a service of the graph: {', '.join(sorted(names))}")
+        common = _section(content, "Common")
+        settings = {
+            service.name: _settings(service.name, _section(content, service.name), common, service.replicas)
+            for service in services
+        }
+    except ConfigError as error:
+        error.args = (source.find(str(error).partition(":")[0]) + str(error),)
+        raise
+    return Deployment(services, settings, state_dir, place or Place(), source)
 
 
 def as_flags(flags: Mapping[str, Setting]) -> list[str]:
@@ -151,15 +224,22 @@ def as_flags(flags: Mapping[str, Setting]) -> list[str]:
     return arguments
 
 
-def cores_of(replica: int, count: int) -> str:
-    """The cores, comma-separated, of a replica that gets `count`; they are shared out in turn."""
+def cores_of(replica: int, count: int, place: Place) -> str:
+    """The cores, comma-separated, of a replica that gets `count`; they are shared out in turn. Those of another machine
+    are counted from 0, or left to the engine to find where nobody pins."""
+    if not place.pins_cores:
+        return "auto"
+    first = replica * count
+    if place.apart:
+        return ",".join(str(first + number) for number in range(count))
     usable = sorted(os.sched_getaffinity(0))
-    return ",".join(str(usable[(replica * count + number) % len(usable)]) for number in range(count))
+    return ",".join(str(usable[(first + number) % len(usable)]) for number in range(count))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        content = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError("config", path, f"a YAML file that can be read ({error.strerror})") from None
     except yaml.YAMLError as error:
@@ -168,10 +248,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError("config", path, f"YAML ({line}{getattr(error, 'problem', error)})") from None
     if not isinstance(content, dict):
         raise ConfigError("config", path, "a mapping of services to their settings")
-    return content
+    source = Source(path)
+    _find_lines(yaml.compose(text, yaml.SafeLoader), "", source.lines)
+    return content, source
 
 
-def _override(content: dict[str, Any], text: str) -> None:
+def _find_lines(node: yaml.Node | None, name: str, lines: dict[str, int]) -> None:
+    """The line of every key, by its path with dots."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = f"{name}.{key.value}" if name else str(key.value)
+            lines[below] = key.start_mark.line + 1
+            _find_lines(value, below, lines)
+
+
+def _override(content: dict[str, Any], text: str, source: Source) -> None:
     """`--VllmWorker.ServiceArgs.workers=2`: a value is read as YAML would read it."""
     path, equals, value = text.removeprefix("--").partition("=")
     names = path.split(".")
@@ -182,7 +273,11 @@ def _override(content: dict[str, Any], text: str) -> None:
         if not isinstance(place.setdefault(name, {}), dict):
             raise ConfigError("override", text, f"{name} to be a mapping")
         place = place[name]
-    place[names[-1]] = yaml.safe_load(value)
+    try:
+        place[names[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError("override", text, "a value that YAML can read") from None
+    source.lines.pop(path, None)
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -192,7 +287,7 @@ def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(section)
 
 
-def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any]) -> Settings:
+def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any], workers: int) -> Settings:
     args = section.pop("ServiceArgs", None) or {}
     env = section.pop("env", None) or {}
     shared = section.pop("common-configs", None) or []
@@ -208,24 +303,35 @@ def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any]) -> 
         if not isinstance(value, Setting):
             raise ConfigError(f"{name}.{key}", value, "a text, a number, true or false")
     try:
-        checked = validated(ServiceArgs, args)
+        checked = validated(ServiceArgs, {"workers": workers, **args})
     except ConfigError as error:
-        raise ConfigError(f"{name}.ServiceArgs", args, str(error)) from None
+        error.args = (f"{name}.ServiceArgs.{error}",)
+        raise
     return Settings(checked, {key: str(value) for key, value in env.items()}, flags)
 
 
-def replicas(settings: Settings) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each replica's number and environment, with its GPUs, and with `{replica}` and `{cores}` filled in."""
+def replicas(name: str, deployment: Deployment) -> Iterator[tuple[int, dict[str, str], list[int]]]:
+    """Each replica's number, its environment, with `{replica}` and `{cores}` filled in, and its GPUs. Raises
+    ConfigError."""
+    settings, place = deployment.of(name), deployment.place
     resources = settings.args.resources
+    before = deployment.gpus_before(name)
+    usable = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    wanted = before + settings.args.workers * resources.gpu
+    if not place.apart and resources.gpu and usable and wanted > len(usable):
+        raise ConfigError(
+            "ServiceArgs.resources.gpu", resources.gpu, f"at most the GPUs of CUDA_VISIBLE_DEVICES={','.join(usable)}"
+        )
     for replica in range(settings.args.workers):
-        cores = cores_of(replica, resources.cpu) if resources.cpu else ""
+        cores = cores_of(replica, resources.cpu, place) if resources.cpu else ""
         env = {
             key: value.replace("{replica}", str(replica)).replace("{cores}", cores)
             for key, value in settings.env.items()
         }
-        if resources.gpu:
-            first = replica * resources.gpu
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + number) for number in range(resources.gpu))
-        if cores:
+        first = before + replica * resources.gpu
+        gpus = list(range(first, first + resources.gpu))
+        if gpus and not place.apart:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(usable[gpu] if usable else str(gpu) for gpu in gpus)
+        if cores and not place.apart:
             env["KVTIER_CORES"] = cores  # child.py pins the process to them
-        yield replica, env
+        yield replica, env, gpus

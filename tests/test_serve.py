@@ -26,7 +26,14 @@ def commands(deployment: Deployment) -> dict[str, str]:
 
 def test_the_quickstart_is_what_it_says(tmp_path: Path) -> None:
     deployment = load_deployment(GRAPH, QUICKSTART, [], tmp_path)
-    assert [service.name for service in deployment.services] == ["Nats", "Store", "VllmWorker", "Router", "Frontend"]
+    assert [service.name for service in deployment.services] == [
+        "Nats",
+        "Etcd",
+        "Store",
+        "VllmWorker",
+        "Router",
+        "Frontend",
+    ]
     shown = commands(deployment)
     assert list(shown) == ["Nats", "Store-0", "VllmWorker-0", "VllmWorker-1", "Router-0", "Frontend-0"]
     ours, _, theirs = shown["VllmWorker-0"].partition(" -- ")
@@ -76,14 +83,19 @@ def test_flags() -> None:
     [
         ("a: [1", "YAML (line"),
         ("- 1", "a mapping of services"),
-        ("Nobody: {x: 1}", "config: 'Nobody' given, expected Common or a service of the graph"),
+        ("Nobody: {x: 1}", "config.yaml:1: Nobody: 'a section' given, expected Common or a service of the graph"),
         ("Store: 5", "Store: '5' given, expected a mapping"),
         ("Store: {ServiceArgs: {workers: many}}", "workers: 'many' given, expected a whole number"),
         ("Store: {ServiceArgs: {workers: -1}}", "greater than or equal to 0"),
         ("Store: {ServiceArgs: {replicas: 1}}", "replicas"),
         ("Store: {capacity: [1]}", "Store.capacity: '[1]' given"),
+        ("Store: {capacity: 1G, sise: 2}", "config.yaml:1: Store.sise: '2' given, expected a setting of Store:"),
+        ("Store:\n  capacity: lots", "config.yaml:2: Store.capacity: 'lots' given, expected a size"),
         ("Store: {common-configs: [model]}", "Store.common-configs: 'model' given, expected a key of Common"),
-        ("Frontend: {port: 99999}", "port: '99999' given, expected a port number"),
+        (
+            "Common: {model: m}\nVllmWorker: {common-configs: [model]}\nFrontend: {port: 99999}",
+            "config.yaml:3: Frontend.port: '99999' given, expected a port number",
+        ),
     ],
 )
 def test_bad_yaml_is_told(tmp_path: Path, text: str, says: str) -> None:
@@ -221,7 +233,7 @@ def test_killing_the_supervisor_ends_its_children(tmp_path: Path) -> None:
     )
     assert served.stdout is not None
     for line in served.stdout:
-        if "serving at" in line:
+        if "everything is up" in line:
             break
     served.kill()
     served.wait()

@@ -1,0 +1,465 @@
+"""Deployments as files for those who run containers: a compose file, and manifests for Dynamo's Kubernetes operator.
+
+Both come from the very processes that `dynamo serve` would start, with other addresses: a setting means the same
+everywhere.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ByteSize, TypeAdapter
+
+from graphs.service import Deployment, Place, Process, Service, load_deployment, load_graph
+from graphs.services import is_folder
+from kvstore.errors import ConfigError
+
+NATS_IMAGE = "nats:2.11-alpine"
+ETCD_IMAGE = "quay.io/coreos/etcd:v3.5.21"
+PROMETHEUS_IMAGE = "prom/prometheus:v3.5.0"
+GRAFANA_IMAGE = "grafana/grafana:12.1.0"
+IMAGES = {"store": "store.Dockerfile", "worker": "worker.Dockerfile", "worker-cpu": "worker-cpu.Dockerfile"}
+
+PLACES = {
+    "compose": Place("python", {"Nats": "nats", "Etcd": "etcd", "Store": "store-{replica}"}),
+    "k8s": Place(
+        "python",
+        {"Nats": "kvtier-nats", "Etcd": "kvtier-etcd", "Store": "kvtier-store-{replica}.kvtier-store"},
+        pins_cores=False,
+    ),
+}
+_BROKERS = {"Nats": NATS_IMAGE, "Etcd": ETCD_IMAGE}
+_OTHERS = {"Nats", "Etcd", "Store"}  # not Dynamo's
+_START_SECONDS = 900  # a 70B model loads in minutes
+_POD_NAME = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
+_UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
+_USER = 1000  # of the images
+
+
+def render(target: str, reference: str, config: Path | None, overrides: Sequence[str], folder: Path) -> str:
+    """A graph as a compose file for `folder`, or as Kubernetes manifests. Raises ConfigError."""
+    if target not in PLACES:
+        raise ConfigError("render", target, " or ".join(PLACES))
+    names = {service.name for service in load_graph(reference)}
+    forced = []
+    if target == "compose" and {"Frontend", "Etcd"} <= names:
+        forced = ["--Etcd.ServiceArgs.workers=1"]  # the folder through which Dynamo's processes meet is one machine's
+    deployment = load_deployment(reference, config, [*overrides, *forced], Path("/data"), PLACES[target])
+    source = f" -f {config.name}" if config else ""
+    settings = "".join(f" {override}" for override in overrides)
+    head = f"# dynamo render {target} {reference}{source}{settings}\n# Change the settings there and render it again.\n"
+    return head + (_compose(deployment, folder) if target == "compose" else _k8s(deployment))
+
+
+def image_of(process: Process) -> str:
+    """Which of this project's images a process runs in."""
+    if "dynamo.vllm" in process.command or "components.worker" in process.command:
+        return "worker" if process.gpus else "worker-cpu"
+    return "store"
+
+
+def _tag(image: str) -> str:
+    return f"kvtier/{image}:{version('kvtier')}"
+
+
+def _check(process: Process) -> list[str]:
+    """The command that tells, inside the container, whether the process is well."""
+    if process.service == "Nats":
+        return ["wget", "-q", "-O", "/dev/null", "http://127.0.0.1:8222/healthz"]
+    if process.service == "Etcd":
+        return ["etcdctl", "endpoint", "health"]
+    if process.service == "Store":
+        command = ["python", "-m", "kvstore", "stat", f"127.0.0.1:{process.port}"]
+        if "--namespace" in process.command:
+            command += ["--namespace", process.command[process.command.index("--namespace") + 1]]
+        return command
+    wanted = process.ready_text.encode()
+    code = (
+        "import sys, urllib.request as u; "
+        f"sys.exit({wanted!r} not in u.urlopen({process.ready_url!r}, timeout=4).read())"
+    )
+    return ["python", "-c", code]
+
+
+def _dump(content: Any) -> str:
+    text: str = yaml.safe_dump(content, sort_keys=False, width=1000, default_flow_style=False)
+    return text
+
+
+def _size(text: Any) -> int:
+    return TypeAdapter(ByteSize).validate_python(text)
+
+
+def _shm_bytes(deployment: Deployment, process: Process) -> int:
+    """What a worker needs in /dev/shm: its DRAM tier, and room for what the engine's own processes share."""
+    has_tier = "components.worker" in process.command
+    return (_size(deployment.of(process.service).flags.get("dram", "8GiB")) if has_tier else 0) + (1 << 30)
+
+
+def _model(deployment: Deployment, service: str) -> Path | None:
+    """The folder of the model that a service reads, if it lies in one."""
+    names = [service] if service in deployment.settings else []
+    for name in [*names, "VllmWorker", "DecodeWorker"]:
+        model = str(deployment.of(name).flags.get("model", ""))
+        if model:
+            return Path(model) if is_folder(model) else None
+    return None
+
+
+# --- compose ---
+
+
+def _compose(deployment: Deployment, folder: Path) -> str:
+    processes = deployment.processes()
+    services: dict[str, Any] = {}
+    for process in processes:
+        services[process.name.lower()] = _compose_service(deployment, processes, process, folder)
+    volumes: dict[str, None] = {}
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            name = volume.partition(":")[0]
+            if "/" not in name:
+                volumes[name] = None
+    scraped: dict[str, list[str]] = {}
+    for process in processes:
+        if process.metrics_port:
+            scraped.setdefault(process.service, []).append(f"{process.name.lower()}:{process.metrics_port}")
+    services |= _watching()
+    volumes |= {"prometheus": None, "grafana": None}
+    content = {
+        "name": "kvtier",
+        "services": services,
+        "volumes": volumes,
+        "configs": {
+            "prometheus": {"content": _prometheus(scraped)},
+            "grafana": {"content": _grafana()},
+        },
+    }
+    return _dump(content)
+
+
+def _compose_service(
+    deployment: Deployment, processes: Sequence[Process], process: Process, folder: Path
+) -> dict[str, Any]:
+    name = process.service
+    settings = deployment.of(name)
+    content: dict[str, Any]
+    if name in _BROKERS:
+        content = {"image": _BROKERS[name]}
+    else:
+        image = image_of(process)
+        root = os.path.relpath(Path(__file__).parent.parent, folder.resolve())
+        build = {"context": root, "dockerfile": f"docker/{IMAGES[image]}"}
+        content = {"image": _tag(image), "build": build}
+    content["command"] = [_escaped(word) for word in process.command]
+    content["environment"] = {key: _escaped(value) for key, value in process.env.items()}
+    if not content["environment"]:
+        del content["environment"]
+    needed = _needs(deployment, name)
+    waits = [other.name.lower() for other in processes if other.service in needed]
+    if waits:
+        content["depends_on"] = {other: {"condition": "service_healthy"} for other in waits}
+    content["healthcheck"] = {
+        "test": ["CMD", *(_escaped(word) for word in _check(process))],
+        "interval": "10s",
+        "timeout": "10s",
+        "retries": 3,
+        "start_period": f"{_START_SECONDS}s" if name not in _OTHERS else "60s",
+        "start_interval": "2s",
+    }
+    if name == "Frontend":
+        content["ports"] = [f"{settings.flags.get('host', '127.0.0.1')}:{process.port}:{process.port}"]
+    volumes = []
+    if name == "Store":
+        volumes.append(f"{process.name.lower()}:/data")
+    elif name not in _BROKERS:
+        volumes.append("models:/cache")
+        model = _model(deployment, name)
+        if model is not None:
+            volumes.append(f"{_beside(model, folder)}:/models/{model.name}:ro")
+    if volumes:
+        content["volumes"] = volumes
+    works = image_of(process) != "store"
+    if works:
+        content["shm_size"] = _shm_bytes(deployment, process)
+        content["ulimits"] = {"memlock": -1}
+    else:
+        # An engine compiles kernels and keeps them in its home; nothing else writes beside its volume and /tmp.
+        content["read_only"] = True
+        content["tmpfs"] = ["/tmp", "/data"] if name == "Etcd" else ["/tmp"]
+    if settings.args.resources.cpu and name not in _BROKERS:
+        first = int(process.name.rpartition("-")[2]) * settings.args.resources.cpu
+        content["cpuset"] = ",".join(str(first + number) for number in range(settings.args.resources.cpu))
+    if process.gpus:
+        device = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in process.gpus], "capabilities": ["gpu"]}
+        content["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
+    content |= {"cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"], "restart": "unless-stopped"}
+    return content
+
+
+def _needs(deployment: Deployment, name: str) -> set[str]:
+    """The services that one waits for."""
+    return {needed.name for service in deployment.services if service.name == name for needed in service.links}
+
+
+def _escaped(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _beside(path: Path, folder: Path) -> str:
+    """A path as a file in `folder` would write it; compose takes what has no ./ for a volume's name."""
+    if path.is_absolute():
+        return str(path)
+    relative = os.path.relpath(path.absolute(), folder.resolve())
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def _watching() -> dict[str, Any]:
+    """Prometheus, which asks every process, and Grafana, which asks Prometheus."""
+    common = {
+        "read_only": True,
+        "tmpfs": ["/tmp"],
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges:true"],
+        "restart": "unless-stopped",
+    }
+    return {
+        "prometheus": {
+            "image": PROMETHEUS_IMAGE,
+            "command": [
+                "--config.file=/etc/prometheus/prometheus.yml",
+                "--storage.tsdb.path=/prometheus",
+                "--storage.tsdb.retention.time=7d",
+            ],
+            "configs": [{"source": "prometheus", "target": "/etc/prometheus/prometheus.yml"}],
+            "volumes": ["prometheus:/prometheus"],
+            "ports": ["127.0.0.1:9091:9090"],
+            "healthcheck": {
+                "test": ["CMD", "wget", "-q", "-O", "/dev/null", "http://127.0.0.1:9090/-/ready"],
+                "interval": "10s",
+                "timeout": "5s",
+                "retries": 3,
+            },
+            **common,
+        },
+        "grafana": {
+            "image": GRAFANA_IMAGE,
+            "environment": {
+                "GF_AUTH_ANONYMOUS_ENABLED": "true",
+                "GF_AUTH_ANONYMOUS_ORG_ROLE": "Viewer",
+                "GF_ANALYTICS_REPORTING_ENABLED": "false",
+                "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+            },
+            "configs": [{"source": "grafana", "target": "/etc/grafana/provisioning/datasources/prometheus.yml"}],
+            "volumes": ["grafana:/var/lib/grafana"],
+            "ports": ["127.0.0.1:3000:3000"],
+            "depends_on": {"prometheus": {"condition": "service_healthy"}},
+            "healthcheck": {
+                "test": ["CMD", "wget", "-q", "-O", "/dev/null", "http://127.0.0.1:3000/api/health"],
+                "interval": "10s",
+                "timeout": "5s",
+                "retries": 3,
+            },
+            **common,
+        },
+    }
+
+
+def _prometheus(scraped: Mapping[str, Sequence[str]]) -> str:
+    jobs = [{"job_name": job.lower(), "static_configs": [{"targets": list(at)}]} for job, at in scraped.items()]
+    return _dump({"global": {"scrape_interval": "5s"}, "scrape_configs": jobs})
+
+
+def _grafana() -> str:
+    source = {"name": "Prometheus", "type": "prometheus", "access": "proxy", "url": "http://prometheus:9090"}
+    return _dump({"apiVersion": 1, "datasources": [{**source, "isDefault": True}]})
+
+
+# --- Kubernetes ---
+
+
+def _k8s(deployment: Deployment) -> str:
+    processes = deployment.processes()
+    documents: list[dict[str, Any]] = []
+    graph: dict[str, Any] = {}
+    for service in deployment.services:
+        replicas = [process for process in processes if process.service == service.name]
+        if not replicas:
+            continue
+        if service.name in _BROKERS:
+            documents += _broker(replicas[0])
+        elif service.name == "Store":
+            documents += _targets(deployment, replicas)
+        else:
+            graph[service.name] = _component(deployment, service, replicas)
+    if graph:
+        documents.append(
+            {
+                "apiVersion": "nvidia.com/v1alpha1",
+                "kind": "DynamoGraphDeployment",
+                "metadata": {"name": "kvtier"},
+                "spec": {"backendFramework": "vllm", "services": graph},
+            }
+        )
+    return "---\n".join(_dump(document) for document in documents)
+
+
+def _environment(env: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"name": key, "value": value} for key, value in env.items()]
+
+
+def _broker(process: Process) -> list[dict[str, Any]]:
+    name = PLACES["k8s"].hosts[process.service]
+    labels = {"app.kubernetes.io/name": name}
+    container = {
+        "name": process.service.lower(),
+        "image": _BROKERS[process.service],
+        "command": list(process.command),
+        "env": _environment(process.env),
+        "ports": [{"name": "client", "containerPort": process.port}],
+        "readinessProbe": {"tcpSocket": {"port": "client"}, "periodSeconds": 5},
+        "securityContext": _UNPRIVILEGED,
+        "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+    }
+    pod = {
+        "securityContext": {"runAsNonRoot": True, "runAsUser": _USER, "fsGroup": _USER},
+        "containers": [container],
+        "volumes": [{"name": "data", "emptyDir": {}}],
+    }
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": name},
+            "spec": {"selector": labels, "ports": [{"name": "client", "port": process.port}]},
+        },
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": name},
+            "spec": {
+                "replicas": 1,
+                "strategy": {"type": "Recreate"},
+                "selector": {"matchLabels": labels},
+                "template": {"metadata": {"labels": labels}, "spec": pod},
+            },
+        },
+    ]
+
+
+def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[str, Any]]:
+    """Targets keep their names and their disks when they move, so they are a StatefulSet and no part of the graph."""
+    name = "kvtier-store"
+    labels = {"app.kubernetes.io/name": name}
+    first = replicas[0]
+    alike = [_same(process, f"{name}-{number}.") for number, process in enumerate(replicas)]
+    _must_be_alike("Store", alike)
+    command, env = alike[0]
+    ports = [{"name": "store", "containerPort": first.port}]
+    if first.metrics_port:
+        ports.append({"name": "metrics", "containerPort": first.metrics_port})
+    settings = deployment.of("Store").flags
+    memory = _size(settings.get("buffers", "256MiB")) + _size(settings.get("hot", 0)) + (1 << 30)
+    container = {
+        "name": "store",
+        "image": _tag("store"),
+        "command": command,
+        "env": [_POD_NAME, *_environment(env)],
+        "ports": ports,
+        "startupProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 2, "failureThreshold": 300},
+        "readinessProbe": {"exec": {"command": _check(first)}, "periodSeconds": 15, "timeoutSeconds": 10},
+        "livenessProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 10, "failureThreshold": 3},
+        "resources": {"requests": {"memory": _mebi(memory)}, "limits": {"memory": _mebi(2 * memory)}},
+        "securityContext": _UNPRIVILEGED,
+        "volumeMounts": [{"name": "data", "mountPath": "/data"}, {"name": "tmp", "mountPath": "/tmp"}],
+    }
+    pod = {
+        "securityContext": {"runAsNonRoot": True, "runAsUser": _USER, "fsGroup": _USER},
+        "terminationGracePeriodSeconds": 60,
+        "containers": [container],
+        "volumes": [{"name": "tmp", "emptyDir": {}}],
+    }
+    # What a file system keeps for itself, and for the super-user, is not in the capacity.
+    disk = math.ceil(_size(settings.get("capacity", "4GiB")) * 1.1 / (1 << 30))
+    claim = {
+        "metadata": {"name": "data"},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": f"{disk}Gi"}}},
+    }
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": name},
+            "spec": {"clusterIP": "None", "selector": labels, "ports": [{"name": "store", "port": first.port}]},
+        },
+        {
+            "apiVersion": "apps/v1",
+            "kind": "StatefulSet",
+            "metadata": {"name": name},
+            "spec": {
+                "serviceName": name,
+                "replicas": len(replicas),
+                "podManagementPolicy": "Parallel",
+                "selector": {"matchLabels": labels},
+                "template": {"metadata": {"labels": labels}, "spec": pod},
+                "volumeClaimTemplates": [claim],
+            },
+        },
+    ]
+
+
+def _component(deployment: Deployment, service: Service, replicas: Sequence[Process]) -> dict[str, Any]:
+    """A service of the DynamoGraphDeployment. Ports and probes of Dynamo's processes are the operator's own."""
+    first = replicas[0]
+    alike = [_same(process, "") for process in replicas]
+    _must_be_alike(service.name, alike)
+    command, env = alike[0]
+    env.pop("DYN_SYSTEM_PORT", None)
+    image = image_of(first)
+    main: dict[str, Any] = {
+        "image": _tag(image),
+        "command": command[:1],
+        "args": command[1:],
+    }
+    pod: dict[str, Any] = {"mainContainer": main}
+    model = _model(deployment, service.name)
+    if model is not None:
+        main["volumeMounts"] = [{"name": "models", "mountPath": "/models", "readOnly": True}]
+        claim = {"claimName": "kvtier-models", "readOnly": True}
+        pod["volumes"] = [{"name": "models", "persistentVolumeClaim": claim}]
+    content: dict[str, Any] = {
+        "componentType": "frontend" if service.name == "Frontend" else "worker",
+        "globalDynamoNamespace": True,  # the router is found at dynamo.kvtier-router, its workers at dynamo.backend
+        "replicas": len(replicas),
+    }
+    for part in ("prefill", "decode"):
+        if part in command:
+            content["subComponentType"] = part
+    content["envs"] = _environment(env)
+    if first.gpus:
+        content["resources"] = {"limits": {"gpu": str(len(first.gpus))}}
+    if image != "store":
+        content["sharedMemory"] = {"size": _mebi(_shm_bytes(deployment, first))}
+    return {**content, "extraPodSpec": pod}
+
+
+def _same(process: Process, own_name: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment, with the pod's name in place of this replica's."""
+    words = list(process.command)
+    if own_name:
+        words = [word.replace(own_name, "$(POD_NAME).") for word in words]
+    return words, dict(process.env)
+
+
+def _must_be_alike(name: str, replicas: Sequence[tuple[list[str], dict[str, str]]]) -> None:
+    if any(replica != replicas[0] for replica in replicas):
+        raise ConfigError(f"{name}.env", json.dumps(replicas[-1][1]), "no {replica}: pods of a service are all alike")
+
+
+def _mebi(size: int) -> str:
+    return f"{math.ceil(size / (1 << 20))}Mi"
