@@ -142,6 +142,11 @@ class MoverLink:
         )
         return True
 
+    @property
+    def gone_seconds(self) -> float:
+        """How long there is going to be no process."""
+        return max(0.0, self._restart_at - time.monotonic()) if self._process is None else 0.0
+
     def start_when_due(self) -> None:
         if self._process is None and time.monotonic() >= self._restart_at:
             self.start()

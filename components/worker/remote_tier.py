@@ -57,6 +57,8 @@ HUNG_SECONDS = 1.0
 # With puts under way, the mover answers one at least so often, unless it hangs: it gives a piece 10 seconds, and gives
 # way to loads for a second before each 8 MiB of it.
 PUT_HUNG_SECONDS = 60.0
+# Puts wait for a mover that is back so soon; for longer their rows are not kept from the engine.
+PUT_GONE_SECONDS = 1.0
 # Pieces of this size keep every connection busy and let another request's first chunks in between.
 JOB_BYTES = 8 << 20
 JOB_CHUNKS = 64
@@ -133,11 +135,13 @@ class _Load:
 
 @dataclass(eq=False)
 class _Put:
-    """A part of a job to store."""
+    """A part of a job to store. Another mover may try it if the first one ends: to put twice does no harm."""
 
     job_id: JobId
+    state: _RequestState | None
     command: Put
     done: bool = False
+    retried: bool = False
 
 
 class RemoteTier(SecondaryTierManager):
@@ -349,7 +353,8 @@ class RemoteTier(SecondaryTierManager):
     def submit_store(self, job_metadata: JobMetadata) -> None:
         keys, rows = list(job_metadata.keys), job_rows(job_metadata)
         state = self._states.get(job_metadata.req_context.req_id)
-        room = 0 if self.link.dead or len(self._outbox) >= _OUTBOX_MAX else self._put_rows_max - self._put_rows
+        stopped = self.link.gone_seconds > PUT_GONE_SECONDS or len(self._outbox) >= _OUTBOX_MAX
+        room = 0 if stopped else self._put_rows_max - self._put_rows
         if len(keys) > room:
             # The leading chunks are of use without the rest, and not the other way round.
             self._stats.increase_counter(_STORED, len(keys) - max(0, room), ("dropped",))
@@ -358,8 +363,6 @@ class RemoteTier(SecondaryTierManager):
             self._finished.append(JobResult(job_metadata.job_id, True))
             return
         chunks = [-1 if state is None else state.chunk_of.get(key, -1) for key in keys]
-        if state is not None:
-            self._send_tokens(state, max(chunks, default=-1))
         saved = 0.0 if state is None or state.plan is None else state.plan.chunk_ms / 1000
         number = 0 if state is None else state.number
         if not self._puts:
@@ -371,8 +374,9 @@ class RemoteTier(SecondaryTierManager):
             self._put_number += 1
             names = [_name(key) for key in keys[part]]
             command = Put(self._put_number, number, names, rows[part], chunks[part], saved)
-            self._puts[self._put_number] = put = _Put(job_metadata.job_id, command)
-            self._outbox.append(put)
+            self._puts[self._put_number] = put = _Put(job_metadata.job_id, state, command)
+            if not self.link.dead:
+                self._queue(put)
         self._put_parts[job_metadata.job_id] = len(starts)
         self._put_rows += len(keys)
         self._flush()
@@ -406,7 +410,7 @@ class RemoteTier(SecondaryTierManager):
 
     def shutdown(self) -> None:
         self.link.stop(_STOP_SECONDS)
-        self._end_all()
+        self._end_all(retry=False)
 
     # ---- the state machine
 
@@ -424,11 +428,17 @@ class RemoteTier(SecondaryTierManager):
                         self._answer(state, list(targets))
         self._watch(time.monotonic())
         if self.link.reap():
-            self._end_all()
+            self._end_all(retry=True)
         if self.link.dead:
             self.link.start_when_due()
-            if self.link.starts > 1 and not self.link.dead:
+            if not self.link.dead:
                 self._stats.increase_counter(_MOVER_STARTS, 1)
+                self._put_progress = time.monotonic()
+                for put in self._puts.values():
+                    self._queue(put)
+            elif self.link.gone_seconds > PUT_GONE_SECONDS:
+                for put in list(self._puts.values()):
+                    self._give_up(put)
         self._flush()
         self._cut()
 
@@ -466,13 +476,27 @@ class RemoteTier(SecondaryTierManager):
                 return
             self._outbox.popleft()
 
-    def _end_all(self) -> None:
-        """The mover is no more: whatever it had not finished is missing."""
+    def _queue(self, put: _Put) -> None:
+        """Have a put done, its request's tokens first, of which the chunks' router hashes are made."""
+        state = put.state
+        if state is not None:
+            self._send_tokens(state, max(put.command.chunks, default=-1))
+        self._outbox.append(put)
+        if state is not None and state.number not in self._by_number and self._say(Forget(state.number)):
+            state.tokens_sent = 0
+
+    def _end_all(self, *, retry: bool) -> None:
+        """The mover is no more: what it had not loaded is missing; what it had not stored, the next one may try."""
         self._outbox.clear()
         for load in list(self._loads.values()):
             self._finish_load(load, [Outcome.UNREACHABLE] * len(load.keys))
         for put in list(self._puts.values()):
-            self._finish_put(put, [Outcome.UNREACHABLE.name.lower()] * len(put.command.rows))
+            if put.state is not None:
+                put.state.tokens_sent = 0
+            if retry and not put.retried and self.link.gone_seconds <= PUT_GONE_SECONDS:
+                put.retried = True
+            else:
+                self._give_up(put)
         for state in self._states.values():
             state.tokens_sent = 0
             if _undecided(state):
@@ -510,6 +534,9 @@ class RemoteTier(SecondaryTierManager):
         del self._loads[load.job_id], load.state.loads[load.job_id]
         self._load_rows -= len(load.keys)
         self._finished.append(PartialResult(load.job_id, True, failed))
+
+    def _give_up(self, put: _Put) -> None:
+        self._finish_put(put, [Outcome.UNREACHABLE.name.lower()] * len(put.command.rows))
 
     def _stored(self, report: Stored) -> None:
         put = self._puts.get(report.job)
