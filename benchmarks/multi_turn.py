@@ -4,8 +4,8 @@
     python -m benchmarks.multi_turn --url http://HOST:PORT --model NAME --json FILE
 
 Closed loop: N clients each play a turn of one conversation after the other, from a pool whose KV exceeds HBM several
-times; a conversation's next turn comes when all others have had one. Before each mode is measured, every conversation's
-prompt is asked for once, which fills its tiers. Each mode is a fresh engine with the same HBM, DRAM and pool:
+times; a conversation's next turn comes when all others have had one. Before each mode is measured, every conversation
+is played once, which fills its tiers. Each mode is a fresh engine with the same HBM, DRAM and pool:
 
     plain      vLLM's prefix cache alone
     dram       vLLM's own offloading to DRAM

@@ -230,15 +230,19 @@ def mean(values: Sequence[float]) -> float:
 
 
 async def warm_up(endpoint: Endpoint, pool: Pool, clients: int) -> None:
-    """Each conversation's prompt once, for one token: from now on every tier holds what it has room for."""
+    """Each conversation's prompt and a made-up answer once, for one token: from now on every tier holds what it has
+    room for, and every turn that is measured goes on with something that was there before."""
     left = len(pool)
+    chance = random.Random(left)
 
     async def play() -> None:
         nonlocal left
         while left > 0:
             left -= 1
             one = pool.take()
-            await asyncio.wait_for(endpoint.complete(one.prompt, 1), REQUEST_SECONDS)
+            answer = chance.choices(range(*TOKEN_IDS), k=one.answer_tokens)
+            await asyncio.wait_for(endpoint.complete([*one.prompt, *answer], 1), REQUEST_SECONDS)
+            one.go_on(answer)
             pool.put(one)
 
     await asyncio.gather(*(play() for _ in range(clients)))

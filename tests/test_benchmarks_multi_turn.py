@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import multi_turn
 from benchmarks.multi_turn import best, engine_command, parse, transfer_config
-from benchmarks.multi_turn_load import _COUNTER, CHAT, FRESH, Conversation, Pool, Shape, _Sample, summary
+from benchmarks.multi_turn_load import _COUNTER, CHAT, FRESH, Conversation, Pool, Shape, _Sample, summary, warm_up
 from benchmarks.multi_turn_plot import plot
 from kvstore.errors import ConfigError
 
@@ -51,6 +51,23 @@ def test_a_turn_comes_when_all_others_had_one_and_who_ends_begins_anew() -> None
         assert len(pool) == 20
     for place, one in enumerate(order[20:], 20):
         assert one not in order[place - 19 : place]
+
+
+async def test_after_the_warm_up_no_turn_repeats_a_prompt() -> None:
+    asked: list[list[int]] = []
+
+    class Recorder:
+        async def complete(self, prompt: list[int], tokens: int) -> None:
+            asked.append(prompt)
+
+    pool = Pool(20, 3)
+    await warm_up(Recorder(), pool, 4)  # type: ignore[arg-type]
+    assert len(asked) == 20
+    for _ in range(20):
+        one = pool.take()
+        assert one.prompt not in asked
+        assert one.turn == 0 or any(one.prompt[: len(prompt)] == prompt for prompt in asked)
+        pool.put(one)
 
 
 def test_a_point_counts_what_ended_in_its_window() -> None:
