@@ -408,7 +408,7 @@ def test_a_job_of_many_chunks_to_store_is_one_job(start_target: Any, engines: An
 
 
 def test_puts_that_are_never_answered_end_with_the_mover(start_target: Any, engines: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("components.worker.remote_tier.PUT_HUNG_SECONDS", 1.0)
+    monkeypatch.setattr("components.worker.remote_tier.PUT_HUNG_SECONDS", 3.0)
     target = start_target()
     engine = engines(target.address)
     context = engine.arrive(engine_request(), KEYS)

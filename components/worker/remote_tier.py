@@ -452,6 +452,8 @@ class RemoteTier(SecondaryTierManager):
         self._suspect = any(load.sent and now > load.deadline + HUNG_SECONDS for load in overdue)
         if sent_until and now > max(sent_until) + HUNG_SECONDS:
             self.link.kill("a load is not answered past its deadline")
+        if not self.link.ready:
+            self._put_progress = now  # how long a mover may take to start is the link's business
         if self._puts and now > self._put_progress + PUT_HUNG_SECONDS:
             self.link.kill("a put is not answered")
 
