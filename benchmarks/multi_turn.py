@@ -11,7 +11,7 @@ is played once, which fills its tiers. Each mode is a fresh engine with the same
     dram       vLLM's own offloading to DRAM
     files      vLLM's own file tier under that DRAM
     store      this project: that DRAM, and a target on the same disk, without a hot cache
-    store-hot  the same, with a hot cache that holds the pool
+    store-hot  the same, with a hot cache (--hot; give it the size of the pool's KV)
 
 With --fresh each mode also has prompts that nobody goes on with: what the tier costs where it cannot help. With
 --first-token N prompts of that length are asked for one at a time, from each place where they can be. With --url a
@@ -49,6 +49,7 @@ from benchmarks.multi_turn_load import (
     Shape,
     first_tokens,
     measure,
+    settled,
     warm_up,
 )
 from benchmarks.multi_turn_plot import plot
@@ -67,7 +68,8 @@ MEDIA = {
 }
 TPOT_LIMITS_MS = (40, 60)
 START_SECONDS = 400.0
-SETTLE_SECONDS = 3.0  # what is written behind the warm-up
+SETTLE_SECONDS = 3.0  # without another write: what is written behind the warm-up is written
+SETTLE_SECONDS_MAX = 30.0
 ROOT = Path(__file__).parents[1]
 
 Positive = Annotated[int, Field(ge=1)]
@@ -100,6 +102,7 @@ class Options(BaseModel):
     dram: ByteSize = ByteSize(8 << 30)
     dir: Path = Path(tempfile.gettempdir())
     capacity: ByteSize = ByteSize(64 << 30)
+    hot: ByteSize = ByteSize(16 << 30)
     engine: str = ""
     json_file: Path | None = None
     plot: Path | None = None
@@ -111,6 +114,7 @@ class Report(msgspec.Struct):
     points: list[Point] = []
     first_tokens: list[FirstToken] = []
     failed: dict[str, str] = {}
+    warm_ups: dict[str, dict[str, float]] = {}  # mode -> what the tier counted before the first point
     # mode -> the most requests per second with a mean TPOT of at most so many ms
     best: dict[str, dict[str, float]] = {}
 
@@ -148,6 +152,7 @@ def parse(argv: list[str]) -> Options:
     add("--dram", help="of the DRAM tier; default 8GiB")
     add("--dir", help="where the file tier and the target keep their files; default: that of temporary files")
     add("--capacity", help="of the target; default 64GiB")
+    add("--hot", help="cache in the target's memory, in store-hot; default 16GiB")
     add("--engine", help="more arguments for the engine, as one string")
     add("--json", dest="json_file", help="where to write the result, after every point")
     add("--plot", help="where to draw it, as SVG")
@@ -250,7 +255,7 @@ def engine_command(options: Options, port: int, transfer: dict[str, object] | No
 
 
 def target_command(options: Options, mode: str, folder: Path, address: str) -> list[str]:
-    hot = options.capacity // 4 if mode == "store-hot" else 0
+    hot = int(options.hot) if mode == "store-hot" else 0
     command = [sys.executable, "-m", "kvstore", "--dir", str(folder), "--capacity", str(int(options.capacity))]
     return [*command, "--listen", address, "--nats", "", "--hot", str(hot)]
 
@@ -314,8 +319,10 @@ class Bench:
         pool = self._pool(CHAT)
         begun = time.monotonic()
         await warm_up(endpoint, pool, max(options.clients))
-        await asyncio.sleep(SETTLE_SECONDS)
-        say(f"{mode}: warm after {time.monotonic() - begun:.0f} s")
+        counted = await settled(endpoint, SETTLE_SECONDS, SETTLE_SECONDS_MAX)
+        self.report.warm_ups[mode] = {name: value for name, value in counted.items() if name.startswith("kvtier_")}
+        stored = {name: round(value) for name, value in counted.items() if name.startswith("kvtier_stored_chunks")}
+        say(f"{mode}: warm after {time.monotonic() - begun:.0f} s {stored or ''}")
         for clients in options.clients:
             point = await measure(endpoint, pool, mode, clients, seconds=options.seconds, ramp_seconds=options.ramp)
             self._add(point)
@@ -352,7 +359,7 @@ def say(text: str) -> None:
 
 
 HEADER = (
-    f"{'mode':<10}{'clients':>8}{'requests/s':>12}{'TTFT ms':>9}{'p50':>8}{'p99':>8}{'TPOT ms':>9}"
+    f"{'mode':<10}{'clients':>8}{'requests/s':>12}{'TTFT ms':>9}{'p50':>8}{'p99':>8}{'TPOT ms':>9}{'gap p99':>9}"
     f"{'out tok/s':>11}{'HBM':>6}{'tiers':>7}{'store GB/s':>12}{'failed':>8}"
 )
 
@@ -360,7 +367,7 @@ HEADER = (
 def line(point: Point) -> str:
     return (
         f"{point.mode:<10}{point.clients:>8}{point.requests_per_second:>12.2f}{point.ttft_ms_mean:>9.0f}"
-        f"{point.ttft_ms_p50:>8.0f}{point.ttft_ms_p99:>8.0f}{point.tpot_ms_mean:>9.1f}"
+        f"{point.ttft_ms_p50:>8.0f}{point.ttft_ms_p99:>8.0f}{point.tpot_ms_mean:>9.1f}{point.gap_ms_p99:>9.0f}"
         f"{point.output_tokens_per_second:>11.0f}{point.hbm_hit_share:>6.0%}{point.external_hit_share:>7.0%}"
         f"{point.store_bytes_per_second / 1e9:>12.2f}{point.failed:>8}"
     )

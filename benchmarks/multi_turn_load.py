@@ -116,6 +116,7 @@ class Answer:
     last: float = 0.0
     tokens: list[int] = field(default_factory=list)
     count: int = 0
+    gaps: list[float] = field(default_factory=list)  # seconds between what came
 
     @property
     def ttft_seconds(self) -> float:
@@ -133,12 +134,12 @@ class Endpoint:
     def __init__(self, session: aiohttp.ClientSession, url: str, model: str):
         self._session = session
         self.url = url.rstrip("/")
-        self._model = model
+        self.model = model
 
     async def complete(self, prompt: Sequence[int], tokens: int) -> Answer:
         """Raises ConnectionError or TimeoutError if it does not answer in full."""
         body = {
-            "model": self._model,
+            "model": self.model,
             "prompt": list(prompt),
             "max_tokens": tokens,
             "min_tokens": tokens,
@@ -158,8 +159,10 @@ class Endpoint:
                     for choice in json.loads(line[6:]).get("choices", ()):
                         ids = choice.get("token_ids") or []
                         if ids or choice.get("text"):
-                            answer.last = time.monotonic()
-                            answer.first = answer.first or answer.last
+                            now = time.monotonic()
+                            if answer.first:
+                                answer.gaps.append(now - answer.last)
+                            answer.first, answer.last = answer.first or now, now
                             answer.count += len(ids) or 1
                             answer.tokens += ids
         except aiohttp.ClientError as error:
@@ -206,6 +209,8 @@ class Point(msgspec.Struct):
     ttft_ms_p50: float
     ttft_ms_p99: float
     tpot_ms_mean: float
+    gap_ms_p50: float  # between a request's tokens: a step of the engine, while it decodes
+    gap_ms_p99: float
     hbm_hit_share: float  # of prompt tokens, by the engine's own counters
     external_hit_share: float
     store_bytes_per_second: float  # fetched, where the tier counts them
@@ -218,6 +223,7 @@ class _Sample(msgspec.Struct):
     output_tokens: int
     ttft_seconds: float
     tpot_seconds: float
+    gaps: list[float]
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -248,6 +254,18 @@ async def warm_up(endpoint: Endpoint, pool: Pool, clients: int) -> None:
     await asyncio.gather(*(play() for _ in range(clients)))
 
 
+async def settled(endpoint: Endpoint, seconds: float, seconds_max: float) -> dict[str, float]:
+    """Wait until nothing was stored for so long; the counters then. Where nothing is counted, wait once."""
+    until = time.monotonic() + seconds_max
+    counted = await endpoint.counters()
+    while True:
+        await asyncio.sleep(seconds)
+        now = await endpoint.counters()
+        if now.get("kvtier_stored_bytes") == counted.get("kvtier_stored_bytes") or time.monotonic() > until:
+            return now
+        counted = now
+
+
 async def measure(
     endpoint: Endpoint, pool: Pool, mode: str, clients: int, *, seconds: float, ramp_seconds: float
 ) -> Point:
@@ -272,7 +290,8 @@ async def measure(
                 continue
             one.go_on(answer.tokens or [TOKEN_IDS[0]] * answer.count)
             pool.put(one)
-            samples.append(_Sample(answer.last, prompt_tokens, answer.count, answer.ttft_seconds, answer.tpot_seconds))
+            times = answer.ttft_seconds, answer.tpot_seconds, answer.gaps
+            samples.append(_Sample(answer.last, prompt_tokens, answer.count, *times))
 
     players = [asyncio.create_task(play(number)) for number in range(clients)]
     await asyncio.sleep(max(0.0, begin - time.monotonic()))
@@ -289,6 +308,7 @@ def summary(
     mode: str, clients: int, samples: Sequence[_Sample], failed: int, seconds: float, counted: dict[str, float]
 ) -> Point:
     ttfts = [1000 * one.ttft_seconds for one in samples]
+    gaps = [1000 * gap for one in samples for gap in one.gaps]
     computed, hbm, tiers = (
         counted.get(f"prompt_tokens_by_source:{source}", 0.0)
         for source in ("local_compute", "local_cache_hit", "external_kv_transfer")
@@ -307,6 +327,8 @@ def summary(
         ttft_ms_p50=round(quantile(ttfts, 0.5), 1),
         ttft_ms_p99=round(quantile(ttfts, 0.99), 1),
         tpot_ms_mean=round(1000 * mean([one.tpot_seconds for one in samples if one.output_tokens > 1]), 2),
+        gap_ms_p50=round(quantile(gaps, 0.5), 2),
+        gap_ms_p99=round(quantile(gaps, 0.99), 2),
         hbm_hit_share=round(hbm / prompts, 3),
         external_hit_share=round(tiers / prompts, 3),
         store_bytes_per_second=round(counted.get("kvtier_fetched_bytes", 0.0) / seconds),

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import time
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -17,20 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from crc32c import crc32c
 from prometheus_client.parser import text_string_to_metric_families
 
 from graphs import agg_router
+from graphs.forgery import Record, forge, records
 from graphs.serve import Child, Supervisor
 from graphs.service import load_deployment
 from graphs.services import Frontend, free_port, frontend_url, runtime_env, vllm_workers
 from graphs.tiny_model import make_tiny_model
-from kvstore import record, residency, wire
+from kvstore import residency, wire
 from kvstore.bus import Bus
 from kvstore.client import StoreClient
 from kvstore.keys import sequence_hashes
 from kvstore.membership import StaticMembership
-from kvstore.record import Entry
 from kvstore.residency import Mirror
 
 MODEL, REFERENCE = "tiny", "tiny-reference"
@@ -345,7 +343,7 @@ class Trial:
 
     def flip_byte(self, router_hash: int) -> None:
         """Flip one byte in the middle of a chunk on disk, as bad flash would."""
-        path, entry, _ = self._find(router_hash)
+        path, entry, *_ = self._find(router_hash)
         with path.open("r+b") as file:
             place = entry.payload_offset + entry.length // 2
             file.seek(place)
@@ -354,35 +352,14 @@ class Trial:
             file.write(bytes([byte ^ 0x40]))
 
     def forge(self, router_hash: int) -> None:
-        """Make a chunk wrong and its checksums right, which only a liar can; while no target is running."""
-        path, entry, header = self._find(router_hash)
-        with path.open("r+b") as file:
-            file.seek(entry.payload_offset)
-            values = array("f")
-            values.frombytes(file.read(entry.length))
-            payload = array("f", [-value for value in values]).tobytes()
-            forged = entry._replace(crc=int(crc32c(payload)))
-            namespace = record.namespace_id("default")
-            file.seek(entry.page * record.PAGE_BYTES)
-            file.write(record.pack_record_header(forged, header.stamp, namespace))
-            file.write(payload)
-            file.seek(header.segment_bytes - record.PAGE_BYTES)  # a footer, if there is one, would tell
-            file.write(bytes(record.PAGE_BYTES))
+        """Make a chunk wrong and its checksums right; while no target is running."""
+        forge(self._find(router_hash), 4)
 
-    def _find(self, router_hash: int) -> tuple[Path, Entry, record.SegmentHeader]:
+    def _find(self, router_hash: int) -> Record:
         """The record that holds a chunk, found in the segments' files."""
-        for path in sorted(self.store_dir.glob("segment-*.kvt")):
-            content = memoryview(path.read_bytes())
-            header = record.unpack_segment_header(content[: record.PAGE_BYTES])
-            if header is None:
-                continue
-            for number in range(1, len(content) // record.PAGE_BYTES):
-                page = content[number * record.PAGE_BYTES : (number + 1) * record.PAGE_BYTES]
-                entry = record.unpack_record_header(
-                    page, stamp=header.stamp, page_number=number, namespace=record.namespace_id("default")
-                )
-                if entry is not None and entry.router_hash == router_hash:
-                    return path, entry, header
+        for one in records(self.store_dir):
+            if one.entry.router_hash == router_hash:
+                return one
         raise LookupError(f"no chunk with router hash {router_hash:x} in {self.store_dir}")
 
     async def _answers(self) -> bool:

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 SLICE_BYTES = 8 << 20
 # A target that did not answer is left alone, first for this long, then for twice as long, up to the second figure.
 BACKOFF_SECONDS = (0.5, 15.0)
+# One that says nothing at all for so long, over as many requests as that takes, did not answer.
+SILENT_SECONDS = 0.5
 
 
 class Item(NamedTuple):
@@ -195,6 +197,7 @@ class _TargetLine:
         self._lock = threading.Lock()
         self._requests = itertools.count(1)
         self._failures = 0
+        self._silent_seconds = 0.0  # waited for since the target last said something
         self._retry_at = 0.0
         self._closed = False
         self._value_bytes_max = wire.VALUE_BYTES_MAX
@@ -299,7 +302,7 @@ class _TargetLine:
             return Outcome.LATE
         if not self._room.acquire(timeout=max(0.0, deadline - now)):
             return Outcome.LATE
-        stream, heard_bytes, done = None, 0, False
+        stream, heard_bytes, done, began = None, 0, False, time.monotonic()
         try:
             stream = self._take(deadline)
             heard_bytes = stream.received_bytes
@@ -310,14 +313,17 @@ class _TargetLine:
             return Outcome.LATE
         except TimeoutError:
             if stream is None or stream.received_bytes == heard_bytes:
-                self._failed("not a byte before the deadline")
+                # A deadline may be a few milliseconds away: that says nothing of a target that is busy.
+                self._silent_seconds += time.monotonic() - began
+                if self._silent_seconds >= SILENT_SECONDS:
+                    self._failed("not a byte before the deadline")
             return Outcome.LATE
         except _FAILURES as error:
             self._failed(str(error) or type(error).__name__)
             return Outcome.UNREACHABLE
         finally:
             if done and stream is not None:
-                self._failures = 0
+                self._failures, self._silent_seconds = 0, 0.0
                 self._keep(stream)
             elif stream is not None:
                 stream.close()

@@ -71,7 +71,7 @@ async def test_after_the_warm_up_no_turn_repeats_a_prompt() -> None:
 
 
 def test_a_point_counts_what_ended_in_its_window() -> None:
-    samples = [_Sample(1.0, 2000, 100, 0.1 * number, 0.03) for number in range(1, 11)]
+    samples = [_Sample(1.0, 2000, 100, 0.1 * number, 0.03, [0.03]) for number in range(1, 11)]
     by = "prompt_tokens_by_source:"
     counted = {
         by + "local_compute": 500.0,

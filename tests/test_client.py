@@ -188,14 +188,15 @@ def test_a_target_that_talks_nonsense_is_unreachable(answer: Callable[[Stream, H
     client.close()
 
 
-def test_a_silent_target_is_late_once_and_then_left_alone() -> None:
+def test_a_silent_target_is_late_and_then_left_alone() -> None:
     impostor = Impostor(lambda stream, header, _: None)
     client = impostor.client()
+    assert client.get([key(1)], rooms(1), soon(0.1)) == [Outcome.LATE]  # it may be busy
     started = time.monotonic()
-    assert client.get([key(1)], rooms(1), soon(0.2)) == [Outcome.LATE]
-    assert 0.15 < time.monotonic() - started < 5
+    assert client.get([key(1)], rooms(1), soon(0.6)) == [Outcome.LATE]
+    assert 0.5 < time.monotonic() - started < 5
     assert client.get([key(1)], rooms(1), soon(0.2)) == [Outcome.UNREACHABLE]
-    assert impostor.requests == 1
+    assert impostor.requests == 2
     client.close()
 
 

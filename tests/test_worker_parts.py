@@ -205,6 +205,24 @@ def test_chunks_that_arrived_are_kept_when_others_did_not() -> None:
     assert manager.primary_tier._get_num_free_blocks() == 13
 
 
+def test_what_a_tier_had_no_room_for_is_pinned_again_if_it_is_there() -> None:
+    tier = Tier()
+    manager = GuardedTieringManager(Primary(), [tier])
+    context = ReqContext("r")
+    manager.on_new_request(context)
+    output = manager.prepare_store([offload_key(1), offload_key(2)], context)
+    manager.complete_store(output.keys_to_store, context)
+    manager.on_schedule_end(STEP)
+    taken: list[Any] = []
+    tier.store_leftovers = lambda pin: taken.append(pin([offload_key(1), offload_key(9)], context))  # type: ignore[attr-defined]
+    manager.on_schedule_end(STEP)
+    assert list(taken[0].keys) == [offload_key(1)]
+    assert taken[0].job_id in manager._transfer_jobs
+    tier.store_leftovers = lambda pin: taken.append(pin([offload_key(9)], context))  # type: ignore[attr-defined]
+    manager.on_schedule_end(STEP)
+    assert taken[1] is None
+
+
 # ---- rows that were fetched ahead
 
 

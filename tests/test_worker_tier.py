@@ -292,20 +292,49 @@ def test_a_request_that_leaves_stops_its_fetch(start_target: Any, engines: Any, 
     assert not engine.tier.has_pending_work()
 
 
-def test_puts_beyond_the_bound_are_dropped_and_pin_nothing(start_target: Any, engines: Any) -> None:
+def test_puts_beyond_the_bound_pin_nothing_and_wait_for_their_turn(start_target: Any, engines: Any) -> None:
     target = start_target()
     engine = engines(target.address, put_queue_share=0.25)  # 4 of 16 rows
     context = engine.arrive(engine_request(), KEYS)
     os.kill(engine.tier.link.pid, signal.SIGSTOP)
     kept = engine.begin_store(context, KEYS[:4], [0, 1, 2, 3])
-    dropped = engine.begin_store(context, KEYS[4:], [4, 5, 6, 7])
-    assert engine.result(dropped).success
+    left_over = engine.begin_store(context, KEYS[4:], [4, 5, 6, 7])
+    assert engine.result(left_over).success
     assert kept not in engine.results
+    engine.tier.on_request_finished(context)  # its tokens are still known when the rest is stored
+    asked: list[list[Any]] = []
+
+    def pin(keys: list[Any], of: ReqContext) -> JobMetadata:
+        """As the manager does; the last one is no longer in DRAM."""
+        asked.append(keys)
+        return JobMetadata(next(engine.jobs), keys[:-1], np.array([4, 5, 6][: len(keys) - 1]), False, of)
+
+    engine.tier.store_leftovers(pin)
+    assert not asked  # no room yet
     os.kill(engine.tier.link.pid, signal.SIGCONT)
     engine.result(kept)
+    engine.tier.store_leftovers(pin)
+    assert asked == [KEYS[4:]]
+    eventually(lambda: (engine.step(), len(target.log) == 7)[1], SOON)
+    eventually(lambda: (engine.step(), not engine.tier.has_pending_work())[1], SOON)
     assert engine.tier._put_rows == 0
-    assert engine.counted()["vllm:kvtier_stored_chunks:('dropped',)"] == 4
-    assert len(target.log) == 4
+    assert engine.counted()["vllm:kvtier_stored_chunks:('dropped',)"] == 1
+    hashes = sequence_hashes(list(range(64)), 4)[1::2]
+    assert {entry.router_hash for entry in target.log.entries()} == set(hashes[:7])
+
+
+def test_what_waits_for_a_put_is_bounded(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    engine = engines(target.address, rows=16, put_queue_share=0.25)
+    keys = [offload_key(number) for number in range(40)]
+    context = engine.arrive(engine_request(), keys)
+    os.kill(engine.tier.link.pid, signal.SIGSTOP)
+    for start in range(0, 40, 8):
+        engine.begin_store(context, keys[start : start + 8], list(range(8)))
+    assert engine.tier._leftover_chunks == 16
+    assert [leftover.keys for leftover in engine.tier._leftovers] == [keys[24:32], keys[32:]]
+    assert engine.counted()["vllm:kvtier_stored_chunks:('dropped',)"] == 20
+    os.kill(engine.tier.link.pid, signal.SIGCONT)
 
 
 def test_rows_being_filled_are_bounded(start_target: Any, engines: Any) -> None:

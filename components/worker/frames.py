@@ -130,7 +130,7 @@ class Stored(msgspec.Struct, tag="stored", array_like=True, frozen=True):
 
 class Found(msgspec.Struct, tag="found", array_like=True, frozen=True):
     request: int
-    targets: list[str]  # of the leading chunks that are there, without a gap
+    targets: list[str | None]  # by chunk, None where it is not in the store: DRAM may have it
 
 
 Report = Ready | Loaded | Stored | Found

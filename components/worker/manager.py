@@ -1,4 +1,4 @@
-"""vLLM's tiering manager, with two faults mended and three refinements.
+"""vLLM's tiering manager, with two faults mended and four refinements.
 
 * Stock 0.26 forgets a request when it finishes, and only then builds the stores of its last chunks, which look the
   request up: KeyError, and the engine dies. Here a request is remembered until `release`, which the connector calls
@@ -8,6 +8,8 @@
   request's hundreds of chunks do not stand before another's first ones.
 * A chunk that came from a lower tier may be evicted before the request that wanted it is scheduled. Here its row is
   held for the request until that is scheduled, gone, or late, within a share of all rows.
+* What a tier had no room to store is offered again while it is in DRAM: a hole in the middle of a prompt makes what
+  follows it useless.
 * A request waits for a chunk that is on its way however long that takes. Here it passes over it past its deadline.
 
 All of it runs on the scheduler's thread.
@@ -18,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from components.worker.compat import (
+    JobMetadata,
     JobResult,
     LookupResult,
     OffloadKey,
@@ -126,9 +129,16 @@ class GuardedTieringManager(TieringOffloadingManager):
                 self.primary_tier.complete_write(arrived, job.req_context, result.success)
                 if result.success:
                     self._hold(arrived, job.req_context)
+            if (store_leftovers := getattr(tier, "store_leftovers", None)) is not None:
+                store_leftovers(self._pin)
         now = time.monotonic()
         for req_id in [req_id for req_id, holding in self._holdings.items() if now > holding.until]:
             self._drop(req_id)
+
+    def _pin(self, keys: list[OffloadKey], context: ReqContext) -> JobMetadata | None:
+        """A job to store those of `keys` that are in DRAM, or None if none is."""
+        present = [key for key in keys if self.primary_tier.lookup(key, context) is LookupResult.HIT]
+        return self.create_store_job(present, context) if present else None
 
     def _flush_pending_promotions(self) -> None:
         for tier in self._pending_load_submissions:

@@ -55,7 +55,7 @@ FETCHES_PER_CHUNK = 2
 # does not wait for it; its rows do.
 HUNG_SECONDS = 1.0
 # With puts under way, the mover answers one at least so often, unless it hangs: it gives a piece 10 seconds, and gives
-# way to loads for a second before each 8 MiB of it.
+# way to loads for a moment before each 8 MiB of it.
 PUT_HUNG_SECONDS = 60.0
 # Puts wait for a mover that is back so soon; for longer their rows are not kept from the engine.
 PUT_GONE_SECONDS = 1.0
@@ -144,6 +144,15 @@ class _Put:
     retried: bool = False
 
 
+@dataclass(eq=False)
+class _Leftover:
+    """What of a job to store had no room, in the order of the prompt."""
+
+    context: ReqContext
+    state: _RequestState | None
+    keys: list[OffloadKey]
+
+
 class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
     for the contract of each method. `layout_digest` names what the bytes mean (layout.py); `nats` and `endpoint` are
@@ -163,7 +172,7 @@ class RemoteTier(SecondaryTierManager):
         nats: str = "",
         endpoint: str = "",
         deadline_ms: int = 2000,
-        lookup_ms: int = 50,
+        lookup_ms: int = 200,
         fetch_threads: int = 4,
         put_threads: int = 2,
         connections_per_target: int = 4,
@@ -181,6 +190,10 @@ class RemoteTier(SecondaryTierManager):
         # Rows waiting for a put cannot be evicted: beyond this share of DRAM the tier would stand in the engine's way.
         self._put_rows_max = int(put_queue_share * rows)
         self._put_rows = 0
+        # What was not put for want of room is put later, if it is still in DRAM: there is no use in more than that.
+        self._leftovers: deque[_Leftover] = deque()
+        self._leftover_chunks = 0
+        self._leftover_chunks_max = rows
         # Nor can rows that are being filled; the bound on rows is one on bytes in flight, too.
         self._load_rows_max = max(1, int(load_share * rows))
         self._load_rows = 0
@@ -322,6 +335,7 @@ class RemoteTier(SecondaryTierManager):
             del self._by_number[state.number]
             if state.tokens_sent or state.hurried:
                 self._say(Forget(state.number))
+            state.tokens_sent = 0  # what is left over needs them again
 
     # ---- jobs
 
@@ -351,14 +365,58 @@ class RemoteTier(SecondaryTierManager):
                 self.on_load(state.request, key, chunk)
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        keys, rows = list(job_metadata.keys), job_rows(job_metadata)
-        state = self._states.get(job_metadata.req_context.req_id)
-        stopped = self.link.gone_seconds > PUT_GONE_SECONDS or len(self._outbox) >= _OUTBOX_MAX
-        room = 0 if stopped else self._put_rows_max - self._put_rows
-        if len(keys) > room:
-            # The leading chunks are of use without the rest, and not the other way round.
-            self._stats.increase_counter(_STORED, len(keys) - max(0, room), ("dropped",))
-            keys, rows = keys[: max(0, room)], rows[: max(0, room)]
+        context = job_metadata.req_context
+        state = self._states.get(context.req_id)
+        # What waits goes first; and the leading chunks are of use without the rest, not the other way round.
+        kept = 0 if self._leftovers else self._put_room
+        self._leave_over(_Leftover(context, state, list(job_metadata.keys)[kept:]))
+        self._submit_store(job_metadata, state, kept)
+
+    def store_leftovers(self, pin: Callable[[list[OffloadKey], ReqContext], JobMetadata | None]) -> None:
+        """Store what had no room, as far as there is some now. `pin` makes a job of those keys that are in DRAM still;
+        None: none is."""
+        while self._leftovers and self._put_room >= min(self._piece_chunks, self._put_rows_max):
+            leftover = self._leftovers[0]
+            keys = leftover.keys[: self._piece_chunks]
+            self._take_over(leftover, len(keys))
+            job = pin(keys, leftover.context)
+            stored = 0 if job is None else len(job.keys)
+            if stored < len(keys):
+                self._stats.increase_counter(_STORED, len(keys) - stored, ("dropped",))
+            if job is not None:
+                self._submit_store(job, leftover.state, stored)
+
+    @property
+    def _piece_chunks(self) -> int:
+        return max(1, min(PUT_CHUNKS, PUT_PIECE_BYTES // max(1, self._row_bytes)))
+
+    @property
+    def _put_room(self) -> int:
+        """How many more rows may wait for a put."""
+        if self.link.gone_seconds > PUT_GONE_SECONDS or len(self._outbox) >= _OUTBOX_MAX:
+            return 0
+        return max(0, self._put_rows_max - self._put_rows)
+
+    def _leave_over(self, leftover: _Leftover) -> None:
+        if not leftover.keys:
+            return
+        self._leftovers.append(leftover)
+        self._leftover_chunks += len(leftover.keys)
+        while (excess := self._leftover_chunks - self._leftover_chunks_max) > 0:
+            oldest = self._leftovers[0]
+            dropped = min(excess, len(oldest.keys))
+            self._take_over(oldest, dropped)
+            self._stats.increase_counter(_STORED, dropped, ("dropped",))
+
+    def _take_over(self, leftover: _Leftover, count: int) -> None:
+        """Take the leading chunks from the leftover that is first in the queue."""
+        del leftover.keys[:count]
+        self._leftover_chunks -= count
+        if not leftover.keys:
+            self._leftovers.popleft()
+
+    def _submit_store(self, job_metadata: JobMetadata, state: _RequestState | None, kept: int) -> None:
+        keys, rows = list(job_metadata.keys)[:kept], job_rows(job_metadata)[:kept]
         if not keys:
             self._finished.append(JobResult(job_metadata.job_id, True))
             return
@@ -367,10 +425,9 @@ class RemoteTier(SecondaryTierManager):
         number = 0 if state is None else state.number
         if not self._puts:
             self._put_progress = time.monotonic()
-        piece_chunks = max(1, min(PUT_CHUNKS, PUT_PIECE_BYTES // self._row_bytes))
-        starts = range(0, len(keys), piece_chunks)
+        starts = range(0, len(keys), self._piece_chunks)
         for start in starts:
-            part = slice(start, start + piece_chunks)
+            part = slice(start, start + self._piece_chunks)
             self._put_number += 1
             names = [_name(key) for key in keys[part]]
             command = Put(self._put_number, number, names, rows[part], chunks[part], saved)
