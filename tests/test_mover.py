@@ -436,8 +436,8 @@ def test_first_chunks_and_requests_that_could_begin_come_first(engines: Any) -> 
 
 
 def test_a_tier_has_no_threads_in_the_engine(start_target: Any, engines: Any) -> None:  # noqa: F811
-    before = threading.active_count()
+    before = set(threading.enumerate())  # others' may end meanwhile
     engine = engines("127.0.0.1:9")
     assert isinstance(engine.tier, RemoteTier)
     assert isinstance(engine.tier.link, MoverLink)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before

@@ -81,8 +81,8 @@ class Mover:
             connections_per_target=setup.connections_per_target,
             carrier=borrower(setup.carrier) if setup.carrier else None,
         )
-        # Connections and threads of their own, so that a put that stalls is never in the way of a load, nor loads in the
-        # way of a question.
+        # Connections and threads of their own, so that a put that stalls is never in the way of a load, and loads are
+        # not in the way of a question.
         self._put_client = StoreClient(
             self._membership, namespace=setup.namespace, name="writer", connections_per_target=setup.put_threads
         )
