@@ -1,4 +1,4 @@
-"""The console script, under two names: `kvtier serve|render|store` and `dynamo serve|render`."""
+"""The console script, under two names: `kvtier serve|render|store|explain` and `dynamo serve|render`."""
 
 import argparse
 import asyncio
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import kvstore.__main__ as store
+from components.router import explain
 from graphs import serve
 from graphs.render import PLACES, render
 from graphs.service import load_deployment
@@ -18,6 +19,7 @@ HELP = """
   render   write it for containers:     dynamo render compose graphs.agg_router:Frontend -f config.yaml
                                         dynamo render k8s graphs.agg_router:Frontend -f config.yaml
   store    run a target by itself:      kvtier store --dir /nvme0 --capacity 3T   (the same as python -m kvstore)
+  explain  why a prompt went there:     kvtier explain [DECISION] --url http://127.0.0.1:8300   (the router's --page)
 
 'COMMAND --help' says more.
 """
@@ -26,7 +28,7 @@ HELP = """
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    commands = {"serve": _serve, "render": _render, "store": store.main}
+    commands = {"serve": _serve, "render": _render, "store": store.main, "explain": explain.main}
     if command not in commands:
         wanted_help = command in ("-h", "--help")
         print(f"usage: {Path(sys.argv[0]).name} COMMAND ...\n{HELP}", file=sys.stdout if wanted_help else sys.stderr)

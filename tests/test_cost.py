@@ -52,8 +52,11 @@ speeds = st.builds(
     st.integers(0, 20_000),
     st.integers(0, 10**9),
     st.floats(0, 3),
+    st.integers(0, 10**10),
+    st.floats(0.1, 1),
+    st.floats(1e7, 1e11),
 )
-def test_three_candidates_are_as_good_as_all(
+def test_the_kinks_are_as_good_as_all(
     speed: Speeds,
     tokens: int,
     blocks_per_chunk: int,
@@ -63,6 +66,9 @@ def test_three_candidates_are_as_good_as_all(
     queued: int,
     fetching: int,
     gpu_price: float,
+    owed: int,
+    share: float,
+    rate: float,
 ) -> None:
     """The chosen number of chunks is within rounding of the best of every possible number."""
     hbm, dram = min(hbm, tokens // BLOCK), min(dram, tokens // BLOCK)
@@ -77,6 +83,9 @@ def test_three_candidates_are_as_good_as_all(
         blocks_per_chunk=blocks_per_chunk,
         chunk_bytes=CHUNK_BYTES * blocks_per_chunk,
         located=["t"] * chunks,
+        target_share=share,
+        target_fetching_bytes=owed,
+        target_bytes_per_second=rate,
     )
     policy = Policy(gpu_price, 0.1)
     chosen, _ = choose([one], tokens, BLOCK, policy)
@@ -159,3 +168,36 @@ def test_the_last_token_is_always_computed() -> None:
 def test_nobody_to_choose_from() -> None:
     with pytest.raises(ValueError, match="no candidates"):
         choose([], 10, BLOCK, POLICY)
+
+
+@given(
+    st.integers(1, 200),
+    st.integers(0, 10_000),
+    st.integers(0, 10**9),
+    st.integers(0, 10**10),
+    st.floats(0, 1),
+    st.floats(1e7, 1e11),
+    st.floats(1.0, 10.0),
+    st.sampled_from(["prefill_seconds_per_token", "dram_bytes_per_second", "store_bytes_per_second"]),
+)
+def test_faster_is_never_dearer_and_no_load_is_slower_than_recompute(
+    chunks: int, queued: int, fetching: int, owed: int, share: float, rate: float, factor: float, what: str
+) -> None:
+    one = candidate(
+        queued_prefill_tokens=queued,
+        fetching_bytes=fetching,
+        located=["t"] * chunks,
+        target_share=share,
+        target_fetching_bytes=owed,
+        target_bytes_per_second=rate,
+    )
+    price = best([one], 3200).price_seconds
+    now = getattr(SPEEDS, what)
+    faster = replace(SPEEDS, **{what: now / factor if what.startswith("prefill") else now * factor})
+    better = replace(one, speeds=faster)
+    assert best([better], 3200).price_seconds <= price + 1e-9
+    assert best([replace(one, target_bytes_per_second=rate * factor)], 3200).price_seconds <= price + 1e-9
+    free = Policy(gpu_price=0.0, pressure_seconds=0.0)
+    with_store, _ = choose([one], 3200, BLOCK, free)
+    without, _ = choose([replace(one, located=())], 3200, BLOCK, free)
+    assert with_store.ttft_seconds <= without.ttft_seconds + 1e-9

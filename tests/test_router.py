@@ -3,8 +3,10 @@ the end-to-end tests; here are the turns that are hard to bring about there: fai
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from prometheus_client import generate_latest
 
 from components.router.cost import Policy, Speeds
 from components.router.router import NoWorker, Router
+from components.router.speeds import LiveSpeeds
 from components.router.workers import Workers
-from kvstore.bus import Residency, SnapshotPage, WorkerReport
+from kvstore.bus import Residency, SnapshotPage, TargetReport, WorkerReport
 from kvstore.keys import sequence_hashes
 from kvstore.plan import FIELD, read_plan
 from kvstore.residency import Mirror
@@ -98,7 +101,7 @@ def make(kv_router: KvRouter, mirror: Mirror | None = None) -> Router:
     for worker in kv_router.rows:
         workers.heard(WorkerReport(str(worker), ENDPOINT, 7, BLOCK, 1, 1000, 0), time.monotonic())
     policy = Policy(gpu_price=0.5, pressure_seconds=0.1)
-    return Router(kv_router, workers, mirror or Mirror(), block_tokens=BLOCK, speeds=SPEEDS, policy=policy)
+    return Router(kv_router, workers, mirror or Mirror(), block_tokens=BLOCK, speeds=LiveSpeeds(SPEEDS), policy=policy)
 
 
 def mirror_with(chunks: int) -> Mirror:
@@ -236,6 +239,59 @@ async def test_prompts_that_come_together_do_not_all_go_to_one_worker() -> None:
     await asyncio.gather(*(serve(router) for _ in range(10)))
     workers = [sent["routing"]["backend_instance_id"] for sent in kv_router.sent]
     assert workers.count(1) == workers.count(2) == 5
+
+
+async def test_when_dynamos_router_fails_prompts_are_served_from_what_is_left() -> None:
+    kv_router = KvRouter([1, 2])
+    router = make(kv_router, mirror_with(8))
+
+    async def broken(tokens: list[int], **_: object) -> dict[str, Any]:
+        raise RuntimeError("index is gone")
+
+    kv_router.get_overlap_scores = broken  # type: ignore[method-assign]
+    assert len(await serve(router)) == 5
+    assert plan_of(kv_router.sent[0]).fetch == 8
+    assert (
+        'kvtier_router_fallbacks_total{missing="overlap query"} 1.0'
+        in generate_latest(router.decisions.registry).decode()
+    )
+
+
+async def test_under_churn_nothing_stays_booked() -> None:
+    """Whichever way a prompt ends, what was counted for it is given back."""
+    kv_router = KvRouter([1, 2, 3])
+    kv_router.silent, kv_router.broken = {3}, {2}
+    router = make(kv_router, mirror_with(8))
+    chance = random.Random(20261124)
+
+    async def one() -> None:
+        context = Context()
+        serving = asyncio.create_task(serve(router, context=context))
+        await asyncio.sleep(chance.random() * 0.02)
+        context.gone.set()
+        with suppress(RuntimeError):
+            await asyncio.wait_for(serving, 20)
+
+    for _ in range(10):
+        await asyncio.gather(*(one() for _ in range(20)))
+        kv_router.broken = {chance.choice([1, 2, 3])}
+    await until(lambda: len(kv_router.closed) > 0)
+    for booked in (router._fetching_tokens, router._fetching_bytes, router._target_bytes, router._unbooked_tokens):
+        assert not booked
+    outcomes = {one.outcome for one in router.decisions.last()}
+    assert outcomes <= {"finished", "failed", "left"}
+
+
+async def test_a_busy_target_is_priced_by_what_others_fetch_there() -> None:
+    kv_router = KvRouter([1])
+    router = make(kv_router, mirror_with(10))
+    idle, _ = await router.decide({"token_ids": TOKENS}, set())
+    assert idle.fetch_chunks > 0
+    report = TargetReport("t:1", 1, 0, 0, 1e6, 10**6, 0, 10**9, 0, 1, 0)  # a second's work before it
+    router._speeds.heard_target(report, time.monotonic())
+    busy, _ = await router.decide({"token_ids": TOKENS}, set())
+    assert busy.candidate.target_fetching_bytes == 10**6
+    assert busy.fetch_chunks == 0
 
 
 async def test_a_decision_is_shown_in_log_and_metrics(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,10 +13,12 @@ from pydantic import Field
 
 from components.options import CommonOptions, add_common_arguments
 from components.router.cost import Policy, Speeds
+from components.router.page import open_page
 from components.router.router import Router
+from components.router.speeds import LiveSpeeds
 from components.router.workers import Workers
 from kvstore import bus, residency
-from kvstore.bus import Bus, WorkerReport
+from kvstore.bus import Bus, TargetReport, WorkerReport
 from kvstore.errors import ConfigError, UnavailableError, fail, run_command, validated
 from kvstore.residency import Mirror
 
@@ -25,8 +27,8 @@ logger = logging.getLogger("components.router")
 HELP = """Route prompts to the worker where the first token comes soonest for the least GPU time.
 
 Registers as the public model: stock dynamo.frontend sends its prompts here. Workers must be started with
---endpoint-types none (python -m components.worker does), or a frontend goes round the router. Speeds are this
-cluster's: measure them once (docs/operations.md), the defaults are of a 70B model on one H200.
+--endpoint-types none (python -m components.worker does), or a frontend goes round the router. Speeds given here are
+what it begins with (the defaults are of a 70B model on one H200); workers and targets report theirs as they run.
 """
 
 
@@ -44,6 +46,7 @@ class Options(CommonOptions):
     store_latency_ms: float = Field(2, ge=0)
     gpu_price: float = Field(0.5, ge=0)
     pressure_ms: float = Field(200, ge=0)
+    page: str = ""
 
     def speeds(self) -> Speeds:
         return Speeds(
@@ -72,6 +75,7 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--store-latency-ms", help="time until the first byte comes from the store; default 2")
     parser.add_argument("--gpu-price", help="what a GPU second costs when all are busy, in seconds; default 0.5")
     parser.add_argument("--pressure-ms", help="charge of a worker whose KV memory is full; default 200")
+    parser.add_argument("--page", help="host:port to show decisions on, such as 127.0.0.1:8300; default: nowhere")
     return validated(Options, vars(parser.parse_args(argv)))
 
 
@@ -93,10 +97,17 @@ async def serve(runtime: Any, options: Options) -> None:
     workers = Workers(options.endpoint)
     mirror = Mirror()
 
+    speeds = LiveSpeeds(options.speeds())
+
     async def heard(report: WorkerReport) -> None:
-        workers.heard(report, time.monotonic())
+        if report.endpoint == options.endpoint and speeds.heard_worker(report):
+            workers.heard(report, time.monotonic())
+
+    async def heard_target(report: TargetReport) -> None:
+        speeds.heard_target(report, time.monotonic())
 
     await line.subscribe(bus.subject(namespace, "speed.worker"), WorkerReport, heard)
+    await line.subscribe(bus.subject(namespace, "speed.target"), TargetReport, heard_target)
     worker_endpoint = runtime.endpoint(options.endpoint)
     cards = FpmEventSubscriber(worker_endpoint)
     cards.start_tracking()
@@ -108,14 +119,16 @@ async def serve(runtime: Any, options: Options) -> None:
         workers,
         mirror,
         block_tokens=block_tokens,
-        speeds=options.speeds(),
+        speeds=speeds,
         policy=Policy(options.gpu_price, options.pressure_ms / 1e3),
         deadline_ms=(min(100, options.deadline_ms), options.deadline_ms),
     )
     tasks = [
         asyncio.create_task(residency.follow(mirror, line, namespace)),
-        asyncio.create_task(_watch_cards(cards, workers, block_tokens)),
+        asyncio.create_task(_watch_cards(cards, workers, speeds, block_tokens)),
     ]
+    router.decisions.watch(speeds, mirror)
+    page = await open_page(options.page, router.decisions)
     public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.kvtier-router.generate")
     register_engine_metrics_callback(endpoint=public, registry=router.decisions.registry)
     await register_model(
@@ -131,6 +144,8 @@ async def serve(runtime: Any, options: Options) -> None:
     try:
         await public.serve_endpoint(router.generate, graceful_shutdown=True)
     finally:
+        if page is not None:
+            await page.cleanup()
         for task in tasks:
             task.cancel()
         cards.shutdown()
@@ -149,11 +164,12 @@ async def _first_card(cards: Any, workers: Workers, options: Options) -> int:
     return card.block_tokens
 
 
-async def _watch_cards(cards: Any, workers: Workers, block_tokens: int) -> None:
+async def _watch_cards(cards: Any, workers: Workers, speeds: LiveSpeeds, block_tokens: int) -> None:
     refused: set[int] = set()
     while True:
         workers.set_cards(cards.get_model_cards())
         workers.forget_silent(time.monotonic())
+        speeds.keep_only(set(workers.cards), time.monotonic())
         for worker, card in workers.cards.items():
             if card.block_tokens != block_tokens and worker not in refused:
                 refused.add(worker)

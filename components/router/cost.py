@@ -7,10 +7,12 @@ For worker w and a plan that loads r chunks from the store:
     price  = ttft + gpu_price * prefill + decode pressure of w
 
 r is chosen with w: "load all", "load some" and "recompute" are one decision. Over r the price is a sum of a concave
-function (less prefill) and linear ones, with a kink where the fetch outlasts the wait, so that its minimum lies at no
-chunk, at every chunk or at the kink: three candidates, however long the prompt.
+function (less prefill) and linear ones, with kinks where the fetch outlasts the wait and where its narrow place moves
+from the worker's link to the target's devices, so that its minimum lies at no chunk, at every chunk or at a kink: a
+handful of candidates, however long the prompt.
 """
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -54,6 +56,10 @@ class Candidate:
     blocks_per_chunk: int = 0
     chunk_bytes: int = 0
     located: Sequence[str | None] = ()  # for each chunk of the prompt the target that holds it
+    # The target that holds most of them: its share of what is fetched, what others fetch there, what it reads.
+    target_share: float = 0.0
+    target_fetching_bytes: int = 0
+    target_bytes_per_second: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Choice:
     copy_seconds: float
     prefill_seconds: float
     ttft_seconds: float
+    gpu_seconds: float  # what the prefill is charged beyond its own time, for delaying others
+    pressure_seconds: float  # for memory that runs short
     price_seconds: float
 
     @property
@@ -101,8 +109,26 @@ def fetch_seconds(candidate: Candidate, chunks: int) -> float:
     """Seconds until `chunks` have come from the store into the worker's DRAM."""
     if chunks == 0:
         return 0.0
-    queued = candidate.fetching_bytes + chunks * candidate.chunk_bytes
-    return candidate.speeds.store_latency_seconds + queued / candidate.speeds.store_bytes_per_second
+    own = chunks * candidate.chunk_bytes
+    link = (candidate.fetching_bytes + own) / candidate.speeds.store_bytes_per_second
+    devices = (candidate.target_fetching_bytes + candidate.target_share * own) / candidate.target_bytes_per_second
+    return candidate.speeds.store_latency_seconds + max(link, devices)
+
+
+def _kinks(candidate: Candidate, wait: float) -> list[float]:
+    """Numbers of chunks, not rounded, at which the fetch begins to outlast the wait, on either way, or at which the
+    slower way of the two becomes the other one."""
+    link_seconds = candidate.chunk_bytes / candidate.speeds.store_bytes_per_second
+    link_before = candidate.fetching_bytes / candidate.speeds.store_bytes_per_second
+    devices_seconds = candidate.target_share * candidate.chunk_bytes / candidate.target_bytes_per_second
+    devices_before = candidate.target_fetching_bytes / candidate.target_bytes_per_second
+    spare = wait - candidate.speeds.store_latency_seconds
+    kinks = [(spare - link_before) / link_seconds]
+    if devices_seconds:
+        kinks.append((spare - devices_before) / devices_seconds)
+    if devices_seconds != link_seconds:
+        kinks.append((link_before - devices_before) / (devices_seconds - link_seconds))
+    return kinks
 
 
 def choose(
@@ -132,9 +158,9 @@ def _cheapest(candidate: Candidate, prompt_tokens: int, block_tokens: int, polic
     wait = wait_seconds(candidate)
     counts = {0, available}
     if available and candidate.chunk_bytes:
-        spare_bytes = (wait - candidate.speeds.store_latency_seconds) * candidate.speeds.store_bytes_per_second
-        kink = int((spare_bytes - candidate.fetching_bytes) // candidate.chunk_bytes)
-        counts |= {min(max(count, 0), available) for count in (kink, kink + 1)}
+        for kink in _kinks(candidate, wait):
+            below = math.floor(min(max(kink, 0), available))
+            counts |= {below, min(below + 1, available)}
     return min(
         (_price(candidate, first, count, prompt_tokens, block_tokens, policy, gpu_price) for count in sorted(counts)),
         key=lambda choice: choice.price_seconds,
@@ -192,5 +218,7 @@ def _price(
         copy_seconds=copy,
         prefill_seconds=prefill,
         ttft_seconds=ttft,
+        gpu_seconds=gpu_price * prefill,
+        pressure_seconds=policy.pressure_seconds * candidate.memory_used,
         price_seconds=ttft + gpu_price * prefill + policy.pressure_seconds * candidate.memory_used,
     )

@@ -1,18 +1,56 @@
-"""What the router shows of its decisions: a log line each, and Prometheus series.
+"""What the router shows of its decisions: a log line each, Prometheus series, and the last thousand in full.
 
 Worker ids are shown in hexadecimal, as Dynamo's own metrics do.
 """
 
+import itertools
 import logging
-from collections.abc import Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from components.router.cost import Choice
+from components.router.speeds import LiveSpeeds
+from kvstore.residency import Mirror
 
 logger = logging.getLogger(__name__)
 
+KEPT = 1000
+# Of the actual over the predicted time to first token.
+_RATIOS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
+_STAGE_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+
+class Considered(msgspec.Struct):
+    """A worker, what it would have found, and what that would have cost. The terms of `price` add up to it."""
+
+    worker: str
+    tokens: dict[str, int]  # by where they come from: hbm, dram, store, computed
+    seconds: dict[str, float]  # wait, fetch, copy, prefill and ttft, which begins with the longer of wait and fetch
+    price: dict[str, float]
+    price_seconds: float
+
+
+class Decision(msgspec.Struct):
+    """A prompt, where it went and why, and what came of it."""
+
+    id: str
+    time: float  # seconds since 1970
+    prompt_tokens: int
+    chosen: str
+    candidates: list[Considered]
+    fetch_chunks: int
+    targets: list[tuple[str, int]]  # where the fetched chunks lie: runs of target and number
+    predicted_ttft_seconds: float
+    ttft_seconds: float | None = None
+    outcome: str = "open"  # finished, failed or left
 
 
 class Decisions:
@@ -41,6 +79,32 @@ class Decisions:
             "kvtier_router_chosen_blocks",
             "Blocks of the prompts sent to this worker by where it was to find them",
             ["worker", "tier"],
+            registry=self.registry,
+        )
+        self._last: OrderedDict[str, Decision] = OrderedDict()
+        self._tokens = Counter(
+            "kvtier_router_prompt_tokens",
+            "Prompt tokens by where the chosen worker was to find them",
+            ["source"],
+            registry=self.registry,
+        )
+        self._outcomes = Counter(
+            "kvtier_router_outcomes", "How prompts ended: finished, failed or left", ["outcome"], registry=self.registry
+        )
+        self._fallbacks = Counter(
+            "kvtier_router_fallbacks", "Decisions made without something", ["missing"], registry=self.registry
+        )
+        self._error = Histogram(
+            "kvtier_router_ttft_actual_to_predicted_ratio",
+            "Time to first token over what was predicted",
+            buckets=_RATIOS,
+            registry=self.registry,
+        )
+        self._stages = Histogram(
+            "kvtier_router_decision_seconds",
+            "Time that a decision takes: ask Dynamo's router, locate chunks in the store, price",
+            ["stage"],
+            buckets=_STAGE_SECONDS,
             registry=self.registry,
         )
         self._retries = Counter(
@@ -75,6 +139,9 @@ class Decisions:
         for tier, blocks in self._tiers(chosen).items():
             self._chosen_blocks.labels(worker, tier).inc(blocks)
         self._predicted.observe(chosen.ttft_seconds)
+        for source, tokens in _sources(chosen).items():
+            self._tokens.labels(source).inc(tokens)
+        self._keep(decision_id, prompt_tokens, chosen, choices)
         self._forget_others({label(choice) for choice in choices})
         logger.info(
             "decision %s: %d tokens -> worker %s | %s",
@@ -84,8 +151,53 @@ class Decisions:
             " | ".join(self._line(choice) for choice in choices),
         )
 
-    def first_token(self, seconds: float) -> None:
+    def watch(self, speeds: LiveSpeeds, mirror: Mirror) -> None:
+        """Show what came over the bus, too."""
+        self.registry.register(_BusCollector(speeds, mirror))
+
+    def took(self, stages: Mapping[str, float]) -> None:
+        """Seconds by stage."""
+        for stage, seconds in stages.items():
+            self._stages.labels(stage).observe(seconds)
+
+    def fell_back(self, missing: str) -> None:
+        self._fallbacks.labels(missing).inc()
+
+    def first_token(self, decision_id: str, chosen: Choice, seconds: float) -> None:
         self._actual.observe(seconds)
+        if chosen.ttft_seconds > 0:
+            self._error.observe(seconds / chosen.ttft_seconds)
+        if (decision := self._last.get(decision_id)) is not None:
+            decision.ttft_seconds = seconds
+
+    def ended(self, decision_id: str, outcome: str) -> None:
+        self._outcomes.labels(outcome).inc()
+        if (decision := self._last.get(decision_id)) is not None:
+            decision.outcome = outcome
+
+    def last(self, limit: int = KEPT, worker: str = "") -> list[Decision]:
+        """The latest first; with `worker` only those that went there."""
+        chosen = (one for one in reversed(self._last.values()) if worker in ("", one.chosen))
+        return list(itertools.islice(chosen, limit))
+
+    def find(self, decision_id: str) -> Decision | None:
+        return self._last.get(decision_id)
+
+    def _keep(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Sequence[Choice]) -> None:
+        fetched = chosen.targets[chosen.first_chunk :]
+        runs = [(target or "", sum(1 for _ in same)) for target, same in groupby(fetched)]
+        self._last[decision_id] = Decision(
+            decision_id,
+            time.time(),
+            prompt_tokens,
+            label(chosen),
+            [_considered(choice) for choice in choices],
+            chosen.fetch_chunks,
+            runs,
+            chosen.ttft_seconds,
+        )
+        while len(self._last) > KEPT:
+            self._last.popitem(last=False)
 
     def retried(self, failed: Choice) -> None:
         self._retries.labels(label(failed)).inc()
@@ -114,6 +226,28 @@ class Decisions:
         self._workers = present
 
 
+class _BusCollector(Collector):
+    """Made when asked for."""
+
+    def __init__(self, speeds: LiveSpeeds, mirror: Mirror):
+        self._speeds = speeds
+        self._mirror = mirror
+
+    def collect(self) -> Iterator[Metric]:
+        ignored = CounterMetricFamily(
+            "kvtier_router_reports_ignored", "Reports on the bus that are not to be believed", labels=["reason"]
+        )
+        for reason, count in self._speeds.ignored.items():
+            ignored.add_metric([reason], count)
+        yield ignored
+        chunks = GaugeMetricFamily(
+            "kvtier_router_mirror_chunks", "Chunks known on each target that is heard", labels=["target"]
+        )
+        for target, known in self._mirror.counts(time.monotonic()).items():
+            chunks.add_metric([target], known)
+        yield chunks
+
+
 def label(choice: Choice) -> str:
     rank = choice.candidate.dp_rank
     return format(choice.candidate.worker, "x") + (f".{rank}" if rank else "")
@@ -128,3 +262,26 @@ def _parts(choice: Choice) -> dict[str, float]:
         "ttft": choice.ttft_seconds,
         "price": choice.price_seconds,
     }
+
+
+def _sources(choice: Choice) -> dict[str, int]:
+    return {
+        "hbm": choice.hbm_tokens,
+        "dram": choice.dram_tokens,
+        "store": choice.store_tokens,
+        "computed": choice.missing_tokens,
+    }
+
+
+def _considered(choice: Choice) -> Considered:
+    start = max(choice.wait_seconds, choice.fetch_seconds)
+    price = {
+        "wait": choice.wait_seconds,
+        "fetch": start - choice.wait_seconds,  # what the wait does not hide
+        "copy": choice.copy_seconds,
+        "prefill": choice.prefill_seconds,
+        "gpu": choice.gpu_seconds,
+        "pressure": choice.pressure_seconds,
+    }
+    seconds = {name: value for name, value in _parts(choice).items() if name != "price"}
+    return Considered(label(choice), _sources(choice), seconds, price, choice.price_seconds)

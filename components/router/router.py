@@ -8,16 +8,17 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from typing import Any, TypeVar
 
 import msgspec
 
 from components.router import cost
-from components.router.cost import Candidate, Choice, Policy, Speeds
+from components.router.cost import Candidate, Choice, Policy
 from components.router.decisions import Decisions, label
+from components.router.speeds import LiveSpeeds
 from components.router.workers import Workers
 from kvstore.keys import sequence_hashes
 from kvstore.plan import FIELD, Plan, make_plan
@@ -32,6 +33,7 @@ SUSPECT_SECONDS = 10.0
 
 Request = dict[str, Any]
 Result = TypeVar("Result")
+Key = TypeVar("Key")
 
 
 class NoWorker(Exception):
@@ -55,7 +57,7 @@ class Router:
         mirror: Mirror,
         *,
         block_tokens: int,
-        speeds: Speeds,
+        speeds: LiveSpeeds,
         policy: Policy,
         deadline_ms: tuple[int, int] = (100, 2000),
         clock: Callable[[], float] = time.monotonic,
@@ -73,6 +75,8 @@ class Router:
         # take for tokens to prefill.
         self._fetching_tokens: defaultdict[int, int] = defaultdict(int)
         self._fetching_bytes: defaultdict[int, int] = defaultdict(int)
+        # And by target.
+        self._target_bytes: defaultdict[str, int] = defaultdict(int)
         # And prompts that were decided and are not in Dynamo's books yet: without them, prompts that come together
         # would all go to the same worker.
         self._unbooked_tokens: defaultdict[int, int] = defaultdict(int)
@@ -83,35 +87,39 @@ class Router:
         failed: set[int] = set()
         for attempt in range(1, ATTEMPTS + 1):
             choice, decision_id = await self.decide(request, failed)
-            started = False
+            started, outcome = False, "left"  # what a caller that drops this generator leaves behind
             try:
                 async with aclosing(self._serve(request, context, choice, decision_id)) as outputs:
                     async for output in outputs:
                         started = True
                         yield output
+                outcome = "finished"
                 return
             except Disconnected:
                 logger.info("decision %s: the client left", decision_id)
                 return
             except Exception as error:
+                outcome = "failed"
                 if started or attempt == ATTEMPTS:
                     raise
                 logger.warning("decision %s: worker %s failed: %s", decision_id, label(choice), error)
                 failed.add(choice.candidate.worker)
                 self._suspects[choice.candidate.worker] = self._clock() + SUSPECT_SECONDS
                 self.decisions.retried(choice)
+            finally:
+                self.decisions.ended(decision_id, outcome)
 
     async def decide(self, request: Request, failed: set[int]) -> tuple[Choice, str]:
         """Price the live workers but for those in `failed`, choose, and show it. Raises NoWorker."""
         tokens = request["token_ids"]
         routing = request.get("routing") or {}
         identity = {"lora_name": routing.get("lora_name"), "cache_namespace": routing.get("cache_salt")}
-        overlaps, loads = await asyncio.gather(
-            self._kv_router.get_overlap_scores(tokens, include_shared=False, **identity),
-            self._kv_router.get_potential_loads(tokens, **identity),
-        )
+        begun = time.perf_counter()
+        overlaps, loads = await self._known_to_dynamo(tokens, identity)
+        asked = time.perf_counter()
         hashes = sequence_hashes(tokens, self._block_tokens, **identity)
-        candidates = self._candidates(overlaps["workers"], loads, hashes, len(tokens), failed)
+        candidates = self._candidates(overlaps, loads, hashes, len(tokens), failed)
+        located = time.perf_counter()
         pinned = routing.get("backend_instance_id")
         if pinned is not None:  # the client insists on a worker
             candidates = [candidate for candidate in candidates if candidate.worker == pinned]
@@ -122,9 +130,28 @@ class Router:
         if not candidates:
             raise NoWorker("no worker is live that could serve this prompt")
         chosen, choices = cost.choose(candidates, len(tokens), self._block_tokens, self._policy)
+        priced = time.perf_counter()
         decision_id = uuid.uuid4().hex[:12]
         self.decisions.decided(decision_id, len(tokens), chosen, choices)
+        self.decisions.took({"ask": asked - begun, "locate": located - asked, "price": priced - located})
         return chosen, decision_id
+
+    async def _known_to_dynamo(
+        self, tokens: list[int], identity: dict[str, Any]
+    ) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
+        """Overlaps and loads by worker. If Dynamo's router fails, its workers are as good as empty: the store still
+        tells them apart from nothing, and prompts are served."""
+        try:
+            overlaps, loads = await asyncio.gather(
+                self._kv_router.get_overlap_scores(tokens, include_shared=False, **identity),
+                self._kv_router.get_potential_loads(tokens, **identity),
+            )
+        except Exception as error:
+            self.decisions.fell_back("overlap query")
+            logger.warning("Dynamo's router does not say what workers hold: %s", error)
+            empty = {"dp_rank": 0, "device_blocks": 0, "host_pinned_extension_blocks": 0}
+            return [{"worker_id": worker, **empty} for worker in self._workers.cards], []
+        return overlaps["workers"], loads
 
     def _candidates(
         self,
@@ -152,7 +179,9 @@ class Router:
             queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
             report = self._workers.report(worker, self._block_tokens, now)
             chunks: list[str | None] = []
-            if report is not None:
+            if report is None:
+                self.decisions.fell_back("worker report")
+            else:
                 layout = report.fingerprint, report.blocks_per_chunk
                 if layout not in located:
                     last_of_chunk = hashes[report.blocks_per_chunk - 1 :: report.blocks_per_chunk]
@@ -162,7 +191,7 @@ class Router:
             candidates.append(
                 Candidate(
                     worker=worker,
-                    speeds=self._speeds,
+                    speeds=self._speeds.of_worker(worker),
                     dp_rank=rank,
                     hbm_blocks=hbm,
                     dram_blocks=dram,
@@ -174,9 +203,26 @@ class Router:
                     blocks_per_chunk=report.blocks_per_chunk if report else 0,
                     chunk_bytes=report.chunk_bytes if report else 0,
                     located=chunks,
+                    **self._narrowest(chunks, now),
                 )
             )
         return candidates
+
+    def _narrowest(self, chunks: list[str | None], now: float) -> dict[str, Any]:
+        """What a candidate must know of the target that holds most of its chunks."""
+        held = Counter(target for target in chunks if target is not None)
+        if not held:
+            return {}
+        target, count = held.most_common(1)[0]
+        speed = self._speeds.of_target(target, now)
+        if speed is None:
+            return {}
+        return {
+            "target_share": count / held.total(),
+            # Its own word is a second old, and other routers' fetches are in it; ours are known now.
+            "target_fetching_bytes": max(speed.waiting_bytes, self._target_bytes.get(target, 0)),
+            "target_bytes_per_second": speed.bytes_per_second,
+        }
 
     async def _serve(
         self, request: Request, context: Any, choice: Choice, decision_id: str
@@ -194,9 +240,12 @@ class Router:
             outputs = aiter(stream)
             # While the prompt queues and fetches, nothing comes that would show that the client has left.
             first = await _unless_gone(anext(outputs, None), context)
-        self.decisions.first_token(self._clock() - decided)
         if first is None:
             return
+        took = self._clock() - decided
+        self.decisions.first_token(decision_id, choice, took)
+        if not choice.fetch_chunks:
+            self._speeds.observed(choice.candidate.worker, choice.ttft_seconds, took)
         yield first
         async for output in outputs:
             if context.is_stopped() or context.is_killed():
@@ -207,10 +256,14 @@ class Router:
     def _counted(self, choice: Choice) -> Iterator[None]:
         """Count what the prompt fetches for as long as it has no token."""
         candidate = choice.candidate
-        with (
-            _added(self._fetching_tokens, candidate.worker, choice.store_tokens),
-            _added(self._fetching_bytes, candidate.worker, choice.fetch_chunks * candidate.chunk_bytes),
-        ):
+        fetched = candidate.located[choice.first_chunk : choice.first_chunk + choice.fetch_chunks]
+        by_target = Counter(target for target in fetched if target is not None)
+        with ExitStack() as booked:
+            book = booked.enter_context
+            book(_added(self._fetching_tokens, candidate.worker, choice.store_tokens))
+            book(_added(self._fetching_bytes, candidate.worker, choice.fetch_chunks * candidate.chunk_bytes))
+            for target, chunks in by_target.items():
+                book(_added(self._target_bytes, target, chunks * candidate.chunk_bytes))
             yield
 
     def _prepared(self, request: Request, choice: Choice, decision_id: str) -> Request:
@@ -249,14 +302,14 @@ class Router:
 
 
 @contextmanager
-def _added(amounts: defaultdict[int, int], worker: int, amount: int) -> Iterator[None]:
-    amounts[worker] += amount
+def _added(amounts: defaultdict[Key, int], key: Key, amount: int) -> Iterator[None]:
+    amounts[key] += amount
     try:
         yield
     finally:
-        amounts[worker] -= amount
-        if not amounts[worker]:
-            del amounts[worker]
+        amounts[key] -= amount
+        if not amounts[key]:
+            del amounts[key]
 
 
 async def _unless_gone(result: Awaitable[Result], context: Any) -> Result:

@@ -1,0 +1,155 @@
+"""How fast each worker and each target is now: what they report, checked, over what the command line says.
+
+Plain state with one writer, the router's event loop; no I/O, no clock of its own. A speed is used once three reports
+agree on it roughly, and then as the median of the last few, so that one bad sample decides nothing. A report that is
+absurd is left out and counted: the bus is shared, and nobody signs what is said there.
+"""
+
+import math
+import statistics
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
+
+from components.router.cost import Speeds
+from kvstore.bus import TargetReport, WorkerReport
+
+SAMPLES_MIN = 3
+_SAMPLES = 7
+# How far from what the command line says a report may be and still be believed.
+_FACTOR_MAX = 1000.0
+# Of the observed over the predicted time to first token; more is something that the model knows nothing of.
+_PACE_SAMPLES, _PACE_SAMPLES_MIN, _PACE_MAX = 32, 8, 3.0
+# A target's report says nothing of now after so many heartbeats.
+TARGET_SECONDS = 5.0
+TARGETS_MAX = 4096
+
+_PREFILL = ("prefill_base_seconds", "prefill_seconds_per_token", "prefill_seconds_per_token_squared")
+_RATES = ("dram_bytes_per_second", "store_bytes_per_second")
+
+
+@dataclass
+class _Worker:
+    last_ms: int = -1
+    prefill: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    rates: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=_SAMPLES) for name in _RATES})
+    paces: deque[float] = field(default_factory=lambda: deque(maxlen=_PACE_SAMPLES))
+
+    @property
+    def pace(self) -> float:
+        if len(self.paces) < _PACE_SAMPLES_MIN:
+            return 1.0
+        return min(_PACE_MAX, max(1 / _PACE_MAX, statistics.median(self.paces)))
+
+
+@dataclass(frozen=True)
+class TargetSpeed:
+    """A target's devices: bytes a second, and bytes that wait to be read."""
+
+    bytes_per_second: float
+    waiting_bytes: int
+
+
+class LiveSpeeds:
+    """Speeds by worker and target, `prior` where nothing was measured."""
+
+    def __init__(self, prior: Speeds):
+        self._prior = prior
+        self._workers: dict[int, _Worker] = {}
+        self._targets: dict[str, tuple[TargetReport, float]] = {}
+        self.ignored: Counter[str] = Counter()  # reports, by reason
+
+    def heard_worker(self, report: WorkerReport) -> bool:
+        """Take in what a worker says; False if it is not to be believed, as a whole."""
+        if not (report.worker.isdigit() and len(report.worker) <= 20):
+            return self._ignore("worker id")
+        prefill = tuple(getattr(report, name) for name in _PREFILL)
+        numbers = [*prefill, *(getattr(report, name) for name in _RATES)]
+        if not all(math.isfinite(one) and one >= 0 for one in numbers):
+            return self._ignore("not a speed")
+        if report.blocks_per_chunk <= 0 or report.chunk_bytes <= 0 or report.bytes_in_flight < 0 or report.queue < 0:
+            return self._ignore("not a size")
+        # 1,000 tokens: a coefficient alone says little, the others may take its place.
+        if any(prefill) and not self._plausible(_thousand(*prefill), _thousand(*self._prior_prefill)):
+            return self._ignore("absurd prefill")
+        rates = {name: getattr(report, name) for name in _RATES}
+        if any(rate and not self._plausible(rate, getattr(self._prior, name)) for name, rate in rates.items()):
+            return self._ignore("absurd rate")
+        known = self._workers.setdefault(int(report.worker), _Worker())
+        if report.ts_ms < known.last_ms:
+            return self._ignore("older than the last")
+        known.last_ms = report.ts_ms
+        if prefill[1] > 0 or prefill[2] > 0:
+            known.prefill.append((prefill[0], prefill[1], prefill[2]))
+        for name, rate in rates.items():
+            if rate > 0:
+                known.rates[name].append(rate)
+        return True
+
+    def heard_target(self, report: TargetReport, now: float) -> bool:
+        if not math.isfinite(report.device_bytes_per_second) or report.device_bytes_per_second < 0:
+            return self._ignore("not a speed")
+        if report.waiting_read_bytes < 0:
+            return self._ignore("not a size")
+        last = self._targets.get(report.target)
+        if last is not None and (report.epoch, report.ts_ms) < (last[0].epoch, last[0].ts_ms):
+            return self._ignore("older than the last")
+        if last is None and len(self._targets) >= TARGETS_MAX:
+            return self._ignore("too many targets")
+        self._targets[report.target] = report, now
+        return True
+
+    def of_worker(self, worker: int) -> Speeds:
+        """What a prompt on this worker is priced with."""
+        known = self._workers.get(worker)
+        if known is None:
+            return self._prior
+        speeds = self._prior
+        if len(known.prefill) >= SAMPLES_MIN:
+            # The median model: of all, the one that takes neither long nor short.
+            model = sorted(known.prefill, key=lambda one: _thousand(*one))[len(known.prefill) // 2]
+            speeds = replace(speeds, **dict(zip(_PREFILL, model, strict=True)))
+        for name, rates in known.rates.items():
+            if len(rates) >= SAMPLES_MIN:
+                speeds = replace(speeds, **{name: statistics.median(rates)})
+        pace = known.pace
+        return replace(speeds, **{name: pace * getattr(speeds, name) for name in _PREFILL})
+
+    def of_target(self, target: str, now: float) -> TargetSpeed | None:
+        """None where nothing is known of now."""
+        report, heard = self._targets.get(target, (None, 0.0))
+        if report is None or now - heard > TARGET_SECONDS or report.device_bytes_per_second <= 0:
+            return None
+        return TargetSpeed(report.device_bytes_per_second, report.waiting_read_bytes)
+
+    def observed(self, worker: int, predicted_seconds: float, actual_seconds: float) -> None:
+        """A prompt's first token came that fetched nothing, so that the time was the GPU's and its queue's."""
+        if predicted_seconds <= 0 or actual_seconds <= 0:
+            return
+        known = self._workers.setdefault(worker, _Worker())
+        known.paces.append(known.pace * actual_seconds / predicted_seconds)
+
+    def keep_only(self, workers: set[int], now: float) -> None:
+        """Forget workers that are gone and targets that are silent."""
+        self._workers = {worker: known for worker, known in self._workers.items() if worker in workers}
+        self._targets = {name: one for name, one in self._targets.items() if now - one[1] <= 12 * TARGET_SECONDS}
+
+    @property
+    def _prior_prefill(self) -> tuple[float, float, float]:
+        prior = self._prior
+        return (
+            prior.prefill_base_seconds,
+            prior.prefill_seconds_per_token,
+            prior.prefill_seconds_per_token_squared,
+        )
+
+    def _plausible(self, value: float, prior: float) -> bool:
+        return prior / _FACTOR_MAX <= value <= prior * _FACTOR_MAX
+
+    def _ignore(self, reason: str) -> bool:
+        self.ignored[reason] += 1
+        return False
+
+
+def _thousand(base: float, per_token: float, squared: float) -> float:
+    """Seconds to compute 1,000 tokens."""
+    return base + 1000 * per_token + 500_000 * squared
