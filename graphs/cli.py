@@ -47,6 +47,7 @@ def _serve(argv: list[str]) -> None:
     parser.add_argument(
         "--state-dir", type=Path, default=serve.DEFAULT_STATE_DIR, help="for logs, discovery and, by default, the store"
     )
+    parser.add_argument("--log-dir", type=Path, help="for a file a process; default: logs in the state folder")
     parser.add_argument("--dry-run", action="store_true", help="show the commands and do not run them")
     options, overrides = parser.parse_known_args(argv)
     deployment = load_deployment(options.graph, options.file, overrides, options.state_dir)
@@ -59,7 +60,7 @@ def _serve(argv: list[str]) -> None:
         where = f"serving at {url}; try\n\n  {_curl(url, model_name(deployment))}" if url else "everything is up"
         print(f"\n{where}\n\nctrl-C stops everything\n", flush=True)
 
-    asyncio.run(serve.serve(deployment, announce))
+    asyncio.run(serve.serve(deployment, announce, options.log_dir))
 
 
 def _render(argv: list[str]) -> None:

@@ -17,11 +17,13 @@ from pathlib import Path
 
 from components.worker.shm import sweep_stale_regions
 from graphs.service import Deployment, Process, Service
-from kvstore.errors import UnavailableError
+from kvstore.errors import FailedError, UnavailableError
 from kvstore.transport import split_address
 
 # A 70B model loads in minutes; a worker that says nothing for longer will not come.
 READY_SECONDS = 900.0
+# Of a process's log file; the one before is kept beside it.
+LOG_BYTES_MAX = 64 << 20
 # dynamo.vllm lets requests finish before it leaves.
 STOP_SECONDS = 20.0
 # A process that dies is started again after this long, twice as long each time, up to the second figure.
@@ -75,12 +77,19 @@ class Child:
 class Supervisor:
     """Runs the processes of a deployment. `show` gets every line of output, with the process's name."""
 
-    def __init__(self, deployment: Deployment, show: Callable[[str, str], None], *, restart: bool = True):
+    def __init__(
+        self,
+        deployment: Deployment,
+        show: Callable[[str, str], None],
+        *,
+        restart: bool = True,
+        logs: Path | None = None,  # default: in the deployment's state folder
+    ):
         self.deployment = deployment
         self.children: dict[str, Child] = {}
         self._show = show
         self._restart = restart
-        self._logs = deployment.state_dir / "logs"
+        self._logs = logs or deployment.state_dir / "logs"
         self._environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         self._stopping = False
         self._watchers: list[asyncio.Task[None]] = []
@@ -119,9 +128,9 @@ class Supervisor:
             if not child.alive:
                 if child.pump is not None:
                     await child.pump
-                raise UnavailableError(f"{process.name}: {_last_words(child)}")
+                raise FailedError(f"{process.name}: {_last_words(child)}")
             if time.monotonic() > deadline:
-                raise UnavailableError(f"{process.name}: not ready after {READY_SECONDS:.0f} s; see {self._logs}")
+                raise FailedError(f"{process.name}: not ready after {READY_SECONDS:.0f} s; see {self._logs}")
             await asyncio.sleep(0.2)
         self._show(process.name, f"ready after {time.monotonic() - child.started:.1f} s")
         return child
@@ -178,16 +187,23 @@ class Supervisor:
     async def _pump(self, child: Child) -> None:
         """Carry the child's output to the log file and to `show`, until it and all that share its output are gone."""
         assert child.running.stdout is not None
-        with (self._logs / f"{child.process.name}.log").open("ab") as log:
+        path = self._logs / f"{child.process.name}.log"
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(path.open("ab"))
             while True:
+                if log.tell() > LOG_BYTES_MAX:
+                    log.close()
+                    path.replace(path.with_name(f"{path.name}.1"))
+                    log = stack.enter_context(path.open("ab"))
                 try:
                     raw = await child.running.stdout.readline()
                 except ValueError:
                     continue  # a line beyond the limit: dropped
                 if not raw:
                     return
-                log.write(raw)
-                log.flush()
+                with contextlib.suppress(OSError):  # a full disk must not stop the service
+                    log.write(raw)
+                    log.flush()
                 line = raw.decode(errors="replace").rstrip()
                 child.tail.append(line)
                 if child.process.ready_line and child.process.ready_line in line:
@@ -231,9 +247,9 @@ def console() -> Callable[[str, str], None]:
     return show
 
 
-async def serve(deployment: Deployment, announce: Callable[[], None]) -> None:
+async def serve(deployment: Deployment, announce: Callable[[], None], logs: Path | None = None) -> None:
     """Run a deployment until SIGINT or SIGTERM; `announce` is called when it is up."""
-    supervisor = Supervisor(deployment, console())
+    supervisor = Supervisor(deployment, console(), logs=logs)
     running = asyncio.current_task()
     assert running is not None
     for number in (signal.SIGINT, signal.SIGTERM):

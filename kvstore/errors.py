@@ -28,6 +28,14 @@ class ConfigError(Exception):
 class UnavailableError(Exception):
     """Something that must answer at start does not, in one line: what, where, and what to do."""
 
+    exit_code = USAGE
+
+
+class FailedError(UnavailableError):
+    """A process that was started did not come up: nothing is wrong with the command itself."""
+
+    exit_code = 1
+
 
 def validated(model: type[Model], values: dict[str, object]) -> Model:
     """Build `model` from `values`; the first thing wrong becomes a ConfigError that names it as on the command line."""
@@ -43,11 +51,12 @@ def validated(model: type[Model], values: dict[str, object]) -> Model:
 
 def fail(program: str, error: Exception) -> NoReturn:
     print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-    sys.exit(USAGE)
+    sys.exit(getattr(error, "exit_code", USAGE))
 
 
 def run_command(program: str, main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's main function; ConfigError and UnavailableError end it with one line and exit code 2."""
+    """Run a command's main function; ConfigError and UnavailableError end it with one line and exit code 2,
+    FailedError with 1."""
     try:
         sys.exit(main() or 0)
     except (ConfigError, UnavailableError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from graphs import serve
 from graphs.serve import Supervisor, dry_run
 from graphs.service import Deployment, Process, Service, as_flags, load_deployment
 from graphs.services import free_port
@@ -200,6 +201,26 @@ async def test_a_child_that_does_not_come_up_stops_the_start(tmp_path: Path) -> 
     with pytest.raises(UnavailableError, match="bad: thing: error: port: it is taken"):
         await supervisor.start()
     assert not supervisor.children
+
+
+async def test_a_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "LOG_BYTES_MAX", 1000)
+    talk = "[print('x' * 99) for _ in range(60)]; print('up', flush=True); import time; time.sleep(60)"
+    process = Process("a", "A", script(talk), {}, ready_line="up")
+    supervisor = Supervisor(deployment(tmp_path, process), lambda *_: None, logs=tmp_path / "elsewhere")
+    await supervisor.start()
+    await supervisor.stop()
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "elsewhere").iterdir()}
+    assert sizes.keys() == {"a.log", "a.log.1"}
+    assert max(sizes.values()) < 1200
+
+
+def test_a_service_that_fails_ends_the_command_with_1_and_its_last_words(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "graphs.cli", "serve", "graphs.store_only:Store", "--Store.capacity=1K"]
+    command += [f"--Nats.listen=127.0.0.1:{free_port()}", "--state-dir", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+    assert "error: Store-0: kvstore: error: capacity: " in ended.stderr
 
 
 async def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
