@@ -1,4 +1,4 @@
-"""The console script, under two names: `kvtier serve|render|store|explain` and `dynamo serve|render`."""
+"""The console script, under two names: `kvtier serve|render|store|explain|size` and `dynamo serve|render`."""
 
 import argparse
 import asyncio
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import kvstore.__main__ as store
 from components.router import explain
-from graphs import serve
+from graphs import serve, size
 from graphs.render import PLACES, render
 from graphs.service import load_deployment
 from graphs.services import frontend_url, model_name
@@ -20,6 +20,7 @@ HELP = """
                                         dynamo render k8s graphs.agg_router:Frontend -f config.yaml
   store    run a target by itself:      kvtier store --dir /nvme0 --capacity 3T   (the same as python -m kvstore)
   explain  why a prompt went there:     kvtier explain [DECISION] --url http://127.0.0.1:8300   (the router's --page)
+  size     how large and how fast:      kvtier size --model llama-3.1-70b --gpu h200 --requests-per-second 3
 
 'COMMAND --help' says more.
 """
@@ -28,7 +29,7 @@ HELP = """
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    commands = {"serve": _serve, "render": _render, "store": store.main, "explain": explain.main}
+    commands = {"serve": _serve, "render": _render, "store": store.main, "explain": explain.main, "size": size.main}
     if command not in commands:
         wanted_help = command in ("-h", "--help")
         print(f"usage: {Path(sys.argv[0]).name} COMMAND ...\n{HELP}", file=sys.stdout if wanted_help else sys.stderr)
