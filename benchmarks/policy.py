@@ -30,6 +30,7 @@ from components.router import cost
 
 BLOCK_TOKENS = 16
 TPOT_MS_MAX = 40.0
+GPU_PRICE = 0.5  # the router's default
 POOL = 80  # conversations a worker
 # Clients, DRAM offload, and the requests/s, mean TTFT ms and TPOT ms measured on one H200 (no store, 80 conversations).
 MEASURED = (
@@ -89,7 +90,7 @@ def dynamo(external_credit: float) -> Policy:
             seen = sim.seen(worker, request.conversation)
             credit = seen.hbm + 0.75 * (seen.dram - seen.hbm) + external_credit * max(0, seen.store - seen.dram)
             # Dynamo's books have no fetches: what others fetch is to prefill, too.
-            prefill = worker.queued_tokens + worker.fetching_tokens + prompt - credit
+            prefill = worker.prefill_tokens + worker.fetching_tokens + prompt - credit
             waiting = sum(one.tokens for one in worker.ready)
             return (prefill + worker.running_tokens + waiting + prompt) / BLOCK_TOKENS, number
 
@@ -98,11 +99,11 @@ def dynamo(external_credit: float) -> Policy:
     return decide
 
 
-def ours(seed: int, noise: float = 0.1) -> Policy:
+def ours(seed: int, gpu_price: float, noise: float = 0.1) -> Policy:
     """This project's router, its speeds off by some 10 %."""
     chance = random.Random(seed)
     speeds: dict[int, cost.Speeds] = {}
-    policy = cost.Policy(gpu_price=1.0, pressure_seconds=0.2)
+    policy = cost.Policy(gpu_price=gpu_price, pressure_seconds=0.2)
 
     def decide(sim: Simulation, request: Request) -> tuple[int, int]:
         random.seed(request.conversation.key)  # of the ties that cost.choose leaves to chance
@@ -126,7 +127,7 @@ def ours(seed: int, noise: float = 0.1) -> Policy:
                     speeds=speeds[worker.number],
                     hbm_blocks=seen.hbm // BLOCK_TOKENS,
                     dram_blocks=seen.dram // BLOCK_TOKENS,
-                    queued_prefill_tokens=worker.queued_tokens,
+                    queued_prefill_tokens=worker.prefill_tokens,
                     fetching_bytes=worker.fetching_tokens * hardware.kv_bytes_per_token,
                     memory_used=min(1.0, worker.running_tokens / hardware.hbm_tokens),
                     blocks_per_chunk=CHUNK_TOKENS // BLOCK_TOKENS,
@@ -181,26 +182,33 @@ def check(quick: bool) -> list[Check]:
     return checks
 
 
-def policies(seed: int) -> dict[str, tuple[bool, Policy]]:
+def policies(seed: int, gpu_price: float = GPU_PRICE) -> dict[str, tuple[bool, Policy]]:
     """Name -> (with a store, the policy)."""
     return {
         "round robin, no store": (False, round_robin()),
         "round robin": (True, round_robin()),
         "dynamo": (True, dynamo(0.0)),
         "dynamo, external": (True, dynamo(0.25)),
-        "kvtier": (True, ours(seed)),
+        "kvtier": (True, ours(seed, gpu_price)),
         "oracle": (True, oracle),
     }
 
 
 def sweep(
-    shape: policy_sim.Shape, workers: int, name: str, quick: bool, seed: int, hardware: Hardware, ttft_ms_max: float
+    shape: policy_sim.Shape,
+    workers: int,
+    name: str,
+    quick: bool,
+    seed: int,
+    hardware: Hardware,
+    ttft_ms_max: float,
+    gpu_price: float,
 ) -> Row:
     """The most requests/s within the bounds; more clients until that on TPOT is passed."""
     best = Row(shape.name, workers, name, 0, 0.0, 0.0, 0.0, 0.0)
     seconds, ramp = (20.0, 20.0) if quick or workers > 8 else (120.0, 60.0)
     for each in (8, 16, 24) if quick else (8, 12, 16, 20, 24, 32):
-        store, policy = policies(seed)[name]
+        store, policy = policies(seed, gpu_price)[name]
         sim = Simulation(hardware, workers, each * workers, POOL * workers, shape, policy, store=store, seed=seed)
         got: Outcome = sim.run(seconds, ramp)
         if got.tpot_ms_mean > TPOT_MS_MAX:
@@ -232,6 +240,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="shorter, and up to 4 workers")
     parser.add_argument("--target-gb", type=float, default=5.0, help="GB/s of a target, which two workers share")
     parser.add_argument("--ttft-ms-max", type=float, default=float("inf"), help="a bound on the mean TTFT, too")
+    parser.add_argument("--gpu-price", type=float, default=GPU_PRICE, help="the router's option of that name")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
@@ -248,7 +257,9 @@ def main() -> None:
     for shape in (CHAT, AGENTS):
         for workers in [count for count in options.workers if count <= 4 or not options.quick]:
             rows = [
-                sweep(shape, workers, name, options.quick, options.seed, hardware, options.ttft_ms_max)
+                sweep(
+                    shape, workers, name, options.quick, options.seed, hardware, options.ttft_ms_max, options.gpu_price
+                )
                 for name in policies(options.seed)
             ]
             report.rows += rows

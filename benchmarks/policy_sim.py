@@ -146,6 +146,11 @@ class Worker:
     running: list[tuple[float, int, Request]] = field(default_factory=list)
     running_tokens: int = 0
 
+    @property
+    def prefill_tokens(self) -> int:
+        """To compute for prompts without a first token, as Dynamo's books have it."""
+        return self.queued_tokens + (self.prefilling.prefill_tokens if self.prefilling else 0)
+
 
 @dataclass(frozen=True)
 class Seen:
