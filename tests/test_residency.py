@@ -2,10 +2,14 @@
 
 import asyncio
 import random
+from array import array
+from collections import defaultdict
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvstore import residency
 from kvstore.bus import Bus, Residency, SnapshotPage, SnapshotRequest
@@ -173,6 +177,158 @@ def test_an_expired_token_has_no_pages() -> None:
     assert announcer.snapshot_page(SnapshotRequest(12345, 0)).pages == 0
     page = announcer.snapshot_page(SnapshotRequest(0, 0))
     assert announcer.snapshot_page(SnapshotRequest(page.token, 1)).pages == 0
+
+
+TARGETS = st.sampled_from(["a", "b", "c"])
+LAYOUTS = st.sampled_from([7, 8])
+# Few different ones, so that they meet again; the ends of the range among them.
+HASHES = st.lists(st.one_of(st.integers(1, 40), st.integers((1 << 64) - 5, (1 << 64) - 1)), max_size=30)
+
+
+class MirrorMachine(RuleBasedStateMachine):
+    """A mirror of three targets against plain sets, with tables so small that they are made anew all the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots, residency._SLOTS_MIN = residency._SLOTS_MIN, 4
+        self.mirror = Mirror()
+        self.held: defaultdict[str, defaultdict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+        self.seqs: dict[str, tuple[int, int]] = {}
+
+    def teardown(self) -> None:
+        residency._SLOTS_MIN = self.slots
+
+    @rule(name=TARGETS, layout=LAYOUTS, stored=HASHES, removed=HASHES)
+    def change(self, name: str, layout: int, stored: list[int], removed: list[int]) -> None:
+        epoch, seq = self.seqs.get(name, (1, 0))
+        asked = self.mirror.apply(Residency(name, epoch, seq + 1, layout, 2, stored, removed, 0), 0.0)
+        assert asked == (name not in self.seqs)
+        if asked:
+            self.mirror.give_up_snapshot(name)
+        else:
+            self.seqs[name] = epoch, seq + 1
+            self.held[name][layout] -= set(removed)
+            self.held[name][layout] |= set(stored)
+
+    @rule(name=TARGETS, held=st.lists(st.tuples(LAYOUTS, HASHES), min_size=1, max_size=4))
+    def restart(self, name: str, held: list[tuple[int, list[int]]]) -> None:
+        epoch = self.seqs.get(name, (1, 0))[0] + 1
+        assert self.mirror.apply(Residency(name, epoch, 3, 7, 2, [99], [], 0), 0.0)
+        pages = [SnapshotPage(name, epoch, 3, 5, len(held), of, array("Q", hashes).tobytes()) for of, hashes in held]
+        assert self.mirror.apply_snapshot(pages)
+        self.seqs[name] = epoch, 3
+        self.held[name] = defaultdict(set)
+        for of, hashes in held:
+            self.held[name][of] |= set(hashes)
+
+    @rule(name=TARGETS)
+    def lose(self, name: str) -> None:
+        for other in self.seqs.keys() - {name}:
+            epoch, seq = self.seqs[other]
+            self.mirror.apply(Residency(other, epoch, seq, 7, 2, [], [], 0), 100.0)
+        self.mirror.forget_silent(100.0)
+        self.seqs.pop(name, None)
+        self.held.pop(name, None)
+        for view in self.mirror._views.values():
+            view.heard = 0.0
+
+    @invariant()
+    def says_what_is_held(self) -> None:
+        asked = [*range(1, 41), 99, *range((1 << 64) - 5, 1 << 64)]
+        for layout in (7, 8):
+            for router_hash, target in zip(asked, self.mirror.locate(layout, asked, 0.0), strict=True):
+                holders = {one for one, held in self.held.items() if router_hash in held[layout]}
+                assert target in holders if holders else target is None
+        counts = self.mirror.counts(0.0)
+        for target, held in self.held.items():
+            assert counts.get(target, 0) == sum(map(len, held.values()))
+
+
+TestMirrorMachine = MirrorMachine.TestCase
+TestMirrorMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def mirrored(held: Iterable[int], **options: int) -> tuple[Holdings, Mirror]:
+    holdings, mirror = Holdings(epoch=5, held=held), Mirror(**options)  # type: ignore[arg-type]
+    mirror.apply(holdings.announcer.announcements()[0], 0.0)
+    assert mirror.apply_snapshot(holdings.snapshot())
+    return holdings, mirror
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (Residency("t", 5, -1, 7, 2, [2], [], 0), "number out of range"),
+        (Residency("t", 5, 2, 1 << 64, 2, [2], [], 0), "number out of range"),
+        (Residency("t", 5, 2, 7, -2, [2], [], 0), "number out of range"),
+        (Residency("t", 4, 2, 7, 2, [2], [1], 0), "old epoch"),
+        (Residency("t", 5, 2, 7, 2, [2] * 70_000, [], 0), "too many changes"),
+        (Residency("t" * 300, 5, 2, 7, 2, [2], [], 0), "name too long"),
+        (Residency("t", 5, 2, 7, 2, [2, -3], [1], 0), "hash out of range"),
+        (Residency("t", 5, 2, 7, 2, [2], [1 << 64], 0), "hash out of range"),
+    ],
+)
+def test_what_cannot_be_right_is_ignored_and_counted(message: Residency, reason: str) -> None:
+    _, mirror = mirrored([1])
+    assert not mirror.apply(message, 1.0)
+    assert mirror.ignored == {reason: 1}
+    assert known(mirror, [1, 2]) == {1}
+
+
+def test_a_hash_out_of_range_leaves_a_gap() -> None:
+    holdings, mirror = mirrored([1])
+    holdings.announcer.announcements()
+    mirror.apply(Residency("t", 5, 2, 7, 2, [-1], [], 0), 0.0)
+    assert mirror.apply(holdings.announcer.announcements()[0], 0.0)
+    assert mirror.apply_snapshot(holdings.snapshot())
+    assert mirror.resyncs == 2
+
+
+def test_snapshots_that_cannot_be_right_are_ignored() -> None:
+    _, mirror = mirrored([1])
+    page = SnapshotPage("t", 5, 1, 9, 1, 7, bytes(8))
+    assert not mirror.apply_snapshot([SnapshotPage("t", 5, 1, 9, 1, 7, b"odd")])
+    assert not mirror.apply_snapshot([page, SnapshotPage("u", 5, 1, 9, 1, 7, b"")])
+    assert not mirror.apply_snapshot([SnapshotPage("t", 4, 1, 9, 1, 7, bytes(8))])
+    assert not mirror.apply_snapshot([SnapshotPage("nobody", 5, 1, 9, 1, 7, bytes(8))])
+    assert mirror.ignored == {"snapshot": 2, "old epoch": 1}
+    assert known(mirror, [1]) == {1}
+
+
+def test_a_target_whose_epochs_begin_anew_is_believed_after_a_silence() -> None:
+    _, mirror = mirrored([1])
+    again = Holdings(epoch=1, held=[2])
+    assert not mirror.apply(again.announcer.announcements()[0], 100.0)
+    mirror.forget_silent(100.0)
+    assert mirror.apply(again.announcer.announcements()[0], 100.0)
+    assert mirror.apply_snapshot(again.snapshot())
+    assert known(mirror, [1, 2], 100.0) == {2}
+
+
+def test_entries_are_bounded() -> None:
+    holdings, mirror = mirrored(range(1, 9), max_entries=10)
+    for router_hash in range(5, 15):
+        holdings.store(router_hash)
+    mirror.apply(holdings.announcer.announcements()[0], 0.0)
+    assert mirror.counts(0.0) == {"t": 10}
+    assert mirror.ignored == {"no room": 4}
+    assert len(known(mirror, range(1, 15))) == 10
+    holdings.remove(1)
+    holdings.store(20)
+    mirror.apply(holdings.announcer.announcements()[0], 0.0)
+    assert known(mirror, [1, 20]) == {20}
+
+
+def test_targets_and_layouts_are_bounded() -> None:
+    mirror = Mirror()
+    for number in range(70):
+        mirror.apply(Residency(f"t{number}", 1, 1, 7, 2, [], [], 0), 0.0)
+        mirror.apply_snapshot([SnapshotPage(f"t{number}", 1, 1, 9, 1, number, b"1" * 8)])
+    assert mirror.ignored == {"too many targets": 6}
+    for number in range(70, 80):
+        mirror.apply(Residency("t0", 1, number - 68, number, 2, [1], [], 0), 0.0)
+    assert mirror.ignored["too many layouts"] == 10
+    assert mirror.ages(3.0)["t0"] == 3.0
 
 
 async def test_over_nats_two_mirrors_follow_two_targets(nats_url: str, seed: int) -> None:
