@@ -17,6 +17,7 @@ serve: install
 	$(BIN)/dynamo serve graphs.agg_router:Frontend -f graphs/configs/quickstart.yaml
 
 test: install lint
+	docker/install_test_programs.sh .venv
 	$(BIN)/python -m pytest -q -n 2 tests --ignore=tests/engine
 	$(BIN)/python -m pytest -q tests/engine
 
