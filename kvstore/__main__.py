@@ -214,6 +214,9 @@ async def _report(target: Target, line: Bus, namespace: str) -> None:
             payload_bytes=status.payload_bytes,
             connections=status.connections,
             ts_ms=time.time_ns() // 1_000_000,
+            evicted_age_seconds=status.evicted_age_seconds,
+            corrupt_chunks=status.corrupt_entries,
+            failed_writes=status.failed_writes,
         )
         await line.publish(bus.subject(namespace, "speed.target", target.name), report)
         before, then = status, now

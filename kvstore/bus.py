@@ -80,6 +80,7 @@ class WorkerReport(msgspec.Struct, frozen=True):
     bytes_in_flight: int = 0  # from the store
     queue: int = 0  # requests that the engine has not begun with
     bytes_per_token: int = 0
+    fetched_chunks: dict[str, int] = {}  # asked of the store since the start, by outcome
 
 
 class TargetReport(msgspec.Struct, frozen=True):
@@ -96,6 +97,9 @@ class TargetReport(msgspec.Struct, frozen=True):
     payload_bytes: int
     connections: int
     ts_ms: int
+    evicted_age_seconds: float = 0.0  # of the segment evicted last; 0: none was
+    corrupt_chunks: int = 0  # found since the start
+    failed_writes: int = 0
 
 
 def subject(namespace: str, kind: str, name: str = "*") -> str:

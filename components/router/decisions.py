@@ -6,7 +6,7 @@ Worker ids are shown in hexadecimal, as Dynamo's own metrics do.
 import itertools
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
@@ -22,9 +22,14 @@ from kvstore.residency import Mirror
 logger = logging.getLogger(__name__)
 
 KEPT = 1000
+# Prompts under way: those that are forgotten for the bound are still served, and what became of them is not shown.
+_OPEN_MAX = 20_000
+# Answered prompts that nobody has looked at yet.
+_ANSWERED_MAX = 4096
 # Of the actual over the predicted time to first token.
 _RATIOS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
 _STAGE_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+_TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5)
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -36,6 +41,8 @@ class Considered(msgspec.Struct):
     seconds: dict[str, float]  # wait, fetch, copy, prefill and ttft, which begins with the longer of wait and fetch
     price: dict[str, float]
     price_seconds: float
+    queued_tokens: int = 0  # prefill of others, ahead of it
+    memory_used: float = 0.0  # share of the KV memory
 
 
 class Decision(msgspec.Struct):
@@ -51,6 +58,21 @@ class Decision(msgspec.Struct):
     predicted_ttft_seconds: float
     ttft_seconds: float | None = None
     outcome: str = "open"  # finished, failed or left
+    output_tokens: int = 0
+    tpot_seconds: float | None = None  # time per output token after the first
+
+
+class Totals(msgspec.Struct):
+    """The counters, since the router's start."""
+
+    decisions: dict[str, int]  # by worker
+    tokens: dict[str, int]  # of prompts, by source
+    blocks: dict[str, dict[str, int]]  # of prompts, by worker and tier
+    outcomes: dict[str, int]
+    fallbacks: dict[str, int]  # by what was missing
+    retries: dict[str, int]  # by the worker that failed
+    output_tokens: int
+    open: int  # prompts that have not ended
 
 
 class Decisions:
@@ -60,6 +82,8 @@ class Decisions:
         self.registry = CollectorRegistry()
         self._block_tokens = block_tokens
         self._workers: set[str] = set()
+        self.count = 0
+        self.answered_lately: deque[Decision] = deque(maxlen=_ANSWERED_MAX)
         self._blocks = Gauge(
             "kvtier_router_candidate_blocks",
             "Blocks of the last prompt by where this worker would find them",
@@ -82,6 +106,7 @@ class Decisions:
             registry=self.registry,
         )
         self._last: OrderedDict[str, Decision] = OrderedDict()
+        self._open: OrderedDict[str, Decision] = OrderedDict()
         self._tokens = Counter(
             "kvtier_router_prompt_tokens",
             "Prompt tokens by where the chosen worker was to find them",
@@ -118,6 +143,15 @@ class Decisions:
             "Time to first token as predicted",
             buckets=_SECONDS,
             registry=self.registry,
+        )
+        self._tpot = Histogram(
+            "kvtier_router_tpot_seconds",
+            "Time per output token after the first",
+            buckets=_TOKEN_SECONDS,
+            registry=self.registry,
+        )
+        self._output = Counter(
+            "kvtier_router_output_tokens", "Tokens of answers that were finished", registry=self.registry
         )
         self._actual = Histogram(
             "kvtier_router_ttft_seconds",
@@ -167,26 +201,53 @@ class Decisions:
         self._actual.observe(seconds)
         if chosen.ttft_seconds > 0:
             self._error.observe(seconds / chosen.ttft_seconds)
-        if (decision := self._last.get(decision_id)) is not None:
+        if (decision := self._open.get(decision_id)) is not None:
             decision.ttft_seconds = seconds
+
+    def answered(self, decision_id: str, first_tokens: int, tokens: int, seconds: float) -> None:
+        """An answer came to its end: `tokens` in `seconds` after the first output, which had `first_tokens`."""
+        self._output.inc(first_tokens + tokens)
+        if tokens:
+            self._tpot.observe(seconds / tokens)
+        if (decision := self._open.get(decision_id)) is not None:
+            decision.output_tokens = first_tokens + tokens
+            decision.tpot_seconds = seconds / tokens if tokens else None
 
     def ended(self, decision_id: str, outcome: str) -> None:
         self._outcomes.labels(outcome).inc()
-        if (decision := self._last.get(decision_id)) is not None:
+        if (decision := self._open.pop(decision_id, None)) is not None:
             decision.outcome = outcome
+            if decision.ttft_seconds is not None:
+                self.answered_lately.append(decision)
 
     def last(self, limit: int = KEPT, worker: str = "") -> list[Decision]:
         """The latest first; with `worker` only those that went there."""
         chosen = (one for one in reversed(self._last.values()) if worker in ("", one.chosen))
         return list(itertools.islice(chosen, limit))
 
+    def totals(self) -> Totals:
+        """The same numbers that Prometheus gets."""
+        blocks: dict[str, dict[str, int]] = {}
+        for labels, value in _values(self._chosen_blocks):
+            blocks.setdefault(labels["worker"], {})[labels["tier"]] = value
+        return Totals(
+            decisions={labels["worker"]: value for labels, value in _values(self._chosen)},
+            tokens={labels["source"]: value for labels, value in _values(self._tokens)},
+            blocks=blocks,
+            outcomes={labels["outcome"]: value for labels, value in _values(self._outcomes)},
+            fallbacks={labels["missing"]: value for labels, value in _values(self._fallbacks)},
+            retries={labels["worker"]: value for labels, value in _values(self._retries)},
+            output_tokens=sum(value for _, value in _values(self._output)),
+            open=len(self._open),
+        )
+
     def find(self, decision_id: str) -> Decision | None:
-        return self._last.get(decision_id)
+        return self._last.get(decision_id) or self._open.get(decision_id)
 
     def _keep(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Sequence[Choice]) -> None:
         fetched = chosen.targets[chosen.first_chunk :]
         runs = [(target or "", sum(1 for _ in same)) for target, same in groupby(fetched)]
-        self._last[decision_id] = Decision(
+        decision = Decision(
             decision_id,
             time.time(),
             prompt_tokens,
@@ -196,8 +257,11 @@ class Decisions:
             runs,
             chosen.ttft_seconds,
         )
-        while len(self._last) > KEPT:
-            self._last.popitem(last=False)
+        self._last[decision_id] = self._open[decision_id] = decision
+        self.count += 1
+        for kept, most in ((self._last, KEPT), (self._open, _OPEN_MAX)):
+            if len(kept) > most:
+                kept.popitem(last=False)
 
     def retried(self, failed: Choice) -> None:
         self._retries.labels(label(failed)).inc()
@@ -253,6 +317,13 @@ def label(choice: Choice) -> str:
     return format(choice.candidate.worker, "x") + (f".{rank}" if rank else "")
 
 
+def _values(counter: Counter) -> Iterator[tuple[dict[str, str], int]]:
+    for family in counter.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                yield sample.labels, int(sample.value)
+
+
 def _parts(choice: Choice) -> dict[str, float]:
     return {
         "wait": choice.wait_seconds,
@@ -284,4 +355,12 @@ def _considered(choice: Choice) -> Considered:
         "pressure": choice.pressure_seconds,
     }
     seconds = {name: value for name, value in _parts(choice).items() if name != "price"}
-    return Considered(label(choice), _sources(choice), seconds, price, choice.price_seconds)
+    return Considered(
+        label(choice),
+        _sources(choice),
+        seconds,
+        price,
+        choice.price_seconds,
+        choice.candidate.queued_prefill_tokens,
+        choice.candidate.memory_used,
+    )

@@ -246,11 +246,14 @@ class Router:
         self.decisions.first_token(decision_id, choice, took)
         if not choice.fetch_chunks:
             self._speeds.observed(choice.candidate.worker, choice.ttft_seconds, took)
+        begun, tokens = self._clock(), 0
         yield first
         async for output in outputs:
             if context.is_stopped() or context.is_killed():
                 raise Disconnected
+            tokens += _tokens(output)
             yield output
+        self.decisions.answered(decision_id, _tokens(first), tokens, self._clock() - begun)
 
     @contextmanager
     def _counted(self, choice: Choice) -> Iterator[None]:
@@ -310,6 +313,10 @@ def _added(amounts: defaultdict[Key, int], key: Key, amount: int) -> Iterator[No
         amounts[key] -= amount
         if not amounts[key]:
             del amounts[key]
+
+
+def _tokens(output: dict[str, Any]) -> int:
+    return len(output.get("token_ids") or ())
 
 
 async def _unless_gone(result: Awaitable[Result], context: Any) -> Result:

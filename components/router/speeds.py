@@ -22,6 +22,7 @@ _PACE_SAMPLES, _PACE_SAMPLES_MIN, _PACE_MAX = 32, 8, 3.0
 # A target's report says nothing of now after so many heartbeats.
 TARGET_SECONDS = 5.0
 TARGETS_MAX = 4096
+_OUTCOMES_MAX = 16  # kinds of outcomes of a fetch
 
 _PREFILL = ("prefill_base_seconds", "prefill_seconds_per_token", "prefill_seconds_per_token_squared")
 _RATES = ("dram_bytes_per_second", "store_bytes_per_second")
@@ -68,6 +69,8 @@ class LiveSpeeds:
             return self._ignore("not a speed")
         if report.blocks_per_chunk <= 0 or report.chunk_bytes <= 0 or report.bytes_in_flight < 0 or report.queue < 0:
             return self._ignore("not a size")
+        if len(report.fetched_chunks) > _OUTCOMES_MAX or any(count < 0 for count in report.fetched_chunks.values()):
+            return self._ignore("not a count")
         # 1,000 tokens: a coefficient alone says little, the others may take its place.
         if any(prefill) and not self._plausible(_thousand(*prefill), _thousand(*self._prior_prefill)):
             return self._ignore("absurd prefill")
@@ -90,6 +93,8 @@ class LiveSpeeds:
             return self._ignore("not a speed")
         if report.waiting_read_bytes < 0:
             return self._ignore("not a size")
+        if not math.isfinite(report.evicted_age_seconds):
+            return self._ignore("not an age")
         last = self._targets.get(report.target)
         if last is not None and (report.epoch, report.ts_ms) < (last[0].epoch, last[0].ts_ms):
             return self._ignore("older than the last")
@@ -120,6 +125,10 @@ class LiveSpeeds:
         if report is None or now - heard > TARGET_SECONDS or report.device_bytes_per_second <= 0:
             return None
         return TargetSpeed(report.device_bytes_per_second, report.waiting_read_bytes)
+
+    def targets(self, now: float) -> dict[str, tuple[TargetReport, float]]:
+        """What each target said last, and seconds since."""
+        return {name: (report, now - heard) for name, (report, heard) in self._targets.items()}
 
     def observed(self, worker: int, predicted_seconds: float, actual_seconds: float) -> None:
         """A prompt's first token came that fetched nothing, so that the time was the GPU's and its queue's."""

@@ -60,6 +60,10 @@ class Workers:
             return None
         return known.report if known.report.block_tokens == block_tokens else None
 
+    def reports(self, now: float) -> dict[int, tuple[WorkerReport, float]]:
+        """What each worker's tier said last, and seconds since."""
+        return {worker: (known.report, now - known.heard) for worker, known in self._reports.items()}
+
     def forget_silent(self, now: float) -> None:
         self._reports = {
             worker: known for worker, known in self._reports.items() if now - known.heard <= REPORT_SECONDS

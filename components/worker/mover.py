@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -105,6 +105,7 @@ class Mover:
         self._moving_seconds = 0.0
         self._sampled = -SAMPLE_VALID_SECONDS
         self._pace = Pace(0, 0, 0, 0, 0, 0, 0)
+        self._fetched: Counter[str] = Counter()  # chunks by outcome, without loads that were called off
         self._reporter: Reporter | None = None
 
     def run(self) -> None:
@@ -198,6 +199,8 @@ class Mover:
             with self._lock:
                 self._measure(outcomes.count(Outcome.HIT) * self._setup.row_bytes)
                 self._loading.remove(load.job)
+                if load.job not in self._cancelled:
+                    self._fetched.update(outcome.name.lower() for outcome in outcomes)
                 self._cancelled.discard(load.job)
                 self._lock.notify_all()
             self._loaded(load, outcomes)
@@ -319,6 +322,8 @@ class Mover:
 
     def _report(self) -> WorkerReport:
         setup, pace = self._setup, self._pace
+        with self._lock:
+            fetched = dict(self._fetched)
         return WorkerReport(
             worker=setup.worker,
             endpoint=setup.endpoint,
@@ -335,6 +340,7 @@ class Mover:
             bytes_in_flight=pace.bytes_in_flight,
             queue=pace.queue,
             bytes_per_token=pace.bytes_per_token,
+            fetched_chunks=fetched,
         )
 
 
