@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from kvstore import bus, membership, residency, tools, transport
@@ -25,6 +26,7 @@ from kvstore.log import Log
 from kvstore.residency import Announcer
 from kvstore.shelf import Shelf
 from kvstore.target import Target
+from kvstore.wire import Outcome
 
 logger = logging.getLogger("kvstore")
 
@@ -98,7 +100,13 @@ def parse(argv: list[str] | None = None) -> Options:
     return validated(Options, vars(parser.parse_args(argv)))
 
 
-class _Metrics:
+_OUTCOMES = {
+    "get": [Outcome.HIT, Outcome.MISS, Outcome.LATE, Outcome.CORRUPT, Outcome.REFUSED],
+    "put": [Outcome.STORED, Outcome.REFUSED, Outcome.CORRUPT],
+}
+
+
+class Metrics(Collector):
     """Shows a target's status to Prometheus."""
 
     def __init__(self, target: Target):
@@ -106,26 +114,33 @@ class _Metrics:
 
     def collect(self) -> Iterator[Metric]:
         status = self._target.status()
-        operations = CounterMetricFamily("kvtier_target_operations", "Keys by outcome", labels=["operation", "outcome"])
-        for operation, outcomes in status.operations.items():
-            for outcome, keys in outcomes.items():
-                operations.add_metric([operation, outcome], keys)
+        operations = CounterMetricFamily(
+            "kvtier_target_operations", "Keys of get and put by outcome", labels=["operation", "outcome"]
+        )
+        for operation, outcomes in _OUTCOMES.items():
+            counted = status.operations.get(operation, {})
+            for outcome in outcomes:  # also those that never were: growth is seen from 0
+                operations.add_metric([operation, outcome.name.lower()], counted.get(outcome.name.lower(), 0))
         yield operations
         for name, text, value in (
             ("sent_bytes", "Payload bytes sent", status.sent_bytes),
             ("received_bytes", "Payload bytes received", status.received_bytes),
-            ("evicted_chunks", "Chunks evicted", status.evicted_entries),
-            ("corrupt_chunks", "Chunks found corrupt when read", status.corrupt_entries),
-            ("failed_writes", "Chunks that could not be written", status.failed_writes),
+            ("evicted_chunks", "Chunks given up for new ones", status.evicted_entries),
+            ("corrupt_chunks", "Chunks read, found wrong and forgotten: look at the device", status.corrupt_entries),
+            ("failed_writes", "Chunks that the device or file system refused: look at the log", status.failed_writes),
             ("accepted_bytes", "Payload bytes stored", status.accepted_bytes),
-            ("device_written_bytes", "Bytes written, with headers and what is kept", status.device_written_bytes),
+            (
+                "device_written_bytes",
+                "Bytes written for what was accepted, with headers and what is kept: over it, the write amplification",
+                status.device_written_bytes,
+            ),
             ("rewritten_bytes", "Payload bytes kept by writing them again", status.rewritten_bytes),
             ("hot_hits", "Chunks sent from memory", status.hot_hits),
             ("device_hits", "Chunks sent that were read from the device", status.device_hits),
         ):
             yield CounterMetricFamily(f"kvtier_target_{name}", text, value=value)
         gauges: list[tuple[str, str, float]] = [
-            ("capacity_bytes", "Space for segments", status.capacity_bytes),
+            ("capacity_bytes", "What it may use", status.capacity_bytes),
             ("stored_bytes", "Payload bytes held", status.payload_bytes),
             ("chunks", "Chunks held", status.entries),
             ("connections", "Clients connected", status.connections),
@@ -133,7 +148,12 @@ class _Metrics:
             ("hot_bytes", "Payload bytes held in memory", status.hot_bytes),
             ("waiting_read_bytes", "Payload bytes that wait to be read", status.waiting_read_bytes),
             ("waiting_write_bytes", "Payload bytes that wait to be written", status.waiting_write_bytes),
-            ("evicted_age_seconds", "Age of the segment evicted last", status.evicted_age_seconds),
+            (
+                "evicted_age_seconds",
+                "How long the segment evicted last had been there: below the time after which a prompt comes back, the "
+                "store is too small",
+                status.evicted_age_seconds,
+            ),
         ]
         for name, text, level in gauges:
             yield GaugeMetricFamily(f"kvtier_target_{name}", text, value=level)
@@ -163,7 +183,7 @@ async def serve(options: Options) -> None:
         carrier=options.carrier,
     )
     if options.metrics_port:
-        REGISTRY.register(_Metrics(target))
+        REGISTRY.register(Metrics(target))
         REGISTRY.register(target.registry)
         try:
             start_http_server(options.metrics_port, "127.0.0.1" if _is_loopback(options.listen) else "0.0.0.0")

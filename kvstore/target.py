@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import Counter as PrometheusCounter
 
 from kvstore import transport, wire
 from kvstore.buffers import Buffer, BufferPool
@@ -102,6 +103,11 @@ class Target:
             registry=self.registry,
         )
         self._memory_seconds, self._device_seconds = seconds.labels("memory"), seconds.labels("device")
+        self._returned = PrometheusCounter(
+            "kvtier_target_returned_chunks",
+            "Chunks that were evicted, computed and offered again: a larger store would have had them",
+            registry=self.registry,
+        )
 
     def serve(self, listener: socket.socket) -> None:
         """Accept clients on `listener` in a thread of its own."""
@@ -344,8 +350,11 @@ class Target:
         log = self.shelf.of(item.key)
         writes = self._writes[log]
         joined = item.key not in log and writes.join(item.key, done)
-        benefit = max(item.saved_us, 1) / item.length * (_RETURNED if log.was_evicted(item.key) else 1.0)
+        returned = log.was_evicted(item.key)
+        benefit = max(item.saved_us, 1) / item.length * (_RETURNED if returned else 1.0)
         wanted = not joined and item.key not in log and item.length <= log.value_bytes_max
+        if wanted and returned:
+            self._returned.inc()
         buffer = None
         if wanted and writes.expect(item.length, benefit, patient_until):
             buffer = self.pool.take(item.length, patient_until)

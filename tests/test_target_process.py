@@ -127,6 +127,11 @@ async def test_it_tells_how_busy_it_is(arguments: list[str], nats_url: str) -> N
     await line.close()
 
 
+def metrics(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+        return answer.read().decode()
+
+
 def test_metrics_show_what_happened(arguments: list[str]) -> None:
     port = free_port()
     process = Process(*arguments, "--metrics-port", str(port)).ready()
@@ -134,16 +139,30 @@ def test_metrics_show_what_happened(arguments: list[str]) -> None:
     store.put([item(1)], soon())
     store.get([key(1), key(2)], [memoryview(bytearray(100_000)) for _ in range(2)], soon())
     time.sleep(0.1)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
-        text = answer.read().decode()
+    text = metrics(port)
     for line in (
         'kvtier_target_operations_total{operation="get",outcome="hit"} 1.0',
         'kvtier_target_operations_total{operation="get",outcome="miss"} 1.0',
         "kvtier_target_received_bytes_total 100000.0",
         "kvtier_target_corrupt_chunks_total 0.0",
+        'kvtier_target_operations_total{operation="get",outcome="corrupt"} 0.0',
         "kvtier_target_chunks 1.0",
+        "kvtier_target_returned_chunks_total 0.0",
     ):
         assert line in text
+    process.end(signal.SIGTERM)
+
+
+def test_metrics_tell_a_store_that_is_too_small(arguments: list[str]) -> None:
+    port = free_port()
+    process = Process(*arguments, "--metrics-port", str(port)).ready()
+    store = client(arguments)
+    for _ in range(2):
+        for number in range(80):  # of 1 MB, and there is room for 64 MiB
+            store.put([item(number, 1_000_000)], soon())
+    text = metrics(port)
+    returned = next(line for line in text.splitlines() if line.startswith("kvtier_target_returned_chunks_total "))
+    assert float(returned.split()[1]) > 0
     process.end(signal.SIGTERM)
 
 

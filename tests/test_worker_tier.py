@@ -269,6 +269,7 @@ def test_a_deadline_ends_a_fetch_and_all_waiting(start_target: Any, engines: Any
     assert engine.tier.gave_up("r")
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
     assert engine.tier.link.starts == 1  # it was the target that stalled, not the mover
+    assert engine.counted()["vllm:kvtier_overdue_chunks"] == 4
     stuck.set()
 
 
@@ -290,6 +291,7 @@ def test_a_request_that_leaves_stops_its_fetch(start_target: Any, engines: Any, 
     stuck.set()
     assert not engine.result(one).failed
     assert not engine.tier.has_pending_work()
+    assert engine.counted()["vllm:kvtier_overdue_chunks"] == 0  # its client left, no deadline was missed
 
 
 def test_puts_beyond_the_bound_pin_nothing_and_wait_for_their_turn(start_target: Any, engines: Any) -> None:

@@ -130,7 +130,15 @@ async def serve(runtime: Any, options: Options) -> None:
     router.decisions.watch(speeds, mirror)
     page = await open_page(options.page, router.decisions)
     public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.kvtier-router.generate")
-    register_engine_metrics_callback(endpoint=public, registry=router.decisions.registry)
+    # With the labels of Dynamo's own series.
+    register_engine_metrics_callback(
+        endpoint=public,
+        registry=router.decisions.registry,
+        namespace_name=options.endpoint.split(".")[0],
+        component_name="kvtier_router",
+        endpoint_name="generate",
+        model_name=options.model_name,
+    )
     await register_model(
         ModelInput.Tokens,
         ModelType.Chat | ModelType.Completions,

@@ -92,7 +92,7 @@ class Decisions:
         )
         self._seconds = Gauge(
             "kvtier_router_candidate_seconds",
-            "Price of the last prompt on this worker, in its parts",
+            "Price of the last prompt on this worker, and its parts",
             ["worker", "part"],
             registry=self.registry,
         )
@@ -117,11 +117,20 @@ class Decisions:
             "kvtier_router_outcomes", "How prompts ended: finished, failed or left", ["outcome"], registry=self.registry
         )
         self._fallbacks = Counter(
-            "kvtier_router_fallbacks", "Decisions made without something", ["missing"], registry=self.registry
+            "kvtier_router_fallbacks",
+            "Decisions made without something: overlap query (Dynamo's router failed), worker report (no tier, or NATS "
+            "away)",
+            ["missing"],
+            registry=self.registry,
         )
+        # Prometheus sees no growth in a series that appears with its first count.
+        for outcome in ("finished", "failed", "left"):
+            self._outcomes.labels(outcome)
+        for missing in ("overlap query", "worker report"):
+            self._fallbacks.labels(missing)
         self._error = Histogram(
             "kvtier_router_ttft_actual_to_predicted_ratio",
-            "Time to first token over what was predicted",
+            "Time to first token over what was predicted: 1 is a right prediction",
             buckets=_RATIOS,
             registry=self.registry,
         )
@@ -299,15 +308,33 @@ class _BusCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         ignored = CounterMetricFamily(
-            "kvtier_router_reports_ignored", "Reports on the bus that are not to be believed", labels=["reason"]
+            "kvtier_router_reports_ignored", "Reports on the bus that cannot be true", labels=["reason"]
         )
         for reason, count in self._speeds.ignored.items():
             ignored.add_metric([reason], count)
         yield ignored
+        disbelieved = CounterMetricFamily(
+            "kvtier_router_mirror_ignored", "Announcements of targets that cannot be right", labels=["reason"]
+        )
+        for reason, count in self._mirror.ignored.items():
+            disbelieved.add_metric([reason], count)
+        yield disbelieved
+        yield CounterMetricFamily(
+            "kvtier_router_mirror_resyncs", "Snapshots of targets taken in", value=self._mirror.resyncs
+        )
+        now = time.monotonic()
+        ages = GaugeMetricFamily(
+            "kvtier_router_mirror_age_seconds",
+            "Time since each target was last heard: past 10 s its chunks are left out, past a minute it is forgotten",
+            labels=["target"],
+        )
+        for target, age in self._mirror.ages(now).items():
+            ages.add_metric([target], age)
+        yield ages
         chunks = GaugeMetricFamily(
             "kvtier_router_mirror_chunks", "Chunks known on each target that is heard", labels=["target"]
         )
-        for target, known in self._mirror.counts(time.monotonic()).items():
+        for target, known in self._mirror.counts(now).items():
             chunks.add_metric([target], known)
         yield chunks
 

@@ -78,7 +78,10 @@ _STORED = "vllm:kvtier_stored_chunks"
 _FETCHED_BYTES = "vllm:kvtier_fetched_bytes"
 _STORED_BYTES = "vllm:kvtier_stored_bytes"
 _CUT = "vllm:kvtier_cut_chunks"
+_OVERDUE = "vllm:kvtier_overdue_chunks"
 _MOVER_STARTS = "vllm:kvtier_mover_starts"
+_FETCHED_OUTCOMES = [outcome.name.lower() for outcome in Outcome if outcome is not Outcome.STORED]
+_STORED_OUTCOMES = ["stored", "known", "dropped", "refused", "unreachable"]
 
 
 def blocks_per_chunk(spec: OffloadingSpec) -> int:
@@ -131,6 +134,7 @@ class _Load:
     sent: bool = False
     done: bool = False
     cancelled: bool = False
+    overdue: bool = False  # its deadline came first
 
 
 @dataclass(eq=False)
@@ -209,7 +213,7 @@ class RemoteTier(SecondaryTierManager):
         self._suspect = False
         self._outbox: deque[frames.Command | _Load | _Put] = deque()
         self._finished: list[JobResult] = []
-        self._stats = OffloadingConnectorStats()
+        self._stats = _zeros()
         self._store_bytes_per_second = 0.0
         self.on_load: Callable[[Request, OffloadKey, int], None] = lambda request, key, chunk: None
         self.prefill = Prefill()
@@ -503,6 +507,7 @@ class RemoteTier(SecondaryTierManager):
         """End what is past its deadline, and a mover that does not."""
         overdue = [load for load in self._loads.values() if now > load.deadline]
         for load in overdue:
+            load.overdue = load.overdue or not load.cancelled
             self._cancel(load)
         sent_until = [load.deadline for load in self._loads.values() if load.sent]
         # Loads share threads and connections, so that one may end with another's deadline; none is added meanwhile.
@@ -569,6 +574,7 @@ class RemoteTier(SecondaryTierManager):
 
     def _cancel(self, load: _Load) -> None:
         if not load.sent:
+            load.cancelled = True
             self._finish_load(load, [Outcome.LATE] * len(load.keys))
         elif not load.cancelled:
             load.cancelled = self._say(Cancel(load.job_id))
@@ -588,6 +594,8 @@ class RemoteTier(SecondaryTierManager):
             load.state.fetches[key] = FETCHES_PER_CHUNK  # not again for this request
         for outcome in outcomes:
             self._stats.increase_counter(_FETCHED, 1, (outcome.name.lower(),))
+        if load.overdue or not load.cancelled:
+            self._stats.increase_counter(_OVERDUE, outcomes.count(Outcome.LATE))
         self._stats.increase_counter(_FETCHED_BYTES, (len(load.keys) - len(failed)) * self._row_bytes)
         load.done = True
         del self._loads[load.job_id], load.state.loads[load.job_id]
@@ -675,12 +683,26 @@ class RemoteTier(SecondaryTierManager):
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, object]) -> dict[str, OffloadingMetricMetadata]:
         return {
-            _FETCHED: OffloadingCounterMetadata("Chunks asked of the kvtier store, by outcome", ("outcome",)),
-            _STORED: OffloadingCounterMetadata("Chunks offered to the kvtier store, by outcome", ("outcome",)),
+            _FETCHED: OffloadingCounterMetadata(
+                "Chunks asked of the kvtier store by outcome. A miss is a false hit: the plan, or the store itself, "
+                "said that it was there",
+                ("outcome",),
+            ),
+            _STORED: OffloadingCounterMetadata(
+                "Chunks offered to the kvtier store by outcome: known are those that it had; dropped found no room to "
+                "wait in, and were gone from DRAM before there was",
+                ("outcome",),
+            ),
             _FETCHED_BYTES: OffloadingCounterMetadata("Bytes loaded from the kvtier store into DRAM"),
             _STORED_BYTES: OffloadingCounterMetadata("Bytes written from DRAM to the kvtier store"),
-            _CUT: OffloadingCounterMetadata("Chunks whose fetch was given up because computing them is sooner"),
-            _MOVER_STARTS: OffloadingCounterMetadata("Starts of the mover process, but for the first"),
+            _CUT: OffloadingCounterMetadata(
+                "Chunks whose fetch was given up because computing them is sooner, or because they would come past "
+                "their deadline"
+            ),
+            _OVERDUE: OffloadingCounterMetadata("Chunks whose fetch was still under way at its deadline"),
+            _MOVER_STARTS: OffloadingCounterMetadata(
+                "Starts of the mover process but for the first: more than none is worth a look into the worker's log"
+            ),
         }
 
     def get_stats(self) -> OffloadingConnectorStats | None:
@@ -689,6 +711,17 @@ class RemoteTier(SecondaryTierManager):
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Recency is the target's own business."""
+
+
+def _zeros() -> OffloadingConnectorStats:
+    """Every series from the beginning: Prometheus sees no growth in one that appears with its first count."""
+    stats = OffloadingConnectorStats()
+    for name, outcomes in ((_FETCHED, _FETCHED_OUTCOMES), (_STORED, _STORED_OUTCOMES)):
+        for outcome in outcomes:
+            stats.increase_counter(name, 0, (outcome,))
+    for name in (_FETCHED_BYTES, _STORED_BYTES, _CUT, _OVERDUE, _MOVER_STARTS):
+        stats.increase_counter(name, 0)
+    return stats
 
 
 def _name(key: OffloadKey) -> frames.Name:
