@@ -129,6 +129,7 @@ def ours(seed: int, gpu_price: float, noise: float = 0.1) -> Policy:
                     dram_blocks=seen.dram // BLOCK_TOKENS,
                     queued_prefill_tokens=worker.prefill_tokens,
                     fetching_bytes=worker.fetching_tokens * hardware.kv_bytes_per_token,
+                    running_requests=len(worker.running),
                     memory_used=min(1.0, worker.running_tokens / hardware.hbm_tokens),
                     blocks_per_chunk=CHUNK_TOKENS // BLOCK_TOKENS,
                     chunk_bytes=CHUNK_TOKENS * hardware.kv_bytes_per_token,

@@ -201,3 +201,18 @@ def test_faster_is_never_dearer_and_no_load_is_slower_than_recompute(
     with_store, _ = choose([one], 3200, BLOCK, free)
     without, _ = choose([replace(one, located=())], 3200, BLOCK, free)
     assert with_store.ttft_seconds <= without.ttft_seconds + 1e-9
+
+
+@given(st.integers(1, 200), st.integers(0, 64), st.integers(1, 64), st.floats(0, 2), st.floats(1e8, 1e10))
+def test_the_more_decode_there_the_less_is_computed(
+    chunks: int, running: int, more: int, stall_price: float, rate: float
+) -> None:
+    """A prefill delays every request that decodes on its worker, so that loading pays sooner there."""
+    policy = replace(POLICY, stall_price=stall_price)
+    speed = replace(SPEEDS, store_bytes_per_second=rate)
+    calm = candidate(located=["t"] * chunks, speeds=speed, running_requests=running)
+    crowded = replace(calm, running_requests=running + more)
+    in_calm, in_crowd = (choose([one], 3200, BLOCK, policy)[0] for one in (calm, crowded))
+    assert in_crowd.prefill_seconds <= in_calm.prefill_seconds
+    assert in_crowd.price_seconds >= in_calm.price_seconds
+    assert in_calm.gpu_seconds == pytest.approx(stall_price * running * in_calm.prefill_seconds)

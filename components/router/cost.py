@@ -34,10 +34,12 @@ class Speeds:
 @dataclass(frozen=True)
 class Policy:
     """What a second is worth. `gpu_price` is what a GPU second costs when every worker is busy; a worker whose KV
-    memory is full is charged `pressure_seconds`."""
+    memory is full is charged `pressure_seconds`. `stall_price` is what a second costs by which a prefill delays one
+    request that decodes on the same worker."""
 
     gpu_price: float
     pressure_seconds: float
+    stall_price: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Candidate:
     dram_blocks: int = 0  # leading blocks found in HBM or, beyond that, in DRAM
     queued_prefill_tokens: int = 0  # of other requests, not counting what they fetch
     fetching_bytes: int = 0  # on their way from the store for other requests
+    running_requests: int = 0  # that decode there
     memory_used: float = 0.0  # share of KV memory held by running requests
     # The worker's tier, or None where it has none: chunks cannot be fetched.
     blocks_per_chunk: int = 0
@@ -204,6 +207,7 @@ def _price(
     fetch = fetch_seconds(candidate, chunks)
     copy = copied_bytes / candidate.speeds.dram_bytes_per_second
     prefill = prefill_seconds(candidate.speeds, prompt_tokens - loaded, loaded)
+    gpu = (gpu_price + policy.stall_price * candidate.running_requests) * prefill
     ttft = max(wait, fetch) + copy + prefill
     return Choice(
         candidate=candidate,
@@ -218,7 +222,7 @@ def _price(
         copy_seconds=copy,
         prefill_seconds=prefill,
         ttft_seconds=ttft,
-        gpu_seconds=gpu_price * prefill,
+        gpu_seconds=gpu,
         pressure_seconds=policy.pressure_seconds * candidate.memory_used,
-        price_seconds=ttft + gpu_price * prefill + policy.pressure_seconds * candidate.memory_used,
+        price_seconds=ttft + gpu + policy.pressure_seconds * candidate.memory_used,
     )
