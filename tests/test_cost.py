@@ -1,10 +1,10 @@
 """The price of a prompt: the cheapest way is found, and what it is made of adds up."""
 
-from dataclasses import replace
-
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from components.router import cost
 from components.router.cost import Candidate, Choice, Policy, Speeds, choose
@@ -89,10 +89,12 @@ def test_the_kinks_are_as_good_as_all(
     )
     policy = Policy(gpu_price, 0.1)
     chosen, _ = choose([one], tokens, BLOCK, policy)
-    first, available = cost.fetchable(one)
-    price = gpu_price if queued else 0.0
-    every = [cost._price(one, first, r, tokens, BLOCK, policy, price).price_seconds for r in range(available + 1)]
-    assert chosen.price_seconds <= min(every) * (1 + 1e-9) + 1e-9
+    ((_, available),) = cost.fetchable([one])
+    every = np.arange(available + 1, dtype=np.float64)[None, :]
+    prices = cost._price(cost._columns([one]), every, tokens, BLOCK, policy).price_seconds
+    assert chosen.price_seconds <= prices.min() * (1 + 1e-9) + 1e-9
+    there = chosen.hbm_tokens + chosen.dram_tokens + chosen.store_tokens
+    assert chosen.prefill_seconds == pytest.approx(cost.prefill_seconds(speed, tokens - there, there))
 
 
 def test_tokens_add_up() -> None:
@@ -121,9 +123,9 @@ def test_a_slow_store_is_used_while_the_prompt_queues_anyway() -> None:
 
 def test_a_gap_ends_what_can_be_fetched() -> None:
     located = ["t"] * 40 + [None] + ["t"] * 96
-    assert cost.fetchable(candidate(located=located)) == (0, 40)
-    assert cost.fetchable(candidate(located=located, hbm_blocks=41)) == (41, 96)
-    assert cost.fetchable(candidate(located=located, blocks_per_chunk=0)) == (0, 0)
+    for blocks, found in ((0, (0, 40)), (40, (40, 0)), (41, (41, 96)), (137, (137, 0)), (200, (200, 0))):
+        assert cost.fetchable([candidate(located=located, hbm_blocks=blocks)]) == [found]
+    assert cost.fetchable([candidate(located=located, blocks_per_chunk=0)]) == [(0, 0)]
 
 
 def test_hits_win_until_the_queue_outweighs_them() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from components.router import explain
 from components.router.cost import Candidate, Policy, Speeds, choose
-from components.router.decisions import KEPT, Decisions
+from components.router.decisions import KEPT, LOGGED, Decisions
 from components.router.page import open_page
 from graphs.services import free_port
 from kvstore.errors import ConfigError, UnavailableError
@@ -100,3 +100,14 @@ async def test_a_page_needs_an_address() -> None:
     for address in ("8300", "localhost:", "localhost:99999"):
         with pytest.raises(ConfigError, match="page"):
             await open_page(address, Decisions(16))
+
+
+def test_of_a_large_cluster_the_cheapest_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    decisions = Decisions(16)
+    crowd = [Candidate(number, SPEEDS, queued_prefill_tokens=100 * number) for number in range(1, 31)]
+    with caplog.at_level("INFO"):
+        decisions.decided("d1", 2200, *choose(crowd, 2200, 16, POLICY))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.count("blocks hbm") == LOGGED
+    assert "-> worker 1 | 1: blocks" in line
+    assert line.endswith(f"| {30 - LOGGED} dearer ones")

@@ -11,17 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from components.router.cost import Choice
+from components.router.cost import Choice, Choices
 from components.router.speeds import LiveSpeeds
 from kvstore.residency import Mirror
 
 logger = logging.getLogger(__name__)
 
 KEPT = 1000
+# The cheapest that a log line names: all of a large cluster would take longer to write than the decision took.
+LOGGED = 8
 # Prompts under way: those that are forgotten for the bound are still served, and what became of them is not shown.
 _OPEN_MAX = 20_000
 # Answered prompts that nobody has looked at yet.
@@ -81,21 +83,8 @@ class Decisions:
     def __init__(self, block_tokens: int):
         self.registry = CollectorRegistry()
         self._block_tokens = block_tokens
-        self._workers: set[str] = set()
         self.count = 0
         self.answered_lately: deque[Decision] = deque(maxlen=_ANSWERED_MAX)
-        self._blocks = Gauge(
-            "kvtier_router_candidate_blocks",
-            "Blocks of the last prompt by where this worker would find them",
-            ["worker", "tier"],
-            registry=self.registry,
-        )
-        self._seconds = Gauge(
-            "kvtier_router_candidate_seconds",
-            "Price of the last prompt on this worker, and its parts",
-            ["worker", "part"],
-            registry=self.registry,
-        )
         self._chosen = Counter(
             "kvtier_router_decisions", "Prompts sent to this worker", ["worker"], registry=self.registry
         )
@@ -106,6 +95,10 @@ class Decisions:
             registry=self.registry,
         )
         self._last: OrderedDict[str, Decision] = OrderedDict()
+        # Of decisions that nobody has looked at yet: what their candidates and targets will be made of.
+        self._unseen: dict[str, tuple[Choice, Choices]] = {}
+        self._latest: Sequence[Choice] = ()
+        self.registry.register(_CandidatesCollector(self))
         self._open: OrderedDict[str, Decision] = OrderedDict()
         self._tokens = Counter(
             "kvtier_router_prompt_tokens",
@@ -169,14 +162,8 @@ class Decisions:
             registry=self.registry,
         )
 
-    def decided(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Sequence[Choice]) -> None:
-        """Show a decision and, for each worker, what it would have found and cost."""
-        for choice in choices:
-            worker = label(choice)
-            for tier, blocks in self._tiers(choice).items():
-                self._blocks.labels(worker, tier).set(blocks)
-            for part, seconds in _parts(choice).items():
-                self._seconds.labels(worker, part).set(seconds)
+    def decided(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices) -> None:
+        """Count a decision, log it, and keep what each worker would have found and cost."""
         worker = label(chosen)
         self._chosen.labels(worker).inc()
         for tier, blocks in self._tiers(chosen).items():
@@ -185,14 +172,15 @@ class Decisions:
         for source, tokens in _sources(chosen).items():
             self._tokens.labels(source).inc(tokens)
         self._keep(decision_id, prompt_tokens, chosen, choices)
-        self._forget_others({label(choice) for choice in choices})
-        logger.info(
-            "decision %s: %d tokens -> worker %s | %s",
-            decision_id,
-            prompt_tokens,
-            worker,
-            " | ".join(self._line(choice) for choice in choices),
-        )
+        if logger.isEnabledFor(logging.INFO):
+            cheapest = [choices[number] for number in choices.price_seconds.argsort()[:LOGGED].tolist()]
+            others = [choice for choice in cheapest if choice.candidate is not chosen.candidate]
+            lines = [self._line(choice) for choice in [chosen, *others][:LOGGED]]
+            if len(choices) > LOGGED:
+                lines.append(f"{len(choices) - LOGGED} dearer ones")
+            logger.info(
+                "decision %s: %d tokens -> worker %s | %s", decision_id, prompt_tokens, worker, " | ".join(lines)
+            )
 
     def watch(self, speeds: LiveSpeeds, mirror: Mirror) -> None:
         """Show what came over the bus, too."""
@@ -232,7 +220,7 @@ class Decisions:
     def last(self, limit: int = KEPT, worker: str = "") -> list[Decision]:
         """The latest first; with `worker` only those that went there."""
         chosen = (one for one in reversed(self._last.values()) if worker in ("", one.chosen))
-        return list(itertools.islice(chosen, limit))
+        return [self._seen(decision) for decision in itertools.islice(chosen, limit)]
 
     def totals(self) -> Totals:
         """The same numbers that Prometheus gets."""
@@ -251,26 +239,58 @@ class Decisions:
         )
 
     def find(self, decision_id: str) -> Decision | None:
-        return self._last.get(decision_id) or self._open.get(decision_id)
+        decision = self._last.get(decision_id) or self._open.get(decision_id)
+        return None if decision is None else self._seen(decision)
 
-    def _keep(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Sequence[Choice]) -> None:
-        fetched = chosen.targets[chosen.first_chunk :]
-        runs = [(target or "", sum(1 for _ in same)) for target, same in groupby(fetched)]
+    def candidate_series(self) -> Iterator[Metric]:
+        """The latest decision, for Prometheus."""
+        blocks = GaugeMetricFamily(
+            "kvtier_router_candidate_blocks",
+            "Blocks of the last prompt by where this worker would find them",
+            labels=["worker", "tier"],
+        )
+        seconds = GaugeMetricFamily(
+            "kvtier_router_candidate_seconds",
+            "Price of the last prompt on this worker, and its parts",
+            labels=["worker", "part"],
+        )
+        for choice in self._latest:
+            for tier, count in self._tiers(choice).items():
+                blocks.add_metric([label(choice), tier], count)
+            for part, value in _parts(choice).items():
+                seconds.add_metric([label(choice), part], value)
+        yield blocks
+        yield seconds
+
+    def _keep(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices) -> None:
         decision = Decision(
             decision_id,
             time.time(),
             prompt_tokens,
             label(chosen),
-            [_considered(choice) for choice in choices],
+            [_considered(chosen)],
             chosen.fetch_chunks,
-            runs,
+            [],
             chosen.ttft_seconds,
         )
         self._last[decision_id] = self._open[decision_id] = decision
+        self._unseen[decision_id] = chosen, choices
+        self._latest = choices
         self.count += 1
-        for kept, most in ((self._last, KEPT), (self._open, _OPEN_MAX)):
-            if len(kept) > most:
-                kept.popitem(last=False)
+        if len(self._last) > KEPT:
+            forgotten, _ = self._last.popitem(last=False)
+            self._unseen.pop(forgotten, None)
+        if len(self._open) > _OPEN_MAX:
+            self._open.popitem(last=False)
+
+    def _seen(self, decision: Decision) -> Decision:
+        """With all candidates and targets: for each prompt that would take longer than to decide."""
+        if (priced := self._unseen.pop(decision.id, None)) is not None:
+            chosen, choices = priced
+            decision.candidates = [_considered(choice) for choice in choices]
+            fetched = chosen.targets[chosen.first_chunk :]
+            decision.targets = [(target or "", sum(1 for _ in same)) for target, same in groupby(fetched)]
+        return decision
 
     def retried(self, failed: Choice) -> None:
         self._retries.labels(label(failed)).inc()
@@ -289,14 +309,15 @@ class Decisions:
         parts = " ".join(f"{part} {seconds:.4f}" for part, seconds in _parts(choice).items())
         return f"{label(choice)}: blocks {tiers}; seconds {parts}"
 
-    def _forget_others(self, present: set[str]) -> None:
-        """Workers come and go: series of those that are gone would stay for ever."""
-        for worker in self._workers - present:
-            for tier in ("hbm", "dram", "store", "missing"):
-                self._blocks.remove(worker, tier)
-            for part in ("wait", "fetch", "copy", "prefill", "ttft", "price"):
-                self._seconds.remove(worker, part)
-        self._workers = present
+
+class _CandidatesCollector(Collector):
+    """Made when asked for, so that workers that are gone leave no series behind."""
+
+    def __init__(self, decisions: Decisions):
+        self._decisions = decisions
+
+    def collect(self) -> Iterator[Metric]:
+        return self._decisions.candidate_series()
 
 
 class _BusCollector(Collector):

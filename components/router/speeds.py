@@ -8,7 +8,9 @@ absurd is left out and counted: the bus is shared, and nobody signs what is said
 import math
 import statistics
 from collections import Counter, deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from components.router.cost import Speeds
 from kvstore.bus import TargetReport, WorkerReport
@@ -34,6 +36,7 @@ class _Worker:
     prefill: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     rates: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=_SAMPLES) for name in _RATES})
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=_PACE_SAMPLES))
+    speeds: Speeds | None = None  # that follow from these; None: something has come since
 
     @property
     def pace(self) -> float:
@@ -81,6 +84,7 @@ class LiveSpeeds:
         if report.ts_ms < known.last_ms:
             return self._ignore("older than the last")
         known.last_ms = report.ts_ms
+        known.speeds = None
         if prefill[1] > 0 or prefill[2] > 0:
             known.prefill.append((prefill[0], prefill[1], prefill[2]))
         for name, rate in rates.items():
@@ -108,6 +112,11 @@ class LiveSpeeds:
         known = self._workers.get(worker)
         if known is None:
             return self._prior
+        if known.speeds is None:
+            known.speeds = self._derived(known)
+        return known.speeds
+
+    def _derived(self, known: _Worker) -> Speeds:
         speeds = self._prior
         if len(known.prefill) >= SAMPLES_MIN:
             # The median model: of all, the one that takes neither long nor short.
@@ -136,6 +145,7 @@ class LiveSpeeds:
             return
         known = self._workers.setdefault(worker, _Worker())
         known.paces.append(known.pace * actual_seconds / predicted_seconds)
+        known.speeds = None
 
     def keep_only(self, workers: set[int], now: float) -> None:
         """Forget workers that are gone and targets that are silent."""
