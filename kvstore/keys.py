@@ -10,15 +10,18 @@ so that a target can announce what it holds without asking a worker.
 
 import hashlib
 import json
+import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+import numpy as np
 import xxhash
 
 KEY_BYTES = 16
 _U64 = (1 << 64) - 1
 # Dynamo's constant (lib/tokens, XXH3_SEED); LoRA name and cache namespace are folded into it, not into the tokens.
 _DYNAMO_SEED = 1337
+_PAIR = struct.Struct("<QQ")  # of u64: the hash before, and a block's own
 
 
 def layout_digest(layout: Mapping[str, object]) -> bytes:
@@ -57,28 +60,30 @@ class SequenceHasher:
         self._seed = seed & _U64
         self.hashes: list[int] = []
 
-    def extend(self, tokens: Sequence[int], blocks: int | None = None) -> list[int]:
-        """Hash the full blocks of `tokens` (the whole sequence so far) that are new, up to `blocks` in all."""
+    def extend(self, tokens: "array[int]", blocks: int | None = None) -> list[int]:
+        """Hash the full blocks of `tokens` (the whole sequence so far, as u32) that are new, up to `blocks` in all."""
         last = len(tokens) // self._block_tokens
         if blocks is not None:
             last = min(last, blocks)
         first = len(self.hashes)
         if last <= first:
             return self.hashes
-        words = array("I", tokens[first * self._block_tokens : last * self._block_tokens])
-        data = memoryview(words).cast("B")
-        block_bytes = self._block_tokens * words.itemsize
-        for start in range(0, len(data), block_bytes):
-            local = xxhash.xxh3_64_intdigest(data[start : start + block_bytes], self._seed)
-            if self.hashes:
-                pair = self.hashes[-1].to_bytes(8, "little") + local.to_bytes(8, "little")
-                local = xxhash.xxh3_64_intdigest(pair, _DYNAMO_SEED)
-            self.hashes.append(local)
+        # Every prompt passes here: beyond one call for all blocks, two for each hash.
+        words = tokens[first * self._block_tokens : last * self._block_tokens]
+        contents = np.frombuffer(words, f"V{words.itemsize * self._block_tokens}").tolist()
+        hashed, seed = xxhash.xxh3_64_intdigest, self._seed
+        locals_ = [hashed(content, seed) for content in contents]
+        if not self.hashes:
+            self.hashes.append(locals_.pop(0))
+        pair, previous = _PAIR.pack, self.hashes[-1]
+        self.hashes += [previous := hashed(pair(previous, local), _DYNAMO_SEED) for local in locals_]
         return self.hashes
 
 
 def sequence_hashes(
-    tokens: Sequence[int], block_tokens: int, *, lora_name: str | None = None, cache_namespace: str | None = None
+    tokens: list[int], block_tokens: int, *, lora_name: str | None = None, cache_namespace: str | None = None
 ) -> list[int]:
     """Dynamo's sequence hash of every full block of `tokens`; a partial tail is dropped."""
-    return SequenceHasher(block_tokens, lora_name=lora_name, cache_namespace=cache_namespace).extend(tokens)
+    words = array("I")
+    words.fromlist(tokens)  # four times as fast as array("I", tokens)
+    return SequenceHasher(block_tokens, lora_name=lora_name, cache_namespace=cache_namespace).extend(words)
