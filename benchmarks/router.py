@@ -2,32 +2,43 @@
 
     python -m benchmarks.router --json FILE [--workers N] [--chunks N] [--tokens N]
 
-In one process, without Dynamo, NATS or an engine. Each decision hashes a new prompt, asks the mirror where its chunks
-are, and prices every worker (`cost.choose`). The store holds a random leading part of each prompt, so that lookups hit
-and miss; workers differ in what they hold and in their queues. Ingestion is of announcements as they come decoded off
-the bus; a resync takes a whole snapshot, its pages at hand.
+In one process, without Dynamo, NATS or an engine: the router itself decides, with Dynamo's answers made up beforehand.
+Each decision hashes a new prompt, asks the mirror where its chunks are, and prices every worker. The store holds a
+random leading part of each prompt, so that lookups hit and miss; workers differ in what they hold and in their queues,
+and have reported their speeds. Ingestion is of announcements as they come decoded off the bus; a resync takes a whole
+snapshot, its pages at hand.
 """
 
 import argparse
+import asyncio
+import json
+import logging
 import os
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from benchmarks.multi_turn_load import quantile
-from components.router import cost
-from components.router.cost import Candidate, Policy, Speeds
-from kvstore.bus import Residency, SnapshotPage
+from components.router.cost import Policy, Speeds
+from components.router.decisions import Decisions
+from components.router.router import Router
+from components.router.speeds import LiveSpeeds
+from components.router.workers import Workers
+from kvstore.bus import Residency, SnapshotPage, WorkerReport
 from kvstore.keys import sequence_hashes
 from kvstore.residency import MESSAGE_HASHES, PAGE_HASHES, Mirror
 
 _TARGET = "10.0.0.1:7600"
 _FINGERPRINT = 7
 _BLOCKS_PER_CHUNK = 2
-_SPEEDS = Speeds(0.012, 1.0e-4, 3.0e-9, 50e9, 5e9, 0.002)
+_ENDPOINT = "dynamo.backend.generate"
+_WORKER_BLOCKS = 20_000
+_MEASURED = 0.012, 1.0e-4, 3.0e-9, 50e9, 5e9
+_SPEEDS = Speeds(*_MEASURED, 0.002)
 
 
 class Stage(msgspec.Struct):
@@ -42,11 +53,12 @@ class Result(msgspec.Struct):
     chunks: int
     tokens: int
     decisions: int
-    hashing: Stage
+    hash: Stage
     locate: Stage
-    choose: Stage
+    price: Stage
     decision: Stage  # the three together
     decision_without_hashing: Stage
+    show: Stage  # counted, logged and kept, once the prompt is on its way
     ingested_entries_per_second: float
     longest_message_ms: float  # of MESSAGE_HASHES entries; the longest makes the table anew
     bytes_per_entry: float
@@ -92,51 +104,88 @@ def resync(mirror: Mirror, hashes: "np.ndarray[tuple[int], np.dtype[np.uint64]]"
     return time.perf_counter() - begun
 
 
-def candidates(workers: int, prompt_blocks: int, located: list[str | None], chance: random.Random) -> list[Candidate]:
-    made = []
-    for worker in range(workers):
-        hbm = chance.randrange(prompt_blocks) if chance.random() < 0.2 else 0
-        made.append(
-            Candidate(
-                worker=worker,
-                speeds=_SPEEDS,
-                hbm_blocks=hbm,
-                dram_blocks=hbm + (chance.randrange(prompt_blocks - hbm) if chance.random() < 0.2 else 0),
-                queued_prefill_tokens=chance.choice([0, 0, 2000, 20_000]),
-                fetching_bytes=chance.choice([0, 100 << 20]),
-                memory_used=chance.random(),
-                blocks_per_chunk=_BLOCKS_PER_CHUNK,
-                chunk_bytes=2 << 20,
-                located=located,
+class _Dynamo:
+    """Answers of Dynamo's router, made up before it is asked."""
+
+    def __init__(self, workers: int, prompt_tokens: int, block_tokens: int, chance: random.Random):
+        self._workers, self._tokens, self._block_tokens, self._chance = workers, prompt_tokens, block_tokens, chance
+        self.refresh()
+
+    def refresh(self) -> None:
+        chance, blocks = self._chance, self._tokens // self._block_tokens
+        self._overlaps, self._loads = [], []
+        for worker in range(1, self._workers + 1):
+            hbm = chance.randrange(blocks) if chance.random() < 0.2 else 0
+            dram = chance.randrange(blocks - hbm) if chance.random() < 0.2 else 0
+            row = {"worker_id": worker, "dp_rank": 0}
+            self._overlaps.append({**row, "device_blocks": hbm, "host_pinned_extension_blocks": dram})
+            own = self._tokens - hbm * self._block_tokens
+            self._loads.append(
+                {
+                    **row,
+                    "potential_prefill_tokens": own + chance.choice([0, 0, 2000, 20_000]),
+                    "potential_decode_blocks": chance.randrange(_WORKER_BLOCKS),
+                    "active_requests": chance.randrange(48),
+                }
             )
-        )
-    return made
+
+    async def get_overlap_scores(self, tokens: list[int], **_: object) -> dict[str, object]:
+        return {"workers": self._overlaps}
+
+    async def get_potential_loads(self, tokens: list[int], **_: object) -> list[dict[str, int]]:
+        return self._loads
 
 
-def decide(mirror: Mirror, workers: int, tokens: int, block_tokens: int, decisions: int) -> dict[str, list[float]]:
+class _Timed(Decisions):
+    def __init__(self, block_tokens: int):
+        super().__init__(block_tokens)
+        self.seconds: dict[str, list[float]] = {}
+
+    def took(self, stages: Mapping[str, float]) -> None:
+        super().took(stages)
+        for stage, seconds in stages.items():
+            if stage != "ask":
+                self.seconds.setdefault(stage, []).append(seconds)
+
+
+def report(worker: int, block_tokens: int, ts_ms: int) -> WorkerReport:
+    return WorkerReport(
+        str(worker), _ENDPOINT, _FINGERPRINT, block_tokens, _BLOCKS_PER_CHUNK, 2 << 20, ts_ms, *_MEASURED
+    )
+
+
+async def decide(
+    mirror: Mirror, workers: int, tokens: int, block_tokens: int, decisions: int
+) -> dict[str, list[float]]:
     """Seconds of each stage, decision by decision."""
     chance = random.Random(2)
-    policy = Policy(gpu_price=1.0, pressure_seconds=0.2)
-    seconds: dict[str, list[float]] = {"hashing": [], "locate": [], "choose": []}
+    dynamo = _Dynamo(workers, tokens, block_tokens, chance)
+    known, speeds = Workers(_ENDPOINT), LiveSpeeds(_SPEEDS)
+    runtime = {"total_kv_blocks": _WORKER_BLOCKS}
+    card = {"display_name": "m", "kv_cache_block_size": block_tokens, "runtime_config": runtime}
+    known.set_cards({str(worker): json.dumps(card) for worker in range(1, workers + 1)})
+    router = Router(
+        dynamo, known, mirror, block_tokens=block_tokens, speeds=speeds, policy=Policy(0.5, 0.2, 0.1), clock=lambda: 0.0
+    )
+    router.decisions = timed = _Timed(block_tokens)
     seq = 1
     for number in range(-3, decisions):  # some to warm up
         prompt = chance.choices(range(128_000), k=tokens)
         last_of_chunk = sequence_hashes(prompt, block_tokens)[_BLOCKS_PER_CHUNK - 1 :: _BLOCKS_PER_CHUNK]
         seq += 1
         mirror.apply(announcement(2, seq, last_of_chunk[: chance.randrange(len(last_of_chunk))]), 0.0)
+        dynamo.refresh()
+        for worker in range(1, workers + 1):
+            said = report(worker, block_tokens, number)
+            if speeds.heard_worker(said):
+                known.heard(said, 0.0)
+        if number == 0:
+            timed.seconds.clear()
+        decided = await router.decide({"token_ids": prompt})
         begun = time.perf_counter()
-        hashes = sequence_hashes(prompt, block_tokens)
-        hashed = time.perf_counter()
-        located = mirror.locate(_FINGERPRINT, hashes[_BLOCKS_PER_CHUNK - 1 :: _BLOCKS_PER_CHUNK], 0.0)
-        found = time.perf_counter()
-        found_by = candidates(workers, len(hashes), located, chance)
-        priced = time.perf_counter()
-        cost.choose(found_by, tokens, block_tokens, policy)
-        done = time.perf_counter()
-        if number >= 0:
-            for stage, took in (("hashing", hashed - begun), ("locate", found - hashed), ("choose", done - priced)):
-                seconds[stage].append(took)
-    return seconds
+        timed.decided(*decided)
+        timed.seconds.setdefault("show", []).append(time.perf_counter() - begun)
+    return timed.seconds
 
 
 def stage(seconds: list[float]) -> Stage:
@@ -152,18 +201,20 @@ def measure(workers: int, chunks: int, tokens: int, block_tokens: int, decisions
     resync_seconds = resync(mirror, hashes)
     known = mirror.counts(0.0)[_TARGET]
     bytes_per_entry = mirror.size_bytes / known
-    took = decide(mirror, workers, tokens, block_tokens, decisions)
-    without = [sum(one) for one in zip(took["locate"], took["choose"], strict=True)]
+    took = asyncio.run(decide(mirror, workers, tokens, block_tokens, decisions))
+    without = [sum(one) for one in zip(took["locate"], took["price"], strict=True)]
+    every = [sum(one) for one in zip(without, took["hash"], strict=True)]
     return Result(
         workers=workers,
         chunks=known,
         tokens=tokens,
         decisions=decisions,
-        hashing=stage(took["hashing"]),
+        hash=stage(took["hash"]),
         locate=stage(took["locate"]),
-        choose=stage(took["choose"]),
-        decision=stage([sum(one) for one in zip(*took.values(), strict=True)]),
+        price=stage(took["price"]),
+        decision=stage(every),
         decision_without_hashing=stage(without),
+        show=stage(took["show"]),
         ingested_entries_per_second=round(chunks / sum(ingestion)),
         longest_message_ms=round(1000 * max(ingestion), 1),
         bytes_per_entry=round(bytes_per_entry, 1),
@@ -185,6 +236,7 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, default=300)
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=open(os.devnull, "w"))  # noqa: SIM115
     result = measure(options.workers, options.chunks, options.tokens, options.block_tokens, options.decisions)
     report = msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
     print(report)

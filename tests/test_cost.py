@@ -91,7 +91,8 @@ def test_the_kinks_are_as_good_as_all(
     chosen, _ = choose([one], tokens, BLOCK, policy)
     ((_, available),) = cost.fetchable([one])
     every = np.arange(available + 1, dtype=np.float64)[None, :]
-    prices = cost._price(cost._columns([one]), every, tokens, BLOCK, policy).price_seconds
+    columns = cost._columns([one])
+    prices = cost._price(columns, every, cost._wait_seconds(columns), tokens, BLOCK, policy).price_seconds
     assert chosen.price_seconds <= prices.min() * (1 + 1e-9) + 1e-9
     there = chosen.hbm_tokens + chosen.dram_tokens + chosen.store_tokens
     assert chosen.prefill_seconds == pytest.approx(cost.prefill_seconds(speed, tokens - there, there))

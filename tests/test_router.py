@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from components.router.cost import Policy, Speeds
-from components.router.router import NoWorker, Router
+from components.router.router import NoWorker, Router, WorkerError
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Workers
 from kvstore.bus import Residency, SnapshotPage, TargetReport, WorkerReport
@@ -49,10 +49,12 @@ class KvRouter:
     def __init__(self, workers: list[int]):
         self.rows = {worker: {"device_blocks": 0, "host_pinned_extension_blocks": 0} for worker in workers}
         self.prefill: dict[int, int] = {}
+        self.active: dict[int, int] = {}
         self.sent: list[dict[str, Any]] = []
         self.closed: list[int] = []
         self.broken: set[int] = set()
         self.silent: set[int] = set()
+        self.refusing: set[int] = set()
 
     async def get_overlap_scores(self, tokens: list[int], **_: object) -> dict[str, Any]:
         return {"workers": [{"worker_id": w, "dp_rank": 0, **row} for w, row in self.rows.items()]}
@@ -65,6 +67,7 @@ class KvRouter:
                 "dp_rank": 0,
                 "potential_prefill_tokens": self.prefill.get(worker, 0) + len(tokens) - BLOCK * row["device_blocks"],
                 "potential_decode_blocks": 0,
+                "active_requests": self.active.get(worker, 0),
             }
             for worker, row in self.rows.items()
         ]
@@ -79,6 +82,9 @@ class KvRouter:
 
     async def _answer(self, worker: int) -> AsyncIterator[Any]:
         try:
+            if worker in self.refusing:
+                yield None  # as Dynamo passes on an error
+                return
             if worker in self.silent:
                 await asyncio.sleep(60)
             for number in range(5):
@@ -139,7 +145,7 @@ async def test_the_chosen_worker_is_pinned_and_given_the_plan() -> None:
     }
     assert len(await serve(router, request)) == 5
     (sent,) = kv_router.sent
-    assert sent["routing"] == {"priority": 3, "backend_instance_id": 1}
+    assert sent["routing"] == {"priority": 3, "backend_instance_id": 1, "dp_rank": 0}
     assert sent["extra_args"]["nvext"] == {"a": 1}
     assert sent["extra_args"]["sampling_options"]["extra_args"]["kv_transfer_params"]["theirs"] == 1
     plan = plan_of(sent)
@@ -174,6 +180,27 @@ async def test_a_worker_that_fails_before_its_first_token_is_replaced() -> None:
     assert b'kvtier_router_retries_total{worker="1"} 1.0' in generate_latest(router.decisions.registry)
 
 
+async def test_an_error_that_a_worker_answers_with_is_tried_elsewhere() -> None:
+    kv_router = KvRouter([1, 2])
+    kv_router.rows[1]["device_blocks"] = 9
+    kv_router.refusing = {1}
+    router = make(kv_router)
+    assert len(await serve(router)) == 5
+    assert [sent["routing"]["backend_instance_id"] for sent in kv_router.sent] == [1, 2]
+    await serve(router)  # the other one could, so that it was not the request's fault
+    assert kv_router.sent[-1]["routing"]["backend_instance_id"] == 2
+
+
+async def test_a_request_that_every_worker_refuses_puts_none_under_suspicion() -> None:
+    kv_router = KvRouter([1, 2, 3])
+    kv_router.refusing = {1, 2, 3}
+    router = make(kv_router)
+    with pytest.raises(WorkerError):
+        await serve(router)
+    assert len(kv_router.sent) == 3
+    assert not router._suspects
+
+
 async def test_when_all_fail_the_client_hears_of_it() -> None:
     kv_router = KvRouter([1, 2, 3, 4])
     kv_router.broken = {1, 2, 3, 4}
@@ -197,6 +224,62 @@ async def test_a_client_may_name_the_worker() -> None:
         await serve(router, {"token_ids": TOKENS, "routing": {"backend_instance_id": 9}})
 
 
+@pytest.mark.parametrize(
+    ("routing", "workers"),
+    [
+        ({"allowed_worker_ids": [2, 3]}, {2}),
+        ({"allowed_worker_ids": None, "routing_constraints": None, "dp_rank": None}, {1, 2}),
+        ({"routing_constraints": {"required_taints": ["gold"]}}, {2}),
+        ({"routing_constraints": {"required_taints": ["dynamo.topology/zone=a"]}}, {1}),
+        ({"routing_constraints": {"required_taints": ["gold", "dynamo.topology/zone=a"]}}, set()),
+        ({"allowed_worker_ids": [1], "backend_instance_id": 2}, set()),
+        ({"dp_rank": 0}, {1, 2}),
+        ({"dp_rank": 1}, set()),
+    ],
+)
+async def test_workers_that_dynamo_would_not_take_are_no_candidates(routing: dict[str, Any], workers: set[int]) -> None:
+    router = make(KvRouter([1, 2]))
+    taints = {"1": ["dynamo.topology/zone=a"], "2": ["gold"]}
+    card = {"display_name": "m", "kv_cache_block_size": BLOCK}
+    router._workers.set_cards(
+        {id_: json.dumps({**card, "runtime_config": {"taints": of}}) for id_, of in taints.items()}
+    )
+    request = {"token_ids": TOKENS, "routing": routing}
+    if workers:
+        explained = await router.explain(request)
+        assert {one.worker for one in explained.candidates} == {str(worker) for worker in workers}
+    else:
+        with pytest.raises(NoWorker):
+            await router.explain(request)
+
+
+async def test_only_requests_that_decode_are_stalled_by_a_prefill() -> None:
+    """Dynamo's books count those in prefill, too."""
+    kv_router = KvRouter([1])
+    router, context = make(kv_router), Context()
+    kv_router.active[1] = 5
+    kv_router.silent = {1}
+    serving = asyncio.create_task(serve(router, context=context))
+    await until(lambda: router._prefilling)
+    choice = (await router.decide({"token_ids": TOKENS})).chosen
+    assert choice.candidate.running_requests == 4
+    context.gone.set()
+    await serving
+    choice = (await router.decide({"token_ids": TOKENS})).chosen
+    assert choice.candidate.running_requests == 5
+
+
+async def test_a_prompt_can_be_priced_without_being_sent() -> None:
+    kv_router = KvRouter([1, 2])
+    router = make(kv_router, mirror_with(8))
+    explained = await router.explain({"token_ids": TOKENS})
+    assert len(explained.candidates) == 2
+    assert (explained.fetch_chunks, explained.targets) == (8, [("t:1", 8)])
+    assert not kv_router.sent
+    assert router.decisions.last() == []
+    assert b"kvtier_router_predicted_ttft_seconds_count 0.0" in generate_latest(router.decisions.registry)
+
+
 async def test_a_worker_with_other_blocks_gets_no_prompts() -> None:
     kv_router = KvRouter([1, 2])
     router = make(kv_router)
@@ -217,8 +300,7 @@ async def test_a_client_that_leaves_while_it_queues_frees_the_worker() -> None:
     context.gone.set()
     assert await asyncio.wait_for(serving, 20) == []
     await until(lambda: kv_router.closed == [1])
-    assert not router._fetching_tokens
-    assert not router._unbooked_tokens
+    assert not any(router.booked().values())
 
 
 async def test_a_client_that_leaves_while_it_reads_frees_the_worker() -> None:
@@ -276,8 +358,7 @@ async def test_under_churn_nothing_stays_booked() -> None:
         await asyncio.gather(*(one() for _ in range(20)))
         kv_router.broken = {chance.choice([1, 2, 3])}
     await until(lambda: len(kv_router.closed) > 0)
-    for booked in (router._fetching_tokens, router._fetching_bytes, router._target_bytes, router._unbooked_tokens):
-        assert not booked
+    assert not any(router.booked().values())
     outcomes = {one.outcome for one in router.decisions.last()}
     assert outcomes <= {"finished", "failed", "left"}
 
@@ -285,11 +366,11 @@ async def test_under_churn_nothing_stays_booked() -> None:
 async def test_a_busy_target_is_priced_by_what_others_fetch_there() -> None:
     kv_router = KvRouter([1])
     router = make(kv_router, mirror_with(10))
-    idle, _ = await router.decide({"token_ids": TOKENS}, set())
+    idle = (await router.decide({"token_ids": TOKENS})).chosen
     assert idle.fetch_chunks > 0
     report = TargetReport("t:1", 1, 0, 0, 1e6, 10**6, 0, 10**9, 0, 1, 0)  # a second's work before it
     router._speeds.heard_target(report, time.monotonic())
-    busy, _ = await router.decide({"token_ids": TOKENS}, set())
+    busy = (await router.decide({"token_ids": TOKENS})).chosen
     assert busy.candidate.target_fetching_bytes == 10**6
     assert busy.fetch_chunks == 0
 

@@ -150,6 +150,8 @@ class _Terms(NamedTuple):
     price_seconds: Array
 
 
+# Added to what may be 0 and is divided by: the number of chunks that follows is then beyond any.
+_NO_TIME = 1e-30
 _WHOLE = 6  # of the terms are numbers of chunks and tokens
 
 
@@ -202,10 +204,13 @@ def choose(
     if not candidates:
         raise ValueError("no candidates")
     columns = _columns(candidates)
-    terms = _price(columns, _counts(columns), prompt_tokens, block_tokens, policy)
+    wait = _wait_seconds(columns)
+    terms = _price(columns, _counts(columns, wait), wait, prompt_tokens, block_tokens, policy)
     cheapest = terms.price_seconds.argmin(axis=1)
-    rows = np.stack([np.broadcast_to(term, terms.price_seconds.shape) for term in terms], axis=2)
-    choices = Choices(candidates, rows[np.arange(len(candidates)), cheapest])
+    every = np.empty((len(terms), *terms.price_seconds.shape))
+    for number, term in enumerate(terms):
+        every[number] = term
+    choices = Choices(candidates, every[:, np.arange(len(candidates)), cheapest].T)
     # A microsecond is far below what the model can tell apart.
     price = choices.price_seconds.round(6)
     chance = np.array([random.random() for _ in candidates])
@@ -235,26 +240,27 @@ def _columns(candidates: Sequence[Candidate]) -> _Columns:
     return _Columns(*np.array(numbers, np.float64).T[:, :, None])
 
 
-def _counts(c: _Columns) -> Array:
-    """For each candidate the numbers of chunks worth a look, in ascending order: none, all, and those around each
-    number, not rounded, at which the fetch begins to outlast the wait, on either way, or at which the slower way of
-    the two becomes the other one."""
+def _counts(c: _Columns, wait: Array) -> Array:
+    """For each candidate the numbers of chunks worth a look: none, all, and those around each number, not rounded, at
+    which the fetch begins to outlast the wait, on either way, or at which the slower way of the two becomes the other
+    one."""
     link_seconds = c.chunk_bytes / c.store_bytes_per_second
     link_before = c.fetching_bytes / c.store_bytes_per_second
     devices_seconds = c.target_share * c.chunk_bytes / c.target_bytes_per_second
     devices_before = c.target_fetching_bytes / c.target_bytes_per_second
-    spare = _wait_seconds(c) - c.store_latency_seconds
-    with np.errstate(divide="ignore", invalid="ignore"):  # no tier, no target, or two ways that never cross
-        kinks = np.hstack(
-            [
-                (spare - link_before) / link_seconds,
-                (spare - devices_before) / devices_seconds,
-                (link_before - devices_before) / (devices_seconds - link_seconds),
-            ]
-        )
-    below = np.floor(np.clip(np.nan_to_num(kinks), 0, c.available_chunks))
+    spare = wait - c.store_latency_seconds
+    faster = devices_seconds - link_seconds
+    kinks = np.concatenate(
+        [
+            (spare - link_before) / (link_seconds + _NO_TIME),
+            (spare - devices_before) / (devices_seconds + _NO_TIME),
+            (link_before - devices_before) / (faster + _NO_TIME * (faster == 0)),
+        ],
+        axis=1,
+    )
+    below = np.floor(np.minimum(np.maximum(kinks, 0), c.available_chunks))
     above = np.minimum(below + 1, c.available_chunks)
-    return np.sort(np.hstack([np.zeros_like(c.available_chunks), below, above, c.available_chunks]), axis=1)
+    return np.concatenate([np.zeros_like(wait), below, above, c.available_chunks], axis=1)
 
 
 def _wait_seconds(c: _Columns) -> Array:
@@ -271,7 +277,7 @@ def _fetch_seconds(c: _Columns, chunks: Array) -> Array:
     return np.where(chunks > 0, c.store_latency_seconds + np.maximum(link, devices), 0.0)
 
 
-def _price(c: _Columns, chunks: Array, prompt_tokens: int, block_tokens: int, policy: Policy) -> _Terms:
+def _price(c: _Columns, chunks: Array, wait: Array, prompt_tokens: int, block_tokens: int, policy: Policy) -> _Terms:
     """Loading so many chunks, for each candidate (row)."""
     # The last token of a prompt is always computed: its logits are what is asked for.
     most = prompt_tokens - 1
@@ -281,7 +287,6 @@ def _price(c: _Columns, chunks: Array, prompt_tokens: int, block_tokens: int, po
     reached = np.where(chunks > 0, (c.first_chunk + chunks) * chunk_tokens, 0.0)
     loaded = np.maximum(local, np.minimum(reached, most))
     copied_bytes = (loaded - hbm) * c.chunk_bytes / np.maximum(1, chunk_tokens)
-    wait = _wait_seconds(c)
     fetch = _fetch_seconds(c, chunks)
     copy = copied_bytes / c.dram_bytes_per_second
     prefill = c.prefill_seconds(prompt_tokens - loaded, loaded)

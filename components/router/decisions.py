@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import msgspec
@@ -129,7 +129,7 @@ class Decisions:
         )
         self._stages = Histogram(
             "kvtier_router_decision_seconds",
-            "Time that a decision takes: ask Dynamo's router, locate chunks in the store, price",
+            "Time that a decision takes: hash the prompt, ask Dynamo's router, locate chunks in the store, price",
             ["stage"],
             buckets=_STAGE_SECONDS,
             registry=self.registry,
@@ -263,16 +263,7 @@ class Decisions:
         yield seconds
 
     def _keep(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices) -> None:
-        decision = Decision(
-            decision_id,
-            time.time(),
-            prompt_tokens,
-            label(chosen),
-            [_considered(chosen)],
-            chosen.fetch_chunks,
-            [],
-            chosen.ttft_seconds,
-        )
+        decision = _decision(decision_id, prompt_tokens, chosen, [chosen])
         self._last[decision_id] = self._open[decision_id] = decision
         self._unseen[decision_id] = chosen, choices
         self._latest = choices
@@ -286,10 +277,8 @@ class Decisions:
     def _seen(self, decision: Decision) -> Decision:
         """With all candidates and targets: for each prompt that would take longer than to decide."""
         if (priced := self._unseen.pop(decision.id, None)) is not None:
-            chosen, choices = priced
-            decision.candidates = [_considered(choice) for choice in choices]
-            fetched = chosen.targets[chosen.first_chunk :]
-            decision.targets = [(target or "", sum(1 for _ in same)) for target, same in groupby(fetched)]
+            full = explained(decision.id, decision.prompt_tokens, *priced)
+            decision.candidates, decision.targets = full.candidates, full.targets
         return decision
 
     def retried(self, failed: Choice) -> None:
@@ -358,6 +347,27 @@ class _BusCollector(Collector):
         for target, known in self._mirror.counts(now).items():
             chunks.add_metric([target], known)
         yield chunks
+
+
+def explained(decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices) -> Decision:
+    """A decision in full, as of now."""
+    decision = _decision(decision_id, prompt_tokens, chosen, choices)
+    fetched = chosen.targets[chosen.first_chunk :]
+    decision.targets = [(target or "", sum(1 for _ in same)) for target, same in groupby(fetched)]
+    return decision
+
+
+def _decision(decision_id: str, prompt_tokens: int, chosen: Choice, shown: Iterable[Choice]) -> Decision:
+    return Decision(
+        decision_id,
+        time.time(),
+        prompt_tokens,
+        label(chosen),
+        [_considered(choice) for choice in shown],
+        chosen.fetch_chunks,
+        [],
+        chosen.ttft_seconds,
+    )
 
 
 def label(choice: Choice) -> str:

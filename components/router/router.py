@@ -6,20 +6,22 @@ lies in the store. A worker that fails before its first token is left out and th
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import msgspec
 
 from components.router import cost
-from components.router.cost import Candidate, Choice, Policy
-from components.router.decisions import Decisions, label
+from components.router.constraints import Constraints
+from components.router.cost import Candidate, Choice, Choices, Policy
+from components.router.decisions import Decision, Decisions, explained, label
 from components.router.speeds import LiveSpeeds
-from components.router.workers import Workers
+from components.router.workers import Card, Workers
 from kvstore.keys import sequence_hashes
 from kvstore.plan import FIELD, Plan, make_plan
 from kvstore.residency import Mirror
@@ -36,12 +38,38 @@ Result = TypeVar("Result")
 Key = TypeVar("Key")
 
 
+class Decided(NamedTuple):
+    id: str
+    prompt_tokens: int
+    chosen: Choice
+    choices: Choices
+
+
+_NO_CARD = Card(0, 0, "")
+
+
+class _Located(NamedTuple):
+    """Where the store holds a prompt's chunks, and what a candidate must know of the target that holds most of them."""
+
+    chunks: Sequence[str | None] = ()
+    share: float = 0.0
+    fetching_bytes: int = 0
+    bytes_per_second: float = math.inf
+
+
+_NOWHERE = _Located()
+
+
 class NoWorker(Exception):
     """There is nobody to send the prompt to."""
 
 
 class Disconnected(Exception):
     """The client is gone."""
+
+
+class WorkerError(Exception):
+    """The worker answered with an error: its own fault, or the request's."""
 
 
 class Router:
@@ -77,20 +105,35 @@ class Router:
         self._fetching_bytes: defaultdict[int, int] = defaultdict(int)
         # And by target.
         self._target_bytes: defaultdict[str, int] = defaultdict(int)
+        # Prompts in Dynamo's books that have no token yet: the others that it has there decode.
+        self._prefilling: defaultdict[int, int] = defaultdict(int)
         # And prompts that were decided and are not in Dynamo's books yet: without them, prompts that come together
         # would all go to the same worker.
         self._unbooked_tokens: defaultdict[int, int] = defaultdict(int)
         self.decisions = Decisions(block_tokens)
 
+    def booked(self) -> dict[str, int]:
+        """What is counted for prompts without a first token, over all workers: nothing, once all of them have ended."""
+        return {
+            "fetching tokens": sum(self._fetching_tokens.values()),
+            "fetching bytes": sum(self._fetching_bytes.values()),
+            "fetching bytes by target": sum(self._target_bytes.values()),
+            "prefilling": sum(self._prefilling.values()),
+            "unbooked tokens": sum(self._unbooked_tokens.values()),
+        }
+
     async def generate(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Dynamo's handler: a preprocessed request in, the worker's outputs out."""
         failed: set[int] = set()
         for attempt in range(1, ATTEMPTS + 1):
-            choice, decision_id = await self.decide(request, failed)
+            decided = await self.decide(request, failed)
+            choice, decision_id = decided.chosen, decided.id
             started, outcome = False, "left"  # what a caller that drops this generator leaves behind
             try:
-                async with aclosing(self._serve(request, context, choice, decision_id)) as outputs:
+                async with aclosing(self._serve(request, context, decided)) as outputs:
                     async for output in outputs:
+                        if not started:
+                            self._suspect(failed)  # this worker can do what they could not
                         started = True
                         yield output
                 outcome = "finished"
@@ -104,25 +147,45 @@ class Router:
                     raise
                 logger.warning("decision %s: worker %s failed: %s", decision_id, label(choice), error)
                 failed.add(choice.candidate.worker)
-                self._suspects[choice.candidate.worker] = self._clock() + SUSPECT_SECONDS
+                if not isinstance(error, WorkerError):
+                    self._suspect({choice.candidate.worker})
                 self.decisions.retried(choice)
             finally:
                 self.decisions.ended(decision_id, outcome)
 
-    async def decide(self, request: Request, failed: set[int]) -> tuple[Choice, str]:
-        """Price the live workers but for those in `failed`, choose, and show it. Raises NoWorker."""
+    def _suspect(self, workers: set[int]) -> None:
+        self._suspects.update(dict.fromkeys(workers, self._clock() + SUSPECT_SECONDS))
+
+    async def decide(self, request: Request, failed: Collection[int] = ()) -> Decided:
+        """Price the live workers but for those in `failed`, and choose. Raises NoWorker."""
+        chosen, choices, stages = await self._priced(request, failed, self.decisions.fell_back)
+        self.decisions.took(stages)
+        return Decided(uuid.uuid4().hex[:12], len(request["token_ids"]), chosen, choices)
+
+    async def explain(self, request: Request) -> Decision:
+        """What `decide` would decide now. Nothing is sent, counted or kept. Raises NoWorker."""
+        chosen, choices, _ = await self._priced(request, (), lambda missing: None)
+        return explained("not sent", len(request["token_ids"]), chosen, choices)
+
+    async def _priced(
+        self, request: Request, failed: Collection[int], fell_back: Callable[[str], None]
+    ) -> tuple[Choice, Choices, dict[str, float]]:
+        """The choice, the cheapest of each candidate, and the seconds that each stage took."""
         tokens = request["token_ids"]
         routing = request.get("routing") or {}
         identity = {"lora_name": routing.get("lora_name"), "cache_namespace": routing.get("cache_salt")}
         begun = time.perf_counter()
-        overlaps, loads = await self._known_to_dynamo(tokens, identity)
-        asked = time.perf_counter()
         hashes = sequence_hashes(tokens, self._block_tokens, **identity)
-        candidates = self._candidates(overlaps, loads, hashes, len(tokens), failed)
+        hashed = time.perf_counter()
+        try:
+            overlaps, loads = await self._known_to_dynamo(tokens, identity)
+        except Exception as error:
+            fell_back("overlap query")
+            logger.warning("Dynamo's router does not say what workers hold: %s", error)
+            overlaps, loads = self._nothing_known(), []
+        asked = time.perf_counter()
+        candidates = self._candidates(overlaps, loads, hashes, len(tokens), Constraints.of(routing), failed, fell_back)
         located = time.perf_counter()
-        pinned = routing.get("backend_instance_id")
-        if pinned is not None:  # the client insists on a worker
-            candidates = [candidate for candidate in candidates if candidate.worker == pinned]
         now = self._clock()
         self._suspects = {worker: until for worker, until in self._suspects.items() if until > now}
         trusted = [candidate for candidate in candidates if candidate.worker not in self._suspects]
@@ -130,28 +193,29 @@ class Router:
         if not candidates:
             raise NoWorker("no worker is live that could serve this prompt")
         chosen, choices = cost.choose(candidates, len(tokens), self._block_tokens, self._policy)
-        priced = time.perf_counter()
-        decision_id = uuid.uuid4().hex[:12]
-        self.decisions.decided(decision_id, len(tokens), chosen, choices)
-        self.decisions.took({"ask": asked - begun, "locate": located - asked, "price": priced - located})
-        return chosen, decision_id
+        stages = {
+            "hash": hashed - begun,
+            "ask": asked - hashed,
+            "locate": located - asked,
+            "price": time.perf_counter() - located,
+        }
+        return chosen, choices, stages
 
     async def _known_to_dynamo(
         self, tokens: list[int], identity: dict[str, Any]
     ) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
-        """Overlaps and loads by worker. If Dynamo's router fails, its workers are as good as empty: the store still
-        tells them apart from nothing, and prompts are served."""
-        try:
-            overlaps, loads = await asyncio.gather(
-                self._kv_router.get_overlap_scores(tokens, include_shared=False, **identity),
-                self._kv_router.get_potential_loads(tokens, **identity),
-            )
-        except Exception as error:
-            self.decisions.fell_back("overlap query")
-            logger.warning("Dynamo's router does not say what workers hold: %s", error)
-            empty = {"dp_rank": 0, "device_blocks": 0, "host_pinned_extension_blocks": 0}
-            return [{"worker_id": worker, **empty} for worker in self._workers.cards], []
+        """Overlaps and loads by worker."""
+        overlaps, loads = await asyncio.gather(
+            self._kv_router.get_overlap_scores(tokens, include_shared=False, **identity),
+            self._kv_router.get_potential_loads(tokens, **identity),
+        )
         return overlaps["workers"], loads
+
+    def _nothing_known(self) -> list[dict[str, int]]:
+        """If Dynamo's router fails, its workers are as good as empty: the store still tells them apart from nothing,
+        and prompts are served."""
+        empty = {"dp_rank": 0, "device_blocks": 0, "host_pinned_extension_blocks": 0}
+        return [{"worker_id": worker, **empty} for worker in self._workers.cards]
 
     def _candidates(
         self,
@@ -159,100 +223,105 @@ class Router:
         loads: list[dict[str, int]],
         hashes: list[int],
         prompt_tokens: int,
-        failed: set[int],
+        constraints: Constraints,
+        failed: Collection[int],
+        fell_back: Callable[[str], None],
     ) -> list[Candidate]:
         now = self._clock()
         load_of = {(load["worker_id"], load["dp_rank"]): load for load in loads}
-        located: dict[tuple[int, int], list[str | None]] = {}  # workers of one layout share the answer
+        stores: dict[tuple[int, int], _Located] = {}  # workers of one layout share the answer
         candidates = []
         for row in overlaps:
             worker, rank = row["worker_id"], row["dp_rank"]
-            card = self._workers.cards.get(worker)
-            if worker in failed or (card is not None and card.block_tokens != self._block_tokens):
+            card = self._workers.cards.get(worker, _NO_CARD)
+            if worker in failed or card.block_tokens not in (0, self._block_tokens):
+                continue
+            if not constraints.allow(worker, rank, card.taints):
                 continue
             hbm = row["device_blocks"]
-            # The extension fields alone prove a hit: the cumulative ones repeat the tier above.
-            dram = hbm + row["host_pinned_extension_blocks"]
             load = load_of.get((worker, rank), {})
             own = prompt_tokens - hbm * self._block_tokens
             queued = load.get("potential_prefill_tokens", own) - own
             queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
             report = self._workers.report(worker, self._block_tokens, now)
-            chunks: list[str | None] = []
             if report is None:
-                self.decisions.fell_back("worker report")
+                fell_back("worker report")
+                store, blocks_per_chunk, chunk_bytes = _NOWHERE, 0, 0
             else:
-                layout = report.fingerprint, report.blocks_per_chunk
-                if layout not in located:
-                    last_of_chunk = hashes[report.blocks_per_chunk - 1 :: report.blocks_per_chunk]
-                    heard = self._mirror.counts(now)  # without any target there is nothing to say of chunks
-                    located[layout] = self._mirror.locate(report.fingerprint, last_of_chunk, now) if heard else []
-                chunks = located[layout]
+                blocks_per_chunk, chunk_bytes = report.blocks_per_chunk, report.chunk_bytes
+                layout = report.fingerprint, blocks_per_chunk
+                if layout not in stores:
+                    stores[layout] = self._locate(*layout, hashes, now)
+                store = stores[layout]
             candidates.append(
                 Candidate(
                     worker=worker,
                     speeds=self._speeds.of_worker(worker),
                     dp_rank=rank,
                     hbm_blocks=hbm,
-                    dram_blocks=dram,
+                    # The extension fields alone prove a hit: the cumulative ones repeat the tier above.
+                    dram_blocks=hbm + row["host_pinned_extension_blocks"],
                     queued_prefill_tokens=max(0, queued),
                     fetching_bytes=self._fetching_bytes.get(worker, 0),
-                    memory_used=load.get("potential_decode_blocks", 0) / card.total_blocks
-                    if card is not None and card.total_blocks
-                    else 0.0,
-                    blocks_per_chunk=report.blocks_per_chunk if report else 0,
-                    chunk_bytes=report.chunk_bytes if report else 0,
-                    located=chunks,
-                    **self._narrowest(chunks, now),
+                    running_requests=max(0, load.get("active_requests", 0) - self._prefilling.get(worker, 0)),
+                    memory_used=load.get("potential_decode_blocks", 0) / (card.total_blocks or math.inf),
+                    blocks_per_chunk=blocks_per_chunk,
+                    chunk_bytes=chunk_bytes,
+                    located=store.chunks,
+                    target_share=store.share,
+                    target_fetching_bytes=store.fetching_bytes,
+                    target_bytes_per_second=store.bytes_per_second,
                 )
             )
         return candidates
 
-    def _narrowest(self, chunks: list[str | None], now: float) -> dict[str, Any]:
-        """What a candidate must know of the target that holds most of its chunks."""
-        held = Counter(target for target in chunks if target is not None)
+    def _locate(self, fingerprint: int, blocks_per_chunk: int, hashes: list[int], now: float) -> "_Located":
+        if not self._mirror.counts(now):  # without any target there is nothing to say of chunks
+            return _NOWHERE
+        chunks = self._mirror.locate(fingerprint, hashes[blocks_per_chunk - 1 :: blocks_per_chunk], now)
+        held = Counter(chunks)
+        del held[None]
         if not held:
-            return {}
-        target, count = held.most_common(1)[0]
-        speed = self._speeds.of_target(target, now)
+            return _Located(chunks)
+        ((target, count),) = held.most_common(1)
+        speed = self._speeds.of_target(str(target), now)
         if speed is None:
-            return {}
-        return {
-            "target_share": count / held.total(),
+            return _Located(chunks)
+        return _Located(
+            chunks,
+            share=count / held.total(),
             # Its own word is a second old, and other routers' fetches are in it; ours are known now.
-            "target_fetching_bytes": max(speed.waiting_bytes, self._target_bytes.get(target, 0)),
-            "target_bytes_per_second": speed.bytes_per_second,
-        }
+            fetching_bytes=max(speed.waiting_bytes, self._target_bytes.get(str(target), 0)),
+            bytes_per_second=speed.bytes_per_second,
+        )
 
-    async def _serve(
-        self, request: Request, context: Any, choice: Choice, decision_id: str
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    async def _serve(self, request: Request, context: Any, decided: Decided) -> AsyncGenerator[dict[str, Any], None]:
         """Send the request to the chosen worker. Dropping Dynamo's stream stops the worker's generation, so whenever
         the client is gone this returns or raises, and the stream goes with it. A response buffer of 0 is what makes
         that work before the first token, too: a buffered stream notices only when it has something to pass on."""
-        decided = self._clock()
+        choice, decision_id = decided.chosen, decided.id
+        sent = self._clock()
         prepared = self._prepared(request, choice, decision_id)
-        with self._counted(choice):
-            with _added(self._unbooked_tokens, choice.candidate.worker, choice.missing_tokens + choice.store_tokens):
-                stream = await _unless_gone(
-                    self._kv_router.generate_from_request(prepared, response_buffer_size=0), context
-                )
-            outputs = aiter(stream)
-            # While the prompt queues and fetches, nothing comes that would show that the client has left.
-            first = await _unless_gone(anext(outputs, None), context)
-        if first is None:
-            return
-        took = self._clock() - decided
-        self.decisions.first_token(decision_id, choice, took)
-        if not choice.fetch_chunks:
-            self._speeds.observed(choice.candidate.worker, choice.ttft_seconds, took)
-        begun, tokens = self._clock(), 0
-        yield first
-        async for output in outputs:
-            if context.is_stopped() or context.is_killed():
-                raise Disconnected
-            tokens += _tokens(output)
-            yield output
+        with _Client(context) as client:
+            with self._counted(choice):
+                worker, tokens = choice.candidate.worker, choice.missing_tokens + choice.store_tokens
+                with _added(self._unbooked_tokens, worker, tokens):
+                    coming = self._kv_router.generate_from_request(prepared, response_buffer_size=0)
+                    self.decisions.decided(*decided)  # which takes its time, now that the prompt is on its way
+                    outputs = aiter(await client.waits_for(coming))
+                with _added(self._prefilling, worker, 1):
+                    first = await client.next_of(outputs)
+            if first is None:
+                return
+            took = self._clock() - sent
+            self.decisions.first_token(decision_id, choice, took)
+            if not choice.fetch_chunks:
+                self._speeds.observed(worker, choice.ttft_seconds, took)
+            begun, tokens = self._clock(), 0
+            yield first
+            while (output := await client.next_of(outputs)) is not None:
+                tokens += _tokens(output)
+                yield output
         self.decisions.answered(decision_id, _tokens(first), tokens, self._clock() - begun)
 
     @contextmanager
@@ -274,8 +343,7 @@ class Router:
         candidate = choice.candidate
         routing = dict(request.get("routing") or {})
         routing["backend_instance_id"] = candidate.worker
-        if candidate.dp_rank:
-            routing["dp_rank"] = candidate.dp_rank
+        routing["dp_rank"] = candidate.dp_rank  # a worker with several ranks is refused without
         plan = self._plan(choice, decision_id)
         extra_args = dict(request.get("extra_args") or {})
         options = dict(extra_args.get("sampling_options") or {})
@@ -319,15 +387,42 @@ def _tokens(output: dict[str, Any]) -> int:
     return len(output.get("token_ids") or ())
 
 
-async def _unless_gone(result: Awaitable[Result], context: Any) -> Result:
-    """The result, or Disconnected as soon as the client is gone; then whatever would give the result is cancelled."""
-    wanted = asyncio.ensure_future(result)
-    gone = asyncio.ensure_future(context.async_killed_or_stopped())
-    try:
-        await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not wanted.done():
-            raise Disconnected
-        return wanted.result()
-    finally:
-        wanted.cancel()
-        gone.cancel()
+class _Client:
+    """Who waits for the answer, or has left: then whatever is awaited is cancelled."""
+
+    def __init__(self, context: Any):
+        self._gone = asyncio.ensure_future(context.async_killed_or_stopped())
+        self._gone.add_done_callback(lambda _: self._awaited and self._awaited.cancel())
+        self._awaited: asyncio.Future[Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._gone.cancel()
+
+    async def next_of(self, outputs: AsyncIterator[dict[str, Any] | None]) -> dict[str, Any] | None:
+        """None at the end. Raises WorkerError."""
+        try:
+            # Not anext(): of Dynamo's stream this is a future already, which needs no task around it for each token.
+            output = await self.waits_for(outputs.__anext__())
+        except StopAsyncIteration:
+            return None
+        if output is None:  # how Dynamo's router passes on an error; its text is in the worker's log
+            raise WorkerError("it answered with an error")
+        return output
+
+    async def waits_for(self, result: Awaitable[Result]) -> Result:
+        """Raises Disconnected as soon as the client is gone: no output need come that would show it."""
+        self._awaited = asyncio.ensure_future(result)
+        if self._gone.done():
+            self._awaited.cancel()
+        try:
+            return await self._awaited
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._gone.done() and not (task and task.cancelling()):
+                raise Disconnected from None
+            raise
+        finally:
+            self._awaited = None

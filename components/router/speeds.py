@@ -36,7 +36,7 @@ class _Worker:
     prefill: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     rates: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=_SAMPLES) for name in _RATES})
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=_PACE_SAMPLES))
-    speeds: Speeds | None = None  # that follow from these; None: something has come since
+    speeds: Speeds | None = None  # that follow from these, at hand for decisions
 
     @property
     def pace(self) -> float:
@@ -84,12 +84,12 @@ class LiveSpeeds:
         if report.ts_ms < known.last_ms:
             return self._ignore("older than the last")
         known.last_ms = report.ts_ms
-        known.speeds = None
         if prefill[1] > 0 or prefill[2] > 0:
             known.prefill.append((prefill[0], prefill[1], prefill[2]))
         for name, rate in rates.items():
             if rate > 0:
                 known.rates[name].append(rate)
+        known.speeds = self._derived(known)
         return True
 
     def heard_target(self, report: TargetReport, now: float) -> bool:
@@ -110,11 +110,7 @@ class LiveSpeeds:
     def of_worker(self, worker: int) -> Speeds:
         """What a prompt on this worker is priced with."""
         known = self._workers.get(worker)
-        if known is None:
-            return self._prior
-        if known.speeds is None:
-            known.speeds = self._derived(known)
-        return known.speeds
+        return known.speeds or self._prior if known else self._prior
 
     def _derived(self, known: _Worker) -> Speeds:
         speeds = self._prior
@@ -145,7 +141,7 @@ class LiveSpeeds:
             return
         known = self._workers.setdefault(worker, _Worker())
         known.paces.append(known.pace * actual_seconds / predicted_seconds)
-        known.speeds = None
+        known.speeds = self._derived(known)
 
     def keep_only(self, workers: set[int], now: float) -> None:
         """Forget workers that are gone and targets that are silent."""

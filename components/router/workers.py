@@ -22,6 +22,7 @@ class Card:
     block_tokens: int
     total_blocks: int
     model: str
+    taints: frozenset[str] = frozenset()  # its topology's, too: dynamo.topology/zone=a
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ def parse_card(text: str) -> Card | None:
     try:
         card = json.loads(text)
         runtime = card.get("runtime_config") or {}
-        return Card(int(card["kv_cache_block_size"]), int(runtime.get("total_kv_blocks") or 0), card["display_name"])
+        return Card(
+            int(card["kv_cache_block_size"]),
+            int(runtime.get("total_kv_blocks") or 0),
+            card["display_name"],
+            frozenset(runtime.get("taints") or ()),
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
