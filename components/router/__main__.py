@@ -14,6 +14,7 @@ from pydantic import Field
 from components.options import CommonOptions, add_common_arguments
 from components.router.cost import Policy, Speeds
 from components.router.page import open_page
+from components.router.question import explain_handler
 from components.router.router import Router
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Workers
@@ -46,6 +47,7 @@ class Options(CommonOptions):
     store_latency_ms: float = Field(2, ge=0)
     gpu_price: float = Field(0.5, ge=0)
     pressure_ms: float = Field(200, ge=0)
+    stall_price: float = Field(0.1, ge=0)
     page: str = ""
 
     def speeds(self) -> Speeds:
@@ -75,6 +77,10 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--store-latency-ms", help="time until the first byte comes from the store; default 2")
     parser.add_argument("--gpu-price", help="what a GPU second costs when all are busy, in seconds; default 0.5")
     parser.add_argument("--pressure-ms", help="charge of a worker whose KV memory is full; default 200")
+    parser.add_argument(
+        "--stall-price",
+        help="what a second costs by which a prefill delays a request that decodes there, in seconds; default 0.1",
+    )
     parser.add_argument("--page", help="host:port to show decisions on, such as 127.0.0.1:8300; default: nowhere")
     return validated(Options, vars(parser.parse_args(argv)))
 
@@ -120,7 +126,7 @@ async def serve(runtime: Any, options: Options) -> None:
         mirror,
         block_tokens=block_tokens,
         speeds=speeds,
-        policy=Policy(options.gpu_price, options.pressure_ms / 1e3),
+        policy=Policy(options.gpu_price, options.pressure_ms / 1e3, options.stall_price),
         deadline_ms=(min(100, options.deadline_ms), options.deadline_ms),
     )
     tasks = [
@@ -128,7 +134,8 @@ async def serve(runtime: Any, options: Options) -> None:
         asyncio.create_task(_watch_cards(cards, workers, speeds, block_tokens)),
     ]
     router.decisions.watch(speeds, mirror)
-    page = await open_page(options.page, router.decisions)
+    explain = explain_handler(router, options.model_path or options.model_name)
+    page = await open_page(options.page, router.decisions, explain)
     public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.kvtier-router.generate")
     # With the labels of Dynamo's own series.
     register_engine_metrics_callback(

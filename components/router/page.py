@@ -2,6 +2,7 @@
 
 GET /decisions?limit=20&worker=1a    the latest first
 GET /decisions/<id>                  one, with every candidate and each term of its price
+POST /explain                        what would be decided of a prompt (question.py)
 GET /metrics                         Prometheus
 """
 
@@ -10,12 +11,13 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from components.router.decisions import KEPT, Decisions
+from components.router.question import Handler
 from kvstore.errors import ConfigError, UnavailableError
 
 LIMIT = 100
 
 
-def make_app(decisions: Decisions) -> web.Application:
+def make_app(decisions: Decisions, explain: Handler | None = None) -> web.Application:
     async def several(request: web.Request) -> web.Response:
         limit = request.query.get("limit", str(LIMIT))
         if not limit.isdecimal() or not 0 < int(limit) <= KEPT:
@@ -33,10 +35,12 @@ def make_app(decisions: Decisions) -> web.Application:
 
     app = web.Application()
     app.add_routes([web.get("/decisions", several), web.get("/decisions/{id}", one), web.get("/metrics", metrics)])
+    if explain is not None:
+        app.add_routes([web.post("/explain", explain)])
     return app
 
 
-async def open_page(address: str, decisions: Decisions) -> web.AppRunner | None:
+async def open_page(address: str, decisions: Decisions, explain: Handler | None = None) -> web.AppRunner | None:
     """Serve at host:port until the runner's cleanup; None for no address.
 
     Raises ConfigError for an address that is none and UnavailableError if it is taken.
@@ -46,7 +50,7 @@ async def open_page(address: str, decisions: Decisions) -> web.AppRunner | None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError("page", address, "host:port, such as 127.0.0.1:8300")
-    runner = web.AppRunner(make_app(decisions), access_log=None)
+    runner = web.AppRunner(make_app(decisions, explain), access_log=None)
     await runner.setup()
     try:
         await web.TCPSite(runner, host.strip("[]"), int(port)).start()

@@ -165,7 +165,7 @@ class Router:
     async def explain(self, request: Request) -> Decision:
         """What `decide` would decide now. Nothing is sent, counted or kept. Raises NoWorker."""
         chosen, choices, _ = await self._priced(request, (), lambda missing: None)
-        return explained("not sent", len(request["token_ids"]), chosen, choices)
+        return explained("", len(request["token_ids"]), chosen, choices)
 
     async def _priced(
         self, request: Request, failed: Collection[int], fell_back: Callable[[str], None]
