@@ -19,8 +19,8 @@ HELP = """
   render   write it for containers:     dynamo render compose graphs.agg_router:Frontend -f config.yaml
                                         dynamo render k8s graphs.agg_router:Frontend -f config.yaml
   store    run a target by itself:      kvtier store --dir /nvme0 --capacity 3T   (the same as python -m kvstore)
-  explain  why a prompt went there, or where one would go:
-                                        kvtier explain [DECISION | --prompt TEXT] --url http://127.0.0.1:8300   (the router's --page)
+  explain  why a prompt went there:     kvtier explain [DECISION] --url http://127.0.0.1:8300   (the router's --page)
+           where one would go:          kvtier explain --prompt TEXT
   size     how large and how fast:      kvtier size --model llama-3.1-70b --gpu h200 --requests-per-second 3
 
 'COMMAND --help' says more.

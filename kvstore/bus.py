@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -126,6 +127,7 @@ class Bus:
 
     def __init__(self, client: Client):
         self._client = client
+        self.undecoded: Counter[str] = Counter()  # messages heard, by what they should have been
 
     @classmethod
     async def connect(cls, url: str, name: str) -> "Bus":
@@ -178,7 +180,8 @@ class Bus:
         async def receive(raw: Msg) -> None:
             try:
                 message = msgspec.msgpack.decode(raw.data, type=kind)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                self.undecoded[kind.__name__] += 1
                 logger.debug("%s: not a %s: %s", raw.subject, kind.__name__, error)
                 return
             answer = await handler(message)
@@ -192,7 +195,7 @@ class Bus:
         try:
             raw = await self._client.request(to, msgspec.msgpack.encode(message), timeout=seconds)
             return msgspec.msgpack.decode(raw.data, type=answer)
-        except (TimeoutError, OSError, NatsError, msgspec.DecodeError):
+        except (TimeoutError, OSError, NatsError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
 
     @classmethod

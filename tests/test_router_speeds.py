@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.router.cost import Speeds
-from components.router.speeds import SAMPLES_MIN, TARGET_SECONDS, TARGETS_MAX, LiveSpeeds
+from components.router.speeds import OLDER_MAX, SAMPLES_MIN, TARGET_SECONDS, TARGETS_MAX, LiveSpeeds
 from kvstore.bus import TargetReport, WorkerReport
 
 PRIOR = Speeds(0.04, 1e-4, 0.0, 25e9, 3e9, 0.002)
@@ -77,6 +77,9 @@ def test_what_was_not_measured_leaves_the_prior() -> None:
         ({"dram_bytes_per_second": -1.0}, "not a speed"),
         ({"chunk_bytes": 0}, "not a size"),
         ({"queue": -5}, "not a size"),
+        ({"chunk_bytes": 1 << 40}, "not a size"),
+        ({"blocks_per_chunk": 1 << 40}, "not a size"),
+        ({"fetched_chunks": {"miss": -1}}, "not a count"),
         ({"prefill_seconds_per_token": 1e3}, "absurd prefill"),
         ({"store_bytes_per_second": 1e30}, "absurd rate"),
         ({"ts_ms": -10}, "older than the last"),
@@ -146,11 +149,33 @@ def test_a_target_is_believed_while_it_speaks() -> None:
     assert not live.heard_target(target(9, epoch=2, device_bytes_per_second=math.nan), 102.0)
     assert not live.heard_target(target(9, epoch=2, waiting_read_bytes=-1), 102.0)
     assert live.ignored == {"older than the last": 2, "not a speed": 1, "not a size": 1}
+    assert not live.heard_target(target(9, epoch=2, waiting_read_bytes=1 << 60), 102.0)
+    assert not live.heard_target(target(9, epoch=2, device_bytes_per_second=1e30), 102.0)
+    assert (live.ignored["not a size"], live.ignored["absurd rate"]) == (2, 1)
     live.heard_target(target(10, epoch=2, device_bytes_per_second=0.0), 103.0)
     assert live.of_target("t:1", 103.0) is None  # it was idle: nothing is known
 
 
-def test_memory_is_bounded() -> None:
+def test_a_report_from_the_future_does_not_silence_a_worker_for_ever() -> None:
+    live = LiveSpeeds(PRIOR)
+    live.heard_worker(report(1 << 60))
+    heard = [live.heard_worker(report(number)) for number in range(OLDER_MAX + 2)]
+    assert heard == [False] * OLDER_MAX + [True] * 2
+    assert live.ignored == {"older than the last": OLDER_MAX}
+
+
+def test_what_workers_fetched_is_kept_by_known_outcomes() -> None:
+    live = LiveSpeeds(PRIOR)
+    live.heard_worker(report(fetched_chunks={"hit": 5, "miss": 2, "nonsense": 9}))
+    assert live.fetched_chunks[5] == {"hit": 5, "miss": 2, "late": 0, "corrupt": 0, "refused": 0, "unreachable": 0}
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.router.speeds.WORKERS_MAX", 3)
+    live = LiveSpeeds(PRIOR)
+    for number in range(5):
+        live.heard_worker(report(worker=str(number)))
+    assert live.ignored == {"too many workers": 2}
     live = LiveSpeeds(PRIOR)
     for number in range(TARGETS_MAX + 5):
         live.heard_target(target(target=f"t:{number}"), 0.0)

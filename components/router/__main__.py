@@ -133,7 +133,7 @@ async def serve(runtime: Any, options: Options) -> None:
         asyncio.create_task(residency.follow(mirror, line, namespace)),
         asyncio.create_task(_watch_cards(cards, workers, speeds, block_tokens)),
     ]
-    router.decisions.watch(speeds, mirror)
+    router.decisions.watch(speeds, mirror, line.undecoded)
     explain = explain_handler(router, options.model_path or options.model_name)
     page = await open_page(options.page, router.decisions, explain)
     public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.kvtier-router.generate")

@@ -164,7 +164,12 @@ class Choices(Sequence[Choice]):
 
     @property
     def price_seconds(self) -> Array:
-        return self._terms[:, -1]
+        return self._terms[:, _Terms._fields.index("price_seconds")]
+
+    def least_ttft_but(self, chosen: Choice) -> float | None:
+        """Of the other candidates; None if there is no other."""
+        others = [number for number, one in enumerate(self._candidates) if one is not chosen.candidate]
+        return float(self._terms[others, _Terms._fields.index("ttft_seconds")].min()) if others else None
 
     def __len__(self) -> int:
         return len(self._candidates)

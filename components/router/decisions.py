@@ -62,6 +62,7 @@ class Decision(msgspec.Struct):
     outcome: str = "open"  # finished, failed or left
     output_tokens: int = 0
     tpot_seconds: float | None = None  # time per output token after the first
+    other_ttft_seconds: float | None = None  # predicted, of the best other worker
 
 
 class Totals(msgspec.Struct):
@@ -127,6 +128,12 @@ class Decisions:
             buckets=_RATIOS,
             registry=self.registry,
         )
+        self._regret = Histogram(
+            "kvtier_router_regret_seconds",
+            "Time to first token beyond what the best other worker was predicted to take: 0 where the choice stands",
+            buckets=(0, *_SECONDS),
+            registry=self.registry,
+        )
         self._stages = Histogram(
             "kvtier_router_decision_seconds",
             "Time that a decision takes: hash the prompt, ask Dynamo's router, locate chunks in the store, price",
@@ -182,9 +189,9 @@ class Decisions:
                 "decision %s: %d tokens -> worker %s | %s", decision_id, prompt_tokens, worker, " | ".join(lines)
             )
 
-    def watch(self, speeds: LiveSpeeds, mirror: Mirror) -> None:
+    def watch(self, speeds: LiveSpeeds, mirror: Mirror, undecoded: Mapping[str, int]) -> None:
         """Show what came over the bus, too."""
-        self.registry.register(_BusCollector(speeds, mirror))
+        self.registry.register(_BusCollector(speeds, mirror, undecoded))
 
     def took(self, stages: Mapping[str, float]) -> None:
         """Seconds by stage."""
@@ -200,6 +207,8 @@ class Decisions:
             self._error.observe(seconds / chosen.ttft_seconds)
         if (decision := self._open.get(decision_id)) is not None:
             decision.ttft_seconds = seconds
+            if decision.other_ttft_seconds is not None:
+                self._regret.observe(max(0.0, seconds - decision.other_ttft_seconds))
 
     def answered(self, decision_id: str, first_tokens: int, tokens: int, seconds: float) -> None:
         """An answer came to its end: `tokens` in `seconds` after the first output, which had `first_tokens`."""
@@ -264,6 +273,7 @@ class Decisions:
 
     def _keep(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices) -> None:
         decision = _decision(decision_id, prompt_tokens, chosen, [chosen])
+        decision.other_ttft_seconds = choices.least_ttft_but(chosen)
         self._last[decision_id] = self._open[decision_id] = decision
         self._unseen[decision_id] = chosen, choices
         self._latest = choices
@@ -312,9 +322,10 @@ class _CandidatesCollector(Collector):
 class _BusCollector(Collector):
     """Made when asked for."""
 
-    def __init__(self, speeds: LiveSpeeds, mirror: Mirror):
+    def __init__(self, speeds: LiveSpeeds, mirror: Mirror, undecoded: Mapping[str, int]):
         self._speeds = speeds
         self._mirror = mirror
+        self._undecoded = undecoded
 
     def collect(self) -> Iterator[Metric]:
         ignored = CounterMetricFamily(
@@ -323,6 +334,21 @@ class _BusCollector(Collector):
         for reason, count in self._speeds.ignored.items():
             ignored.add_metric([reason], count)
         yield ignored
+        undecoded = CounterMetricFamily(
+            "kvtier_router_messages_undecoded", "Messages on the bus that are none", labels=["kind"]
+        )
+        for kind, count in self._undecoded.items():
+            undecoded.add_metric([kind], count)
+        yield undecoded
+        fetched = CounterMetricFamily(
+            "kvtier_router_fetched_chunks",
+            "Chunks that workers asked the stores for, as they report it: a miss was mirrored and not there",
+            labels=["worker", "outcome"],
+        )
+        for worker, outcomes in self._speeds.fetched_chunks.items():
+            for outcome, count in outcomes.items():
+                fetched.add_metric([format(worker, "x"), outcome], count)
+        yield fetched
         disbelieved = CounterMetricFamily(
             "kvtier_router_mirror_ignored", "Announcements of targets that cannot be right", labels=["reason"]
         )

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from components.router.cost import Speeds
 from kvstore.bus import TargetReport, WorkerReport
+from kvstore.wire import Outcome
 
 SAMPLES_MIN = 3
 _SAMPLES = 7
@@ -24,8 +25,15 @@ _PACE_SAMPLES, _PACE_SAMPLES_MIN, _PACE_MAX = 32, 8, 3.0
 # A target's report says nothing of now after so many heartbeats.
 TARGET_SECONDS = 5.0
 TARGETS_MAX = 4096
+WORKERS_MAX = 16_384
+# So many reports in a row that are older than one before: that one's clock was wrong, not theirs.
+OLDER_MAX = 5
+_CHUNK_BYTES_MAX = 1 << 30
+_BLOCKS_PER_CHUNK_MAX = 1 << 16
+_WAITING_BYTES_MAX = 1 << 50
 _OUTCOMES_MAX = 16  # kinds of outcomes of a fetch
 
+_OUTCOMES = tuple(outcome.name.lower() for outcome in Outcome if outcome is not Outcome.STORED)
 _PREFILL = ("prefill_base_seconds", "prefill_seconds_per_token", "prefill_seconds_per_token_squared")
 _RATES = ("dram_bytes_per_second", "store_bytes_per_second")
 
@@ -33,9 +41,11 @@ _RATES = ("dram_bytes_per_second", "store_bytes_per_second")
 @dataclass
 class _Worker:
     last_ms: int = -1
+    older: int = 0  # reports in a row
     prefill: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     rates: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=_SAMPLES) for name in _RATES})
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=_PACE_SAMPLES))
+    fetched_chunks: dict[str, int] = field(default_factory=dict)
     speeds: Speeds | None = None  # that follow from these, at hand for decisions
 
     @property
@@ -70,7 +80,9 @@ class LiveSpeeds:
         numbers = [*prefill, *(getattr(report, name) for name in _RATES)]
         if not all(math.isfinite(one) and one >= 0 for one in numbers):
             return self._ignore("not a speed")
-        if report.blocks_per_chunk <= 0 or report.chunk_bytes <= 0 or report.bytes_in_flight < 0 or report.queue < 0:
+        if report.bytes_in_flight < 0 or report.queue < 0:
+            return self._ignore("not a size")
+        if not (0 < report.blocks_per_chunk <= _BLOCKS_PER_CHUNK_MAX and 0 < report.chunk_bytes <= _CHUNK_BYTES_MAX):
             return self._ignore("not a size")
         if len(report.fetched_chunks) > _OUTCOMES_MAX or any(count < 0 for count in report.fetched_chunks.values()):
             return self._ignore("not a count")
@@ -80,10 +92,14 @@ class LiveSpeeds:
         rates = {name: getattr(report, name) for name in _RATES}
         if any(rate and not self._plausible(rate, getattr(self._prior, name)) for name, rate in rates.items()):
             return self._ignore("absurd rate")
+        if int(report.worker) not in self._workers and len(self._workers) >= WORKERS_MAX:
+            return self._ignore("too many workers")
         known = self._workers.setdefault(int(report.worker), _Worker())
-        if report.ts_ms < known.last_ms:
+        if report.ts_ms < known.last_ms and known.older < OLDER_MAX:
+            known.older += 1
             return self._ignore("older than the last")
-        known.last_ms = report.ts_ms
+        known.last_ms, known.older = report.ts_ms, 0
+        known.fetched_chunks = {name: report.fetched_chunks.get(name, 0) for name in _OUTCOMES}
         if prefill[1] > 0 or prefill[2] > 0:
             known.prefill.append((prefill[0], prefill[1], prefill[2]))
         for name, rate in rates.items():
@@ -95,7 +111,10 @@ class LiveSpeeds:
     def heard_target(self, report: TargetReport, now: float) -> bool:
         if not math.isfinite(report.device_bytes_per_second) or report.device_bytes_per_second < 0:
             return self._ignore("not a speed")
-        if report.waiting_read_bytes < 0:
+        rate = report.device_bytes_per_second
+        if rate and not self._plausible(rate, self._prior.store_bytes_per_second):
+            return self._ignore("absurd rate")
+        if not 0 <= report.waiting_read_bytes <= _WAITING_BYTES_MAX:
             return self._ignore("not a size")
         if not math.isfinite(report.evicted_age_seconds):
             return self._ignore("not an age")
@@ -134,6 +153,11 @@ class LiveSpeeds:
     def targets(self, now: float) -> dict[str, tuple[TargetReport, float]]:
         """What each target said last, and seconds since."""
         return {name: (report, now - heard) for name, (report, heard) in self._targets.items()}
+
+    @property
+    def fetched_chunks(self) -> dict[int, dict[str, int]]:
+        """Asked of the stores by each worker since its start, by outcome."""
+        return {worker: known.fetched_chunks for worker, known in self._workers.items()}
 
     def observed(self, worker: int, predicted_seconds: float, actual_seconds: float) -> None:
         """A prompt's first token came that fetched nothing, so that the time was the GPU's and its queue's."""

@@ -1,0 +1,62 @@
+"""The bus is shared and nobody signs what is said there: what is no message is counted, and the next one is heard."""
+
+import random
+
+import msgspec
+import nats
+
+from kvstore import bus
+from kvstore.bus import Bus, Residency, SnapshotPage, SnapshotRequest, TargetReport, WorkerReport
+
+REPORT = WorkerReport("5", "d.b.g", 7, 16, 1, 1000, 0)
+
+
+async def test_forged_and_corrupt_messages_are_counted_and_passed_over(nats_url: str, seed: int) -> None:
+    chance = random.Random(seed)
+    sound = msgspec.msgpack.encode(REPORT)
+    nested = b"\x91" * 100_000 + b"\xc0"
+    forged = [
+        b"",
+        nested,
+        msgspec.msgpack.encode({"worker": nested}),
+        msgspec.msgpack.encode({**msgspec.to_builtins(REPORT), "worker": 5}),
+        msgspec.msgpack.encode({**msgspec.to_builtins(REPORT), "ts_ms": 1 << 63})[:-9] + b"\xc1" * 9,
+        sound.replace(b"d.b.g", b"\xff\xfe\xfd\xfc\xfb"),
+        msgspec.msgpack.encode(TargetReport("t", 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)),
+        msgspec.msgpack.encode(Residency("t", 1, 1, 0, 0, [], [], 0)),
+        *(sound[: chance.randrange(len(sound))] for _ in range(50)),
+        *(chance.randbytes(chance.randrange(1, 200)) for _ in range(50)),
+    ]
+    forged = [one for one in forged if _decodes(one) is None]
+    line, forger = await Bus.connect(nats_url, "test"), await nats.connect(nats_url)
+    heard: list[WorkerReport] = []
+
+    async def hear(report: WorkerReport) -> None:
+        heard.append(report)
+
+    subject = bus.subject("forged", "speed.worker")
+    await line.subscribe(subject, WorkerReport, hear)
+    await line._client.flush()
+    for one in [*forged, sound]:
+        await forger.publish(bus.subject("forged", "speed.worker", "5"), one)
+    await forger.flush()
+    while not heard:
+        await line._client.flush()
+    assert heard == [REPORT]
+    assert line.undecoded == {"WorkerReport": len(forged)}
+
+    async def lie(raw: object) -> None:
+        await raw.respond(b"\x91\xff")  # type: ignore[attr-defined]
+
+    await forger.subscribe("liar", cb=lie)
+    await forger.flush()
+    assert await line.request("liar", SnapshotRequest(0, 0), SnapshotPage, seconds=20) is None
+    await forger.close()
+    await line.close()
+
+
+def _decodes(one: bytes) -> WorkerReport | None:
+    try:
+        return msgspec.msgpack.decode(one, type=WorkerReport)
+    except (ValueError, RecursionError):
+        return None
