@@ -47,7 +47,7 @@ class Options(CommonOptions):
     store_latency_ms: float = Field(2, ge=0)
     gpu_price: float = Field(0.5, ge=0)
     pressure_ms: float = Field(200, ge=0)
-    stall_price: float = Field(0.1, ge=0)
+    stall_price: float = Field(0.2, ge=0)
     page: str = ""
 
     def speeds(self) -> Speeds:
@@ -79,7 +79,7 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--pressure-ms", help="charge of a worker whose KV memory is full; default 200")
     parser.add_argument(
         "--stall-price",
-        help="what a second costs by which a prefill delays a request that decodes there, in seconds; default 0.1",
+        help="what a second costs by which a prefill delays a request that decodes there, in seconds; default 0.2",
     )
     parser.add_argument("--page", help="host:port to show decisions on, such as 127.0.0.1:8300; default: nowhere")
     return validated(Options, vars(parser.parse_args(argv)))
