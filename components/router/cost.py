@@ -27,7 +27,7 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[np.float64]
 
 
-class Speeds(msgspec.Struct, frozen=True):
+class Speeds(msgspec.Struct, frozen=True, gc=False):
     """How fast a worker and its way to the store are. Rates are per second; the prefill model is
     `base + per_token * m + per_token_squared * m * (c + m / 2)` seconds for m tokens on top of c."""
 
@@ -49,7 +49,7 @@ class Policy(msgspec.Struct, frozen=True):
     stall_price: float = 0.0
 
 
-class Candidate(msgspec.Struct, frozen=True):
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """One worker (one data-parallel rank) as a prompt finds it. Blocks are leading blocks of the prompt."""
 
     worker: int
@@ -71,7 +71,7 @@ class Candidate(msgspec.Struct, frozen=True):
     target_bytes_per_second: float = math.inf
 
 
-class Choice(msgspec.Struct, frozen=True):
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """A priced way to serve the prompt."""
 
     candidate: Candidate
