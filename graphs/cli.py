@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import kvstore.__main__ as store
@@ -29,18 +30,35 @@ HELP = """
 
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
+    name = _program()
+    if name == "dynamo":
+        _stand_aside()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands = {"serve": _serve, "render": _render, "store": store.main, "explain": explain.main, "size": size.main}
     if command not in commands:
         wanted_help = command in ("-h", "--help")
-        print(f"usage: {Path(sys.argv[0]).name} COMMAND ...\n{HELP}", file=sys.stdout if wanted_help else sys.stderr)
+        print(f"usage: {name} COMMAND ...\n{HELP}", file=sys.stdout if wanted_help else sys.stderr)
         sys.exit(0 if wanted_help else 2)
-    run_command(f"{Path(sys.argv[0]).name} {command}", lambda: commands[command](rest))
+    run_command(f"{name} {command}", lambda: commands[command](rest))
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).stem
+    return "kvtier" if name == "cli" else name  # python -m graphs.cli
+
+
+def _stand_aside() -> None:
+    """Where ai-dynamo has a command `dynamo` of its own, as before 0.4, become it, and say what ours is called."""
+    for script in entry_points(group="console_scripts", name="dynamo"):
+        if script.dist is not None and script.dist.name != "kvtier":
+            owner = f"{script.dist.name} {script.dist.version}"
+            print(f"dynamo: this is the command of {owner}; that of kvtier is kvtier serve", file=sys.stderr)
+            sys.exit(script.load()())
 
 
 def _serve(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="dynamo serve",
+        prog=f"{_program()} serve",
         description="Start every service that a graph links, in order, and stop all of them on ctrl-C.",
         epilog="Any setting can be given as --Service.key=value, for example --VllmWorker.ServiceArgs.workers=2.",
     )
@@ -51,23 +69,25 @@ def _serve(argv: list[str]) -> None:
     )
     parser.add_argument("--log-dir", type=Path, help="for a file a process; default: logs in the state folder")
     parser.add_argument("--dry-run", action="store_true", help="show the commands and do not run them")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show all that the processes print, too")
     options, overrides = parser.parse_known_args(argv)
     deployment = load_deployment(options.graph, options.file, overrides, options.state_dir)
     if options.dry_run:
         print("\n".join(serve.dry_run(deployment)))
         return
     url = frontend_url(deployment)
+    logs = options.log_dir or options.state_dir / "logs"
 
     def announce() -> None:
         where = f"serving at {url}; try\n\n  {_curl(url, model_name(deployment))}" if url else "everything is up"
-        print(f"\n{where}\n\nctrl-C stops everything\n", flush=True)
+        print(f"\n{where}\n\nlogs are in {logs}; ctrl-C stops everything\n", flush=True)
 
-    asyncio.run(serve.serve(deployment, announce, options.log_dir))
+    asyncio.run(serve.serve(deployment, announce, logs, verbose=options.verbose))
 
 
 def _render(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="dynamo render",
+        prog=f"{_program()} render",
         description="Write a graph as a compose file, or as manifests for Dynamo's Kubernetes operator.",
         epilog="Any setting can be given as --Service.key=value, as with dynamo serve.",
     )

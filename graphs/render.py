@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ByteSize, TypeAdapter
 
-from graphs.service import Deployment, Place, Process, Service, load_deployment, load_graph
+from graphs.service import Deployment, Place, Process, Service, load_deployment, load_graph, numbered_cores
 from graphs.services import is_folder
 from kvstore.errors import ConfigError
 
@@ -67,7 +67,7 @@ def _tag(image: str) -> str:
     return f"kvtier/{image}:{version('kvtier')}"
 
 
-def _check(process: Process) -> list[str]:
+def health_check(process: Process) -> list[str]:
     """The command that tells, inside the container, whether the process is well."""
     if process.service == "Nats":
         return ["wget", "-q", "-O", "/dev/null", "http://127.0.0.1:8222/healthz"]
@@ -165,7 +165,7 @@ def _compose_service(
     if waits:
         content["depends_on"] = {other: {"condition": "service_healthy"} for other in waits}
     content["healthcheck"] = {
-        "test": ["CMD", *(_escaped(word) for word in _check(process))],
+        "test": ["CMD", *(_escaped(word) for word in health_check(process))],
         "interval": "10s",
         "timeout": "10s",
         "retries": 3,
@@ -193,8 +193,9 @@ def _compose_service(
         content["read_only"] = True
         content["tmpfs"] = ["/tmp", "/data"] if name == "Etcd" else ["/tmp"]
     if settings.args.resources.cpu and name not in _BROKERS:
-        first = int(process.name.rpartition("-")[2]) * settings.args.resources.cpu
-        content["cpuset"] = ",".join(str(first + number) for number in range(settings.args.resources.cpu))
+        cpu = settings.args.resources.cpu
+        first = deployment.taken_before(name)[1] + int(process.name.rpartition("-")[2]) * cpu
+        content["cpuset"] = numbered_cores(first, cpu, deployment.place)
     if process.gpus:
         device = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in process.gpus], "capabilities": ["gpu"]}
         content["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
@@ -372,7 +373,7 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
         "env": [_POD_NAME, *_environment(env)],
         "ports": ports,
         "startupProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 2, "failureThreshold": 300},
-        "readinessProbe": {"exec": {"command": _check(first)}, "periodSeconds": 15, "timeoutSeconds": 10},
+        "readinessProbe": {"exec": {"command": health_check(first)}, "periodSeconds": 15, "timeoutSeconds": 10},
         "livenessProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 10, "failureThreshold": 3},
         "resources": {"requests": {"memory": _mebi(memory)}, "limits": {"memory": _mebi(2 * memory)}},
         "securityContext": _UNPRIVILEGED,

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.worker.shm import sweep_stale_regions
+from graphs.board import STARTING, Board
+from graphs.discovery import forget_dead
 from graphs.service import Deployment, Process, Service
 from kvstore.errors import FailedError, UnavailableError
 from kvstore.transport import split_address
@@ -31,8 +33,8 @@ RESTART_SECONDS = (1.0, 60.0)
 # Those who import etcd3 set it for themselves; it would slow down the engines.
 _NOT_INHERITED = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"}
 _TAIL_LINES = 30
+_POLL_SECONDS = 0.2
 DEFAULT_STATE_DIR = Path(".kvtier")
-_COLORS = (36, 32, 33, 35, 34, 96, 92, 93, 95, 94)
 
 
 @dataclass(eq=False)
@@ -44,6 +46,7 @@ class Child:
     started: float = field(default_factory=time.monotonic)
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
     saw_ready_line: bool = False
+    ready: bool = False
     pump: asyncio.Task[None] | None = None
 
     @property
@@ -75,23 +78,25 @@ class Child:
 
 
 class Supervisor:
-    """Runs the processes of a deployment. `show` gets every line of output, with the process's name."""
+    """Runs the processes of a deployment. `show` gets every line of output, with the process's name, and `status` what
+    becomes of it; without `status` it all goes to `show`."""
 
     def __init__(
         self,
         deployment: Deployment,
         show: Callable[[str, str], None],
         *,
+        status: Callable[[str, str], None] | None = None,
         restart: bool = True,
         logs: Path | None = None,  # default: in the deployment's state folder
     ):
         self.deployment = deployment
         self.children: dict[str, Child] = {}
         self._show = show
+        self._status = status or show
         self._restart = restart
         self._logs = logs or deployment.state_dir / "logs"
         self._environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-        self._stopping = False
         self._watchers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -117,29 +122,37 @@ class Supervisor:
             await self.stop()
             raise
         if self._restart:
-            self._watchers = [asyncio.create_task(self._watch(name)) for name in self.children]
+            self.watch()
+
+    def watch(self) -> None:
+        """From now on, start again what dies."""
+        self._watchers = [asyncio.create_task(self._watch(name)) for name in self.children]
+
+    def unwatch(self) -> None:
+        for watcher in self._watchers:
+            watcher.cancel()
 
     async def launch(self, process: Process) -> Child:
         """Start one process and wait until it is ready. Raises UnavailableError."""
         _check_free(process)
+        self._status(process.name, STARTING)
         child = await self._spawn(process)
         deadline = time.monotonic() + READY_SECONDS
         while not await self._is_ready(child):
             if not child.alive:
                 if child.pump is not None:
                     await child.pump
-                raise FailedError(f"{process.name}: {_last_words(child)}")
+                raise FailedError(f"{process.name}: {_last_words(child, self._log_of(process))}")
             if time.monotonic() > deadline:
-                raise FailedError(f"{process.name}: not ready after {READY_SECONDS:.0f} s; see {self._logs}")
-            await asyncio.sleep(0.2)
-        self._show(process.name, f"ready after {time.monotonic() - child.started:.1f} s")
+                raise FailedError(f"{process.name}: not ready after {READY_SECONDS:.0f} s; see {self._log_of(process)}")
+            await asyncio.sleep(_POLL_SECONDS)
+        child.ready = True
+        self._status(process.name, f"ready after {time.monotonic() - child.started:.1f} s")
         return child
 
     async def stop(self) -> None:
         """Take everything down, those first that need others; what does not leave in time is killed."""
-        self._stopping = True
-        for watcher in self._watchers:
-            watcher.cancel()
+        self.unwatch()
         for service in reversed(self.deployment.services):
             leaving = [child for child in self.children.values() if child.process.service == service.name]
             await asyncio.gather(*(self.end(child) for child in leaving))
@@ -187,7 +200,7 @@ class Supervisor:
     async def _pump(self, child: Child) -> None:
         """Carry the child's output to the log file and to `show`, until it and all that share its output are gone."""
         assert child.running.stdout is not None
-        path = self._logs / f"{child.process.name}.log"
+        path = self._log_of(child.process)
         with contextlib.ExitStack() as stack:
             log = stack.enter_context(path.open("ab"))
             while True:
@@ -210,6 +223,9 @@ class Supervisor:
                     child.saw_ready_line = True
                 self._show(child.process.name, line)
 
+    def _log_of(self, process: Process) -> Path:
+        return self._logs / f"{process.name}.log"
+
     async def _is_ready(self, child: Child) -> bool:
         process = child.process
         if process.ready_line:
@@ -218,49 +234,51 @@ class Supervisor:
 
     async def _watch(self, name: str) -> None:
         """Start the process again whenever it dies."""
-        first, longest = RESTART_SECONDS
-        pause = first
+        shortest, longest = RESTART_SECONDS
+        pause = shortest
         while True:
             child = self.children[name]
-            code = await child.running.wait()
-            if self._stopping:
-                return
+            while child.alive:  # asyncio's own wait would wait for all that the process started, too
+                await asyncio.sleep(_POLL_SECONDS)
+            code = child.running.returncode
             child.signal(signal.SIGKILL)  # what it may have left behind
-            pause = first if time.monotonic() - child.started > longest else min(longest, 2 * pause)
-            self._show(name, f"ended with {code}; starting it again in {pause:.0f} s")
+            if folder := child.process.env.get("DYN_FILE_KV"):
+                await asyncio.to_thread(forget_dead, Path(folder))
+            if time.monotonic() - child.started > longest:
+                pause = shortest
+            self._status(name, f"ended with {code}; starting it again in {pause:.0f} s")
             await asyncio.sleep(pause)
-            with contextlib.suppress(UnavailableError):
+            pause = min(longest, 2 * pause)
+            try:
                 await self.launch(child.process)
+            except UnavailableError as error:
+                self._status(name, f"did not start: {str(error).splitlines()[0]}")
+                if self.children[name].alive:  # and never became ready
+                    self.children[name].signal(signal.SIGKILL)
 
 
-def console() -> Callable[[str, str], None]:
-    """Shows lines on standard output, each behind its process's name, in a colour of its own on a terminal."""
-    colors: dict[str, int] = {}
-
-    def show(name: str, line: str) -> None:
-        prefix = f"{name:>14} | "
-        if sys.stdout.isatty():
-            color = colors.setdefault(name, _COLORS[len(colors) % len(_COLORS)])
-            prefix = f"\033[{color}m{prefix}\033[0m"
-        print(prefix + line, flush=True)
-
-    return show
-
-
-async def serve(deployment: Deployment, announce: Callable[[], None], logs: Path | None = None) -> None:
+async def serve(
+    deployment: Deployment, announce: Callable[[], None], logs: Path | None = None, *, verbose: bool = False
+) -> None:
     """Run a deployment until SIGINT or SIGTERM; `announce` is called when it is up."""
-    supervisor = Supervisor(deployment, console(), logs=logs)
+    board = Board([process.name for process in deployment.processes()], verbose=verbose)
+    supervisor = Supervisor(deployment, board.output, status=board.status, logs=logs)
     running = asyncio.current_task()
     assert running is not None
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+    drawing = asyncio.create_task(board.keep_drawing())
     try:
         await supervisor.start()
+        board.settle()
         announce()
         await supervisor.wait()
     except asyncio.CancelledError:
+        board.settle()
         print("stopping", flush=True)
     finally:
+        board.settle()
+        drawing.cancel()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().remove_signal_handler(number)
         await supervisor.stop()
@@ -274,12 +292,13 @@ def _answers(url: str, text: str) -> bool:
         return False
 
 
-def _last_words(child: Child) -> str:
+def _last_words(child: Child, log: Path) -> str:
     """Its own error message, if it gave one; otherwise the end of its output."""
     errors = [line for line in child.tail if ": error: " in line]
     if errors:
         return errors[-1]
-    return f"ended with {child.running.returncode} before it was ready:\n  " + "\n  ".join(child.tail)
+    end = "\n  ".join(child.tail)
+    return f"ended with {child.running.returncode} before it was ready; {log} says, at its end:\n  {end}"
 
 
 def dry_run(deployment: Deployment) -> Sequence[str]:

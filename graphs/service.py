@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvstore.errors import ConfigError, validated
+from kvstore.transport import split_address
 
 Setting = str | int | float | bool
 
@@ -143,7 +144,19 @@ class Deployment:
                 name = f"{service.name}.{str(error).partition(':')[0]}"
                 error.args = (f"{self.source.find(name)}{service.name}.{error}",)
                 raise
+        if not self.place.apart:
+            self._check_ports(processes)
         return processes
+
+    def _check_ports(self, processes: Sequence[Process]) -> None:
+        """Raises ConfigError if two processes are to listen on the same port."""
+        taken: dict[int, str] = {}
+        for process in processes:
+            for port in {split_address(address)[1] for address in process.listens}:
+                if port in taken:
+                    where = self.source.find(process.service)
+                    raise ConfigError(f"{where}{process.name}", f"port {port}", f"one that {taken[port]} does not have")
+                taken[port] = process.name
 
     def of(self, name: str) -> Settings:
         return self.settings.get(name, Settings())
@@ -152,19 +165,20 @@ class Deployment:
         """Whether the graph has the service, and at least one replica of it."""
         return any(service.name == name for service in self.services) and self.of(name).args.workers > 0
 
-    def gpus_before(self, name: str) -> int:
-        """How many GPUs the services take that come before this one."""
-        total = 0
+    def taken_before(self, name: str) -> tuple[int, int]:
+        """How many GPUs, and how many cores, the services take that come before this one."""
+        gpus = cores = 0
         for service in self.services:
             if service.name == name:
                 break
             args = self.of(service.name).args
-            total += args.workers * args.resources.gpu
-        return total
+            gpus += args.workers * args.resources.gpu
+            cores += args.workers * args.resources.cpu
+        return gpus, cores
 
 
-def load_graph(reference: str) -> list[Service]:
-    """The services that `package.module:Service` reaches, those first that others need. Raises ConfigError."""
+def load_root(reference: str) -> Service:
+    """The service that `package.module:Service` names. Raises ConfigError."""
     module_name, colon, attribute = reference.partition(":")
     expected = "module:Service, such as graphs.agg_router:Frontend"
     if not colon:
@@ -175,6 +189,12 @@ def load_graph(reference: str) -> list[Service]:
         raise ConfigError("graph", reference, f"{expected} ({error})") from None
     if not isinstance(root, Service):
         raise ConfigError("graph", reference, f"{expected} ({attribute} is a {type(root).__name__})")
+    return root
+
+
+def load_graph(reference: str) -> list[Service]:
+    """The services that `package.module:Service` reaches, those first that others need. Raises ConfigError."""
+    root = load_root(reference)
     ordered: list[Service] = []
 
     def visit(service: Service, path: tuple[str, ...]) -> None:
@@ -201,7 +221,7 @@ def load_deployment(
     try:
         for name in content:
             if name != "Common" and name not in names:
-                raise ConfigError(name, "a section", f"Common or a service of the graph: {', '.join(sorted(names))}")
+                raise ConfigError(name, name, f"Common or a service of the graph: {', '.join(sorted(names))}")
         common = _section(content, "Common")
         settings = {
             service.name: _settings(service.name, _section(content, service.name), common, service.replicas)
@@ -224,12 +244,11 @@ def as_flags(flags: Mapping[str, Setting]) -> list[str]:
     return arguments
 
 
-def cores_of(replica: int, count: int, place: Place) -> str:
-    """The cores, comma-separated, of a replica that gets `count`; they are shared out in turn. Those of another machine
-    are counted from 0, or left to the engine to find where nobody pins."""
+def numbered_cores(first: int, count: int, place: Place) -> str:
+    """`count` cores from the `first` on, comma-separated; they are shared out in turn. Those of another machine are
+    counted from 0, or left to the engine to find where nobody pins."""
     if not place.pins_cores:
         return "auto"
-    first = replica * count
     if place.apart:
         return ",".join(str(first + number) for number in range(count))
     usable = sorted(os.sched_getaffinity(0))
@@ -243,23 +262,28 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
     except OSError as error:
         raise ConfigError("config", path, f"a YAML file that can be read ({error.strerror})") from None
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f"line {where.line + 1}: " if where else ""
-        raise ConfigError("config", path, f"YAML ({line}{getattr(error, 'problem', error)})") from None
+        mark = getattr(error, "problem_mark", None)
+        line = min(mark.line, text.count("\n")) if mark else 0
+        written = text.splitlines()[line : line + 1] or text.splitlines()[-1:]
+        problem = getattr(error, "problem", error)
+        raise ConfigError(f"{path}:{line + 1}", "".join(written).strip(), f"YAML ({problem})") from None
     if not isinstance(content, dict):
         raise ConfigError("config", path, "a mapping of services to their settings")
     source = Source(path)
-    _find_lines(yaml.compose(text, yaml.SafeLoader), "", source.lines)
+    _find_lines(yaml.compose(text, yaml.SafeLoader), "", source)
     return content, source
 
 
-def _find_lines(node: yaml.Node | None, name: str, lines: dict[str, int]) -> None:
-    """The line of every key, by its path with dots."""
+def _find_lines(node: yaml.Node | None, name: str, source: Source) -> None:
+    """The line of every key, by its path with dots. Raises ConfigError for a key that is there twice."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             below = f"{name}.{key.value}" if name else str(key.value)
-            lines[below] = key.start_mark.line + 1
-            _find_lines(value, below, lines)
+            line = key.start_mark.line + 1
+            if below in source.lines:
+                raise ConfigError(f"{source.file}:{line}: {below}", "twice", f"once: see line {source.lines[below]}")
+            source.lines[below] = line
+            _find_lines(value, below, source)
 
 
 def _override(content: dict[str, Any], text: str, source: Source) -> None:
@@ -291,8 +315,9 @@ def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any], wor
     args = section.pop("ServiceArgs", None) or {}
     env = section.pop("env", None) or {}
     shared = section.pop("common-configs", None) or []
-    if not isinstance(args, dict) or not isinstance(env, dict) or not isinstance(shared, list):
-        raise ConfigError(name, section, "ServiceArgs and env to be mappings, common-configs a list")
+    for key, value, kind in (("ServiceArgs", args, dict), ("env", env, dict), ("common-configs", shared, list)):
+        if not isinstance(value, kind):
+            raise ConfigError(f"{name}.{key}", value, "a list" if kind is list else "a mapping")
     for key in shared:
         if key not in common:
             raise ConfigError(
@@ -315,7 +340,7 @@ def replicas(name: str, deployment: Deployment) -> Iterator[tuple[int, dict[str,
     ConfigError."""
     settings, place = deployment.of(name), deployment.place
     resources = settings.args.resources
-    before = deployment.gpus_before(name)
+    before, cores_before = deployment.taken_before(name)
     usable = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     wanted = before + settings.args.workers * resources.gpu
     if not place.apart and resources.gpu and usable and wanted > len(usable):
@@ -323,7 +348,8 @@ def replicas(name: str, deployment: Deployment) -> Iterator[tuple[int, dict[str,
             "ServiceArgs.resources.gpu", resources.gpu, f"at most the GPUs of CUDA_VISIBLE_DEVICES={','.join(usable)}"
         )
     for replica in range(settings.args.workers):
-        cores = cores_of(replica, resources.cpu, place) if resources.cpu else ""
+        first_core = cores_before + replica * resources.cpu
+        cores = numbered_cores(first_core, resources.cpu, place) if resources.cpu else ""
         env = {
             key: value.replace("{replica}", str(replica)).replace("{cores}", cores)
             for key, value in settings.env.items()

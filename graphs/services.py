@@ -4,7 +4,9 @@ What a service needs to know of another (the broker's URL, the targets' addresse
 so that a YAML file says each thing once.
 """
 
+import argparse
 import contextlib
+import difflib
 import json
 import os
 import random
@@ -16,11 +18,15 @@ from pathlib import Path
 
 from graphs.service import Deployment, Place, Process, Service, Setting, Settings, as_flags, replicas
 from kvstore.errors import ConfigError, validated
+from kvstore.membership import checked_address
 from kvstore.transport import split_address
 
 _PORT_MAX = 32_767
+_NAMES_MAX = 30  # in an error message; of more, those that look like what was written
 _NATS_LISTEN, _NATS_MONITOR = "127.0.0.1:4222", 8222
 _ETCD_LISTEN, _ETCD_PEER = "127.0.0.1:2379", 2380
+# A router that is gone stays registered for 10 s, in which the frontend asks it, too: then it shall ask another one.
+_MIGRATION = {"migration-limit": 3}
 _SYSTEM_PORT = 9090  # of Dynamo's processes in containers: /health, /live, /metrics
 
 _TIER_FLAGS = {
@@ -93,7 +99,11 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
     known = {name.replace("_", "-") for name in Options.model_fields} - {"advertise", "nats", "etcd"}
     _known("Store", settings, known | {"addresses"})
     if "addresses" in settings.flags:
+        for address in str(settings.flags["addresses"]).removeprefix("etcd://").split(","):
+            checked_address("addresses", address.strip())
         return []
+    if not settings.args.workers:
+        raise ConfigError("ServiceArgs.workers", 0, "1 or more, or Store.addresses where targets run elsewhere")
     processes = []
     place = deployment.place
     addresses = target_addresses(deployment)
@@ -160,6 +170,7 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
     ours: dict[str, Setting] = {
         "store": store_addresses(deployment),
         "nats": nats_url(deployment),
+        **({"endpoint": "dynamo.prefill.generate"} if mode == "prefill" else {}),
         **{key: value for key, value in flags.items() if key in _WORKER_FLAGS},
     }
     validated(Options, {key.replace("-", "_"): value for key, value in ours.items()})
@@ -176,10 +187,12 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
         if mode != "routed" and tier:
             command += ["--endpoint-types", "chat,completions"]  # the last of two counts: a frontend is to find it
         if mode in ("prefill", "decode"):
-            command += _disaggregated(mode, ours if tier else None)
+            command += _disaggregated(mode, ours if tier else None, on_gpu=bool(gpus))
         # Without it vLLM takes a port from those that the kernel gives to anybody's next connection, lets go of it, and
         # fails if it is gone when its processes want it. In a container nobody else takes any.
         ports = {} if place.apart else {"VLLM_PORT": str(free_port())}
+        if mode in ("prefill", "decode") and not place.apart:
+            ports |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
         processes.append(
             Process(
                 f"{name}-{replica}",
@@ -197,13 +210,17 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
     return processes
 
 
-def _disaggregated(mode: str, tier: Mapping[str, Setting] | None) -> list[str]:
+def _disaggregated(mode: str, tier: Mapping[str, Setting] | None, *, on_gpu: bool) -> list[str]:
     """What a prefill or decode worker is told beyond the flags of any: its part, and that KV goes from one to the other
     by NIXL. The tier goes beside NIXL. Prefill and decode workers find each other through the frontend."""
     from components.worker.__main__ import Options, compose
 
-    nixl: dict[str, object] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
-    transfer = nixl
+    role = "kv_producer" if mode == "prefill" else "kv_consumer"
+    nixl: dict[str, object] = {"kv_connector": "NixlConnector", "kv_role": role}
+    if not on_gpu:
+        nixl["kv_buffer_device"] = "cpu"
+    # A handover that fails costs a prefill on the decode worker, and not the request.
+    transfer = {**nixl, "kv_load_failure_policy": "recompute"}
     arguments = ["--disaggregation-mode", mode]
     if tier is not None:
         options = validated(Options, {key.replace("-", "_"): value for key, value in tier.items()})
@@ -215,8 +232,6 @@ def _disaggregated(mode: str, tier: Mapping[str, Setting] | None) -> list[str]:
             "kv_load_failure_policy": ours.pop("kv_load_failure_policy"),
             "kv_connector_extra_config": {"connectors": [nixl, ours]},
         }
-        if "endpoint" not in tier and mode == "prefill":
-            arguments += ["--endpoint", "dyn://dynamo.prefill.generate"]
     return [*arguments, "--kv-transfer-config", json.dumps(transfer)]
 
 
@@ -260,13 +275,14 @@ def _router(settings: Settings, deployment: Deployment) -> list[Process]:
 
 def _frontend(settings: Settings, deployment: Deployment) -> list[Process]:
     """Stock dynamo.frontend, on `port` and the ports after it."""
+    _known("Frontend", settings, _frontend_flags() | {"port", "host"})
     processes = []
     place = deployment.place
     for replica, env, _ in replicas("Frontend", deployment):
         port = _number(settings, "port", 8000) if place.apart else _port(settings, "port", replica, place, default=8000)
         others = {key: value for key, value in settings.flags.items() if key not in ("port", "host")}
         host = "0.0.0.0" if place.apart else _flag(settings, "host", "127.0.0.1")
-        flags = {"http-port": port, "http-host": host, **others}
+        flags = {"http-port": port, "http-host": host, **_MIGRATION, **others}
         command = [place.python, "-m", "dynamo.frontend", *as_flags(flags)]
         processes.append(
             Process(
@@ -282,6 +298,15 @@ def _frontend(settings: Settings, deployment: Deployment) -> list[Process]:
             )
         )
     return processes
+
+
+def _frontend_flags() -> set[str]:
+    """What dynamo.frontend takes, by its own word."""
+    from dynamo.frontend.frontend_args import FrontendArgGroup
+
+    parser = argparse.ArgumentParser()
+    FrontendArgGroup().add_arguments(parser)
+    return {option.removeprefix("--") for action in parser._actions for option in action.option_strings} - {"help"}
 
 
 Nats = Service("Nats", _nats)
@@ -329,10 +354,7 @@ def store_addresses(deployment: Deployment) -> str:
         return str(settings.flags["addresses"])
     if deployment.runs("Etcd"):
         return f"etcd://{etcd_address(deployment)}"
-    addresses = target_addresses(deployment)
-    if not addresses:
-        raise ConfigError("store", "no target", "Store.ServiceArgs.workers of 1 or more, or Store.addresses")
-    return ",".join(addresses)
+    return ",".join(target_addresses(deployment))
 
 
 def model_name(deployment: Deployment) -> str:
@@ -377,6 +399,8 @@ def runtime_env(deployment: Deployment) -> Mapping[str, str]:
         "DYN_TCP_RPC_HOST": "127.0.0.1",
         "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
         "DYN_SYSTEM_HOST": "127.0.0.1",
+        # Or each probe of a service that is not ready yet counts as an error in its log.
+        "DYN_LOG": "info,tower_http=off",
     }
     inherited = {key: os.environ.get(key, value) for key, value in local.items()}
     return {**inherited, **(etcd if deployment.runs("Etcd") else {}), **nats}
@@ -386,8 +410,10 @@ def _known(name: str, settings: Settings, keys: set[str]) -> None:
     """Raises ConfigError for a key that the service does not have."""
     for key in settings.flags:
         if key not in keys:
-            allowed = ", ".join(sorted({*keys, "ServiceArgs", "env", "common-configs"}))
-            raise ConfigError(key, settings.flags[key], f"a setting of {name}: {allowed}")
+            allowed = sorted({*keys, "ServiceArgs", "env", "common-configs"})
+            if len(allowed) > _NAMES_MAX:
+                allowed = difflib.get_close_matches(key, allowed) or allowed
+            raise ConfigError(key, settings.flags[key], f"a setting of {name}: {', '.join(allowed)}")
 
 
 def _flag(settings: Settings, key: str, default: str) -> str:

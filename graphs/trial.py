@@ -18,11 +18,10 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from graphs import agg_router
 from graphs.forgery import Record, forge, records
 from graphs.serve import Child, Supervisor
-from graphs.service import load_deployment
-from graphs.services import Frontend, free_port, frontend_url, runtime_env, vllm_workers
+from graphs.service import load_deployment, load_root
+from graphs.services import free_port, frontend_url, runtime_env, vllm_workers
 from graphs.tiny_model import make_tiny_model
 from kvstore import residency, wire
 from kvstore.bus import Bus
@@ -39,7 +38,6 @@ CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 LOGPROB_TOLERANCE = 1e-3
 
 ReferenceWorker = vllm_workers("ReferenceWorker")
-Frontend.link(ReferenceWorker)
 
 Message = dict[str, str]
 
@@ -98,6 +96,8 @@ class Trial:
     say: Callable[[str], None] = lambda line: None
     overrides: Sequence[str] = ()
     config: Path = CONFIG
+    graph: str = "graphs.agg_router:Frontend"
+    tiered: str = "VllmWorker"  # the service whose workers have the tier
     messages: list[Message] = field(default_factory=list)
 
     async def __aenter__(self) -> "Trial":
@@ -111,10 +111,9 @@ class Trial:
             f"--Frontend.port={free_port()}",
             *self.overrides,
         ]
-        self.deployment = load_deployment(
-            f"{agg_router.__name__}:Frontend", self.config, overrides, self.folder / "state"
-        )
-        tiered = self.deployment.of("VllmWorker")
+        load_root(self.graph).link(ReferenceWorker)
+        self.deployment = load_deployment(self.graph, self.config, overrides, self.folder / "state")
+        tiered = self.deployment.of(self.tiered)
         reference = {
             **tiered.flags,
             "served-model-name": REFERENCE,
@@ -135,10 +134,7 @@ class Trial:
             self._follower = asyncio.create_task(residency.follow(self.mirror, self.bus, "default"))
             self._store = StoreClient(StaticMembership([self.store_address]))
             self._ids: dict[str, int] = {}
-            os.environ.update(runtime_env(self.deployment), DYN_LOG="off")
-            from dynamo.runtime import DistributedRuntime  # it reads the environment when imported
-
-            self._runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
+            self._runtime: Any = None
             await self.until(self._answers, "both models answer", 120)
         except BaseException:
             await self.http.close()
@@ -150,7 +146,8 @@ class Trial:
         self._follower.cancel()
         self._store.close()
         await self.bus.close()
-        self._runtime.shutdown()
+        if self._runtime is not None:
+            self._runtime.shutdown()
         await self.http.close()
         await self.supervisor.stop()
 
@@ -223,7 +220,9 @@ class Trial:
     @property
     def workers(self) -> list[str]:
         """Names of the live workers that have the tier."""
-        return [name for name, child in self.supervisor.children.items() if name.startswith("Vllm") and child.alive]
+        return [
+            name for name, child in self.supervisor.children.items() if name.startswith(self.tiered) and child.alive
+        ]
 
     @property
     def store_address(self) -> str:
@@ -335,6 +334,11 @@ class Trial:
     async def clear(self, worker: str) -> None:
         """Empty the worker's HBM and DRAM tiers, through the stock worker's own endpoint."""
         component = "reference" if worker.startswith("Reference") else "backend"
+        if self._runtime is None:
+            os.environ.update(runtime_env(self.deployment), DYN_LOG="off")
+            from dynamo.runtime import DistributedRuntime  # it reads the environment when imported
+
+            self._runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
         client = await self._runtime.endpoint(f"dynamo.{component}.clear_kv_blocks").client()
         await client.wait_for_instances()
         async for answer in await client.direct({}, await self.worker_id(worker)):

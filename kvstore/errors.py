@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -46,7 +46,16 @@ def validated(model: type[Model], values: dict[str, object]) -> Model:
         name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         expected = _EXPECTED.get(first["type"], message)
+        if first["type"] == "extra_forbidden":
+            expected = f"one of {', '.join(_settings(model, first['loc'][:-1]))}"
         raise ConfigError(name, first.get("input"), expected) from None
+
+
+def _settings(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """What can be set in the part of a model at `path`, as on the command line."""
+    for name in path:
+        model = cast(type[BaseModel], model.model_fields[str(name)].annotation)
+    return [name.replace("_", "-") for name in model.model_fields]
 
 
 def fail(program: str, error: Exception) -> NoReturn:

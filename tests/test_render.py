@@ -1,5 +1,7 @@
 """What is rendered is what is committed, has the shape its readers ask for, and runs the commands that exist."""
 
+import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,14 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
+from dynamo.frontend.frontend_args import FrontendArgGroup
 
 from components.router.__main__ import parse as parse_router
 from components.worker.__main__ import parse as parse_worker
-from graphs.render import IMAGES, render
+from graphs.render import IMAGES, PLACES, render
 from graphs.serve import dry_run
 from graphs.service import load_deployment
 from kvstore.__main__ import parse as parse_store
 from kvstore.errors import ConfigError
+from tests import manifests
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "graphs" / "configs"
@@ -26,6 +30,7 @@ GRAPHS = [
     (ROUTED, "eight_gpu"),
     (ROUTED, "external_store"),
     ("graphs.disagg_router:Frontend", "disagg"),
+    ("graphs.disagg_router:Frontend", "disagg_quickstart"),
     ("graphs.store_only:Store", "store"),
 ]
 COMMITTED = [
@@ -33,17 +38,6 @@ COMMITTED = [
     ("compose.gpu.yaml", "compose", [], "two_gpu"),
     ("k8s.yaml", "k8s", [], "two_gpu"),
 ]
-# The fields of DynamoGraphDeployment v1alpha1 (deploy/operator/api/v1alpha1 of ai-dynamo/dynamo) that are used here.
-COMPONENT = {
-    "componentType": str,
-    "subComponentType": str,
-    "globalDynamoNamespace": bool,
-    "replicas": int,
-    "envs": list,
-    "resources": dict,
-    "sharedMemory": dict,
-    "extraPodSpec": dict,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -58,14 +52,23 @@ def commands(text: str) -> list[list[str]]:
     return [[word.replace("$$", "$") for word in s["command"]] for s in services if "build" in s]
 
 
+def parse_frontend(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    FrontendArgGroup().add_arguments(parser)
+    parser.parse_args(arguments)
+
+
 def parsed(command: list[str]) -> None:
-    """Raises if the command's own parser does not take its arguments."""
-    parsers = {"kvstore": parse_store, "components.router": parse_router, "components.worker": parse_worker}
+    """Raises if the command's own parser does not take its arguments. Those of dynamo.vllm: tests/engine."""
+    parsers = {
+        "kvstore": parse_store,
+        "components.router": parse_router,
+        "components.worker": parse_worker,
+        "dynamo.frontend": parse_frontend,
+    }
     assert command[:2] == ["python", "-m"]
-    if command[2] in parsers:
+    if command[2] != "dynamo.vllm":
         parsers[command[2]](command[3:])
-    else:
-        assert command[2] in ("dynamo.vllm", "dynamo.frontend")
 
 
 @pytest.mark.parametrize(("file", "target", "overrides", "config"), COMMITTED, ids=lambda value: str(value))
@@ -76,12 +79,62 @@ def test_what_is_committed_is_up_to_date(file: str, target: str, overrides: list
 
 @pytest.mark.parametrize(("graph", "config"), GRAPHS)
 def test_every_graph_runs_and_renders(graph: str, config: str, tmp_path: Path) -> None:
+    """Compose files are read by Docker Compose itself, manifests by Kubernetes' own types and Dynamo's."""
     path = CONFIGS / f"{config}.yaml"
     assert dry_run(load_deployment(graph, path, [], tmp_path))
-    for command in commands(render("compose", graph, path, [], Path("docker"))):
+    text = render("compose", graph, path, [], Path("docker"))
+    for command in commands(text):
         parsed(command)
-    kinds = [document["kind"] for document in yaml.safe_load_all(render("k8s", graph, path, [], Path("docker")))]
-    assert "DynamoGraphDeployment" in kinds or config == "store"
+    compose_accepts(text, tmp_path)
+    documents = list(yaml.safe_load_all(render("k8s", graph, path, [], Path("docker"))))
+    for document in documents:
+        manifests.read(document)
+    assert "DynamoGraphDeployment" in {document["kind"] for document in documents} or config == "store"
+
+
+def compose_accepts(text: str, tmp_path: Path) -> None:
+    (tmp_path / "compose.yaml").write_text(text)
+    program = str(Path(sys.executable).parent / "docker-compose")
+    command = [program, "-f", str(tmp_path / "compose.yaml"), "config", "--quiet"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert not ended.stderr, ended.stderr
+    assert ended.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("capacities: 3", "services.nats.capacities false schema"),
+        ("ports: true", "services.nats.ports must be a array"),
+        ("depends_on: [nobody]", "depends on undefined service"),
+    ],
+)
+def test_compose_would_refuse_what_is_wrong(tmp_path: Path, wrong: str, says: str) -> None:
+    text = (ROOT / "docker" / "compose.yaml").read_text().replace("  nats:\n", f"  nats:\n    {wrong}\n", 1)
+    with pytest.raises(AssertionError, match=says):
+        compose_accepts(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("replicas: 2\n      envs", "replicas: two\n      envs", "services.VllmWorker.replicas: 'two' given"),
+        ("sharedMemory:", "sharedMemories:", "VllmWorker.sharedMemories: no such field"),
+        ("readOnlyRootFilesystem", "readonlyRootFilesystem", "securityContext.readonlyRootFilesystem: no such field"),
+        ("componentType: frontend", "componentType: front", "expected frontend"),
+        (
+            "serviceName: kvtier-store",
+            "podManagementPolicy: Parallel",
+            "StatefulSet.spec: Invalid value for `service_name`",
+        ),
+    ],
+)
+def test_manifests_that_are_wrong_are_noticed(old: str, new: str, says: str) -> None:
+    text = (ROOT / "docker" / "k8s.yaml").read_text()
+    assert old in text
+    documents = list(yaml.safe_load_all(text.replace(old, new)))
+    with pytest.raises(ValueError, match=says):
+        list(map(manifests.read, documents))
 
 
 def test_the_graph_without_a_router_shows_its_workers(tmp_path: Path) -> None:
@@ -129,23 +182,33 @@ def test_compose_hangs_together() -> None:
     assert hosts <= set(services)
 
 
-def test_manifests_have_the_fields_of_the_operators_types() -> None:
+def test_manifests_run_the_commands_that_exist() -> None:
     documents = list(yaml.safe_load_all((ROOT / "docker" / "k8s.yaml").read_text()))
-    graph = documents[-1]
-    assert (graph["apiVersion"], graph["kind"]) == ("nvidia.com/v1alpha1", "DynamoGraphDeployment")
-    assert set(graph["spec"]) == {"backendFramework", "services"}
-    for name, component in graph["spec"]["services"].items():
-        for key, value in component.items():
-            assert isinstance(value, COMPONENT[key]), (name, key)
-        assert component["componentType"] in ("frontend", "worker")
+    services = documents[-1]["spec"]["services"]
+    for component in services.values():
         main = component["extraPodSpec"]["mainContainer"]
         parsed([*main["command"], *main["args"]])
-    worker = graph["spec"]["services"]["VllmWorker"]
-    assert worker["resources"] == {"limits": {"gpu": "1"}}
+    assert services["VllmWorker"]["resources"] == {"limits": {"gpu": "1"}}
     stateful = next(document for document in documents if document["kind"] == "StatefulSet")
     container = stateful["spec"]["template"]["spec"]["containers"][0]
     parse_store(container["command"][3:])
     assert "$(POD_NAME).kvtier-store:7600" in container["command"]
+
+
+def test_images_have_what_their_services_use() -> None:
+    """Folders that are mounted are the user's own; ports are declared; and nobody is root."""
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    processes = load_deployment(ROUTED, CONFIGS / "quickstart.yaml", [], Path("/data"), PLACES["compose"]).processes()
+    ports = {process.name.lower(): {process.port, process.metrics_port} - {0} for process in processes}
+    for name, service in services.items():
+        if "build" not in service:
+            continue
+        image = (ROOT / service["build"]["dockerfile"]).read_text()
+        for volume in service["volumes"]:
+            folder = volume.split(":")[1]
+            assert re.search(rf"install -d -o (1000|kvtier) .*{folder if folder.count('/') == 1 else '/models'}", image)
+        exposed = {int(port) for line in re.findall(r"^EXPOSE (.*)$", image, re.MULTILINE) for port in line.split()}
+        assert ports.get(name, set()) <= exposed, name
 
 
 def test_one_setting_changes_everywhere(tmp_path: Path) -> None:

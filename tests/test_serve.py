@@ -1,8 +1,11 @@
 """Graph files, their YAML, and the supervisor: order, readiness, endings, and words for bad input."""
 
 import asyncio
+import io
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,10 +14,14 @@ from pathlib import Path
 import pytest
 
 from graphs import serve
+from graphs.board import STARTING, Board
+from graphs.discovery import forget_dead
 from graphs.serve import Supervisor, dry_run
 from graphs.service import Deployment, Process, Service, as_flags, load_deployment
-from graphs.services import free_port
+from graphs.services import etcd_address, free_port, runtime_env, target_addresses
+from kvstore.client import StoreClient
 from kvstore.errors import ConfigError, UnavailableError
+from kvstore.membership import EtcdMembership
 
 ROOT = Path(__file__).parent.parent
 GRAPH = "graphs.agg_router:Frontend"
@@ -79,32 +86,104 @@ def test_flags() -> None:
     assert as_flags({"a": 1, "b": True, "c": False, "d": "x y"}) == ["--a", "1", "--b", "--d", "x y"]
 
 
+# What is wrong, and what is printed; docs/operations.md shows the same.
+BROKEN = [
+    (
+        "VllmWorker: {model: a/b}\nStore: {capacity: 1G",
+        "my.yaml:2: 'Store: {capacity: 1G' given, expected YAML (expected ',' or '}', but got '<stream end>')",
+    ),
+    (
+        "Stroe: {capacity: 1G}",
+        "my.yaml:1: Stroe: 'Stroe' given, expected Common or a service of the graph: Etcd, Frontend, Nats, Router, "
+        "Store, VllmWorker",
+    ),
+    (
+        "Router:\n  model-name: m\nRouter:\n  page: 127.0.0.1:8300",
+        "my.yaml:3: Router: 'twice' given, expected once: see line 1",
+    ),
+    ("Store:\n  capacity: lots", "my.yaml:2: Store.capacity: 'lots' given, expected a size such as 500G or 1.5TiB"),
+    (
+        "VllmWorker: {model: a/b}\nFrontend:\n  rooter-mode: kv",
+        "my.yaml:3: Frontend.rooter-mode: 'kv' given, expected a setting of Frontend: router-mode",
+    ),
+    (
+        "Store:\n  ServiceArgs: {worker: 2}",
+        "my.yaml:2: Store.ServiceArgs.worker: '2' given, expected one of workers, resources",
+    ),
+    (
+        "VllmWorker:\n  ServiceArgs:\n    resources: {gpus: 1}",
+        "my.yaml:3: VllmWorker.ServiceArgs.resources.gpus: '1' given, expected one of gpu, cpu",
+    ),
+    (
+        "Common: {model: a/b}\nVllmWorker:\n  common-configs: [modle]",
+        "my.yaml:3: VllmWorker.common-configs: 'modle' given, expected a key of Common: model",
+    ),
+    (
+        "VllmWorker:\n  ServiceArgs: {workers: 2}",
+        "my.yaml:1: VllmWorker.model: 'nothing' given, expected a folder with a config.json, or a name on the hub "
+        "(owner/model)",
+    ),
+    (
+        "VllmWorker: {model: a/b}\nFrontend: {port: 99999}",
+        "my.yaml:2: Frontend.port: '99999' given, expected a port number up to 32767",
+    ),
+    (
+        "VllmWorker: {model: a/b, system-port: 8000}\nFrontend: {port: 8000}",
+        "my.yaml:2: Frontend-0: 'port 8000' given, expected one that VllmWorker-0 does not have",
+    ),
+    (
+        "VllmWorker: {model: a/b}\nStore:\n  addresses: 10.0.0.7",
+        "my.yaml:3: Store.addresses: '10.0.0.7' given, expected host:port",
+    ),
+    (
+        "VllmWorker:\n  model: a/b\n  ServiceArgs: {workers: 3, resources: {gpu: 1}}",
+        "my.yaml:3: VllmWorker.ServiceArgs.resources.gpu: '1' given, expected at most the GPUs of "
+        "CUDA_VISIBLE_DEVICES=0,1",
+    ),
+]
+
+
+def broken(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said of a configuration."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_deployment(GRAPH, Path("my.yaml"), [], tmp_path).processes()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("text", "says"), BROKEN)
+def test_a_broken_configuration_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str) -> None:
+    assert broken(tmp_path, text, monkeypatch) == says
+    assert says in (ROOT / "docs" / "operations.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: [1", "YAML (line"),
         ("- 1", "a mapping of services"),
-        ("Nobody: {x: 1}", "config.yaml:1: Nobody: 'a section' given, expected Common or a service of the graph"),
-        ("Store: 5", "Store: '5' given, expected a mapping"),
+        ("Store: 5", "my.yaml:1: Store: '5' given, expected a mapping"),
         ("Store: {ServiceArgs: {workers: many}}", "workers: 'many' given, expected a whole number"),
         ("Store: {ServiceArgs: {workers: -1}}", "greater than or equal to 0"),
-        ("Store: {ServiceArgs: {replicas: 1}}", "replicas"),
-        ("Store: {capacity: [1]}", "Store.capacity: '[1]' given"),
-        ("Store: {capacity: 1G, sise: 2}", "config.yaml:1: Store.sise: '2' given, expected a setting of Store:"),
-        ("Store:\n  capacity: lots", "config.yaml:2: Store.capacity: 'lots' given, expected a size"),
-        ("Store: {common-configs: [model]}", "Store.common-configs: 'model' given, expected a key of Common"),
+        ("Store: {ServiceArgs: [1]}", "my.yaml:1: Store.ServiceArgs: '[1]' given, expected a mapping"),
+        ("Store: {env: [1]}", "my.yaml:1: Store.env: '[1]' given, expected a mapping"),
+        ("Store: {common-configs: model}", "my.yaml:1: Store.common-configs: 'model' given, expected a list"),
         (
-            "Common: {model: m}\nVllmWorker: {common-configs: [model]}\nFrontend: {port: 99999}",
-            "config.yaml:3: Frontend.port: '99999' given, expected a port number",
+            "Store: {ServiceArgs: {workers: 0}}",
+            "Store.ServiceArgs.workers: '0' given, expected 1 or more, or Store.addr",
         ),
+        ("Store: {capacity: [1]}", "Store.capacity: '[1]' given"),
+        (
+            "Store: {capacity: 1G, sise: 2}",
+            "my.yaml:1: Store.sise: '2' given, expected a setting of Store: ServiceArgs",
+        ),
+        ("Store: {common-configs: [model]}", "Store.common-configs: 'model' given, expected a key of Common"),
+        ("Nats: {listen: 4222}", "my.yaml:1: Nats.listen: '4222' given, expected host:port"),
     ],
 )
-def test_bad_yaml_is_told(tmp_path: Path, text: str, says: str) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError) as raised:
-        load_deployment(GRAPH, path, [], tmp_path).processes()
-    assert says in str(raised.value)
+def test_bad_yaml_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str) -> None:
+    assert says in broken(tmp_path, text, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +192,7 @@ def test_bad_yaml_is_told(tmp_path: Path, text: str, says: str) -> None:
         ("graphs.agg_router", [], "expected module:Service"),
         ("graphs.nothing:Frontend", [], "No module named"),
         ("graphs.agg_router:Nothing", [], "has no attribute"),
-        ("graphs.serve:console", [], "console is a function"),
+        ("graphs.serve:serve", [], "serve is a function"),
         (GRAPH, ["--Store"], "override: '--Store' given, expected --Service.key=value"),
         (GRAPH, ["--Store.a.b=1", "--Store.a.b.c=1"], "b to be a mapping"),
     ],
@@ -234,6 +313,139 @@ async def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
     await supervisor.stop()
 
 
+async def test_a_child_whose_own_children_live_on_is_started_again(tmp_path: Path) -> None:
+    """As an engine does that outlives its worker, they hold its output open."""
+    grandchild = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {WAIT!r}]); " + WAIT
+    process = Process("a", "A", script(grandchild), {}, ready_line="up")
+    told: list[str] = []
+    supervisor = Supervisor(deployment(tmp_path, process), lambda *_: None, status=lambda _, text: told.append(text))
+    await supervisor.start()
+    first = supervisor.children["a"]
+    os.kill(first.pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while supervisor.children["a"] is first or not supervisor.children["a"].ready:
+            await asyncio.sleep(0.05)
+    assert first.group() == []
+    assert told[2] == "ended with -9; starting it again in 1 s"
+    supervisor.unwatch()
+    await supervisor.end(supervisor.children["a"], signal.SIGKILL)
+
+
+async def test_a_child_that_does_not_come_back_is_tried_again_ever_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "RESTART_SECONDS", (0.05, 10.0))
+    once = f"import os, sys; os.path.exists('{tmp_path}/ran') and sys.exit(3); open('{tmp_path}/ran', 'w'); " + WAIT
+    told: list[str] = []
+    process = Process("a", "A", script(once), {}, ready_line="up")
+    supervisor = Supervisor(deployment(tmp_path, process), lambda *_: None, status=lambda _, text: told.append(text))
+    await supervisor.start()
+    os.kill(supervisor.children["a"].pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while sum(text.startswith("did not start: a: ended with 3 before") for text in told) < 2:
+            await asyncio.sleep(0.05)
+    pauses = [float(text.split()[-2]) for text in told if text.startswith("ended with")]
+    assert pauses == sorted(pauses)
+    await supervisor.stop()
+
+
+def test_what_the_dead_registered_is_taken_away(tmp_path: Path) -> None:
+    with socket.socket() as alive:
+        alive.bind(("127.0.0.1", 0))
+        alive.listen()
+        ports = {"living": alive.getsockname()[1], "dead": free_port()}
+        for name, port in ports.items():
+            for kind in ("instances", "mdc"):
+                folder = tmp_path / "v1" / kind / "dynamo%2Fbackend%2Fgenerate"
+                folder.mkdir(parents=True, exist_ok=True)
+                content = {"transport": {"tcp": f"127.0.0.1:{port}/{name}/generate"}} if kind == "instances" else {}
+                (folder / name).write_text(json.dumps(content))
+        forget_dead(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"living"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+async def test_on_a_terminal_there_is_a_line_a_process_that_is_kept_up_to_date() -> None:
+    out = Terminal()
+    board = Board(["Nats", "Store-0"], out=out)
+    board.status("Nats", STARTING)
+    board.output("Nats", "\033[32mlistening\033[0m")
+    drawing = asyncio.create_task(board.keep_drawing())
+    async with asyncio.timeout(10):
+        while "listening" not in out.getvalue():
+            await asyncio.sleep(0.01)
+    board.status("Nats", "ready after 0.2 s")
+    board.settle()
+    drawing.cancel()
+    drawn = out.getvalue().split("\033[2A")[-1]
+    assert [line.strip() for line in drawn.replace("\033[2K", "").splitlines()] == [
+        "Nats  ready after 0.2 s",
+        "Store-0  waiting",
+    ]
+    board.status("Store-0", "ended with 1; starting it again in 1 s")
+    assert out.getvalue().endswith("ended with 1; starting it again in 1 s\n")
+
+
+def test_elsewhere_there_is_a_line_a_change(capsys: pytest.CaptureFixture[str]) -> None:
+    for verbose in (False, True):
+        board = Board(["Nats"], verbose=verbose)
+        board.status("Nats", STARTING)
+        board.output("Nats", "hello")
+        said = capsys.readouterr().out.splitlines()
+        assert said == ["          Nats | starting"] + ["          Nats | hello"] * verbose
+
+
+async def test_targets_and_dynamo_meet_in_etcd_if_asked_to(tmp_path: Path) -> None:
+    """NATS, etcd, a target that registers there, and a stock frontend that is found there."""
+    overrides = [f"--{name}.listen=127.0.0.1:{free_port()}" for name in ("Nats", "Etcd", "Store")]
+    one = load_deployment("graphs.store_only:Store", None, [*overrides, "--Etcd.ServiceArgs.workers=1"], tmp_path)
+    port = free_port()
+    command = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
+    frontend = Process("F", "F", command, runtime_env(one), ready_url=f"http://127.0.0.1:{port}/health")
+    supervisor = Supervisor(one, lambda *_: None, restart=False)
+    await supervisor.start()
+    try:
+        await supervisor.launch(frontend)
+        membership = await asyncio.to_thread(EtcdMembership, etcd_address(one), "default")
+        client = StoreClient(membership)
+        async with asyncio.timeout(20):
+            while not await asyncio.to_thread(client.stat, time.monotonic() + 2):
+                await asyncio.sleep(0.05)
+        assert list(await asyncio.to_thread(client.stat, time.monotonic() + 2)) == target_addresses(one)
+        client.close()
+        await supervisor.end(supervisor.children["F"])
+    finally:
+        await supervisor.stop()
+
+
+def test_where_dynamo_has_a_command_of_that_name_ours_stands_aside(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text("import sys\ndef main():\n    print('theirs', sys.argv[1:])\n    return 7\n")
+    info = tmp_path / "ai_dynamo_next-9.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ai-dynamo-next\nVersion: 9.0\n")
+    (info / "entry_points.txt").write_text("[console_scripts]\ndynamo = theirs:main\n")
+    for name, code, says in (
+        ("dynamo", 7, "dynamo: this is the command of ai-dynamo-next 9.0; that of kvtier is kvtier serve"),
+        ("kvtier", 0, "usage: kvtier serve"),
+    ):
+        run = f"import sys; sys.argv = ['{name}', 'serve', '--help']; from graphs.cli import main; main()"
+        ended = subprocess.run(
+            [sys.executable, "-c", run],
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert ended.returncode == code, ended.stderr
+        assert says in ended.stdout + ended.stderr
+        assert ("theirs ['serve', '--help']" in ended.stdout) == (name == "dynamo")
+
+
 async def test_a_port_that_is_taken_is_told_before_anything_runs(tmp_path: Path) -> None:
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -258,8 +470,6 @@ def test_killing_the_supervisor_ends_its_children(tmp_path: Path) -> None:
             break
     served.kill()
     served.wait()
-    import socket
-
     deadline = time.monotonic() + 20
     while socket.socket().connect_ex(("127.0.0.1", port)) == 0:
         assert time.monotonic() < deadline

@@ -7,6 +7,7 @@ Runs on vLLM 0.26. Every name is there under 0.33, too; its tiering manager, how
 import vllm
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import BlockStored
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
@@ -112,6 +113,7 @@ __all__ = [
     "JobResult",
     "KVCacheBlocks",
     "KVCacheConfig",
+    "KVConnectorFactory",
     "KVConnectorMetadata",
     "KVConnectorOutput",
     "KVConnectorRole",

@@ -12,6 +12,7 @@ from components.worker.compat import (
     GroupOffloadConfig,
     KVCacheBlocks,
     KVCacheConfig,
+    KVConnectorFactory,
     KVConnectorMetadata,
     KVConnectorOutput,
     KVConnectorRole,
@@ -183,3 +184,9 @@ def _cap_stores(request: Request, status: RequestOffloadState, groups: tuple[Gro
     computed = request.num_computed_tokens - request.num_in_flight_tokens
     asked = status.max_offload_tokens
     status.max_offload_tokens = min(with_blocks, computed, request.num_tokens if asked is None else asked)
+
+
+# Beside NIXL, in vLLM's MultiConnector, statistics find their connector by its name in vLLM's register; without an
+# entry there the first request ends the engine.
+if "KvtierConnector" not in KVConnectorFactory._registry:
+    KVConnectorFactory.register_connector("KvtierConnector", __name__, "KvtierConnector")

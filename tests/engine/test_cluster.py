@@ -5,6 +5,7 @@ In this order: the demo first, what needs the bus gone last.
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,19 +13,22 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
 from graphs import demo
+from graphs.render import health_check
 from graphs.services import runtime_env
 from graphs.trial import BLOCK_TOKENS, MODEL, REFERENCE, Trial
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 ROOT = Path(__file__).parent.parent.parent
+AIPERF = ROOT / ".venv-aiperf" / "bin" / "aiperf"
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def trial(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trial]:
     async with Trial(tmp_path_factory.mktemp("trial"), print, demo.OVERRIDES) as one:
         yield one
@@ -192,6 +196,81 @@ async def test_a_router_with_another_block_size_is_told_so(trial: Trial) -> None
     expected = "components.router: error: block-size: '16' given, expected 128, the block size of the workers"
     assert expected in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+OUTAGES = {
+    # What a request may come to while the service is away and until it is back, beside being answered.
+    "Store-0": set[str](),
+    "Nats": set[str](),
+    "VllmWorker-0": set[str](),
+    "Router-0": {"HTTP 503"},
+    "Frontend-0": {"refused"},
+}
+
+
+@pytest.mark.parametrize("name", OUTAGES)
+async def test_a_service_that_is_killed_comes_back_and_no_request_hangs(trial: Trial, name: str) -> None:
+    killed = trial.child(name)
+    outcomes: list[str] = []
+
+    async def ask(number: int) -> None:
+        async with asyncio.timeout(30):
+            try:
+                await trial.ask([{"role": "user", "content": f"Question {number} while {name} is away."}], max_tokens=4)
+                outcomes.append("answered")
+            except RuntimeError as error:
+                outcomes.append(str(error)[:8])
+            except aiohttp.ClientError:
+                outcomes.append("refused")
+
+    trial.supervisor.watch()
+    try:
+        os.kill(killed.pid, signal.SIGKILL)
+        async with asyncio.timeout(150), asyncio.TaskGroup() as asking:
+            while trial.child(name) is killed or not trial.child(name).ready:
+                asking.create_task(ask(len(outcomes)))
+                await asyncio.sleep(0.3)
+    finally:
+        trial.supervisor.unwatch()
+    assert set(outcomes) <= {"answered"} | OUTAGES[name], outcomes
+
+    async def served_by_all() -> bool:
+        await asyncio.gather(*(ask(number) for number in range(4)))
+        return outcomes[-4:] == ["answered"] * 4
+
+    await trial.until(served_by_all, "requests are answered as before", 30)
+    assert (await trial.say_next("Is it all as it was? " * 20)).answer.equals(await trial.reference())
+
+
+async def test_the_containers_health_checks_find_the_cluster_well(trial: Trial) -> None:
+    for child in trial.supervisor.children.values():
+        if child.process.service == "Nats":
+            continue  # asked by a program of its image
+        check = [sys.executable, *health_check(child.process)[1:]]
+        ended = await asyncio.to_thread(subprocess.run, check, timeout=60, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, (child.process.name, ended.stderr)
+
+
+async def test_aiperf_measures_the_cluster(trial: Trial, tmp_path: Path) -> None:
+    """Dynamo's own load generator, as the README shows it, without a network."""
+    if not AIPERF.exists():
+        pytest.skip("AIPerf is not installed: make .venv-aiperf")
+    arguments = ["--model", MODEL, "--tokenizer", str(trial.folder / "model"), "--url", trial.url]
+    arguments += ["--endpoint-type", "chat", "--streaming", "--concurrency", "2", "--request-count", "12"]
+    arguments += ["--isl", "300", "--osl", "16", "--ui", "none", "--output-artifact-dir", str(tmp_path)]
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [str(AIPERF), "profile", *arguments],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    measured = json.loads((tmp_path / "profile_export_aiperf.json").read_text())
+    assert measured["request_count"]["avg"] == 12
+    assert measured["time_to_first_token"]["avg"] > 0
 
 
 async def test_without_nats_everything_serves_on(trial: Trial) -> None:
