@@ -16,11 +16,16 @@ TOKEN_BYTES = 4096  # of KV, in the small model
 
 
 async def test_prefill_takes_from_the_store_and_decode_goes_on(tmp_path: Path) -> None:
-    """The answers are those of one worker that does everything and has no tier."""
-    config = CONFIG.with_name("disagg_quickstart.yaml")
-    async with Trial(
-        tmp_path, print, config=config, graph="graphs.disagg_router:Frontend", tiered="PrefillWorker"
-    ) as trial:
+    """The answers are those of one worker that does everything and has no tier. All meet in etcd here."""
+    cluster = Trial(
+        tmp_path,
+        print,
+        overrides=["--Etcd.ServiceArgs.workers=1", f"--Etcd.listen=127.0.0.1:{free_port()}"],
+        config=CONFIG.with_name("disagg_quickstart.yaml"),
+        graph="graphs.disagg_router:Frontend",
+        tiered="PrefillWorker",
+    )
+    async with cluster as trial:
         first = await trial.say_next(OPENING)
         assert first.sources.computed == first.answer.prompt_tokens
         assert first.answer.equals(await trial.reference())
