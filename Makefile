@@ -1,13 +1,16 @@
 # make demo   install into .venv and play a conversation that outlives a worker, a target, a bit and a few clients
 # make serve  install and leave a small cluster running
 # make test   install and run all tests
-# make lint   style and types
+# make lint   style, types and Dockerfiles
 
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; print((3, 11) <= sys.version_info[:2] <= (3, 12) or "")' 2>/dev/null),$(p))) python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Its pins contradict Dynamo's, so it has an environment of its own.
+AIPERF := aiperf==0.13.0
+AIPERF_INSTALLED := .venv-aiperf/.$(AIPERF)
 
-.PHONY: demo serve test lint install clean
+.PHONY: demo serve test lint install aiperf clean
 
 demo: install
 	$(BIN)/python -m graphs.demo .demo
@@ -16,7 +19,7 @@ serve: install
 	$(BIN)/python -m graphs.tiny_model .kvtier/model
 	$(BIN)/dynamo serve graphs.agg_router:Frontend -f graphs/configs/quickstart.yaml
 
-test: install lint
+test: install lint aiperf
 	docker/install_test_programs.sh .venv
 	$(BIN)/python -m pytest -q -n 2 tests --ignore=tests/engine
 	$(BIN)/python -m pytest -q tests/engine
@@ -25,6 +28,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile
 
 install: $(INSTALLED)
 
@@ -35,5 +39,12 @@ $(INSTALLED): pyproject.toml docker/install_cpu_engine.py
 	$(BIN)/python docker/install_cpu_engine.py embedded,nixl,dev
 	@touch $(INSTALLED)
 
+aiperf: $(AIPERF_INSTALLED)
+
+$(AIPERF_INSTALLED):
+	$(PYTHON) -m venv .venv-aiperf
+	.venv-aiperf/bin/pip install --quiet $(AIPERF)
+	@touch $(AIPERF_INSTALLED)
+
 clean:
-	rm -rf .venv .demo .kvtier
+	rm -rf .venv .venv-aiperf .demo .kvtier

@@ -2,6 +2,8 @@
 #   docker build -f docker/worker-cpu.Dockerfile -t kvtier/worker-cpu:0.1.0 .
 
 FROM python:3.12-slim
+# The base image's release decides their versions: a pin would fail with its next update.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --no-install-recommends -y g++ libnuma1 libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
@@ -17,7 +19,7 @@ COPY components components
 COPY graphs graphs
 COPY benchmarks benchmarks
 COPY docker/install_cpu_engine.py docker/
-RUN python docker/install_cpu_engine.py
+RUN python docker/install_cpu_engine.py nixl
 ENV PYTHONUNBUFFERED=1 \
     HOME=/cache \
     HF_HOME=/cache

@@ -13,6 +13,7 @@ Store, Nats, Etcd = services.Store.fresh(), services.Nats.fresh(), services.Etcd
 
 Frontend.link(PrefillWorker).link(Store).link(Nats)
 Frontend.link(DecodeWorker).link(Nats)
+DecodeWorker.link(Etcd)
 Store.link(Etcd)
 
 __all__ = ["Frontend"]

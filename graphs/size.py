@@ -7,6 +7,7 @@ idle request, though it still frees the GPU.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -16,14 +17,15 @@ from kvstore.errors import ConfigError, validated
 
 
 class Shape(NamedTuple):
-    """What decides the KV of a token."""
+    """What decides the KV of a token: keys and values of each head, or one latent vector for all (MLA)."""
 
     layers: int
     kv_heads: int
     head_size: int
+    latent: bool = False
 
     def bytes_per_token(self, value_bytes: int) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_size * value_bytes
+        return (1 if self.latent else 2) * self.layers * self.kv_heads * self.head_size * value_bytes
 
 
 # From the models' own config.json.
@@ -35,6 +37,7 @@ MODELS = {
     "qwen3-8b": Shape(36, 8, 128),
     "qwen3-32b": Shape(64, 8, 128),
     "mistral-7b": Shape(32, 8, 128),
+    "deepseek-v3": Shape(61, 1, 512 + 64, latent=True),
 }
 # Prefill tokens a second, measured (README): H200, weights in FP8 (70b) and bf16 (8b).
 PREFILL = {("llama-3.1-70b", "h200"): 8900.0, ("llama-3.3-70b", "h200"): 8900.0, ("llama-3.1-8b", "h200"): 41_000.0}
@@ -59,10 +62,12 @@ class Options(BaseModel):
     conversations: Annotated[int, Field(ge=1)] = 1000
     requests_per_second: Positive = 3.0
     workers: Annotated[int, Field(ge=1)] = 1
+    store_gbytes_per_second: Positive = 3.0
+    device_gbytes_per_second: Positive = 3.0
 
 
 class Sizes(NamedTuple):
-    """Bytes, and bytes a second."""
+    """Bytes, bytes a second, seconds, and numbers of things."""
 
     bytes_per_token: int
     blocks_per_chunk: int
@@ -73,6 +78,12 @@ class Sizes(NamedTuple):
     dram_bytes_per_worker: int
     read_bytes_per_second: float
     write_bytes_per_second: float
+    read_bytes_per_second_per_worker: float
+    written_bytes_per_day: float
+    devices: int  # that read as fast as it takes
+    reused_tokens: int  # of a prompt
+    compute_seconds: float  # of those
+    fetch_seconds: float
 
 
 def shape_of(model: str) -> Shape:
@@ -84,6 +95,9 @@ def shape_of(model: str) -> Shape:
     try:
         config: dict[str, Any] = json.loads(path.read_text())
         config = config.get("text_config") or config
+        if "kv_lora_rank" in config:
+            latent = int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
+            return Shape(int(config["num_hidden_layers"]), 1, latent, latent=True)
         heads = int(config["num_attention_heads"])
         return Shape(
             int(config["num_hidden_layers"]),
@@ -107,6 +121,8 @@ def sizes(options: Options) -> Sizes:
     reused = max(0, options.prompt_tokens - options.new_tokens)
     # In DRAM: prompts that arrive while one fetches and what waits to be written, four times over.
     under_way = max(4.0, 4 * options.requests_per_second / options.workers)
+    read = options.requests_per_second * reused * per_token
+    write = options.requests_per_second * options.new_tokens * per_token
     return Sizes(
         bytes_per_token=per_token,
         blocks_per_chunk=blocks,
@@ -115,8 +131,14 @@ def sizes(options: Options) -> Sizes:
         break_even_bytes_per_second=prefill * per_token,
         store_bytes=round(options.conversations * (options.prompt_tokens + options.new_tokens) * per_token),
         dram_bytes_per_worker=round(under_way * options.prompt_tokens * per_token),
-        read_bytes_per_second=options.requests_per_second * reused * per_token,
-        write_bytes_per_second=options.requests_per_second * options.new_tokens * per_token,
+        read_bytes_per_second=read,
+        write_bytes_per_second=write,
+        read_bytes_per_second_per_worker=read / options.workers,
+        written_bytes_per_day=write * 86_400,
+        devices=math.ceil((read + write) / (options.device_gbytes_per_second * 1e9)),
+        reused_tokens=reused,
+        compute_seconds=reused / prefill,
+        fetch_seconds=reused * per_token / (options.store_gbytes_per_second * 1e9),
     )
 
 
@@ -142,8 +164,25 @@ def table(options: Options, found: Sizes) -> str:
             f"{found.read_bytes_per_second / gigabytes:.2f} GB/s for {options.requests_per_second:g} requests/s that "
             f"find all but {options.new_tokens} of {options.prompt_tokens} tokens in the store",
         ),
-        ("writes", f"{found.write_bytes_per_second / gigabytes:.2f} GB/s"),
-        ("network", f"{network:.1f} Gbit/s, over {options.workers} worker(s)"),
+        (
+            "writes",
+            f"{found.write_bytes_per_second / gigabytes:.2f} GB/s, {found.written_bytes_per_day / 1e12:.0f} TB "
+            "a day if it goes on like that: compare the devices' endurance",
+        ),
+        (
+            "devices",
+            f"{found.devices} of {options.device_gbytes_per_second:g} GB/s each (kvtier store bench measures one)",
+        ),
+        (
+            "network",
+            f"{network:.1f} Gbit/s, {found.read_bytes_per_second_per_worker * 8 / gigabytes:.1f} of them into each of "
+            f"{options.workers} worker(s)",
+        ),
+        (
+            "one prompt",
+            f"its {found.reused_tokens} tokens that are known: {1000 * found.compute_seconds:.0f} ms to compute, "
+            f"{1000 * found.fetch_seconds:.0f} ms to fetch at {options.store_gbytes_per_second:g} GB/s",
+        ),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
 
@@ -162,6 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--conversations", help="to keep; default 1000")
     add("--requests-per-second", help="of all workers; default 3")
     add("--workers", help="default 1")
+    add("--store-gbytes-per-second", help="from the store into one worker; default 3")
+    add("--device-gbytes-per-second", help="of one NVMe, reads and writes together; default 3")
     add("--json", action="store_true", help="print JSON")
     values = vars(parser.parse_args(argv))
     as_json = values.pop("json")
