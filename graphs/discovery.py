@@ -12,16 +12,21 @@ _CONNECT_SECONDS = 1.0
 
 def forget_dead(folder: Path) -> None:
     """Take away what was registered by processes that do not listen any more, as Dynamo itself does later."""
-    records = folder / "v1"
-    dead = {path.name for path in records.glob("instances/*/*") if _refuses(path)}
-    for path in records.glob("*/*/*"):
-        if path.name in dead:
+    records = list((folder / "v1").glob("*/*"))
+    dead = {_instance(path) for path in records if path.parent.name == "instances" and _refuses(path)}
+    for path in records:
+        if _instance(path) in dead:
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
+def _instance(path: Path) -> str:
+    """The id at the end of a record's name: namespace/component/endpoint/id, with its slashes quoted."""
+    return path.name.rpartition("%2F")[2]
+
+
 def _refuses(path: Path) -> bool:
-    """Whether nobody listens where an instance (a file named after its id) is to be reached."""
+    """Whether nobody listens where an instance is to be reached."""
     try:
         host, port = split_address(json.loads(path.read_text())["transport"]["tcp"].partition("/")[0])
     except (OSError, ValueError, KeyError, TypeError):

@@ -34,6 +34,7 @@ RESTART_SECONDS = (1.0, 60.0)
 _NOT_INHERITED = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"}
 _TAIL_LINES = 30
 _POLL_SECONDS = 0.2
+_DEATH_POLL_SECONDS = 0.05  # a service that is gone goes on getting requests until this is noticed
 DEFAULT_STATE_DIR = Path(".kvtier")
 
 
@@ -239,7 +240,7 @@ class Supervisor:
         while True:
             child = self.children[name]
             while child.alive:  # asyncio's own wait would wait for all that the process started, too
-                await asyncio.sleep(_POLL_SECONDS)
+                await asyncio.sleep(_DEATH_POLL_SECONDS)
             code = child.running.returncode
             child.signal(signal.SIGKILL)  # what it may have left behind
             if folder := child.process.env.get("DYN_FILE_KV"):
@@ -302,12 +303,15 @@ def _last_words(child: Child, log: Path) -> str:
 
 
 def dry_run(deployment: Deployment) -> Sequence[str]:
-    """The processes that would be started, as shell lines."""
-    lines = []
+    """The processes that would be started, for a shell: a setting a line, so that two of them can be compared."""
+    shown = []
     for process in deployment.processes():
-        env = [f"{key}={value}" for key, value in process.env.items()]
-        lines.append(f"# {process.name}\n{shlex.join([*env, *process.command])}")
-    return lines
+        lines = [f"{key}={shlex.quote(value)}" for key, value in process.env.items()]
+        flags = [number for number, word in enumerate(process.command) if word.startswith("--")]
+        for first, beyond in zip([0, *flags], [*flags, len(process.command)], strict=True):
+            lines.append(shlex.join(process.command[first:beyond]))
+        shown.append(f"# {process.name}\n" + " \\\n  ".join(lines) + "\n")
+    return shown
 
 
 def _check_free(process: Process) -> None:

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "graphs" / "configs"
 ROUTED = "graphs.agg_router:Frontend"
 GRAPHS = [
+    ("graphs.agg:Frontend", "agg"),
     (ROUTED, "quickstart"),
     (ROUTED, "single_gpu"),
     (ROUTED, "two_gpu"),

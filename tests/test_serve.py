@@ -356,12 +356,13 @@ def test_what_the_dead_registered_is_taken_away(tmp_path: Path) -> None:
         ports = {"living": alive.getsockname()[1], "dead": free_port()}
         for name, port in ports.items():
             for kind in ("instances", "mdc"):
-                folder = tmp_path / "v1" / kind / "dynamo%2Fbackend%2Fgenerate"
-                folder.mkdir(parents=True, exist_ok=True)
+                path = tmp_path / "v1" / kind / f"dynamo%2Fbackend%2Fgenerate%2F{name}"
+                path.parent.mkdir(parents=True, exist_ok=True)
                 content = {"transport": {"tcp": f"127.0.0.1:{port}/{name}/generate"}} if kind == "instances" else {}
-                (folder / name).write_text(json.dumps(content))
+                path.write_text(json.dumps(content))
         forget_dead(tmp_path)
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"living"}
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == ["dynamo%2Fbackend%2Fgenerate%2Fliving"] * 2
 
 
 class Terminal(io.StringIO):
