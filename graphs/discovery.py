@@ -11,18 +11,12 @@ _CONNECT_SECONDS = 1.0
 
 
 def forget_dead(folder: Path) -> None:
-    """Take away what was registered by processes that do not listen any more, as Dynamo itself does later."""
-    records = list((folder / "v1").glob("*/*"))
-    dead = {_instance(path) for path in records if path.parent.name == "instances" and _refuses(path)}
-    for path in records:
-        if _instance(path) in dead:
+    """Take away the instances of processes that do not listen any more, as Dynamo itself does later. Their models stay:
+    a model without an instance is 503, one that is unknown 404."""
+    for path in (folder / "v1" / "instances").glob("*"):
+        if _refuses(path):
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def _instance(path: Path) -> str:
-    """The id at the end of a record's name: namespace/component/endpoint/id, with its slashes quoted."""
-    return path.name.rpartition("%2F")[2]
 
 
 def _refuses(path: Path) -> bool:

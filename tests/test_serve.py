@@ -349,20 +349,18 @@ async def test_a_child_that_does_not_come_back_is_tried_again_ever_later(
     await supervisor.stop()
 
 
-def test_what_the_dead_registered_is_taken_away(tmp_path: Path) -> None:
+def test_where_the_dead_were_reached_is_forgotten(tmp_path: Path) -> None:
+    instances = tmp_path / "v1" / "instances"
+    instances.mkdir(parents=True)
     with socket.socket() as alive:
         alive.bind(("127.0.0.1", 0))
         alive.listen()
-        ports = {"living": alive.getsockname()[1], "dead": free_port()}
-        for name, port in ports.items():
-            for kind in ("instances", "mdc"):
-                path = tmp_path / "v1" / kind / f"dynamo%2Fbackend%2Fgenerate%2F{name}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                content = {"transport": {"tcp": f"127.0.0.1:{port}/{name}/generate"}} if kind == "instances" else {}
-                path.write_text(json.dumps(content))
+        for name, port in (("living", alive.getsockname()[1]), ("dead", free_port())):
+            content = {"transport": {"tcp": f"127.0.0.1:{port}/{name}/generate"}}
+            (instances / f"dynamo%2Fbackend%2Fgenerate%2F{name}").write_text(json.dumps(content))
+        (instances / "half-written").write_text("{")
         forget_dead(tmp_path)
-    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert left == ["dynamo%2Fbackend%2Fgenerate%2Fliving"] * 2
+    assert {path.name for path in instances.iterdir()} == {"dynamo%2Fbackend%2Fgenerate%2Fliving", "half-written"}
 
 
 class Terminal(io.StringIO):
