@@ -203,7 +203,7 @@ OUTAGES = {
     "Store-0": set[str](),
     "Nats": set[str](),
     "VllmWorker-0": set[str](),
-    "Router-0": {"HTTP 503", "HTTP 500"},
+    "Router-0": {"HTTP 503"},
     "Frontend-0": {"refused"},
 }
 
@@ -233,7 +233,6 @@ async def test_a_service_that_is_killed_comes_back_and_no_request_hangs(trial: T
     finally:
         trial.supervisor.unwatch()
     assert set(outcomes) <= {"answered"} | OUTAGES[name], outcomes
-    assert outcomes.count("HTTP 500") <= 2, outcomes  # at the moment of its death
 
     async def served_by_all() -> bool:
         await asyncio.gather(*(ask(number) for number in range(4)))
@@ -257,12 +256,13 @@ async def test_aiperf_measures_the_cluster(trial: Trial, tmp_path: Path) -> None
     if not AIPERF.exists():
         pytest.skip("AIPerf is not installed: make .venv-aiperf")
     arguments = ["--model", MODEL, "--tokenizer", str(trial.folder / "model"), "--url", trial.url]
-    arguments += ["--endpoint-type", "chat", "--streaming", "--concurrency", "2", "--request-count", "12"]
+    arguments += ["--endpoint-type", "chat", "--streaming", "--concurrency", "2"]
+    arguments += ["--conversation-num", "4", "--conversation-turn-mean", "3", "--conversation-turn-stddev", "0"]
     arguments += ["--isl", "300", "--osl", "16", "--ui", "none", "--output-artifact-dir", str(tmp_path)]
     ended = await asyncio.to_thread(
         subprocess.run,
         [str(AIPERF), "profile", *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"},  # nobody is there
         capture_output=True,
         text=True,
         timeout=120,

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from graphs.demo import OPENING
-from graphs.services import free_port
 from graphs.trial import BLOCK_TOKENS, CONFIG, Trial
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
@@ -16,11 +15,10 @@ TOKEN_BYTES = 4096  # of KV, in the small model
 
 
 async def test_prefill_takes_from_the_store_and_decode_goes_on(tmp_path: Path) -> None:
-    """The answers are those of one worker that does everything and has no tier. All meet in etcd here."""
+    """The answers are those of one worker that does everything and has no tier."""
     cluster = Trial(
         tmp_path,
         print,
-        overrides=["--Etcd.ServiceArgs.workers=1", f"--Etcd.listen=127.0.0.1:{free_port()}"],
         config=CONFIG.with_name("disagg_quickstart.yaml"),
         graph="graphs.disagg_router:Frontend",
         tiered="PrefillWorker",
