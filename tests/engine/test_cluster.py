@@ -203,8 +203,8 @@ OUTAGES = {
     "Store-0": set[str](),
     "Nats": set[str](),
     "VllmWorker-0": set[str](),
-    "Router-0": {"HTTP 503"},
-    "Frontend-0": {"refused"},
+    "Router-0": {"HTTP 503", "HTTP 500"},
+    "Frontend-0": {"refused", "HTTP 404"},
 }
 
 
@@ -233,6 +233,7 @@ async def test_a_service_that_is_killed_comes_back_and_no_request_hangs(trial: T
     finally:
         trial.supervisor.unwatch()
     assert set(outcomes) <= {"answered"} | OUTAGES[name], outcomes
+    assert outcomes.count("HTTP 500") <= 2, outcomes  # until the supervisor has noticed
 
     async def served_by_all() -> bool:
         await asyncio.gather(*(ask(number) for number in range(4)))
@@ -254,7 +255,7 @@ async def test_the_containers_health_checks_find_the_cluster_well(trial: Trial) 
 async def test_aiperf_measures_the_cluster(trial: Trial, tmp_path: Path) -> None:
     """Dynamo's own load generator, as the README shows it, without a network."""
     if not AIPERF.exists():
-        pytest.skip("AIPerf is not installed: make .venv-aiperf")
+        pytest.skip("AIPerf is not installed: make aiperf")
     arguments = ["--model", MODEL, "--tokenizer", str(trial.folder / "model"), "--url", trial.url]
     arguments += ["--endpoint-type", "chat", "--streaming", "--concurrency", "2"]
     arguments += ["--conversation-num", "4", "--conversation-turn-mean", "3", "--conversation-turn-stddev", "0"]
