@@ -152,7 +152,8 @@ class Deployment:
         """Raises ConfigError if two processes are to listen on the same port."""
         taken: dict[int, str] = {}
         for process in processes:
-            for port in {split_address(address)[1] for address in process.listens}:
+            listened = {split_address(address)[1] for address in process.listens}
+            for port in (listened | {process.metrics_port}) - {0}:
                 if port in taken:
                     where = self.source.find(process.service)
                     raise ConfigError(f"{where}{process.name}", f"port {port}", f"one that {taken[port]} does not have")

@@ -268,6 +268,7 @@ def _router(settings: Settings, deployment: Deployment) -> list[Process]:
                 port,
                 ready_line="components.router: ready",
                 ready_url=f"http://127.0.0.1:{port}/health",
+                listens=[f"127.0.0.1:{port}"],
             )
         )
     return processes
