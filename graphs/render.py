@@ -287,7 +287,7 @@ def _grafana() -> str:
 def _k8s(deployment: Deployment) -> str:
     processes = deployment.processes()
     documents: list[dict[str, Any]] = []
-    graph: dict[str, Any] = {}
+    graph: list[dict[str, Any]] = []
     for service in deployment.services:
         replicas = [process for process in processes if process.service == service.name]
         if not replicas:
@@ -297,14 +297,14 @@ def _k8s(deployment: Deployment) -> str:
         elif service.name == "Store":
             documents += _targets(deployment, replicas)
         else:
-            graph[service.name] = _component(deployment, service, replicas)
+            graph.append(_component(deployment, service, replicas))
     if graph:
         documents.append(
             {
-                "apiVersion": "nvidia.com/v1alpha1",
+                "apiVersion": "nvidia.com/v1beta1",
                 "kind": "DynamoGraphDeployment",
                 "metadata": {"name": "kvtier"},
-                "spec": {"backendFramework": "vllm", "services": graph},
+                "spec": {"backendFramework": "vllm", "components": graph},
             }
         )
     return "---\n".join(_dump(document) for document in documents)
@@ -423,30 +423,31 @@ def _component(deployment: Deployment, service: Service, replicas: Sequence[Proc
     env.pop("DYN_SYSTEM_PORT", None)
     image = image_of(first)
     main: dict[str, Any] = {
+        "name": "main",
         "image": _tag(image),
         "command": command[:1],
         "args": command[1:],
+        "env": _environment(env),
     }
-    pod: dict[str, Any] = {"mainContainer": main}
+    pod: dict[str, Any] = {"containers": [main]}
+    if first.gpus:
+        main["resources"] = {"limits": {"nvidia.com/gpu": str(len(first.gpus))}}
     model = _model(deployment, service.name)
     if model is not None:
         main["volumeMounts"] = [{"name": "models", "mountPath": "/models", "readOnly": True}]
         claim = {"claimName": "kvtier-models", "readOnly": True}
         pod["volumes"] = [{"name": "models", "persistentVolumeClaim": claim}]
+    parts = [part for part in ("prefill", "decode") if part in command]
     content: dict[str, Any] = {
-        "componentType": "frontend" if service.name == "Frontend" else "worker",
+        "name": service.name,
+        "type": "frontend" if service.name == "Frontend" else parts[0] if parts else "worker",
+        "runtimeVersionOverride": version("ai-dynamo"),  # the images' tags are versions of this project
         "globalDynamoNamespace": True,  # the router is found at dynamo.kvtier-router, its workers at dynamo.backend
         "replicas": len(replicas),
     }
-    for part in ("prefill", "decode"):
-        if part in command:
-            content["subComponentType"] = part
-    content["envs"] = _environment(env)
-    if first.gpus:
-        content["resources"] = {"limits": {"gpu": str(len(first.gpus))}}
     if image != "store":
-        content["sharedMemory"] = {"size": _mebi(_shm_bytes(deployment, first))}
-    return {**content, "extraPodSpec": pod}
+        content["sharedMemorySize"] = _mebi(_shm_bytes(deployment, first))
+    return {**content, "podTemplate": {"spec": pod}}
 
 
 def _same(process: Process, own_name: str) -> tuple[list[str], dict[str, str]]:

@@ -1,7 +1,7 @@
 """A strict reading of Kubernetes manifests: every field must be one of its type, and have a value of the right kind.
 
 Kubernetes' own types come from its Python client. Those of Dynamo's operator are written down here, as far as they are
-used: DynamoGraphDeployment in nvidia.com/v1alpha1, which operators that store v1beta1 convert.
+used: DynamoGraphDeployment in nvidia.com/v1beta1, in which the operator stores it, too.
 """
 
 import re
@@ -21,25 +21,20 @@ _DYNAMO: dict[str, dict[str, str]] = {
         "annotations": "dict(str, str)",
         "labels": "dict(str, str)",
         "backendFramework": "vllm|sglang|trtllm",
-        "envs": "list[V1EnvVar]",
-        "services": "dict(str, Component)",
+        "env": "list[V1EnvVar]",
+        "components": "list[Component]",
     },
     "Component": {
-        "componentType": "frontend|worker|prefill|decode|planner|epp",
-        "subComponentType": "prefill|decode",
+        "name": "str",
+        "type": "frontend|worker|prefill|decode|planner|epp",
+        "runtimeVersionOverride": "str",
         "globalDynamoNamespace": "bool",
         "replicas": "int",
-        "envs": "list[V1EnvVar]",
-        "envFromSecret": "str",
-        "resources": "Resources",
-        "sharedMemory": "SharedMemory",
-        "livenessProbe": "V1Probe",
-        "readinessProbe": "V1Probe",
-        "extraPodSpec": "ExtraPodSpec",
+        "minAvailable": "int",
+        "sharedMemorySize": "str",
+        "frontendSidecar": "str",
+        "podTemplate": "V1PodTemplateSpec",
     },
-    "Resources": {"requests": "ResourceItem", "limits": "ResourceItem"},
-    "ResourceItem": {"cpu": "str", "memory": "str", "gpu": "str", "gpuType": "str", "custom": "dict(str, str)"},
-    "SharedMemory": {"disabled": "bool", "size": "str"},
 }
 _PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
@@ -68,15 +63,11 @@ def _read(value: Any, kind: str, where: str) -> Any:
     if kind == "object":  # a number or a name
         return value
     _expect(value, (dict,), where)
-    if kind == "ExtraPodSpec":
-        # The operator names the main container, and fills the list of containers.
-        value = dict(value)
-        _read({"name": "main", **value.pop("mainContainer")}, "V1Container", f"{where}.mainContainer")
-        value |= {"containers": []}
-        kind = "V1PodSpec"
     if kind in _DYNAMO:
         for name, one in value.items():
             _read(one, _field(_DYNAMO[kind], name, where), f"{where}.{name}")
+        if kind == "Component":
+            _component(value, where)
         return None
     model = getattr(models, kind)
     attributes = {json_name: name for name, json_name in model.attribute_map.items()}
@@ -88,6 +79,16 @@ def _read(value: Any, kind: str, where: str) -> Any:
         return model(**read_in)  # which refuses to be without what is required
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _component(value: dict[str, Any], where: str) -> None:
+    """What the operator asks of a component beyond its types."""
+    if not re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9]{0,61}[A-Za-z0-9])?", value["name"]):
+        raise ValueError(f"{where}.name: {value['name']!r} given")
+    if not re.fullmatch(r"\d{1,4}\.\d{1,4}\.\d{1,4}", value["runtimeVersionOverride"]):
+        raise ValueError(f"{where}.runtimeVersionOverride: {value['runtimeVersionOverride']!r} given")
+    if not [one for one in value["podTemplate"]["spec"]["containers"] if one["name"] == "main" and one["image"]]:
+        raise ValueError(f"{where}.podTemplate: no container main with an image")
 
 
 def _field(known: dict[str, str], name: str, where: str) -> str:

@@ -119,10 +119,11 @@ def test_compose_would_refuse_what_is_wrong(tmp_path: Path, wrong: str, says: st
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("replicas: 2\n      envs", "replicas: two\n      envs", "services.VllmWorker.replicas: 'two' given"),
-        ("sharedMemory:", "sharedMemories:", "VllmWorker.sharedMemories: no such field"),
+        ("replicas: 2\n    sharedM", "replicas: two\n    sharedM", r"spec.components\[0\].replicas: 'two' given"),
+        ("sharedMemorySize:", "sharedMemory:", r"components\[0\].sharedMemory: no such field"),
         ("readOnlyRootFilesystem", "readonlyRootFilesystem", "securityContext.readonlyRootFilesystem: no such field"),
-        ("componentType: frontend", "componentType: front", "expected frontend"),
+        ("type: frontend", "type: front", "expected frontend"),
+        ("name: main", "name: mine", "no container main"),
         (
             "serviceName: kvtier-store",
             "podManagementPolicy: Parallel",
@@ -185,11 +186,11 @@ def test_compose_hangs_together() -> None:
 
 def test_manifests_run_the_commands_that_exist() -> None:
     documents = list(yaml.safe_load_all((ROOT / "docker" / "k8s.yaml").read_text()))
-    services = documents[-1]["spec"]["services"]
-    for component in services.values():
-        main = component["extraPodSpec"]["mainContainer"]
+    graph = documents[-1]["spec"]["components"]
+    mains = {component["name"]: component["podTemplate"]["spec"]["containers"][0] for component in graph}
+    for main in mains.values():
         parsed([*main["command"], *main["args"]])
-    assert services["VllmWorker"]["resources"] == {"limits": {"gpu": "1"}}
+    assert mains["VllmWorker"]["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
     stateful = next(document for document in documents if document["kind"] == "StatefulSet")
     container = stateful["spec"]["template"]["spec"]["containers"][0]
     parse_store(container["command"][3:])
