@@ -1,4 +1,7 @@
-"""Prefill and decode on workers of their own, on the real engine: KV from the store, and handed over by NIXL."""
+"""Prefill and decode on workers of their own, on the real engine: KV from the store, and handed over by NIXL.
+
+A cluster of its own, and so the first file by name: it is gone when the one that all others share is started.
+"""
 
 import asyncio
 from pathlib import Path
