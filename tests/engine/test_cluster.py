@@ -1,7 +1,4 @@
-"""End to end, on the real engine: one cluster, as `make demo` and `dynamo serve` start it, shared by all tests here.
-
-In this order: the demo first, what needs the bus gone last.
-"""
+"""End to end, on the real engine. In this order: the demo first, what needs the bus gone last."""
 
 import asyncio
 import contextlib
@@ -10,12 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
 import pytest
-import pytest_asyncio
 
 from graphs import demo
 from graphs.render import health_check
@@ -26,17 +21,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 ROOT = Path(__file__).parent.parent.parent
 AIPERF = ROOT / ".venv-aiperf" / "bin" / "aiperf"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def trial(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trial]:
-    async with Trial(tmp_path_factory.mktemp("trial"), print, demo.OVERRIDES) as one:
-        yield one
-
-
-@pytest.fixture(autouse=True)
-def new_conversation(trial: Trial) -> None:
-    trial.messages.clear()
 
 
 async def test_the_demo(trial: Trial) -> None:
