@@ -2,6 +2,7 @@
 # make serve  install and leave a small cluster running
 # make test   install and run all tests
 # make lint   style, types and Dockerfiles
+# make aiperf install Dynamo's load generator, in .venv-aiperf
 
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; print((3, 11) <= sys.version_info[:2] <= (3, 12) or "")' 2>/dev/null),$(p))) python3)
 BIN := .venv/bin

@@ -152,6 +152,9 @@ def test_prefill_workers_have_the_tier_beside_nixl(tmp_path: Path) -> None:
     prefill, decode = processes["PrefillWorker-0"], processes["DecodeWorker-0"]
     assert any("MultiConnector" in word for word in prefill.command)
     assert any("KvtierConnector" in word for word in prefill.command)
+    assert " --endpoint dynamo.prefill.generate" in " ".join(prefill.command)
+    ports = [process.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] for process in (prefill, decode)]
+    assert len(set(ports)) == 2
     assert not any("Kvtier" in word for word in decode.command)
     assert (prefill.env["CUDA_VISIBLE_DEVICES"], decode.env["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
 
@@ -163,6 +166,13 @@ def test_gpus_are_taken_from_those_that_are_visible(tmp_path: Path, monkeypatch:
     assert seen == ["5", "7"]
     with pytest.raises(ConfigError, match="at most the GPUs of CUDA_VISIBLE_DEVICES=5,7"):
         load_deployment(ROUTED, CONFIGS / "eight_gpu.yaml", [], tmp_path).processes()
+
+
+def test_cores_are_given_out_in_turn() -> None:
+    text = render("compose", "graphs.disagg_router:Frontend", CONFIGS / "disagg_quickstart.yaml", [], Path("docker"))
+    services = yaml.safe_load(text)["services"]
+    for name, core in (("prefillworker-0", "0"), ("decodeworker-0", "1")):
+        assert services[name]["cpuset"] == services[name]["environment"]["VLLM_CPU_OMP_THREADS_BIND"] == core
 
 
 def test_compose_hangs_together() -> None:
