@@ -14,6 +14,7 @@ from prometheus_client import generate_latest
 
 from components.router.cost import Policy, Speeds
 from components.router.router import NoWorker, Router, WorkerError
+from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Workers
 from kvstore.bus import Residency, SnapshotPage, TargetReport, WorkerReport
@@ -100,14 +101,22 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
-def make(kv_router: KvRouter, mirror: Mirror | None = None) -> Router:
+def make(kv_router: KvRouter, mirror: Mirror | None = None, **options: Any) -> Router:
     workers = Workers(ENDPOINT)
     card = json.dumps({"display_name": "m", "kv_cache_block_size": BLOCK, "runtime_config": {"total_kv_blocks": 99}})
     workers.set_cards({str(worker): card for worker in kv_router.rows})
     for worker in kv_router.rows:
         workers.heard(WorkerReport(str(worker), ENDPOINT, 7, BLOCK, 1, 1000, 0), time.monotonic())
     policy = Policy(gpu_price=0.5, pressure_seconds=0.1)
-    return Router(kv_router, workers, mirror or Mirror(), block_tokens=BLOCK, speeds=LiveSpeeds(SPEEDS), policy=policy)
+    return Router(
+        kv_router,
+        workers,
+        mirror or Mirror(),
+        block_tokens=BLOCK,
+        speeds=LiveSpeeds(SPEEDS),
+        policy=policy,
+        **options,
+    )
 
 
 def mirror_with(chunks: int) -> Mirror:
@@ -251,6 +260,49 @@ async def test_workers_that_dynamo_would_not_take_are_no_candidates(routing: dic
     else:
         with pytest.raises(NoWorker):
             await router.explain(request)
+
+
+async def test_a_session_stays_on_its_worker_while_that_lives_and_it_is_not_idle() -> None:
+    kv_router = KvRouter([1, 2])
+    kv_router.rows[1]["device_blocks"] = 9
+    now = 0.0
+    router = make(kv_router, clock=lambda: now, session_idle_seconds=60)
+    request = {"token_ids": TOKENS, "agent_context": {"session_id": "s"}}
+
+    async def sent_to(request: dict[str, Any]) -> int:
+        await serve(router, request)
+        return int(kv_router.sent[-1]["routing"]["backend_instance_id"])
+
+    assert await sent_to(request) == 1
+    kv_router.rows[1]["device_blocks"], kv_router.rows[2]["device_blocks"] = 0, 9
+    assert await sent_to({"token_ids": TOKENS}) == 2
+    assert await sent_to(request) == 1
+    now = 61.0
+    assert await sent_to(request) == 2
+    kv_router.rows[1]["device_blocks"], kv_router.rows[2]["device_blocks"] = 9, 0
+    assert await sent_to(request) == 2
+    kv_router.broken = {2}
+    assert await sent_to(request) == 1
+    kv_router.broken = set()
+    now = 80.0  # the other one is not under suspicion any more
+    kv_router.rows[1]["device_blocks"], kv_router.rows[2]["device_blocks"] = 0, 9
+    assert await sent_to(request) == 1
+
+
+@pytest.mark.parametrize("context", [None, 5, {}, {"session_id": None}, {"session_id": 5}, {"session_id": "s" * 257}])
+def test_what_is_no_session_is_none(context: object) -> None:
+    assert session_of({"agent_context": context}) == ""
+
+
+def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.router.sessions.SESSIONS_MAX", 2)
+    sessions = Sessions(60)
+    for session in ("a", "b", "a", "c"):
+        sessions.bind(session, (1, 0), 0.0)
+    assert [sessions.place(session, 0.0) for session in ("a", "b", "c", "")] == [(1, 0), None, (1, 0), None]
+    off = Sessions()
+    off.bind("a", (1, 0), 0.0)
+    assert off.place("a", 0.0) is None
 
 
 async def test_only_requests_that_decode_are_stalled_by_a_prefill() -> None:

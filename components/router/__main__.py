@@ -48,6 +48,7 @@ class Options(CommonOptions):
     gpu_price: float = Field(0.5, ge=0)
     pressure_ms: float = Field(200, ge=0)
     stall_price: float = Field(0.2, ge=0)
+    session_affinity_seconds: float = Field(0, ge=0)
     page: str = ""
 
     def speeds(self) -> Speeds:
@@ -80,6 +81,10 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument(
         "--stall-price",
         help="what a second costs by which a prefill delays a request that decodes there, in seconds; default 0.2",
+    )
+    parser.add_argument(
+        "--session-affinity-seconds",
+        help="a session's prompts go to one worker until it was idle for so long; default 0: wherever it is cheapest",
     )
     parser.add_argument("--page", help="host:port to show decisions on, such as 127.0.0.1:8300; default: nowhere")
     return validated(Options, vars(parser.parse_args(argv)))
@@ -128,6 +133,7 @@ async def serve(runtime: Any, options: Options) -> None:
         speeds=speeds,
         policy=Policy(options.gpu_price, options.pressure_ms / 1e3, options.stall_price),
         deadline_ms=(min(100, options.deadline_ms), options.deadline_ms),
+        session_idle_seconds=options.session_affinity_seconds,
     )
     tasks = [
         asyncio.create_task(residency.follow(mirror, line, namespace)),

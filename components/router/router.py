@@ -20,6 +20,7 @@ from components.router import cost
 from components.router.constraints import Constraints
 from components.router.cost import Candidate, Choice, Choices, Policy
 from components.router.decisions import Decision, Decisions, explained, label
+from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Card, Workers
 from kvstore.keys import sequence_hashes
@@ -88,6 +89,7 @@ class Router:
         speeds: LiveSpeeds,
         policy: Policy,
         deadline_ms: tuple[int, int] = (100, 2000),
+        session_idle_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._kv_router = kv_router
@@ -97,6 +99,7 @@ class Router:
         self._speeds = speeds
         self._policy = policy
         self._deadline_ms = deadline_ms
+        self._sessions = Sessions(session_idle_seconds)
         self._clock = clock
         self._suspects: dict[int, float] = {}
         # By worker, for prompts whose first token is still to come: what they fetch, which Dynamo's books on load
@@ -160,6 +163,7 @@ class Router:
         """Price the live workers but for those in `failed`, and choose. Raises NoWorker."""
         chosen, choices, stages = await self._priced(request, failed, self.decisions.fell_back)
         self.decisions.took(stages)
+        self._sessions.bind(session_of(request), (chosen.candidate.worker, chosen.candidate.dp_rank), self._clock())
         return Decided(uuid.uuid4().hex[:12], len(request["token_ids"]), chosen, choices)
 
     async def explain(self, request: Request) -> Decision:
@@ -190,6 +194,8 @@ class Router:
         self._suspects = {worker: until for worker, until in self._suspects.items() if until > now}
         trusted = [candidate for candidate in candidates if candidate.worker not in self._suspects]
         candidates = trusted or candidates
+        place = self._sessions.place(session_of(request), now)
+        candidates = [one for one in candidates if (one.worker, one.dp_rank) == place] or candidates
         if not candidates:
             raise NoWorker("no worker is live that could serve this prompt")
         chosen, choices = cost.choose(candidates, len(tokens), self._block_tokens, self._policy)
