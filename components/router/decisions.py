@@ -21,7 +21,7 @@ from kvstore.residency import Mirror
 
 logger = logging.getLogger(__name__)
 
-KEPT = 1000
+KEPT = 1000  # 30 MB with 64 workers
 # The cheapest that a log line names: all of a large cluster would take longer to write than the decision took.
 LOGGED = 8
 # Prompts under way: those that are forgotten for the bound are still served, and what became of them is not shown.
