@@ -11,6 +11,7 @@ snapshot, its pages at hand.
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -119,11 +120,10 @@ class _Dynamo:
             dram = chance.randrange(blocks - hbm) if chance.random() < 0.2 else 0
             row = {"worker_id": worker, "dp_rank": 0}
             self._overlaps.append({**row, "device_blocks": hbm, "host_pinned_extension_blocks": dram})
-            own = self._tokens - hbm * self._block_tokens
             self._loads.append(
                 {
                     **row,
-                    "potential_prefill_tokens": own + chance.choice([0, 0, 2000, 20_000]),
+                    "potential_prefill_tokens": 1 + chance.choice([0, 0, 2000, 20_000]),
                     "potential_decode_blocks": chance.randrange(_WORKER_BLOCKS),
                     "active_requests": chance.randrange(48),
                 }
@@ -168,6 +168,7 @@ async def decide(
         dynamo, known, mirror, block_tokens=block_tokens, speeds=speeds, policy=Policy(0.5, 0.2, 0.1), clock=lambda: 0.0
     )
     router.decisions = timed = _Timed(block_tokens)
+    gc.freeze()  # as the router does when it is ready
     seq = 1
     for number in range(-3, decisions):  # some to warm up
         prompt = chance.choices(range(128_000), k=tokens)

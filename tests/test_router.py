@@ -66,11 +66,11 @@ class KvRouter:
             {
                 "worker_id": worker,
                 "dp_rank": 0,
-                "potential_prefill_tokens": self.prefill.get(worker, 0) + len(tokens) - BLOCK * row["device_blocks"],
+                "potential_prefill_tokens": self.prefill.get(worker, 0) + len(tokens),
                 "potential_decode_blocks": 0,
                 "active_requests": self.active.get(worker, 0),
             }
-            for worker, row in self.rows.items()
+            for worker in self.rows
         ]
 
     async def generate_from_request(self, request: dict[str, Any], response_buffer_size: int) -> AsyncIterator[Any]:

@@ -188,7 +188,7 @@ class Router:
             logger.warning("Dynamo's router does not say what workers hold: %s", error)
             overlaps, loads = self._nothing_known(), []
         asked = time.perf_counter()
-        candidates = self._candidates(overlaps, loads, hashes, len(tokens), Constraints.of(routing), failed, fell_back)
+        candidates = self._candidates(overlaps, loads, hashes, Constraints.of(routing), failed, fell_back)
         located = time.perf_counter()
         now = self._clock()
         self._suspects = {worker: until for worker, until in self._suspects.items() if until > now}
@@ -210,10 +210,11 @@ class Router:
     async def _known_to_dynamo(
         self, tokens: list[int], identity: dict[str, Any]
     ) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
-        """Overlaps and loads by worker."""
+        """Overlaps and loads by worker, these beside one token: of a whole prompt they would take as long again as the
+        overlaps, and say no more of the others."""
         overlaps, loads = await asyncio.gather(
             self._kv_router.get_overlap_scores(tokens, include_shared=False, **identity),
-            self._kv_router.get_potential_loads(tokens, **identity),
+            self._kv_router.get_potential_loads(tokens[:1]),
         )
         return overlaps["workers"], loads
 
@@ -228,7 +229,6 @@ class Router:
         overlaps: list[dict[str, int]],
         loads: list[dict[str, int]],
         hashes: list[int],
-        prompt_tokens: int,
         constraints: Constraints,
         failed: Collection[int],
         fell_back: Callable[[str], None],
@@ -246,8 +246,7 @@ class Router:
                 continue
             hbm = row["device_blocks"]
             load = load_of.get((worker, rank), {})
-            own = prompt_tokens - hbm * self._block_tokens
-            queued = load.get("potential_prefill_tokens", own) - own
+            queued = load.get("potential_prefill_tokens", 1) - 1
             queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
             report = self._workers.report(worker, self._block_tokens, now)
             if report is None:
