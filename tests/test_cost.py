@@ -219,3 +219,54 @@ def test_the_more_decode_there_the_less_is_computed(
     assert in_crowd.prefill_seconds <= in_calm.prefill_seconds
     assert in_crowd.price_seconds >= in_calm.price_seconds
     assert in_calm.gpu_seconds == pytest.approx(stall_price * running * in_calm.prefill_seconds)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_dominated_worker_is_never_preferred(data: st.DataObject) -> None:
+    """One that holds less, has more to do and is slower in everything costs no less."""
+
+    def more(value: int, most: int) -> int:
+        return data.draw(st.integers(value, most))
+
+    hbm, dram = sorted((more(0, 200), more(0, 200)))
+    better = candidate(
+        1,
+        hbm_blocks=hbm,
+        dram_blocks=dram,
+        located=["t"] * more(0, 200),
+        queued_prefill_tokens=more(0, 20_000),
+        fetching_bytes=more(0, 10**9),
+        running_requests=more(0, 64),
+        memory_used=data.draw(st.floats(0, 1)),
+        # What lies in DRAM is copied, even where computing it would be quicker: here it is not.
+        speeds=replace(
+            data.draw(speeds),
+            prefill_seconds_per_token=data.draw(st.floats(1e-4, 1e-2)),
+            dram_bytes_per_second=data.draw(st.floats(1e10, 1e11)),
+        ),
+    )
+    less_hbm = data.draw(st.integers(0, hbm))
+    slower = data.draw(st.floats(1, 10))
+    worse = replace(
+        better,
+        worker=2,
+        hbm_blocks=less_hbm,
+        dram_blocks=data.draw(st.integers(less_hbm, dram)),
+        located=better.located[: more(0, 200)],
+        queued_prefill_tokens=more(better.queued_prefill_tokens, 40_000),
+        fetching_bytes=more(better.fetching_bytes, 2 * 10**9),
+        running_requests=more(better.running_requests, 128),
+        memory_used=data.draw(st.floats(better.memory_used, 1)),
+        speeds=Speeds(
+            better.speeds.prefill_base_seconds * slower,
+            better.speeds.prefill_seconds_per_token * slower,
+            better.speeds.prefill_seconds_per_token_squared * slower,
+            better.speeds.dram_bytes_per_second / slower,
+            better.speeds.store_bytes_per_second / slower,
+            better.speeds.store_latency_seconds * slower,
+        ),
+    )
+    policy = Policy(data.draw(st.floats(0, 2)), data.draw(st.floats(0, 1)), data.draw(st.floats(0, 2)))
+    _, (of_better, of_worse) = choose([better, worse], 3200, BLOCK, policy)
+    assert of_better.price_seconds <= of_worse.price_seconds + 1e-9
