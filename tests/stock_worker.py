@@ -1,6 +1,7 @@
-"""A worker of Dynamo's own API without an engine: `python -m tests.stock_worker MODEL ENDPOINT`.
+"""A worker of Dynamo's own API without an engine: `python -m tests.stock_worker MODEL ENDPOINT [ROLE] [NAME]`.
 
-What it does with a request is the first of its token ids, one of WAYS.
+What an aggregated one does with a request is the first of its token ids, one of WAYS. A prefill worker hands something
+to a decode worker, which answers what it was given.
 """
 
 import asyncio
@@ -35,6 +36,16 @@ async def generate(request: dict[str, Any], context: Any) -> AsyncIterator[dict[
         await asyncio.sleep(0.005)
 
 
+async def prefill(request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
+    handed = {"kv_transfer_params": {"computed": len(request["token_ids"])}}
+    yield {"token_ids": [0], "finish_reason": "length", "disaggregated_params": handed}
+
+
+async def decode(request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
+    computed = request["prefill_result"]["disaggregated_params"]["kv_transfer_params"]["computed"]
+    yield {"token_ids": [computed], "finish_reason": "length"}
+
+
 def main() -> None:
     from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
     from dynamo.runtime import dynamo_worker
@@ -42,19 +53,26 @@ def main() -> None:
     @dynamo_worker()  # type: ignore[untyped-decorator]
     async def serve(runtime: Any) -> None:
         endpoint = runtime.endpoint(sys.argv[2])
+        role, name = [*sys.argv[3:], *("aggregated", "stock")[len(sys.argv) - 3 :]]
+        surface, worker_type, needs, handler = {
+            "aggregated": (ModelType.Chat, WorkerType.Aggregated, None, generate),
+            "prefill": (ModelType.Prefill, WorkerType.Prefill, [[WorkerType.Decode]], prefill),
+            "decode": (ModelType.Completions, WorkerType.Decode, [[WorkerType.Prefill]], decode),
+        }[role]
         config = ModelRuntimeConfig()
         config.total_kv_blocks = 1000
         await register_model(
             ModelInput.Tokens,
-            ModelType.Chat,
+            surface,
             endpoint,
             sys.argv[1],
-            "stock",
+            name,
             kv_cache_block_size=BLOCK_TOKENS,
             runtime_config=config,
-            worker_type=WorkerType.Aggregated,
+            worker_type=worker_type,
+            needs=needs,
         )
-        await endpoint.serve_endpoint(generate)
+        await endpoint.serve_endpoint(handler)
 
     uvloop.run(serve())
 

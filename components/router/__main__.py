@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvloop
 from pydantic import Field
@@ -39,6 +39,7 @@ class Options(CommonOptions):
 
     model_name: str
     model_path: str | None = None
+    worker_type: Literal["aggregated", "prefill"] = "aggregated"
     block_size: int | None = Field(None, ge=1)
     prefill_tokens_per_second: float = Field(9000, gt=0)
     prefill_base_ms: float = Field(40, ge=0)
@@ -70,6 +71,10 @@ def parse(argv: list[str] | None = None) -> Options:
     add_common_arguments(parser)
     parser.add_argument("--model-name", required=True, help="name of the model in the OpenAI API")
     parser.add_argument("--model-path", help="its folder or hub name, for the tokenizer; default: the model's name")
+    parser.add_argument(
+        "--worker-type",
+        help="what its workers are: aggregated (the default), or prefill, with decode workers of the same model beside",
+    )
     parser.add_argument("--block-size", help="KV block size in tokens; default: the workers' own")
     parser.add_argument("--prefill-tokens-per-second", help="prefill speed of a worker; default 9000")
     parser.add_argument("--prefill-base-ms", help="time to first token of a prompt wholly in HBM; default 40")
@@ -143,24 +148,27 @@ async def serve(runtime: Any, options: Options) -> None:
     router.decisions.watch(speeds, mirror, line.undecoded)
     explain = explain_handler(router, options.model_path or options.model_name)
     page = await open_page(options.page, router.decisions, explain)
-    public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.kvtier-router.generate")
+    prefill = options.worker_type == "prefill"
+    component = "kvtier-prefill-router" if prefill else "kvtier-router"
+    public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.{component}.generate")
     # With the labels of Dynamo's own series.
     register_engine_metrics_callback(
         endpoint=public,
         registry=router.decisions.registry,
         namespace_name=options.endpoint.split(".")[0],
-        component_name="kvtier_router",
+        component_name=component.replace("-", "_"),
         endpoint_name="generate",
         model_name=options.model_name,
     )
     await register_model(
         ModelInput.Tokens,
-        ModelType.Chat | ModelType.Completions,
+        ModelType.Prefill if prefill else ModelType.Chat | ModelType.Completions,
         public,
         options.model_path or options.model_name,
         options.model_name,
         kv_cache_block_size=block_tokens,
-        worker_type=WorkerType.Aggregated,
+        worker_type=WorkerType.Prefill if prefill else WorkerType.Aggregated,
+        needs=[[WorkerType.Decode]] if prefill else None,
     )
     gc.freeze()  # of all that was imported a full collection takes 10 to 20 ms, in which nothing is decided
     print(f"components.router: ready for {options.model_name}, blocks of {block_tokens} tokens", flush=True)
