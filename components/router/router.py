@@ -194,8 +194,8 @@ class Router:
         self._suspects = {worker: until for worker, until in self._suspects.items() if until > now}
         trusted = [candidate for candidate in candidates if candidate.worker not in self._suspects]
         candidates = trusted or candidates
-        place = self._sessions.place(session_of(request), now)
-        candidates = [one for one in candidates if (one.worker, one.dp_rank) == place] or candidates
+        if place := self._sessions.place(session_of(request), now):
+            candidates = [one for one in candidates if (one.worker, one.dp_rank) == place] or candidates
         if not candidates:
             raise NoWorker("no worker is live that could serve this prompt")
         chosen, choices = cost.choose(candidates, len(tokens), self._block_tokens, self._policy)
