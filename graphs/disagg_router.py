@@ -2,7 +2,7 @@
 
 The frontend's KV router picks a prefill worker, which fetches what the store has and computes the rest; NIXL hands the
 KV to a decode worker, which goes on. Only prefill workers have the tier, for only they read prompts. The router of this
-project prices aggregated workers alone, so it is no part of this graph: prefill workers ask the store without a plan.
+project (`--worker-type prefill`) is no part of this graph: prefill workers ask the store without a plan.
 """
 
 from graphs import services
