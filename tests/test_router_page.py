@@ -8,9 +8,13 @@ import pytest
 from components.router import explain
 from components.router.cost import Candidate, Policy, Speeds, choose
 from components.router.decisions import KEPT, LOGGED, Decisions
+from components.router.feed import Feed
 from components.router.page import open_page
+from components.router.speeds import LiveSpeeds
+from components.router.workers import Workers
 from graphs.services import free_port
 from kvstore.errors import ConfigError, UnavailableError
+from kvstore.residency import Mirror
 
 SPEEDS = Speeds(0.04, 1e-4, 0.0, 25e9, 10e9, 0.002)
 POLICY = Policy(gpu_price=0.5, pressure_seconds=0.2)
@@ -26,6 +30,10 @@ def decided(decisions: Decisions, name: str, *, queued: int = 0) -> None:
     decisions.decided(name, 2200, chosen, choices)
     decisions.first_token(name, chosen, 0.1)
     decisions.ended(name, "finished")
+
+
+def feed_of(decisions: Decisions) -> Feed:
+    return Feed(decisions, Workers("dynamo.backend.generate"), LiveSpeeds(SPEEDS), Mirror())
 
 
 def test_the_terms_of_a_price_add_up_and_the_plan_is_told() -> None:
@@ -57,7 +65,7 @@ async def test_decisions_can_be_read_over_http(capsys: pytest.CaptureFixture[str
     decided(decisions, "d1")
     decided(decisions, "d2", queued=30_000)
     url = f"http://127.0.0.1:{(port := free_port())}"
-    runner = await open_page(f"127.0.0.1:{port}", decisions)
+    runner = await open_page(f"127.0.0.1:{port}", feed_of(decisions))
     assert runner is not None
     try:
         async with aiohttp.ClientSession() as session:
@@ -80,7 +88,7 @@ async def test_decisions_can_be_read_over_http(capsys: pytest.CaptureFixture[str
             async with session.post(url + "/decisions") as reply:
                 assert reply.status == 405
         with pytest.raises(UnavailableError, match="choose another port"):
-            await open_page(f"127.0.0.1:{port}", decisions)
+            await open_page(f"127.0.0.1:{port}", feed_of(decisions))
         print(await explain.explained(url, "d1", 10))
         shown = capsys.readouterr().out
         assert "-> worker 1" in shown
@@ -96,10 +104,10 @@ async def test_decisions_can_be_read_over_http(capsys: pytest.CaptureFixture[str
 
 
 async def test_a_page_needs_an_address() -> None:
-    assert await open_page("", Decisions(16)) is None
+    assert await open_page("", feed_of(Decisions(16))) is None
     for address in ("8300", "localhost:", "localhost:99999"):
         with pytest.raises(ConfigError, match="page"):
-            await open_page(address, Decisions(16))
+            await open_page(address, feed_of(Decisions(16)))
 
 
 def test_of_a_large_cluster_the_cheapest_are_logged(caplog: pytest.LogCaptureFixture) -> None:
