@@ -1,6 +1,8 @@
 """Decisions are kept, add up, and can be read over HTTP."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -119,3 +121,11 @@ def test_of_a_large_cluster_the_cheapest_are_logged(caplog: pytest.LogCaptureFix
     assert line.count("blocks hbm") == LOGGED
     assert "-> worker 1 | 1: blocks" in line
     assert line.endswith(f"| {30 - LOGGED} dearer ones")
+
+
+def test_every_file_is_packaged() -> None:
+    root = Path(__file__).parent.parent
+    globs = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = root / "components" / "router"
+    packaged = {path for glob in globs["components.router"] for path in folder.glob(glob)}
+    assert {path for path in (folder / "static").rglob("*") if path.is_file()} <= packaged

@@ -10,7 +10,7 @@ import itertools
 import random
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 from components.router import state as states
@@ -40,16 +40,18 @@ class Growth:
     """By how much counters grew in the last ticks, whichever of their owners start anew meanwhile."""
 
     def __init__(self, ticks: int):
-        self._seen: dict[tuple[str, str], int] = {}
+        self._seen: dict[str, dict[str, int]] = {}
         self._grown: deque[Counter[str]] = deque(maxlen=ticks)
 
-    def take(self, counters: Mapping[tuple[str, str], int]) -> None:
-        """The counters now, by owner and name. One that was not there before counts from here on."""
+    def take(self, counters: dict[str, dict[str, int]]) -> None:
+        """The counters now, by owner and name. Of an owner that was not there before they count from here on."""
         grown: Counter[str] = Counter()
-        for (owner, name), value in counters.items():
-            before = self._seen.get((owner, name), value)
-            grown[name] += value - before if value >= before else value
-        self._seen = dict(counters)
+        for owner, values in counters.items():
+            before = self._seen.get(owner, values)
+            for name, value in values.items():
+                known = before.get(name, 0)
+                grown[name] += value - known if value >= known else value
+        self._seen = counters
         self._grown.append(grown)
 
     def total(self) -> dict[str, int]:
@@ -128,18 +130,16 @@ class Feed:
         return self.decisions.find(decision_id) or self._shown.get(decision_id)
 
     def show(self, decision: Decision) -> Summary:
-        self._shown[decision.id] = decision
+        self._shown[decision.id] = self.decisions.find(decision.id) or decision
         if len(self._shown) > KEPT:
             self._shown.popitem(last=False)
         return summary(decision)
 
     def _state(self, totals: Totals, point: Point, recent: list[Sample], now: float) -> State:
         workers, targets = self._worker_lanes(totals, point.time, now), self._target_lanes(now)
-        self._fetched.take(
-            {(lane.worker, name): count for lane in workers for name, count in lane.fetched_chunks.items()}
-        )
-        self._outcomes.take({("", outcome): count for outcome, count in totals.outcomes.items()})
-        self._faults.take({(lane.target, fault): getattr(lane, fault) for lane in targets for fault in _FAULTS})
+        self._fetched.take({lane.worker: lane.fetched_chunks for lane in workers if lane.heard_seconds is not None})
+        self._outcomes.take({"": totals.outcomes})
+        self._faults.take({lane.target: {name: getattr(lane, name) for name in _FAULTS} for lane in targets})
         return State(
             time=point.time,
             started=self._started,
@@ -247,7 +247,7 @@ class Viewer:
         """A few of the new decisions that are wanted, by chance; at first the newest. The oldest comes first."""
         decisions = self._feed.decisions
         missed = KEPT if self._decided is None else min(KEPT, decisions.count - self._decided)
-        new = [one for one in decisions.last(missed) if self._wants(one)]
+        new = [one for one in decisions.newest(missed) if self._wants(one)]
         if self._decided is None:
             picked = new[ROWS_FIRST - 1 :: -1]
         else:
