@@ -12,7 +12,7 @@ from components.router import explain
 from graphs import serve, size
 from graphs.render import PLACES, render
 from graphs.service import load_deployment
-from graphs.services import frontend_url, model_name
+from graphs.services import frontend_url, model_name, page_address
 from kvstore.errors import ConfigError, run_command
 
 HELP = """
@@ -75,11 +75,13 @@ def _serve(argv: list[str]) -> None:
     if options.dry_run:
         print("\n".join(serve.dry_run(deployment)))
         return
-    url = frontend_url(deployment)
+    url, page = frontend_url(deployment), page_address(deployment)
     logs = options.log_dir or options.state_dir / "logs"
 
     def announce() -> None:
         where = f"serving at {url}; try\n\n  {_curl(url, model_name(deployment))}" if url else "everything is up"
+        if page:
+            where += f"\n\nwhat goes where, and why: http://{page}/"
         print(f"\n{where}\n\nlogs are in {logs}; ctrl-C stops everything\n", flush=True)
 
     asyncio.run(serve.serve(deployment, announce, logs, verbose=options.verbose))

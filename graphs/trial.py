@@ -109,6 +109,7 @@ class Trial:
             f"--Nats.listen={nats}",
             f"--Store.listen=127.0.0.1:{self._store_port}",
             f"--Frontend.port={free_port()}",
+            f"--Router.page={(page := f'127.0.0.1:{free_port()}')}",
             *self.overrides,
         ]
         load_root(self.graph).link(ReferenceWorker)
@@ -125,6 +126,7 @@ class Trial:
         settings = {**self.deployment.settings, "ReferenceWorker": type(tiered)(args, tiered.env, reference)}
         self.deployment = type(self.deployment)(self.deployment.services, settings, self.deployment.state_dir)
         self.url = frontend_url(self.deployment)
+        self.page_url = f"http://{page}/"
         self.supervisor = Supervisor(self.deployment, self._log, restart=False)
         self.http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300))
         try:
