@@ -55,7 +55,7 @@ def test_the_quickstart_is_what_it_says(tmp_path: Path) -> None:
 
 
 def test_each_router_has_a_page(tmp_path: Path) -> None:
-    overrides = ["--Router.ServiceArgs.workers=2", "--Router.page=[::1]:8300"]
+    overrides = ["--Router.ServiceArgs.workers=2", "--Router.page='[::1]:8300'"]
     deployment = load_deployment(GRAPH, QUICKSTART, overrides, tmp_path)
     shown = commands(deployment)
     assert shown["Router-0"].endswith("--page [::1]:8300")
