@@ -8,8 +8,10 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 
 function axes(x, y) {
   const common = {
-    stroke: css("--quiet"), font: `11px ${css("--sans")}`,
-    grid: { stroke: css("--rule"), width: 1 }, ticks: { stroke: css("--rule"), width: 1, size: 4 },
+    stroke: css("--quiet"),
+    font: `11px ${css("--sans")}`,
+    grid: { stroke: css("--rule"), width: 1 },
+    ticks: { stroke: css("--rule"), width: 1, size: 4 },
   };
   return [
     { ...common, size: 24, gap: 3, space: 60, grid: { show: false }, ...x },
@@ -61,9 +63,16 @@ export function stackedAreas(id, order) {
     padding: [8, 14, 0, 0],
     scales: { x: { time: true }, y: { range: (_, low, high) => [0, Math.max(10, 1.08 * (high || 0))] } },
     axes: axes(times, { values: (_, splits) => splits.map(rate) }),
-    series: [{}, ...[...order].reverse().map((kind) => ({
-      stroke: css("--panel"), width: 1, fill: color(kind), points: { show: false }, spanGaps: true,
-    }))],
+    series: [
+      {},
+      ...[...order].reverse().map((kind) => ({
+        stroke: css("--panel"),
+        width: 1,
+        fill: color(kind),
+        points: { show: false },
+        spanGaps: true,
+      })),
+    ],
   }));
   return {
     restyle: () => chart.restyle(),
@@ -84,7 +93,11 @@ export function stackedAreas(id, order) {
 // Median and 95th percentile with and without a load from the store, in seconds.
 export function latencyLines(id) {
   const line = (color, dashed) => ({
-    stroke: css(color), width: dashed ? 1 : 2, dash: dashed ? [4, 3] : undefined, points: { show: false }, spanGaps: true,
+    stroke: css(color),
+    width: dashed ? 1 : 2,
+    dash: dashed ? [4, 3] : undefined,
+    points: { show: false },
+    spanGaps: true,
   });
   return new Chart(id, () => ({
     cursor,
@@ -98,13 +111,15 @@ export function latencyLines(id) {
 // Predicted against actual on logarithmic axes; the diagonal is a right prediction, the lines beside it twice and half.
 export function scatter(id) {
   const points = (color) => ({
-    paths: () => null, points: { show: true, size: 4, stroke: `${css(color)}b0`, fill: `${css(color)}b0`, width: 0 },
+    paths: () => null,
+    points: { show: true, size: 4, stroke: `${css(color)}b0`, fill: `${css(color)}b0`, width: 0 },
   });
   const line = (dash) => ({ stroke: css("--quiet"), width: 1, dash, points: { show: false } });
   const decades = (_, axis, low, high) => {
     const ticks = [];
     for (let power = -4; power <= 3; power += 1) {
-      for (const digit of [1, 3]) if (digit * 10 ** power >= low && digit * 10 ** power <= high) ticks.push(digit * 10 ** power);
+      for (const digit of [1, 3])
+        if (digit * 10 ** power >= low && digit * 10 ** power <= high) ticks.push(digit * 10 ** power);
     }
     return ticks;
   };
@@ -129,7 +144,12 @@ export function scatter(id) {
       for (const end of [low, low * 2, high / 2, high]) rows.push([end, null, null]);
       rows.sort((a, b) => a[0] - b[0]);
       const x = rows.map((row) => row[0]);
-      const ends = (factor) => rows.map((row) => (row[2] === null && row[0] * factor >= low * 0.999 && row[0] * factor <= high * 1.001 ? row[0] * factor : undefined));
+      const ends = (factor) =>
+        rows.map((row) =>
+          row[2] === null && row[0] * factor >= low * 0.999 && row[0] * factor <= high * 1.001
+            ? row[0] * factor
+            : undefined,
+        );
       const column = (store) => rows.map((row) => (row[2] === store ? row[1] : null));
       chart.show([x, ends(1), ends(2), ends(0.5), column(false), column(true)], label);
     },

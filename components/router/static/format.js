@@ -32,7 +32,10 @@ export function milliseconds(value) {
 export function bytes(value) {
   const units = ["B", "kB", "MB", "GB", "TB"];
   let unit = 0;
-  while (value >= 1000 && unit < units.length - 1) { value /= 1000; unit += 1; }
+  while (value >= 1000 && unit < units.length - 1) {
+    value /= 1000;
+    unit += 1;
+  }
   return `${value >= 100 || unit === 0 ? value.toFixed(0) : value.toFixed(1)} ${units[unit]}`;
 }
 
@@ -82,7 +85,11 @@ export function stack(parts, scale, label) {
 export function sourcesBar(tokens, scale) {
   const total = SOURCES.reduce((sum, source) => sum + (tokens[source] || 0), 0);
   const label = SOURCES.map((source) => `${SOURCE_NAMES[source]} ${count(tokens[source] || 0)}`).join(", ");
-  return stack(SOURCES.map((source) => [source, tokens[source] || 0]), scale || total, label);
+  return stack(
+    SOURCES.map((source) => [source, tokens[source] || 0]),
+    scale || total,
+    label,
+  );
 }
 
 export function sum(tokens) {

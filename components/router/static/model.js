@@ -2,7 +2,10 @@
 
 import { SOURCES } from "./format.js";
 
-const POINTS = 900, SAMPLES = 2048, ROWS = 200, WINDOW = 60;
+const POINTS = 900,
+  SAMPLES = 2048,
+  ROWS = 200,
+  WINDOW = 60;
 
 export class Model {
   constructor() {
@@ -46,7 +49,9 @@ export class Model {
   // Tokens a second by source, in bins of `step` seconds that end now: {times, hbm, dram, store, computed}.
   tokenSeries(filter, span) {
     const points = filter.worker ? this.#workerPoints(filter.worker) : this.points;
-    return binned(points, this.#grid(span), (bin) => SOURCES.map((source) => mean(bin.map((one) => one.tokens[source]))));
+    return binned(points, this.#grid(span), (bin) =>
+      SOURCES.map((source) => mean(bin.map((one) => one.tokens[source]))),
+    );
   }
 
   #grid(span) {
@@ -56,7 +61,8 @@ export class Model {
   #workerPoints(worker) {
     const history = this.lanes.get(worker) || [];
     return history.slice(1).map((now, index) => {
-      const before = history[index], passed = Math.max(now.time - before.time, 1e-3);
+      const before = history[index],
+        passed = Math.max(now.time - before.time, 1e-3);
       const tokens = {};
       for (const source of SOURCES) tokens[source] = Math.max(0, now.tokens[source] - before.tokens[source]) / passed;
       return { time: now.time, tokens };
@@ -69,15 +75,25 @@ export class Model {
     if (!filter.worker && !filter.source) {
       return binned(this.points, this.#grid(span), (bin) => of(bin[bin.length - 1][kind]).map((one) => one ?? null));
     }
-    const samples = this.chosenSamples(filter), { times } = this.#grid(span);
+    const samples = this.chosenSamples(filter),
+      { times } = this.#grid(span);
     const columns = times.map((end) =>
-      of(latency(samples.filter((one) => one.time > end - WINDOW && one.time <= end), kind)).map((one) => one ?? null));
+      of(
+        latency(
+          samples.filter((one) => one.time > end - WINDOW && one.time <= end),
+          kind,
+        ),
+      ).map((one) => one ?? null),
+    );
     return [times, ...[0, 1, 2, 3].map((index) => columns.map((column) => column[index]))];
   }
 
   latencyNow(filter, kind) {
     if (!filter.worker && !filter.source) return this.state[kind];
-    return latency(this.chosenSamples(filter).filter((one) => one.time > this.state.time - WINDOW), kind);
+    return latency(
+      this.chosenSamples(filter).filter((one) => one.time > this.state.time - WINDOW),
+      kind,
+    );
   }
 
   // Prompt tokens by source in the last minute.
@@ -85,7 +101,9 @@ export class Model {
     const points = (filter.worker ? this.#workerPoints(filter.worker) : this.points).filter(
       (one) => one.time > this.state.time - WINDOW,
     );
-    return Object.fromEntries(SOURCES.map((source) => [source, points.reduce((all, one) => all + one.tokens[source], 0)]));
+    return Object.fromEntries(
+      SOURCES.map((source) => [source, points.reduce((all, one) => all + one.tokens[source], 0)]),
+    );
   }
 }
 
@@ -115,9 +133,10 @@ function mean(values) {
 
 function latency(samples, kind) {
   const field = `${kind}_seconds`;
-  const split = (wanted) => percentiles(
-    samples.filter((one) => (one.tokens.store > 0) === wanted && one[field] !== null).map((one) => one[field]),
-  );
+  const split = (wanted) =>
+    percentiles(
+      samples.filter((one) => one.tokens.store > 0 === wanted && one[field] !== null).map((one) => one[field]),
+    );
   return { store: split(true), other: split(false) };
 }
 
