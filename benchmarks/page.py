@@ -16,17 +16,17 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from benchmarks.multi_turn_load import quantile
-from components.router.cost import Choice, Policy, Speeds
+from components.router.cost import Policy, Speeds
 from components.router.feed import Feed
 from components.router.page import open_page
-from components.router.router import Router
+from components.router.router import Decided, Router
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Workers
 from kvstore.bus import Residency, SnapshotPage, WorkerReport
@@ -126,7 +126,7 @@ class _Context:
 class _Timed(Router):
     took: list[float]  # seconds of each decision
 
-    async def decide(self, request: dict[str, Any], failed: set[int]) -> tuple[Choice, str]:
+    async def decide(self, request: dict[str, Any], failed: Collection[int] = ()) -> Decided:
         begun = time.process_time()
         decided = await super().decide(request, failed)
         self.took.append(time.process_time() - begun)
