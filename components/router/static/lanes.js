@@ -158,7 +158,9 @@ function problems(counts) {
     : "";
 }
 
+// Of a few seconds it would look like a fault.
 function spark(values) {
+  if (values.length < 10) return "";
   const namespace = "http://www.w3.org/2000/svg";
   const picture = document.createElementNS(namespace, "svg");
   picture.setAttribute("viewBox", "0 0 60 16");
