@@ -251,7 +251,9 @@ class Viewer:
         if self._decided is None:
             picked = new[ROWS_FIRST - 1 :: -1]
         else:
-            picked = [new[index] for index in sorted(random.sample(range(len(new)), min(ROWS, len(new))), reverse=True)]
+            # The same for all viewers, since what a row shows is made when it is first looked at.
+            chance = random.Random(decisions.count)
+            picked = [new[index] for index in sorted(chance.sample(range(len(new)), min(ROWS, len(new))), reverse=True)]
         self._decided = decisions.count
         self._open |= {one.id: one for one in picked if one.outcome == "open"}
         for forgotten in list(self._open)[:-KEPT]:

@@ -50,7 +50,14 @@ def make_app(feed: Feed, host: str = "127.0.0.1", explain: Handler | None = None
         limit = request.query.get("limit", str(LIMIT))
         if not limit.isdecimal() or not 0 < int(limit) <= KEPT:
             raise web.HTTPBadRequest(text=f"limit: {limit}: expected 1 to {KEPT}\n")
-        return _json(feed.decisions.last(int(limit), request.query.get("worker", "")))
+        worker = request.query.get("worker", "")
+        wanted = [one.id for one in feed.decisions.newest(KEPT) if worker in ("", one.chosen)][: int(limit)]
+        found = []
+        for name in wanted:
+            if (decision := feed.find(name)) is not None:
+                found.append(msgspec.json.encode(decision))
+            await asyncio.sleep(0)  # all at once, those of a large cluster would hold up prompts
+        return web.Response(body=b"[" + b",".join(found) + b"]", content_type="application/json")
 
     async def one(request: web.Request) -> web.Response:
         found = feed.find(request.match_info["id"])
