@@ -22,14 +22,25 @@ async def browser() -> AsyncIterator[Browser]:
 
 
 async def converse(trial: Trial, name: str) -> None:
-    """Turns that find their prompt in HBM, and in the store."""
-    trial.messages.clear()
+    """Turns that find their prompt in HBM, and the last one in the store."""
+    from transformers import AutoTokenizer
+
     for turn in range(3):
         await trial.say_next(f"{name}, turn {turn}: what else is there to say about a shared store? " * 8)
     await trial.until_stored()
     await trial.until_idle()
     for worker in trial.workers:
         await trial.clear(worker)
+    tokens = AutoTokenizer.from_pretrained(trial.folder / "model").apply_chat_template(
+        trial.messages, tokenize=True, return_dict=False
+    )
+
+    async def in_the_store_alone() -> bool:
+        async with trial.http.post(f"{trial.page_url}explain", json={"token_ids": tokens}) as reply:
+            found = [one["tokens"] for one in (await reply.json())["candidates"]]
+        return len(found) == len(trial.workers) and all(one["store"] and not one["hbm"] for one in found)
+
+    await trial.until(in_the_store_alone, "the router knows what is left", 30)
     await trial.say_next("And what was it that was said in the beginning?")
     await trial.until_idle()
 
@@ -66,7 +77,7 @@ async def test_numbers_equal_the_metrics_and_bars_the_price(trial: Trial, browse
         async with trial.http.get(f"{trial.page_url}decisions/{name}") as reply:
             decision = await reply.json()
         assert decision["outcome"] == "finished"
-        assert decision["output_tokens"] == 32
+        assert 0 < decision["output_tokens"] <= 32
         assert decision["tpot_seconds"] > 0
         prices = {one["worker"]: one["price_seconds"] for one in decision["candidates"]}
         for line in await page.locator("#detail .prices tbody tr").all():
@@ -88,8 +99,13 @@ async def test_the_page_outlives_the_router(trial: Trial, browser: Browser) -> N
             return bool((await trial.ask([{"role": "user", "content": "Is there a router?"}], max_tokens=2)).text)
 
         await trial.until(answers, "the frontend has found the new router", 60)
+
+        async def told() -> bool:
+            now = await state(trial)
+            return bool(now["decisions"] > 0 and now["open"] == 0)
+
+        await trial.until(told, "the page has heard of it", 20)
         decided = (await state(trial))["decisions"]
-        assert decided > 0
         await expect(page.locator("#link")).to_contain_text("prompts/s")
         await expect(page.locator("#readings")).to_contain_text(f"{decided} so far")
         await expect(page.locator("#rows tr")).to_have_count(decided)
