@@ -70,7 +70,6 @@ class Feed:
         *,
         model: str = "",
         connected: Callable[[], bool] = lambda: True,
-        clock: Callable[[], float] = time.monotonic,
     ):
         self.decisions = decisions
         self.points: deque[Point] = deque(maxlen=POINTS_KEPT)
@@ -82,9 +81,8 @@ class Feed:
         self._mirror = mirror
         self._model = model
         self._connected = connected
-        self._clock = clock
         self._started = time.time()
-        self._ticked = clock()
+        self._ticked = time.monotonic()
         self._totals = decisions.totals()
         self._fetched = Growth(WINDOW_SECONDS)
         self._outcomes = Growth(WINDOW_SECONDS)
@@ -104,7 +102,7 @@ class Feed:
         await self._next.wait()
 
     def tick(self) -> None:
-        now, wall = self._clock(), time.time()
+        now, wall = time.monotonic(), time.time()
         passed = max(now - self._ticked, 1e-3)
         before, totals = self._totals, self.decisions.totals()
         self._ticked, self._totals = now, totals
@@ -119,9 +117,8 @@ class Feed:
         point = Point(wall, decided / passed, rates, states.ttft(recent), states.tpot(recent))
         self.points.append(point)
         self.points_made += 1
-        self.state = self._state(totals, point, recent, now)
-        if decided:
-            self.state.decision_seconds = (totals.decision_seconds - before.decision_seconds) / decided
+        each = (totals.decision_seconds - before.decision_seconds) / decided if decided else None
+        self.state = self._state(totals, point, recent, each, now)
         self.state.alarms = alarms(self.state)
         self._next.set()
         self._next = asyncio.Event()
@@ -135,7 +132,9 @@ class Feed:
             self._shown.popitem(last=False)
         return summary(decision)
 
-    def _state(self, totals: Totals, point: Point, recent: list[Sample], now: float) -> State:
+    def _state(
+        self, totals: Totals, point: Point, recent: list[Sample], decision_seconds: float | None, now: float
+    ) -> State:
         workers, targets = self._worker_lanes(totals, point.time, now), self._target_lanes(now)
         self._fetched.take({lane.worker: lane.fetched_chunks for lane in workers if lane.heard_seconds is not None})
         self._outcomes.take({"": totals.outcomes})
@@ -153,7 +152,7 @@ class Feed:
             open=totals.open,
             decisions_per_second=point.decisions,
             tokens_per_second=point.tokens,
-            decision_seconds=None,
+            decision_seconds=decision_seconds,
             window_seconds=WINDOW_SECONDS,
             samples_per_second=SAMPLES_PER_SECOND,
             ttft=point.ttft,
