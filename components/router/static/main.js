@@ -100,6 +100,7 @@ function link() {
   const stale = broken || (heard > 0 && performance.now() - heard > STALE_MS);
   const state = model.state;
   document.body.classList.toggle("stale", stale);
+  $("link").setAttribute("aria-live", stale ? "polite" : "off"); // a rate is not to be read out each second
   const text = stale
     ? refused || "The router does not answer; trying again"
     : state === null
