@@ -109,7 +109,7 @@ class Trial:
             f"--Nats.listen={nats}",
             f"--Store.listen=127.0.0.1:{self._store_port}",
             f"--Frontend.port={free_port()}",
-            f"--Router.page=127.0.0.1:{free_port()}",
+            *([f"--Router.page=127.0.0.1:{free_port()}"] if self.graph == type(self).graph else []),
             *self.overrides,
         ]
         load_root(self.graph).link(ReferenceWorker)
