@@ -19,6 +19,7 @@ HELP = """
   serve    start a graph of services:   dynamo serve graphs.agg_router:Frontend -f config.yaml
   render   write it for containers:     dynamo render compose graphs.agg_router:Frontend -f config.yaml
                                         dynamo render k8s graphs.agg_router:Frontend -f config.yaml
+                                        dynamo render prometheus graphs.agg_router:Frontend -f config.yaml
   store    run a target by itself:      kvtier store --dir /nvme0 --capacity 3T   (the same as python -m kvstore)
   explain  why a prompt went there:     kvtier explain [DECISION] --url http://127.0.0.1:8300   (the router's --page)
            where one would go:          kvtier explain --prompt TEXT
@@ -90,7 +91,8 @@ def _serve(argv: list[str]) -> None:
 def _render(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog=f"{_program()} render",
-        description="Write a graph as a compose file, or as manifests for Dynamo's Kubernetes operator.",
+        description="Write a graph as a compose file, as the configuration of that file's Prometheus, or as manifests "
+        "for Dynamo's Kubernetes operator.",
         epilog="Any setting can be given as --Service.key=value, as with dynamo serve.",
     )
     parser.add_argument("target", choices=list(PLACES), help="what to write")
