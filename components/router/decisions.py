@@ -93,7 +93,7 @@ class Decisions:
         )
         self._chosen_blocks = Counter(
             "kvtier_router_chosen_blocks",
-            "Blocks of the prompts sent to this worker by where it was to find them",
+            "Blocks of the prompts sent to this worker by where it was to find them: hbm, dram, store, missing",
             ["worker", "tier"],
             registry=self.registry,
         )
@@ -105,12 +105,15 @@ class Decisions:
         self._open: OrderedDict[str, Decision] = OrderedDict()
         self._tokens = Counter(
             "kvtier_router_prompt_tokens",
-            "Prompt tokens by where the chosen worker was to find them",
+            "Prompt tokens by where the chosen worker was to find them: hbm, dram, store, computed",
             ["source"],
             registry=self.registry,
         )
         self._outcomes = Counter(
-            "kvtier_router_outcomes", "How prompts ended: finished, failed or left", ["outcome"], registry=self.registry
+            "kvtier_router_outcomes",
+            "How prompts ended: finished, failed, left (the client)",
+            ["outcome"],
+            registry=self.registry,
         )
         self._fallbacks = Counter(
             "kvtier_router_fallbacks",
@@ -270,7 +273,7 @@ class Decisions:
         """The latest decision, for Prometheus."""
         blocks = GaugeMetricFamily(
             "kvtier_router_candidate_blocks",
-            "Blocks of the last prompt by where this worker would find them",
+            "Blocks of the last prompt by where this worker would find them: hbm, dram, store, missing",
             labels=["worker", "tier"],
         )
         seconds = GaugeMetricFamily(
