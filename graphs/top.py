@@ -1,0 +1,293 @@
+"""`kvtier top`: where the tokens come from, how workers and targets do, and what is wrong, on a terminal.
+
+Reads the router's page (`--page`), and asks the targets that the router knows by the store's own protocol, so that it
+tells whether they answer from here. It is in graphs/ because it looks at router and targets alike. What is shown is
+made here as lines and rows of text; top_app.py puts them on a screen.
+"""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
+
+import aiohttp
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.router.decisions import Considered, Decision
+from components.router.state import SOURCES, Latency, State
+from kvstore import bus
+from kvstore.errors import ConfigError, UnavailableError, validated
+from kvstore.membership import checked_address
+from kvstore.tools import words
+from kvstore.tools.stat import Look, column, take_look
+from kvstore.wire import Status
+
+HELP = """Look at a running cluster: arrows choose a decision and enter shows its candidates, tab goes to the next
+table, p pauses, + and - change how often to look, q quits.
+
+  kvtier top --url http://127.0.0.1:8300
+"""
+
+EVERY_SECONDS_MIN, EVERY_SECONDS_MAX = 0.25, 60.0
+DECISIONS_SHOWN = 100
+_PATIENCE_SECONDS = 5.0
+_BAR_CELLS = 28
+_SHADES = "█▓▒░"  # by source; to be told apart without colours, too
+
+Answer = TypeVar("Answer")
+
+WORKERS = ("worker", "prompts", "hbm", "dram", "store", "comp", "open", "queue", "mem", "fetches at")
+TARGETS = ("target", "heard", "used", "sent", "received", "hits", "misses", "evicted at")
+DECISIONS = ("decision", "tokens", "worker", "cached", "fetch", "predicted", "actual", "outcome")
+
+
+class Options(BaseModel):
+    """The command line, checked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: str = "http://127.0.0.1:8300"
+    store: str = ""
+    namespace: str = "default"
+    every: float = Field(1.0, ge=EVERY_SECONDS_MIN, le=EVERY_SECONDS_MAX)
+    once: bool = False
+
+    def targets(self) -> list[str]:
+        return [checked_address("store", address.strip()) for address in self.store.split(",") if address.strip()]
+
+
+class Frame(NamedTuple):
+    """What was seen at once. Without a router's answer `state` is the last one, or None, and `trouble` says why."""
+
+    state: State | None
+    decisions: Sequence[Decision]
+    look: Look
+    before: Look | None
+    trouble: str = ""
+
+
+class Observer:
+    """Looks at a cluster again and again. For one event loop."""
+
+    def __init__(self, options: Options):
+        self._options = options
+        self._url = options.url.rstrip("/")
+        self._last: Frame | None = None
+
+    async def __aenter__(self) -> "Observer":
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_PATIENCE_SECONDS))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def look(self) -> Frame:
+        before = self._last
+        state, decisions, trouble = before.state if before else None, before.decisions if before else (), ""
+        try:
+            state = await self._get("/state", State)
+            decisions = await self._get(f"/decisions?limit={DECISIONS_SHOWN}", list[Decision])
+        except (aiohttp.ClientError, TimeoutError, ValueError, msgspec.DecodeError) as error:
+            trouble = f"no router answers at {self._url} ({str(error) or type(error).__name__})"
+        known = {lane.target: None for lane in state.targets} if state else {}
+        targets = list(known | dict.fromkeys(self._options.targets()))
+        look = Look(time.monotonic(), {})
+        if targets:
+            look = await asyncio.to_thread(take_look, targets, self._options.namespace)
+        self._last = Frame(state, decisions, look, before.look if before else None, trouble)
+        return self._last
+
+    async def _get(self, path: str, kind: type[Answer]) -> Answer:
+        async with self._session.get(self._url + path) as reply:
+            reply.raise_for_status()
+            return msgspec.json.decode(await reply.read(), type=kind)
+
+
+# ---- what is shown
+
+
+def headlines(frame: Frame) -> list[str]:
+    """The cluster in a few lines."""
+    state = frame.state
+    lines = [f"! {frame.trouble}"] if frame.trouble else []
+    if state is None:
+        return lines
+    spread = state.prediction
+    right = f"{spread.p50:.2f} ({spread.p10:.2f} to {spread.p90:.2f})" if spread else "-"
+    rates = "  ".join(f"{source} {state.tokens_per_second.get(source, 0):,.0f}" for source in SOURCES)
+    return [
+        *lines,
+        f"{state.model or 'model'}: {state.decisions_per_second:.1f} prompts/s, {state.open} under way, "
+        f"{state.decisions:,} since {time.strftime('%H:%M:%S', time.localtime(state.started))}",
+        f"tokens/s  {rates}",
+        _bar(state.tokens),
+        f"first token  {_latency(state.ttft)}",
+        f"each token   {_latency(state.tpot)}",
+        f"actual/predicted first token {right}",
+    ]
+
+
+def alarm_lines(frame: Frame) -> list[str]:
+    alarms = [f"! {alarm.text}" for alarm in frame.state.alarms] if frame.state else []
+    silent = [(target, answer) for target, answer in frame.look.answers.items() if isinstance(answer, str)]
+    return [*alarms, *(f"! Target {target} does not answer from here: {answer}." for target, answer in silent)]
+
+
+def worker_rows(frame: Frame) -> list[list[str]]:
+    rows = []
+    for lane in frame.state.workers if frame.state else []:
+        shares = _shares(lane.tokens)
+        rows.append(
+            [
+                lane.worker,
+                f"{lane.decisions:,}",
+                *(f"{shares[source]:.0%}" if shares else "-" for source in SOURCES),
+                str(lane.open),
+                "-" if lane.queued_tokens is None else str(lane.queued_tokens),
+                "-" if lane.memory_used is None else f"{lane.memory_used:.0%}",
+                words.speed(lane.store_bytes_per_second) if lane.store_bytes_per_second else "-",
+            ]
+        )
+    return rows
+
+
+def target_rows(frame: Frame) -> list[list[str]]:
+    heard = {lane.target: f"{lane.heard_seconds:.0f} s" for lane in frame.state.targets} if frame.state else {}
+    before = frame.before
+    rows = []
+    for target, answer in frame.look.answers.items():
+        if not isinstance(answer, Status):
+            rows.append([target, heard.get(target, "-"), *["-"] * (len(TARGETS) - 2)])
+            continue
+        seconds = frame.look.seconds - before.seconds if before else 0.0
+        shown = column(answer, before.answers.get(target) if before else None, seconds)
+        names = ("sent", "received", "get hit", "get miss", "age when evicted last")
+        used = f"{answer.payload_bytes / answer.capacity_bytes:.0%}"
+        rows.append([target, heard.get(target, "-"), used, *(shown[name] or "-" for name in names)])
+    return rows
+
+
+def decision_row(one: Decision) -> list[str]:
+    chosen = next((candidate for candidate in one.candidates if candidate.worker == one.chosen), None)
+    shares = _shares(chosen.tokens) if chosen else {}
+    return [
+        one.id,
+        f"{one.prompt_tokens:,}",
+        one.chosen,
+        f"{1 - shares['computed']:.0%}" if shares else "-",
+        str(one.fetch_chunks),
+        _seconds(one.predicted_ttft_seconds),
+        _seconds(one.ttft_seconds),
+        one.outcome,
+    ]
+
+
+def in_full(one: Decision) -> str:
+    """A decision with its candidates, the cheapest first, within 78 columns."""
+    lines = [
+        f"{one.id}: {one.prompt_tokens} tokens -> worker {one.chosen}, {one.outcome}",
+        f"first token: predicted {_seconds(one.predicted_ttft_seconds)}, actual {_seconds(one.ttft_seconds)}",
+    ]
+    if one.fetch_chunks:
+        runs = ", ".join(f"{count} from {target}" for target, count in one.targets)
+        lines.append(f"fetches {one.fetch_chunks} chunks: {runs}")
+    candidates = sorted(one.candidates, key=lambda candidate: candidate.price_seconds)
+    lines += ["", "tokens by source", _of_candidates(candidates, one.chosen, lambda each: _counted(each.tokens))]
+    lines += ["", "price in ms", _of_candidates(candidates, one.chosen, _priced)]
+    return "\n".join(lines)
+
+
+def _of_candidates(
+    candidates: Sequence[Considered], chosen: str, cells: Callable[[Considered], Mapping[str, str]]
+) -> str:
+    titles = list(cells(candidates[0])) if candidates else []
+    rows = [[each.worker, *cells(each).values(), "<-" if each.worker == chosen else ""] for each in candidates]
+    return words.table([["worker", *titles, ""], *rows])
+
+
+def _counted(tokens: Mapping[str, int]) -> dict[str, str]:
+    return {source: f"{tokens.get(source, 0):,}" for source in SOURCES}
+
+
+def _priced(each: Considered) -> dict[str, str]:
+    terms = {name: f"{1000 * seconds:.1f}" for name, seconds in each.price.items()}
+    return {**terms, "= price": f"{1000 * each.price_seconds:.1f}"}
+
+
+def as_text(frame: Frame) -> str:
+    """One frame for scripts, and for whoever has no terminal."""
+    parts = [*headlines(frame), *alarm_lines(frame)]
+    decisions = [decision_row(one) for one in frame.decisions[:10]]
+    for titles, rows in ((WORKERS, worker_rows(frame)), (TARGETS, target_rows(frame)), (DECISIONS, decisions)):
+        parts += ["", words.table([titles, *rows])] if rows else []
+    return "\n".join(parts)
+
+
+def _shares(tokens: Mapping[str, int]) -> dict[str, float]:
+    """By source; nothing if there are no tokens."""
+    total = sum(tokens.values())
+    return {source: tokens.get(source, 0) / total for source in SOURCES} if total else {}
+
+
+def _bar(tokens: Mapping[str, int]) -> str:
+    """All tokens so far by source, as a bar and its legend."""
+    shares = _shares(tokens)
+    if not shares:
+        return "no prompt yet"
+    ends = [round(_BAR_CELLS * end) for end in accumulate(shares.values())]
+    cells = "".join(shade * (end - start) for shade, start, end in zip(_SHADES, [0, *ends], ends, strict=False))
+    legend = "  ".join(f"{shade} {source} {shares[source]:.0%}" for shade, source in zip(_SHADES, SOURCES, strict=True))
+    return f"{cells}  {legend}"
+
+
+def _latency(latency: Latency) -> str:
+    found = (("store", latency.store), ("no store", latency.other))
+    return "   ".join(
+        f"{name} {_seconds(one.p50)} (p95 {_seconds(one.p95)})" if one else f"{name} -" for name, one in found
+    )
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+# ---- the command
+
+
+async def _once(options: Options) -> str:
+    """Counts of targets are per second, so it looks twice. Raises UnavailableError if there is nothing to be seen."""
+    async with Observer(options) as observer:
+        await observer.look()
+        await asyncio.sleep(options.every)
+        frame = await observer.look()
+    if frame.trouble and not frame.look.answers:
+        raise UnavailableError(f"router: {frame.trouble}: start it with --page, or name its address with --url")
+    return as_text(frame)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="kvtier top", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", help="the router's page; default http://127.0.0.1:8300")
+    parser.add_argument("--store", help="targets, host:port with commas between, beside those that the router knows")
+    parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
+    parser.add_argument("--every", metavar="SECONDS", help="how often to look; default 1")
+    parser.add_argument("--once", action="store_true", help="print one frame as text")
+    options = validated(Options, vars(parser.parse_args(argv)))
+    bus.checked_namespace(options.namespace)
+    options.targets()
+    if options.once:
+        print(asyncio.run(_once(options)))
+        return
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError("once", False, "--once where there is no terminal")
+    from graphs.top_app import TopApp  # with it comes the terminal's library, which --once does without
+
+    TopApp(options).run()
