@@ -1,24 +1,25 @@
 """`kvtier top`: where the tokens come from, how workers and targets do, and what is wrong, on a terminal.
 
-Reads the router's page (`--page`), and asks the targets that the router knows by the store's own protocol, so that it
-tells whether they answer from here. It is in graphs/ because it looks at router and targets alike. What is shown is
-made here as lines and rows of text; top_app.py puts them on a screen.
+Follows the router's page (`--page`) as a browser does, which costs the router next to nothing, and asks the targets
+that it knows by the store's own protocol, which tells whether they answer from here. It is in graphs/ because it looks
+at router and targets alike. What is shown is made here as lines and rows of text; top_app.py puts them on a screen.
 """
 
 import argparse
 import asyncio
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import aiohttp
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from components.router.decisions import Considered, Decision
-from components.router.state import SOURCES, Latency, State
+from components.router.state import SOURCES, Latency, State, Summary, Update
 from kvstore import bus
 from kvstore.errors import ConfigError, UnavailableError, validated
 from kvstore.membership import checked_address
@@ -32,13 +33,14 @@ table, p pauses, + and - change how often to look, q quits.
   kvtier top --url http://127.0.0.1:8300
 """
 
-EVERY_SECONDS_MIN, EVERY_SECONDS_MAX = 0.25, 60.0
-DECISIONS_SHOWN = 100
+EVERY_SECONDS_MIN, EVERY_SECONDS_MAX = 0.5, 60.0
+_DECISIONS_KEPT = 200
 _PATIENCE_SECONDS = 5.0
+_RETRY_SECONDS = 1.0
+# The first event brings a quarter of an hour.
+_EVENT_BYTES_MAX = 8 << 20
 _BAR_CELLS = 28
 _SHADES = "█▓▒░"  # by source; to be told apart without colours, too
-
-Answer = TypeVar("Answer")
 
 WORKERS = ("worker", "prompts", "hbm", "dram", "store", "comp", "open", "queue", "mem", "fetches at")
 TARGETS = ("target", "heard", "used", "sent", "received", "hits", "misses", "evicted at")
@@ -64,7 +66,7 @@ class Frame(NamedTuple):
     """What was seen at once. Without a router's answer `state` is the last one, or None, and `trouble` says why."""
 
     state: State | None
-    decisions: Sequence[Decision]
+    decisions: Sequence[Summary]  # the latest first; some of them, where there are many a second
     look: Look
     before: Look | None
     trouble: str = ""
@@ -76,35 +78,73 @@ class Observer:
     def __init__(self, options: Options):
         self._options = options
         self._url = options.url.rstrip("/")
-        self._last: Frame | None = None
+        self._state: State | None = None
+        self._decisions: OrderedDict[str, Summary] = OrderedDict()
+        self._trouble = f"no router answers at {self._url}"
+        self._heard = asyncio.Event()
+        self._look: Look | None = None
 
     async def __aenter__(self) -> "Observer":
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_PATIENCE_SECONDS))
+        timeout = aiohttp.ClientTimeout(sock_connect=_PATIENCE_SECONDS, sock_read=_PATIENCE_SECONDS)
+        self._session = aiohttp.ClientSession(timeout=timeout, read_bufsize=_EVENT_BYTES_MAX)
+        self._following = asyncio.create_task(self._follow())
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._following.cancel()
+        await asyncio.gather(self._following, return_exceptions=True)
         await self._session.close()
 
     async def look(self) -> Frame:
-        before = self._last
-        state, decisions, trouble = before.state if before else None, before.decisions if before else (), ""
-        try:
-            state = await self._get("/state", State)
-            decisions = await self._get(f"/decisions?limit={DECISIONS_SHOWN}", list[Decision])
-        except (aiohttp.ClientError, TimeoutError, ValueError, msgspec.DecodeError) as error:
-            trouble = f"no router answers at {self._url} ({str(error) or type(error).__name__})"
-        known = {lane.target: None for lane in state.targets} if state else {}
-        targets = list(known | dict.fromkeys(self._options.targets()))
-        look = Look(time.monotonic(), {})
+        """The first time it waits until the router has answered, or does not."""
+        await self._heard.wait()
+        known = [lane.target for lane in self._state.targets] if self._state else []
+        targets = list(dict.fromkeys([*known, *self._options.targets()]))
+        before, self._look = self._look, Look(time.monotonic(), {})
         if targets:
-            look = await asyncio.to_thread(take_look, targets, self._options.namespace)
-        self._last = Frame(state, decisions, look, before.look if before else None, trouble)
-        return self._last
+            self._look = await asyncio.to_thread(take_look, targets, self._options.namespace)
+        return Frame(self._state, list(reversed(self._decisions.values())), self._look, before, self._trouble)
 
-    async def _get(self, path: str, kind: type[Answer]) -> Answer:
-        async with self._session.get(self._url + path) as reply:
-            reply.raise_for_status()
-            return msgspec.json.decode(await reply.read(), type=kind)
+    async def explain(self, decision_id: str) -> str:
+        """A decision in full, or why there is none."""
+        try:
+            async with self._session.get(f"{self._url}/decisions/{decision_id}") as reply:
+                if reply.status != 200:
+                    return (await reply.text()).strip()
+                return in_full(msgspec.json.decode(await reply.read(), type=Decision))
+        except _NO_ANSWER as error:
+            return _no_router(self._url, error)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async with self._session.get(f"{self._url}/events") as reply:
+                    reply.raise_for_status()
+                    async for line in reply.content:
+                        if line.startswith(b"data: "):
+                            self._take(msgspec.json.decode(line[6:], type=Update))
+                raise ConnectionError("it is gone")
+            except _NO_ANSWER as error:
+                self._trouble = _no_router(self._url, error)
+            self._heard.set()
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    def _take(self, update: Update) -> None:
+        self._state, self._trouble = update.state, ""
+        if update.fresh:
+            self._decisions.clear()
+        for one in update.decisions:
+            self._decisions[one.id] = one
+        while len(self._decisions) > _DECISIONS_KEPT:
+            self._decisions.popitem(last=False)
+        self._heard.set()
+
+
+_NO_ANSWER = (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.DecodeError)
+
+
+def _no_router(url: str, error: Exception) -> str:
+    return f"no router answers at {url} ({str(error) or type(error).__name__})"
 
 
 # ---- what is shown
@@ -171,13 +211,12 @@ def target_rows(frame: Frame) -> list[list[str]]:
     return rows
 
 
-def decision_row(one: Decision) -> list[str]:
-    chosen = next((candidate for candidate in one.candidates if candidate.worker == one.chosen), None)
-    shares = _shares(chosen.tokens) if chosen else {}
+def decision_row(one: Summary) -> list[str]:
+    shares = _shares(one.tokens)
     return [
         one.id,
         f"{one.prompt_tokens:,}",
-        one.chosen,
+        one.worker,
         f"{1 - shares['computed']:.0%}" if shares else "-",
         str(one.fetch_chunks),
         _seconds(one.predicted_ttft_seconds),
@@ -214,8 +253,10 @@ def _counted(tokens: Mapping[str, int]) -> dict[str, str]:
 
 
 def _priced(each: Considered) -> dict[str, str]:
-    terms = {name: f"{1000 * seconds:.1f}" for name, seconds in each.price.items()}
-    return {**terms, "= price": f"{1000 * each.price_seconds:.1f}"}
+    terms = {**each.price, "= price": each.price_seconds}
+    return {
+        name: f"{1000 * seconds:,.0f}" if seconds >= 1 else f"{1000 * seconds:.1f}" for name, seconds in terms.items()
+    }
 
 
 def as_text(frame: Frame) -> str:

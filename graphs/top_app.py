@@ -64,7 +64,7 @@ class TopApp(App[None]):
     def __init__(self, options: Options):
         super().__init__(ansi_color=True)
         self._every = options.every
-        self._options = options
+        self._observer = Observer(options)
         self._frame: Frame | None = None
         self._paused = False
         self._changed = asyncio.Event()
@@ -84,10 +84,10 @@ class TopApp(App[None]):
         self.run_worker(self._look(), exclusive=True)
 
     async def _look(self) -> None:
-        async with Observer(self._options) as observer:
+        async with self._observer:
             while True:
                 if not self._paused:
-                    self._frame = await observer.look()
+                    self._frame = await self._observer.look()
                     self._show()
                 self._changed.clear()
                 with contextlib.suppress(TimeoutError):
@@ -136,12 +136,10 @@ class TopApp(App[None]):
         self._show()
         self._changed.set()
 
-    def on_data_table_row_selected(self, event: "DataTable.RowSelected") -> None:
+    async def on_data_table_row_selected(self, event: "DataTable.RowSelected") -> None:
         """Enter, or a click."""
-        decisions = self._frame.decisions if self._frame else ()
-        found = next((one for one in decisions if one.id == event.row_key.value), None)
-        if event.data_table.id == "decisions" and found is not None:
-            self.push_screen(Detail(top.in_full(found)))
+        if event.data_table.id == "decisions" and event.row_key.value:
+            self.push_screen(Detail(await self._observer.explain(event.row_key.value)))
 
 
 def _cell(title: str, text: str) -> Text:
