@@ -10,7 +10,7 @@ import asyncio
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.router.decisions import Considered, Decision
+from components.router.explain import explained
 from components.router.state import SOURCES, Latency, State, Summary, Update
 from kvstore import bus
 from kvstore.errors import ConfigError, UnavailableError, validated
@@ -80,7 +80,7 @@ class Observer:
         self._url = options.url.rstrip("/")
         self._state: State | None = None
         self._decisions: OrderedDict[str, Summary] = OrderedDict()
-        self._trouble = f"no router answers at {self._url}"
+        self._trouble = ""
         self._heard = asyncio.Event()
         self._look: Look | None = None
 
@@ -108,12 +108,9 @@ class Observer:
     async def explain(self, decision_id: str) -> str:
         """A decision in full, or why there is none."""
         try:
-            async with self._session.get(f"{self._url}/decisions/{decision_id}") as reply:
-                if reply.status != 200:
-                    return (await reply.text()).strip()
-                return in_full(msgspec.json.decode(await reply.read(), type=Decision))
-        except _NO_ANSWER as error:
-            return _no_router(self._url, error)
+            return await explained(self._url, decision_id, 1)
+        except (ConfigError, UnavailableError) as error:
+            return str(error)
 
     async def _follow(self) -> None:
         while True:
@@ -124,8 +121,8 @@ class Observer:
                         if line.startswith(b"data: "):
                             self._take(msgspec.json.decode(line[6:], type=Update))
                 raise ConnectionError("it is gone")
-            except _NO_ANSWER as error:
-                self._trouble = _no_router(self._url, error)
+            except (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.DecodeError) as error:
+                self._trouble = f"no router answers at {self._url} ({str(error) or type(error).__name__})"
             self._heard.set()
             await asyncio.sleep(_RETRY_SECONDS)
 
@@ -138,13 +135,6 @@ class Observer:
         while len(self._decisions) > _DECISIONS_KEPT:
             self._decisions.popitem(last=False)
         self._heard.set()
-
-
-_NO_ANSWER = (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.DecodeError)
-
-
-def _no_router(url: str, error: Exception) -> str:
-    return f"no router answers at {url} ({str(error) or type(error).__name__})"
 
 
 # ---- what is shown
@@ -223,40 +213,6 @@ def decision_row(one: Summary) -> list[str]:
         _seconds(one.ttft_seconds),
         one.outcome,
     ]
-
-
-def in_full(one: Decision) -> str:
-    """A decision with its candidates, the cheapest first, within 78 columns."""
-    lines = [
-        f"{one.id}: {one.prompt_tokens} tokens -> worker {one.chosen}, {one.outcome}",
-        f"first token: predicted {_seconds(one.predicted_ttft_seconds)}, actual {_seconds(one.ttft_seconds)}",
-    ]
-    if one.fetch_chunks:
-        runs = ", ".join(f"{count} from {target}" for target, count in one.targets)
-        lines.append(f"fetches {one.fetch_chunks} chunks: {runs}")
-    candidates = sorted(one.candidates, key=lambda candidate: candidate.price_seconds)
-    lines += ["", "tokens by source", _of_candidates(candidates, one.chosen, lambda each: _counted(each.tokens))]
-    lines += ["", "price in ms", _of_candidates(candidates, one.chosen, _priced)]
-    return "\n".join(lines)
-
-
-def _of_candidates(
-    candidates: Sequence[Considered], chosen: str, cells: Callable[[Considered], Mapping[str, str]]
-) -> str:
-    titles = list(cells(candidates[0])) if candidates else []
-    rows = [[each.worker, *cells(each).values(), "<-" if each.worker == chosen else ""] for each in candidates]
-    return words.table([["worker", *titles, ""], *rows])
-
-
-def _counted(tokens: Mapping[str, int]) -> dict[str, str]:
-    return {source: f"{tokens.get(source, 0):,}" for source in SOURCES}
-
-
-def _priced(each: Considered) -> dict[str, str]:
-    terms = {**each.price, "= price": each.price_seconds}
-    return {
-        name: f"{1000 * seconds:,.0f}" if seconds >= 1 else f"{1000 * seconds:.1f}" for name, seconds in terms.items()
-    }
 
 
 def as_text(frame: Frame) -> str:

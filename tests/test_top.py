@@ -182,7 +182,7 @@ async def test_keys(cluster: Cluster) -> None:
         await until(lambda: isinstance(app.screen, Detail))
         detail = str(app.screen.query_one(Static).render())
         assert "d2: 2200 tokens -> worker 1" in detail
-        assert "100 from t:1, 37 from t:2" in detail
+        assert "t:1 100, t:2 37" in detail
         await pilot.press("escape")
         assert table.row_count == 4
         await pilot.press("p")
