@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from graphs import metrics_doc
 from graphs.dashboards import DASHBOARDS, FOLDER, as_json
@@ -67,6 +68,22 @@ def test_dashboards_have_what_grafana_asks_for(name: str) -> None:
         for target in panel["targets"]:
             used = set(re.findall(r"\$(?!__)(\w+)", target["expr"]))
             assert used <= variables, target
+
+
+def test_grafana_finds_what_is_provisioned() -> None:
+    provisioning = ROOT / "docker" / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "kvtier.yml").read_text())["providers"]
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    mounts = dict(volume.removesuffix(":ro").split(":") for volume in services["grafana"]["volumes"])
+    assert provider["options"]["path"] == mounts["./grafana/dashboards"]
+    for name in ("datasources", "dashboards"):
+        assert mounts[f"./grafana/provisioning/{name}"] == f"/etc/grafana/provisioning/{name}"
+    home = Path(services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert (str(home.parent), (FOLDER / home.name).is_file()) == (provider["options"]["path"], True)
+    assert source["type"] == "prometheus"
+    assert source["url"] == "http://prometheus:9090"
+    assert "prometheus" in services
 
 
 def test_what_is_asked_for_exists() -> None:
