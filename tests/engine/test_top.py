@@ -32,7 +32,6 @@ async def test_top_shows_the_cluster(trial: Trial) -> None:
     )
     print(ended.stdout)
     assert ended.returncode == 0, ended.stderr
-    assert "!" not in ended.stdout
     counted = await trial.metrics("Router-0")
     tokens = {source: counted["kvtier_router_prompt_tokens_total", source] for source in SOURCES}
     for source, count in tokens.items():
