@@ -9,7 +9,7 @@ from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
-from textual.screen import ModalScreen
+from textual.screen import ModalScreen, Screen
 from textual.widgets import DataTable, Footer, Static
 from textual.widgets.data_table import RowDoesNotExist
 
@@ -57,8 +57,6 @@ class TopApp(App[None]):
         Binding("p,space", "pause", "Pause"),
         Binding("plus,equals_sign", "faster", "Faster", key_display="+"),
         Binding("minus", "slower", "Slower", key_display="-"),
-        Binding("enter", "detail", "Decision"),
-        Binding("tab", "app.focus_next", "Next table"),
     ]
 
     def __init__(self, options: Options):
@@ -98,8 +96,8 @@ class TopApp(App[None]):
         if frame is None:
             return
         how = "paused" if self._paused else f"every {self._every:g} s"
-        self.query_one("#head", Static).update("\n".join(top.headlines(frame)) + f"   [{how}]")
-        self.query_one("#alarms", Static).update("\n".join(top.alarm_lines(frame)))
+        self._below.query_one("#head", Static).update("\n".join(top.headlines(frame)) + f"   [{how}]")
+        self._below.query_one("#alarms", Static).update("\n".join(top.alarm_lines(frame)))
         self._fill("workers", top.WORKERS, top.worker_rows(frame))
         self._fill("targets", top.TARGETS, top.target_rows(frame))
         self._fill("decisions", top.DECISIONS, [top.decision_row(one) for one in frame.decisions])
@@ -117,8 +115,13 @@ class TopApp(App[None]):
             with contextlib.suppress(RowDoesNotExist):
                 table.move_cursor(row=table.get_row_index(chosen.value))
 
+    @property
+    def _below(self) -> Screen[object]:
+        """The screen with the tables, whatever is shown above it."""
+        return self.screen_stack[0]
+
     def _table(self, name: str) -> "DataTable[Text]":
-        return self.query_one(f"#{name}", DataTable)
+        return self._below.query_one(f"#{name}", DataTable)
 
     def action_pause(self) -> None:
         self._paused = not self._paused

@@ -174,20 +174,22 @@ async def test_keys(cluster: Cluster) -> None:
         cluster.decide("d4")
         await until(lambda: table.row_count == 4)
         assert under_cursor() == "d2"  # the cursor stays with its decision
-        await pilot.press("p")
-        assert "[paused]" in head()
-        cluster.decide("d5")
-        await pilot.press("minus")
         await pilot.press("enter")
         await until(lambda: isinstance(app.screen, Detail))
         detail = str(app.screen.query_one(Static).render())
         assert "d2: 2200 tokens -> worker 1" in detail
         assert "t:1 100, t:2 37" in detail
+        cluster.decide("d5")
+        await until(lambda: table.row_count == 5)  # below
         await pilot.press("escape")
-        assert table.row_count == 4
+        await pilot.press("p")
+        assert "[paused]" in head()
+        cluster.decide("d6")
+        await pilot.press("minus")
+        assert table.row_count == 5
         await pilot.press("p")
         assert "[every 1 s]" in head()
-        await until(lambda: table.row_count == 5)
+        await until(lambda: table.row_count == 6)
         await pilot.press("plus", "plus", "plus")
         assert "[every 0.5 s]" in head()
         assert table.size.height >= 4
