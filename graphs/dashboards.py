@@ -222,6 +222,13 @@ def router() -> dashboard.Dashboard:
                     "none",
                     f"sum by (le) (increase({ratio}_bucket{{{mine}}}{_RATE}))",
                 ),
+                graph(
+                    "Time per output token",
+                    "After the first, of whole answers.",
+                    "s",
+                    (_quantile(0.5, "kvtier_router_tpot_seconds", mine), "median"),
+                    (_quantile(0.95, "kvtier_router_tpot_seconds", mine), "p95"),
+                ),
             ],
             "What the router knows": [
                 graph(
