@@ -223,6 +223,13 @@ def router() -> dashboard.Dashboard:
                     f"sum by (le) (increase({ratio}_bucket{{{mine}}}{_RATE}))",
                 ),
                 graph(
+                    "Regret",
+                    "Time to first token beyond what the best other worker was predicted to take.",
+                    "s",
+                    (_quantile(0.5, "kvtier_router_regret_seconds", mine), "median"),
+                    (_quantile(0.95, "kvtier_router_regret_seconds", mine), "p95"),
+                ),
+                graph(
                     "Time per output token",
                     "After the first, of whole answers.",
                     "s",
@@ -233,7 +240,7 @@ def router() -> dashboard.Dashboard:
             "What the router knows": [
                 graph(
                     "Time of a decision",
-                    "Ask Dynamo's router, locate chunks in the store, price.",
+                    "Hash the prompt, ask Dynamo's router, locate chunks in the store, price.",
                     "s",
                     (_quantile(0.5, "kvtier_router_decision_seconds", mine, "stage"), "{{stage}} median"),
                     (_quantile(0.99, "kvtier_router_decision_seconds", mine, "stage"), "{{stage}} p99"),

@@ -85,7 +85,7 @@ def of_target() -> list[Series]:
 
 def of_router() -> list[Series]:
     decisions = Decisions(16)
-    decisions.watch(LiveSpeeds(Speeds(0.0, 1.0, 0.0, 1.0, 1.0, 0.0)), Mirror())
+    decisions.watch(LiveSpeeds(Speeds(0.0, 1.0, 0.0, 1.0, 1.0, 0.0)), Mirror(), {})
     return list(_registered(decisions.registry))
 
 
