@@ -19,11 +19,9 @@ async def test_top_shows_the_cluster(trial: Trial) -> None:
     turn = await trial.say_next("How many look at this, and what do they see when they do? " * 8)
     await trial.until_stored()
     await trial.until_idle()
-    command = list(trial.child("Router-0").process.command)
-    url = f"http://{command[command.index('--page') + 1]}"
     ended = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-m", "graphs.cli", "top", "--url", url, "--once"],
+        [sys.executable, "-m", "graphs.cli", "top", "--url", trial.page_url, "--once"],
         capture_output=True,
         text=True,
         timeout=60,
