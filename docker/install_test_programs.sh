@@ -26,8 +26,8 @@ install_prometheus() {
 
 for program in chromium prometheus; do
     { command -v $program >/dev/null || [ -x "$venv/bin/$program" ]; } && continue
-    echo "installing $program from Debian" >&2
     if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        echo "installing $program from Debian" >&2
         # Lists of packages may be missing, or name versions that are gone.
         { install_$program || { apt-get update --quiet && install_$program; }; } >&2 && continue
         echo "$program: not installed; tests that need it are skipped" >&2

@@ -1,4 +1,4 @@
-"""The console script, under two names: `kvtier serve|render|store|explain|size` and `dynamo serve|render`."""
+"""The console script, under two names: `kvtier serve|render|store|top|explain|size` and `dynamo serve|render`."""
 
 import argparse
 import asyncio
@@ -9,17 +9,19 @@ from pathlib import Path
 
 import kvstore.__main__ as store
 from components.router import explain
-from graphs import serve, size
+from graphs import serve, size, top
 from graphs.render import PLACES, render
 from graphs.service import load_deployment
-from graphs.services import frontend_url, model_name
+from graphs.services import frontend_url, model_name, page_address
 from kvstore.errors import ConfigError, run_command
 
 HELP = """
   serve    start a graph of services:   dynamo serve graphs.agg_router:Frontend -f config.yaml
   render   write it for containers:     dynamo render compose graphs.agg_router:Frontend -f config.yaml
                                         dynamo render k8s graphs.agg_router:Frontend -f config.yaml
+                                        dynamo render prometheus graphs.agg_router:Frontend -f config.yaml
   store    run a target by itself:      kvtier store --dir /nvme0 --capacity 3T   (the same as python -m kvstore)
+  top      look at it, on a terminal:   kvtier top --url http://127.0.0.1:8300   (the router's --page)
   explain  why a prompt went there:     kvtier explain [DECISION] --url http://127.0.0.1:8300   (the router's --page)
            where one would go:          kvtier explain --prompt TEXT
   size     how large and how fast:      kvtier size --model llama-3.1-70b --gpu h200 --requests-per-second 3
@@ -34,7 +36,14 @@ def main(argv: list[str] | None = None) -> None:
     if name == "dynamo":
         _stand_aside()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    commands = {"serve": _serve, "render": _render, "store": store.main, "explain": explain.main, "size": size.main}
+    commands = {
+        "serve": _serve,
+        "render": _render,
+        "store": store.main,
+        "top": top.main,
+        "explain": explain.main,
+        "size": size.main,
+    }
     if command not in commands:
         wanted_help = command in ("-h", "--help")
         print(f"usage: {name} COMMAND ...\n{HELP}", file=sys.stdout if wanted_help else sys.stderr)
@@ -75,11 +84,13 @@ def _serve(argv: list[str]) -> None:
     if options.dry_run:
         print("\n".join(serve.dry_run(deployment)))
         return
-    url = frontend_url(deployment)
+    url, page = frontend_url(deployment), page_address(deployment)
     logs = options.log_dir or options.state_dir / "logs"
 
     def announce() -> None:
         where = f"serving at {url}; try\n\n  {_curl(url, model_name(deployment))}" if url else "everything is up"
+        if page:
+            where += f"\n\nwhat goes where, and why: http://{page}/"
         print(f"\n{where}\n\nlogs are in {logs}; ctrl-C stops everything\n", flush=True)
 
     asyncio.run(serve.serve(deployment, announce, logs, verbose=options.verbose))
@@ -88,7 +99,8 @@ def _serve(argv: list[str]) -> None:
 def _render(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog=f"{_program()} render",
-        description="Write a graph as a compose file, or as manifests for Dynamo's Kubernetes operator.",
+        description="Write a graph as a compose file, as the configuration of that file's Prometheus, or as manifests "
+        "for Dynamo's Kubernetes operator.",
         epilog="Any setting can be given as --Service.key=value, as with dynamo serve.",
     )
     parser.add_argument("target", choices=list(PLACES), help="what to write")

@@ -7,7 +7,7 @@ everywhere.
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from kvstore.errors import ConfigError
 NATS_IMAGE = "nats:2.11-alpine"
 ETCD_IMAGE = "quay.io/coreos/etcd:v3.5.21"
 PROMETHEUS_IMAGE = "prom/prometheus:v3.5.0"
-GRAFANA_IMAGE = "grafana/grafana:12.1.0"
+GRAFANA_IMAGE = "grafana/grafana:12.3.0"
 IMAGES = {"store": "store.Dockerfile", "worker": "worker.Dockerfile", "worker-cpu": "worker-cpu.Dockerfile"}
 
+_COMPOSE = Place("python", {"Nats": "nats", "Etcd": "etcd", "Store": "store-{replica}"})
 PLACES = {
-    "compose": Place("python", {"Nats": "nats", "Etcd": "etcd", "Store": "store-{replica}"}),
+    "compose": _COMPOSE,
+    "prometheus": _COMPOSE,
     "k8s": Place(
         "python",
         {"Nats": "kvtier-nats", "Etcd": "kvtier-etcd", "Store": "kvtier-store-{replica}.kvtier-store"},
@@ -39,21 +41,26 @@ _START_SECONDS = 900  # a 70B model loads in minutes
 _POD_NAME = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
 _UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
 _USER = 1000  # of the images
+_ROOT = Path(__file__).parent.parent
+_PROVISIONED = ("provisioning/datasources", "provisioning/dashboards", "dashboards")  # below docker/grafana
 
 
 def render(target: str, reference: str, config: Path | None, overrides: Sequence[str], folder: Path) -> str:
-    """A graph as a compose file for `folder`, or as Kubernetes manifests. Raises ConfigError."""
+    """A graph as a compose file for `folder`, as the configuration of the Prometheus in that, or as Kubernetes
+    manifests. Raises ConfigError."""
     if target not in PLACES:
         raise ConfigError("render", target, " or ".join(PLACES))
     names = {service.name for service in load_graph(reference)}
     forced = []
-    if target == "compose" and {"Frontend", "Etcd"} <= names:
+    if target != "k8s" and {"Frontend", "Etcd"} <= names:
         forced = ["--Etcd.ServiceArgs.workers=1"]  # the folder through which Dynamo's processes meet is one machine's
     deployment = load_deployment(reference, config, [*overrides, *forced], Path("/data"), PLACES[target])
     source = f" -f {config.name}" if config else ""
     settings = "".join(f" {override}" for override in overrides)
     head = f"# dynamo render {target} {reference}{source}{settings}\n# Change the settings there and render it again.\n"
-    return head + (_compose(deployment, folder) if target == "compose" else _k8s(deployment))
+    if target == "k8s":
+        return head + _k8s(deployment)
+    return head + (_compose(deployment, folder) if target == "compose" else _prometheus(deployment.processes()))
 
 
 def image_of(process: Process) -> str:
@@ -125,20 +132,13 @@ def _compose(deployment: Deployment, folder: Path) -> str:
             name = volume.partition(":")[0]
             if "/" not in name:
                 volumes[name] = None
-    scraped: dict[str, list[str]] = {}
-    for process in processes:
-        if process.metrics_port:
-            scraped.setdefault(process.service, []).append(f"{process.name.lower()}:{process.metrics_port}")
-    services |= _watching()
+    services |= _watching(folder)
     volumes |= {"prometheus": None, "grafana": None}
     content = {
         "name": "kvtier",
         "services": services,
         "volumes": volumes,
-        "configs": {
-            "prometheus": {"content": _prometheus(scraped)},
-            "grafana": {"content": _grafana()},
-        },
+        "configs": {"prometheus": {"content": _escaped(_prometheus(processes))}},
     }
     return _dump(content)
 
@@ -153,7 +153,7 @@ def _compose_service(
         content = {"image": _BROKERS[name]}
     else:
         image = image_of(process)
-        root = os.path.relpath(Path(__file__).parent.parent, folder.resolve())
+        root = os.path.relpath(_ROOT, folder.resolve())
         build = {"context": root, "dockerfile": f"docker/{IMAGES[image]}"}
         content = {"image": _tag(image), "build": build}
     content["command"] = [_escaped(word) for word in process.command]
@@ -220,8 +220,9 @@ def _beside(path: Path, folder: Path) -> str:
     return relative if relative.startswith(".") else f"./{relative}"
 
 
-def _watching() -> dict[str, Any]:
-    """Prometheus, which asks every process, and Grafana, which asks Prometheus."""
+def _watching(folder: Path) -> dict[str, Any]:
+    """Prometheus, which asks every process, and Grafana, which asks Prometheus and shows the dashboards of docker/."""
+    docker = _beside(Path(os.path.relpath(_ROOT / "docker")), folder)
     common = {
         "read_only": True,
         "tmpfs": ["/tmp"],
@@ -238,7 +239,7 @@ def _watching() -> dict[str, Any]:
                 "--storage.tsdb.retention.time=7d",
             ],
             "configs": [{"source": "prometheus", "target": "/etc/prometheus/prometheus.yml"}],
-            "volumes": ["prometheus:/prometheus"],
+            "volumes": ["prometheus:/prometheus", f"{docker}/prometheus/rules.yml:/etc/prometheus/rules.yml:ro"],
             "ports": ["127.0.0.1:9091:9090"],
             "healthcheck": {
                 "test": ["CMD", "wget", "-q", "-O", "/dev/null", "http://127.0.0.1:9090/-/ready"],
@@ -255,9 +256,12 @@ def _watching() -> dict[str, Any]:
                 "GF_AUTH_ANONYMOUS_ORG_ROLE": "Viewer",
                 "GF_ANALYTICS_REPORTING_ENABLED": "false",
                 "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+                "GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH": "/etc/grafana/dashboards/cluster.json",
             },
-            "configs": [{"source": "grafana", "target": "/etc/grafana/provisioning/datasources/prometheus.yml"}],
-            "volumes": ["grafana:/var/lib/grafana"],
+            "volumes": [
+                "grafana:/var/lib/grafana",
+                *(f"{docker}/grafana/{name}:/etc/grafana/{name}:ro" for name in _PROVISIONED),
+            ],
             "ports": ["127.0.0.1:3000:3000"],
             "depends_on": {"prometheus": {"condition": "service_healthy"}},
             "healthcheck": {
@@ -271,14 +275,23 @@ def _watching() -> dict[str, Any]:
     }
 
 
-def _prometheus(scraped: Mapping[str, Sequence[str]]) -> str:
-    jobs = [{"job_name": job.lower(), "static_configs": [{"targets": list(at)}]} for job, at in scraped.items()]
-    return _dump({"global": {"scrape_interval": "5s"}, "scrape_configs": jobs})
+def _prometheus(processes: Sequence[Process]) -> str:
+    return _dump(scrape_config((process, process.name.lower()) for process in processes))
 
 
-def _grafana() -> str:
-    source = {"name": "Prometheus", "type": "prometheus", "access": "proxy", "url": "http://prometheus:9090"}
-    return _dump({"apiVersion": 1, "datasources": [{**source, "isDefault": True}]})
+def scrape_config(hosts: Iterable[tuple[Process, str]]) -> dict[str, Any]:
+    """Prometheus's configuration: a job a service, every process at its host."""
+    jobs: dict[str, list[str]] = {}
+    for process, host in hosts:
+        if process.metrics_port:
+            jobs.setdefault(process.service.lower(), []).append(f"{host}:{process.metrics_port}")
+    return {
+        "global": {"scrape_interval": "5s", "evaluation_interval": "5s"},
+        "rule_files": ["rules.yml"],
+        "scrape_configs": [
+            {"job_name": job, "static_configs": [{"targets": targets}]} for job, targets in jobs.items()
+        ],
+    }
 
 
 # --- Kubernetes ---

@@ -254,7 +254,8 @@ def _router(settings: Settings, deployment: Deployment) -> list[Process]:
     processes = []
     for replica, env, _ in replicas("Router", deployment):
         port = _port(settings, "system-port", replica, place)
-        command = [place.python, "-m", "components.router", *as_flags(flags)]
+        page = page_address(deployment, replica)
+        command = [place.python, "-m", "components.router", *as_flags({**flags, **({"page": page} if page else {})})]
         # Without it /health of a process that is no engine stays at 503.
         health = {"DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS": '["generate"]'}
         env = {**runtime_env(deployment), **health, **env, "DYN_SYSTEM_PORT": str(port)}
@@ -268,7 +269,7 @@ def _router(settings: Settings, deployment: Deployment) -> list[Process]:
                 port,
                 ready_line="components.router: ready",
                 ready_url=f"http://127.0.0.1:{port}/health",
-                listens=[f"127.0.0.1:{port}"],
+                listens=[f"127.0.0.1:{port}", *([page] if page else [])],
             )
         )
     return processes
@@ -383,6 +384,20 @@ def frontend_url(deployment: Deployment) -> str:
         return ""
     port = _port(deployment.of("Frontend"), "port", 0, deployment.place, default=8000)
     return f"http://127.0.0.1:{port}"
+
+
+def page_address(deployment: Deployment, replica: int = 0) -> str:
+    """Where a router shows its page: on the port given and those after it. Empty for nowhere."""
+    address = _flag(deployment.of("Router"), "page", "")
+    if not address or not deployment.runs("Router"):
+        return ""
+    try:
+        host, port = split_address(address)
+    except ValueError:
+        raise ConfigError("page", address, "host:port, such as 127.0.0.1:8300") from None
+    if deployment.place.apart:
+        return f"0.0.0.0:{port}"  # the container decides who gets there
+    return f"[{host}]:{port + replica}" if ":" in host else f"{host}:{port + replica}"
 
 
 def runtime_env(deployment: Deployment) -> Mapping[str, str]:

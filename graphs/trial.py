@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from graphs.forgery import Record, forge, records
 from graphs.serve import Child, Supervisor
 from graphs.service import load_deployment, load_root
-from graphs.services import free_port, frontend_url, runtime_env, vllm_workers
+from graphs.services import free_port, frontend_url, page_address, runtime_env, vllm_workers
 from graphs.tiny_model import make_tiny_model
 from kvstore import residency, wire
 from kvstore.bus import Bus
@@ -109,6 +109,7 @@ class Trial:
             f"--Nats.listen={nats}",
             f"--Store.listen=127.0.0.1:{self._store_port}",
             f"--Frontend.port={free_port()}",
+            *([f"--Router.page=127.0.0.1:{free_port()}"] if self.graph == type(self).graph else []),
             *self.overrides,
         ]
         load_root(self.graph).link(ReferenceWorker)
@@ -125,6 +126,7 @@ class Trial:
         settings = {**self.deployment.settings, "ReferenceWorker": type(tiered)(args, tiered.env, reference)}
         self.deployment = type(self.deployment)(self.deployment.services, settings, self.deployment.state_dir)
         self.url = frontend_url(self.deployment)
+        self.page_url = f"http://{page_address(self.deployment)}/"
         self.supervisor = Supervisor(self.deployment, self._log, restart=False)
         self.http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300))
         try:

@@ -37,6 +37,7 @@ GRAPHS = [
 COMMITTED = [
     ("compose.yaml", "compose", ["--Store.ServiceArgs.workers=2"], "quickstart"),
     ("compose.gpu.yaml", "compose", [], "two_gpu"),
+    ("prometheus/prometheus.yml", "prometheus", ["--Store.ServiceArgs.workers=2"], "quickstart"),
     ("k8s.yaml", "k8s", [], "two_gpu"),
 ]
 

@@ -16,6 +16,7 @@ from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.errors import ConfigError, UnavailableError
 from tests.test_router import TOKENS, KvRouter, make, mirror_with
+from tests.test_router_page import feed_of
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ async def asked(tmp_path: Path) -> AsyncIterator[tuple[Router, str]]:
     router = make(KvRouter([1, 26]), mirror_with(8))
     model = make_tiny_model(tmp_path / "model", layers=1)
     address = f"127.0.0.1:{free_port()}"
-    runner = await open_page(address, router.decisions, explain_handler(router, str(model)))
+    runner = await open_page(address, feed_of(router.decisions), explain_handler(router, str(model)))
     assert runner is not None
     yield router, f"http://{address}"
     await runner.cleanup()

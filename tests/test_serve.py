@@ -18,7 +18,7 @@ from graphs.board import STARTING, Board
 from graphs.discovery import forget_dead
 from graphs.serve import Supervisor, dry_run
 from graphs.service import Deployment, Process, Service, as_flags, load_deployment
-from graphs.services import etcd_address, free_port, runtime_env, target_addresses
+from graphs.services import etcd_address, free_port, page_address, runtime_env, target_addresses
 from kvstore.client import StoreClient
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.membership import EtcdMembership
@@ -52,6 +52,17 @@ def test_the_quickstart_is_what_it_says(tmp_path: Path) -> None:
     env = {process.name: process.env for process in deployment.processes()}
     assert env["VllmWorker-0"]["VLLM_CPU_OMP_THREADS_BIND"] == env["VllmWorker-0"]["KVTIER_CORES"]
     assert env["Router-0"]["DYN_FILE_KV"] == env["Frontend-0"]["DYN_FILE_KV"]
+
+
+def test_each_router_has_a_page(tmp_path: Path) -> None:
+    overrides = ["--Router.ServiceArgs.workers=2", "--Router.page='[::1]:8300'"]
+    deployment = load_deployment(GRAPH, QUICKSTART, overrides, tmp_path)
+    shown = commands(deployment)
+    assert shown["Router-0"].endswith("--page [::1]:8300")
+    assert shown["Router-1"].endswith("--page [::1]:8301")
+    assert page_address(load_deployment(GRAPH, QUICKSTART, [], tmp_path)) == "127.0.0.1:8300"
+    with pytest.raises(ConfigError, match="page"):
+        load_deployment(GRAPH, QUICKSTART, ["--Router.page=8300"], tmp_path).processes()
 
 
 def test_overrides_replicas_and_gpus(tmp_path: Path) -> None:

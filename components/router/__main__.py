@@ -14,6 +14,7 @@ from pydantic import Field
 
 from components.options import CommonOptions, add_common_arguments
 from components.router.cost import Policy, Speeds
+from components.router.feed import Feed
 from components.router.page import open_page
 from components.router.question import explain_handler
 from components.router.router import Router
@@ -92,7 +93,9 @@ def parse(argv: list[str] | None = None) -> Options:
         "--session-affinity-seconds",
         help="a session's prompts go to one worker until it was idle for so long; default 0: wherever it is cheapest",
     )
-    parser.add_argument("--page", help="host:port to show decisions on, such as 127.0.0.1:8300; default: nowhere")
+    parser.add_argument(
+        "--page", help="host:port of a page that shows decisions and why, such as 127.0.0.1:8300; default: none"
+    )
     return validated(Options, vars(parser.parse_args(argv)))
 
 
@@ -147,7 +150,10 @@ async def serve(runtime: Any, options: Options) -> None:
     ]
     router.decisions.watch(speeds, mirror, line.undecoded)
     explain = explain_handler(router, options.model_path or options.model_name)
-    page = await open_page(options.page, router.decisions, explain)
+    feed = Feed(router.decisions, workers, speeds, mirror, model=options.model_name, connected=lambda: line.connected)
+    page = await open_page(options.page, feed, explain)
+    if page is not None:
+        tasks.append(asyncio.create_task(feed.run()))
     prefill = options.worker_type == "prefill"
     component = "kvtier-prefill-router" if prefill else "kvtier-router"
     public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.{component}.generate")

@@ -3,6 +3,7 @@
 Worker ids are shown in hexadecimal, as Dynamo's own metrics do.
 """
 
+import collections
 import itertools
 import logging
 import time
@@ -75,6 +76,7 @@ class Totals(msgspec.Struct):
     fallbacks: dict[str, int]  # by what was missing
     retries: dict[str, int]  # by the worker that failed
     output_tokens: int
+    decision_seconds: float  # taken by all decisions together
     open: int  # prompts that have not ended
 
 
@@ -83,7 +85,7 @@ class Decisions:
 
     def __init__(self, block_tokens: int):
         self.registry = CollectorRegistry()
-        self._block_tokens = block_tokens
+        self.block_tokens = block_tokens
         self.count = 0
         self.answered_lately: deque[Decision] = deque(maxlen=_ANSWERED_MAX)
         self._chosen = Counter(
@@ -91,7 +93,7 @@ class Decisions:
         )
         self._chosen_blocks = Counter(
             "kvtier_router_chosen_blocks",
-            "Blocks of the prompts sent to this worker by where it was to find them",
+            "Blocks of the prompts sent to this worker by where it was to find them: hbm, dram, store, missing",
             ["worker", "tier"],
             registry=self.registry,
         )
@@ -103,12 +105,15 @@ class Decisions:
         self._open: OrderedDict[str, Decision] = OrderedDict()
         self._tokens = Counter(
             "kvtier_router_prompt_tokens",
-            "Prompt tokens by where the chosen worker was to find them",
+            "Prompt tokens by where the chosen worker was to find them: hbm, dram, store, computed",
             ["source"],
             registry=self.registry,
         )
         self._outcomes = Counter(
-            "kvtier_router_outcomes", "How prompts ended: finished, failed or left", ["outcome"], registry=self.registry
+            "kvtier_router_outcomes",
+            "How prompts ended: finished, failed, left (the client)",
+            ["outcome"],
+            registry=self.registry,
         )
         self._fallbacks = Counter(
             "kvtier_router_fallbacks",
@@ -231,6 +236,10 @@ class Decisions:
         chosen = (one for one in reversed(self._last.values()) if worker in ("", one.chosen))
         return [self._seen(decision) for decision in itertools.islice(chosen, limit)]
 
+    def newest(self, limit: int) -> list[Decision]:
+        """The latest first, each with the candidate that was chosen alone."""
+        return list(itertools.islice(reversed(self._last.values()), limit))
+
     def totals(self) -> Totals:
         """The same numbers that Prometheus gets."""
         blocks: dict[str, dict[str, int]] = {}
@@ -244,8 +253,17 @@ class Decisions:
             fallbacks={labels["missing"]: value for labels, value in _values(self._fallbacks)},
             retries={labels["worker"]: value for labels, value in _values(self._retries)},
             output_tokens=sum(value for _, value in _values(self._output)),
+            decision_seconds=sum(
+                sample.value
+                for family in self._stages.collect()
+                for sample in family.samples
+                if sample.name.endswith("_sum")
+            ),
             open=len(self._open),
         )
+
+    def open_by_worker(self) -> Mapping[str, int]:
+        return collections.Counter(decision.chosen for decision in self._open.values())
 
     def find(self, decision_id: str) -> Decision | None:
         decision = self._last.get(decision_id) or self._open.get(decision_id)
@@ -255,7 +273,7 @@ class Decisions:
         """The latest decision, for Prometheus."""
         blocks = GaugeMetricFamily(
             "kvtier_router_candidate_blocks",
-            "Blocks of the last prompt by where this worker would find them",
+            "Blocks of the last prompt by where this worker would find them: hbm, dram, store, missing",
             labels=["worker", "tier"],
         )
         seconds = GaugeMetricFamily(
@@ -296,11 +314,11 @@ class Decisions:
 
     def _tiers(self, choice: Choice) -> dict[str, int]:
         """Blocks by tier; a block that is not whole counts as missing."""
-        hbm = choice.hbm_tokens // self._block_tokens
-        local = (choice.hbm_tokens + choice.dram_tokens) // self._block_tokens
-        loaded = (choice.hbm_tokens + choice.dram_tokens + choice.store_tokens) // self._block_tokens
+        hbm = choice.hbm_tokens // self.block_tokens
+        local = (choice.hbm_tokens + choice.dram_tokens) // self.block_tokens
+        loaded = (choice.hbm_tokens + choice.dram_tokens + choice.store_tokens) // self.block_tokens
         tokens = choice.hbm_tokens + choice.dram_tokens + choice.store_tokens + choice.missing_tokens
-        total = -(-tokens // self._block_tokens)
+        total = -(-tokens // self.block_tokens)
         return {"hbm": hbm, "dram": local - hbm, "store": loaded - local, "missing": total - loaded}
 
     def _line(self, choice: Choice) -> str:

@@ -17,8 +17,8 @@ import msgspec
 from components.router.decisions import Decision
 from components.router.question import Question
 from kvstore.errors import ConfigError, UnavailableError
+from kvstore.tools import words
 
-_TERMS = ("wait", "fetch", "copy", "prefill", "gpu", "pressure")
 _SOURCES = ("hbm", "dram", "store", "computed")
 
 
@@ -71,14 +71,20 @@ def _in_full(one: Decision) -> str:
     if one.fetch_chunks:
         runs = ", ".join(f"{target} {count}" for target, count in one.targets)
         lines.append(f"fetches {one.fetch_chunks} chunks: {runs}")
-    names = "".join(f"{name:>10}" for name in _SOURCES) + " |" + "".join(f"{name:>10}" for name in _TERMS)
-    lines += ["", f"{'worker':>18}{names}{'= price':>10}   tokens by source | seconds by term of the price"]
-    for considered in sorted(one.candidates, key=lambda candidate: candidate.price_seconds):
-        tokens = "".join(f"{considered.tokens.get(name, 0):>10}" for name in _SOURCES)
-        terms = "".join(f"{considered.price.get(name, 0.0):>10.4f}" for name in _TERMS)
-        mark = "   <-" if considered.worker == one.chosen else ""
-        lines.append(f"{considered.worker:>18}{tokens} |{terms}{considered.price_seconds:>10.4f}{mark}")
+    # Within 80 columns: `kvtier top` shows it, too.
+    candidates = sorted(one.candidates, key=lambda candidate: candidate.price_seconds)
+    tokens = [[f"{each.tokens.get(name, 0):,}" for name in _SOURCES] for each in candidates]
+    terms = [*candidates[0].price, "= price"] if candidates else []
+    prices = [[_ms(seconds) for seconds in (*each.price.values(), each.price_seconds)] for each in candidates]
+    for title, names, rows in (("tokens by source", _SOURCES, tokens), ("ms by term of the price", terms, prices)):
+        marks = ["<-" if each.worker == one.chosen else "" for each in candidates]
+        shown = [[each.worker, *row, mark] for each, row, mark in zip(candidates, rows, marks, strict=True)]
+        lines += ["", title, words.table([["worker", *names, ""], *shown])]
     return "\n".join(lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}" if seconds < 1 else f"{1000 * seconds:,.0f}"
 
 
 def _seconds(value: float | None) -> str:

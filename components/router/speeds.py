@@ -189,6 +189,11 @@ class LiveSpeeds:
         return False
 
 
+def prefill_tokens_per_second(speeds: Speeds) -> float:
+    """Of a prompt of 1,000 tokens."""
+    return 1000 / _thousand(*(getattr(speeds, name) for name in _PREFILL))
+
+
 def _thousand(base: float, per_token: float, squared: float) -> float:
     """Seconds to compute 1,000 tokens."""
     return base + 1000 * per_token + 500_000 * squared

@@ -6,12 +6,14 @@ import pytest
 import pytest_asyncio
 
 from graphs import demo
+from graphs.services import free_port
 from graphs.trial import Trial
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def trial(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trial]:
-    async with Trial(tmp_path_factory.mktemp("trial"), print, demo.OVERRIDES) as one:
+    watched = f"--Store.metrics-port={free_port()}"
+    async with Trial(tmp_path_factory.mktemp("trial"), print, [*demo.OVERRIDES, watched]) as one:
         yield one
 
 

@@ -1,0 +1,193 @@
+"""What the page is told, as plain data. The JSON of GET /state is State, an event of GET /events an Update.
+
+Rates are per second, `tokens` by source (hbm, dram, store, computed); None is what is not known now.
+"""
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+SOURCES = ("hbm", "dram", "store", "computed")
+
+
+class Percentiles(msgspec.Struct):
+    count: int
+    p50: float
+    p95: float
+    p99: float
+
+
+class Latency(msgspec.Struct):
+    """Of prompts that were to load from the store, and of others."""
+
+    store: Percentiles | None
+    other: Percentiles | None
+
+
+class Spread(msgspec.Struct):
+    """Of actual over predicted time to first token."""
+
+    count: int
+    p10: float
+    p50: float
+    p90: float
+
+
+class Sample(msgspec.Struct):
+    """An answered prompt, one of those that were kept."""
+
+    time: float
+    worker: str
+    tokens: dict[str, int]
+    predicted_ttft_seconds: float
+    ttft_seconds: float
+    tpot_seconds: float | None
+
+
+class Point(msgspec.Struct):
+    """A second; latencies are of the window that ends there."""
+
+    time: float
+    decisions: float
+    tokens: dict[str, float]
+    ttft: Latency
+    tpot: Latency
+
+
+class Summary(msgspec.Struct):
+    """A decision without its candidates: a row of the table."""
+
+    id: str
+    time: float
+    prompt_tokens: int
+    worker: str
+    tokens: dict[str, int]
+    fetch_chunks: int
+    price_seconds: float
+    predicted_ttft_seconds: float
+    ttft_seconds: float | None
+    tpot_seconds: float | None
+    output_tokens: int
+    outcome: str
+
+
+class WorkerLane(msgspec.Struct):
+    """A worker, or one data-parallel rank of it."""
+
+    worker: str
+    decisions: int  # since the router's start
+    tokens: dict[str, int]  # of these, in whole blocks
+    open: int  # prompts under way
+    queued_tokens: int | None  # to prefill, when the last prompt was decided
+    memory_used: float | None  # share of the KV memory, likewise
+    prefill_tokens_per_second: float  # of a prompt of 1,000, as the router prices it
+    # Its tier's report, if there is one.
+    heard_seconds: float | None = None  # ago
+    queue: int = 0  # requests that the engine has not begun with
+    dram_bytes_per_second: float = 0.0  # DRAM -> HBM, when busy
+    store_bytes_per_second: float = 0.0  # store -> DRAM, when busy
+    bytes_in_flight: int = 0
+    fetched_chunks: dict[str, int] = {}  # since the worker's start, by outcome
+
+
+class TargetLane(msgspec.Struct):
+    target: str
+    heard_seconds: float  # ago
+    chunks: int  # as the mirror knows
+    # Its report, if there is one.
+    capacity_bytes: int = 0
+    payload_bytes: int = 0
+    device_bytes_per_second: float = 0.0  # read, when busy; 0: not lately
+    sent_bytes_per_second: float = 0.0
+    received_bytes_per_second: float = 0.0
+    waiting_read_bytes: int = 0
+    waiting_write_bytes: int = 0
+    connections: int = 0
+    evicted_age_seconds: float = 0.0  # 0: nothing was
+    corrupt_chunks: int = 0
+    failed_writes: int = 0
+
+
+class Alarm(msgspec.Struct):
+    id: str
+    level: str  # "bad": something is lost or broken; "warn": it is slower than it could be, or not known
+    text: str  # what is, and what to look at
+
+
+class State(msgspec.Struct):
+    """Everything but single prompts."""
+
+    time: float  # seconds since 1970
+    started: float
+    model: str
+    block_tokens: int
+    # Since the start, as in Prometheus.
+    decisions: int
+    tokens: dict[str, int]
+    outcomes: dict[str, int]
+    fallbacks: dict[str, int]
+    output_tokens: int
+    open: int
+    # Of the last second.
+    decisions_per_second: float
+    tokens_per_second: dict[str, float]
+    decision_seconds: float | None  # that one takes, without what follows
+    # Of the last window_seconds, from at most samples_per_second prompts answered in each second.
+    window_seconds: int
+    samples_per_second: int
+    ttft: Latency
+    tpot: Latency
+    prediction: Spread | None
+    fetched_chunks: dict[str, int]  # by workers, by outcome
+    recent_outcomes: dict[str, int]
+    recent_faults: dict[str, int]  # of targets, in fault_window_seconds
+    fault_window_seconds: int
+    connected: bool  # with NATS
+    workers: list[WorkerLane]
+    targets: list[TargetLane]
+    alarms: list[Alarm]
+
+
+class Update(msgspec.Struct):
+    """What is new since the event before; everything that is kept in the first one."""
+
+    fresh: bool
+    state: State
+    points: list[Point]
+    samples: list[Sample]
+    decisions: list[Summary]  # new ones, and those shown before of which more is known now
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The nearest rank of sorted values."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def percentiles(values: Sequence[float]) -> Percentiles | None:
+    if not values:
+        return None
+    ordered = sorted(values)
+    return Percentiles(len(ordered), quantile(ordered, 0.5), quantile(ordered, 0.95), quantile(ordered, 0.99))
+
+
+def spread(samples: Sequence[Sample]) -> Spread | None:
+    ratios = sorted(one.ttft_seconds / one.predicted_ttft_seconds for one in samples if one.predicted_ttft_seconds > 0)
+    if not ratios:
+        return None
+    return Spread(len(ratios), quantile(ratios, 0.1), quantile(ratios, 0.5), quantile(ratios, 0.9))
+
+
+def ttft(samples: Sequence[Sample]) -> Latency:
+    return _by_store([(one, one.ttft_seconds) for one in samples])
+
+
+def tpot(samples: Sequence[Sample]) -> Latency:
+    return _by_store([(one, one.tpot_seconds) for one in samples if one.tpot_seconds is not None])
+
+
+def _by_store(measured: Sequence[tuple[Sample, float]]) -> Latency:
+    return Latency(
+        percentiles([value for one, value in measured if one.tokens["store"] > 0]),
+        percentiles([value for one, value in measured if one.tokens["store"] == 0]),
+    )

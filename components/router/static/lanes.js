@@ -1,0 +1,174 @@
+// Workers and targets, a lane each.
+
+import { age, bytes, count, element, nick, percent, perSecond, short, sourcesBar, stack } from "./format.js";
+
+const SILENT = 5;
+
+export function showWorkers(table, model, filter, choose) {
+  const heads = [
+    ["Worker", ""],
+    ["Tokens by source", "of its prompts, since the router's start"],
+    ["Under way", "prompts sent there that have not ended, and over the last minute"],
+    [
+      "Queue",
+      "prompt tokens to compute before a new prompt, when the last one was decided; and requests that the engine has not begun with",
+    ],
+    ["KV memory", "held by running requests, when the last prompt was decided"],
+    ["Prefill", "tokens a second, as priced now"],
+    ["Loads", "into HBM from DRAM, and into DRAM from the store: when busy, as measured"],
+    ["On its way", "from the store"],
+    ["Fetched", "chunks asked of the store since the worker's start: hits, and those that were late, corrupt or lost"],
+    ["Heard", "last report of its tier"],
+  ];
+  const rows = model.state.workers.map((lane) => {
+    const { hit = 0, late = 0, corrupt = 0, ...others } = lane.fetched_chunks;
+    const lost = (others.unreachable || 0) + (others.refused || 0);
+    const silent = lane.heard_seconds === null || lane.heard_seconds > SILENT;
+    const name = element(
+      "button",
+      {
+        type: "button",
+        class: "name",
+        "aria-pressed": String(filter.worker === lane.worker),
+        title: `${lane.worker}: show it alone`,
+        "aria-label": `Worker ${lane.worker}`,
+      },
+      nick(lane.worker),
+    );
+    name.addEventListener("click", () => choose(filter.worker === lane.worker ? "" : lane.worker));
+    const history = (model.lanes.get(lane.worker) || []).slice(-60).map((one) => one.open);
+    return {
+      lit: filter.worker === lane.worker,
+      cells: [
+        [name],
+        [sourcesBar(lane.tokens), note(`${short(lane.decisions)} prompts`)],
+        [element("span", { class: "flow" }, strong(count(lane.open)), spark(history))],
+        [
+          lane.queued_tokens === null ? "–" : `${short(lane.queued_tokens)} tok`,
+          note(lane.queue ? `${count(lane.queue)} waiting` : ""),
+        ],
+        lane.memory_used === null
+          ? ["–"]
+          : [stack([["used", lane.memory_used]], 1, percent(lane.memory_used)), note(percent(lane.memory_used))],
+        [`${short(lane.prefill_tokens_per_second)}/s`],
+        [`${perSecond(lane.dram_bytes_per_second)}`, note(`${perSecond(lane.store_bytes_per_second)} store`)],
+        [lane.bytes_in_flight ? bytes(lane.bytes_in_flight) : "–"],
+        [
+          `${short(hit)} hit`,
+          problems([
+            ["late", late],
+            ["corrupt", corrupt],
+            ["lost", lost],
+          ]),
+        ],
+        [mark(silent, lane.heard_seconds === null ? "no report" : age(lane.heard_seconds))],
+      ],
+    };
+  });
+  fill(table, heads, rows, "No worker is live.");
+}
+
+export function showTargets(table, state) {
+  const heads = [
+    ["Target", ""],
+    ["Space", "payload held, of what it may hold"],
+    ["Chunks", "that the router knows it holds"],
+    ["Device reads", "bytes a second when busy; – : not lately"],
+    ["Sent", "now"],
+    ["Received", "now"],
+    ["Waiting", "to be read and to be written"],
+    [
+      "Evicted at",
+      "age of the segment evicted last: below the time after which prompts come back, the store is too small",
+    ],
+    ["Clients", "connections"],
+    ["Faults", "corrupt chunks and failed writes since its start"],
+    ["Heard", "last announcement"],
+  ];
+  const rows = state.targets.map((lane) => ({
+    cells: [
+      [element("span", { class: "name" }, lane.target)],
+      lane.capacity_bytes
+        ? [
+            stack(
+              [["store", lane.payload_bytes]],
+              lane.capacity_bytes,
+              percent(lane.payload_bytes / lane.capacity_bytes),
+            ),
+            note(`${bytes(lane.payload_bytes)} of ${bytes(lane.capacity_bytes)}`),
+          ]
+        : ["–"],
+      [short(lane.chunks)],
+      [perSecond(lane.device_bytes_per_second)],
+      [perSecond(lane.sent_bytes_per_second)],
+      [perSecond(lane.received_bytes_per_second)],
+      [
+        lane.waiting_read_bytes + lane.waiting_write_bytes
+          ? `${bytes(lane.waiting_read_bytes)} / ${bytes(lane.waiting_write_bytes)}`
+          : "–",
+      ],
+      [lane.evicted_age_seconds ? age(lane.evicted_age_seconds) : "never"],
+      [count(lane.connections)],
+      [
+        problems([
+          ["corrupt", lane.corrupt_chunks],
+          ["unwritten", lane.failed_writes],
+        ]) || "none",
+      ],
+      [mark(lane.heard_seconds > SILENT, age(lane.heard_seconds))],
+    ],
+  }));
+  fill(table, heads, rows, "No target is heard.");
+}
+
+function fill(table, heads, rows, empty) {
+  const focused = table.contains(document.activeElement) ? document.activeElement.textContent : null;
+  const head = element(
+    "thead",
+    {},
+    element("tr", {}, ...heads.map(([text, title]) => element("th", { scope: "col", title: title || null }, text))),
+  );
+  const body = element(
+    "tbody",
+    {},
+    ...rows.map(({ cells, lit }) =>
+      element(
+        "tr",
+        { class: lit ? "lit" : null },
+        ...cells.map((cell, index) =>
+          element(index ? "td" : "th", index ? {} : { scope: "row" }, ...cell.filter(Boolean)),
+        ),
+      ),
+    ),
+  );
+  if (!rows.length)
+    body.append(element("tr", {}, element("td", { class: "empty", colspan: String(heads.length) }, empty)));
+  table.replaceChildren(head, body);
+  if (focused !== null) [...table.querySelectorAll("button")].find((button) => button.textContent === focused)?.focus();
+}
+
+const note = (text) => (text ? element("small", {}, text) : "");
+const strong = (text) => element("b", {}, text);
+const mark = (bad, text) => element("span", { class: bad ? "bad" : null }, text);
+
+function problems(counts) {
+  const some = counts.filter(([, value]) => value > 0);
+  return some.length
+    ? element("small", { class: "bad" }, some.map(([name, value]) => `${short(value)} ${name}`).join(", "))
+    : "";
+}
+
+// Of a few seconds it would look like a fault.
+function spark(values) {
+  if (values.length < 10) return "";
+  const namespace = "http://www.w3.org/2000/svg";
+  const picture = document.createElementNS(namespace, "svg");
+  picture.setAttribute("viewBox", "0 0 60 16");
+  picture.setAttribute("class", "spark");
+  picture.setAttribute("aria-hidden", "true");
+  const most = Math.max(1, ...values);
+  const path = document.createElementNS(namespace, "polyline");
+  path.setAttribute("points", values.map((value, index) => `${index},${15 - (14 * value) / most}`).join(" "));
+  picture.append(path);
+  return picture;
+}
