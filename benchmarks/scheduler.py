@@ -12,6 +12,7 @@ other, in turn first and last; the figures are medians over rounds, the ratio is
 import argparse
 import cProfile
 import contextlib
+import gc
 import os
 import pstats
 import random
@@ -189,6 +190,11 @@ def drives(options: Options, folder: Path) -> Iterator[dict[str, Drive]]:
 
 
 def measure(options: Options, found: dict[str, Drive]) -> list[Cost]:
+    import vllm.envs
+
+    gc.collect()
+    gc.freeze()  # this and the next as vLLM's engine does when it is up
+    vllm.envs.enable_envs_cache()
     spent: dict[str, list[float]] = {mode: [] for mode in found}
     decodes: dict[str, list[float]] = {mode: [] for mode in found}
     for number in range(-1, options.rounds):  # one to warm up

@@ -30,6 +30,9 @@ class Tier:
     def hurry(self, req_id: str) -> None:
         self.hurried.append(req_id)
 
+    def await_answer(self, req_id: str) -> None:
+        self.hurried.append(f"{req_id} answered")
+
     def wait(self) -> None:
         self.waits += 1
 
@@ -128,7 +131,7 @@ def test_what_the_scheduler_looks_at_is_hurried_and_what_it_runs_is_let_go() -> 
     one, tier, manager = connector(1, {"r": 1})
     request = SimpleNamespace(request_id="r")
     one.get_num_new_matched_tokens(request, 0)
-    assert tier.hurried == ["r"]
+    assert tier.hurried == ["r", "r answered"]
     assert not one._arriving
     one.update_state_after_alloc(request, None, 0)
     assert manager.let_go_of == ["r"]

@@ -82,7 +82,7 @@ class Engine:
         context = ReqContext(request.request_id, params)
         self.policy = self.tier.on_new_request(context).policy
         for chunk, key in enumerate(keys):
-            self.tier.describe(request, chunk, key)
+            self.tier.describe(request, chunk, (key,))
         return context
 
     def begin_store(self, context: ReqContext, keys: list[Any], rows: list[int]) -> int:
