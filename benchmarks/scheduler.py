@@ -10,8 +10,8 @@ other, in turn first and last; the figures are medians over rounds, the ratio is
 """
 
 import argparse
-import cProfile
 import contextlib
+import cProfile
 import gc
 import os
 import pstats

@@ -3,10 +3,16 @@
 from types import SimpleNamespace
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import GroupOffloadConfig
-from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
+import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    GroupOffloadConfig,
+    OffloadingConnectorScheduler,
+    RequestOffloadState,
+    SchedulerOffloadConfig,
+)
+from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, ReqContext, make_offload_key
 
-from components.worker.connector import KvtierConnector
+from components.worker.connector import ANSWER_PIECE_TOKENS, KvtierConnector
 from components.worker.step_clock import StepClock
 
 
@@ -143,3 +149,51 @@ def test_the_pace_is_told_about_once_a_second() -> None:
         one.build_connector_meta(output(tokens=5))
         one.update_connector_output(SimpleNamespace(kv_connector_worker_meta=None))
     assert tier.paces == [(0.0, 1)]
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 3, 50])
+@pytest.mark.parametrize("prompt_tokens", [8, 9, 4 * ANSWER_PIECE_TOKENS])
+def test_a_prompt_is_stored_as_it_is_computed_and_an_answer_by_the_piece_and_at_its_end(
+    prompt_tokens: int, tokens_per_step: int
+) -> None:
+    """Every whole chunk once, in order, whatever the steps; several tokens a step are those of speculative decoding."""
+    total = prompt_tokens + 2 * ANSWER_PIECE_TOKENS + 30
+    stored: list[tuple[int, int]] = []  # tokens computed by then, chunk
+    request: Any = SimpleNamespace(
+        request_id="r",
+        num_tokens=total,
+        num_prompt_tokens=prompt_tokens,
+        num_computed_tokens=0,
+        kv_transfer_params=None,
+        is_finished=lambda: False,
+        block_hashes=[number.to_bytes(32, "big") for number in range(total // 4)],
+    )
+    groups = (GroupOffloadConfig(0, 4, 4, 1, None, None),)
+    status = RequestOffloadState(
+        SchedulerOffloadConfig(groups, 1, 1, False),
+        request,
+        ReqContext("r"),
+        SimpleNamespace(policy=OffloadPolicy.BLOCK_LEVEL),
+    )
+    status.update_offload_keys()
+    status.group_states[0].block_ids.extend(range(1, total // 4 + 1))
+
+    def prepare_store(keys: list[bytes], context: ReqContext) -> Any:
+        stored.extend((request.num_computed_tokens, int.from_bytes(key[:32], "big")) for key in keys)
+        return SimpleNamespace(keys_to_store=[])
+
+    scheduler: Any = object.__new__(OffloadingConnectorScheduler)
+    scheduler.config, scheduler._req_status = status.config, {"r": status}
+    scheduler.manager = SimpleNamespace(prepare_store=prepare_store)
+    one: Any = object.__new__(KvtierConnector)
+    one.connector_scheduler = scheduler
+    while request.num_computed_tokens < total:
+        answering = request.num_computed_tokens >= prompt_tokens
+        count = min(tokens_per_step if answering else 6, total - request.num_computed_tokens)
+        one._build_store_jobs(SimpleNamespace(num_scheduled_tokens={"r": count}, finished_req_ids=set()))
+        request.num_computed_tokens += count
+    in_answer = {step for step, chunk in stored if step >= prompt_tokens}
+    assert len(in_answer) == 2
+    request.is_finished = lambda: True
+    one._build_store_jobs(SimpleNamespace(num_scheduled_tokens={}, finished_req_ids={"r"}))
+    assert [chunk for _, chunk in stored] == list(range(total // 4))

@@ -34,7 +34,6 @@ from components.worker.remote_tier import TIER_TYPE, RemoteTier
 from components.worker.step_clock import StepClock, prefilled
 from kvstore.keys import layout_digest
 
-
 # Of an answer, what is stored at once while it grows. A worker that dies loses as much of it.
 ANSWER_PIECE_TOKENS = 128
 
