@@ -79,6 +79,7 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
         get_num_new_matched_tokens=lambda request, computed: (0, False),
         update_state_after_alloc=lambda request, blocks, tokens: None,
         update_connector_output=lambda output: None,
+        get_stats=lambda: None,
     )
     one._arriving = {
         name: SimpleNamespace(
@@ -147,8 +148,26 @@ def test_the_pace_is_told_about_once_a_second() -> None:
     one, tier, _ = connector(0, {"r": 1})
     for _ in range(5):
         one.build_connector_meta(output(tokens=5))
-        one.update_connector_output(SimpleNamespace(kv_connector_worker_meta=None))
+        one.get_kv_connector_stats()
     assert tier.paces == [(0.0, 1)]
+
+
+def test_steps_are_timed_though_some_have_no_output_for_the_connector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs nothing and copies nothing, as while a fetch is waited for, says nothing to the connector: the steps
+    that follow must not be taken for it."""
+    one, _, _ = connector(0, {})
+    now = 0.0
+    monkeypatch.setattr("components.worker.connector.time", SimpleNamespace(monotonic=lambda: now))
+    for tokens in (0, 100, 0, 0, 200, 1):
+        step = output(tokens)
+        step.num_scheduled_tokens = {"r": tokens} if tokens else {}
+        one.build_connector_meta(step)
+        now += 0.1 + tokens / 1000
+        if tokens:
+            one.update_connector_output(SimpleNamespace(kv_connector_worker_meta=None))
+        one.get_kv_connector_stats()
+    samples = [(tokens, round(seconds, 6)) for tokens, _, seconds in one._clock._fit._samples]
+    assert samples == [(100, 0.2), (200, 0.3)]
 
 
 @pytest.mark.parametrize("tokens_per_step", [1, 3, 50])

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
@@ -117,6 +118,7 @@ __all__ = [
     "KVConnectorMetadata",
     "KVConnectorOutput",
     "KVConnectorRole",
+    "KVConnectorStats",
     "LoadStoreSpec",
     "LookupResult",
     "OffloadKey",

@@ -17,6 +17,7 @@ from components.worker.compat import (
     KVConnectorMetadata,
     KVConnectorOutput,
     KVConnectorRole,
+    KVConnectorStats,
     LookupResult,
     OffloadingConnector,
     OffloadingConnectorScheduler,
@@ -117,14 +118,20 @@ class KvtierConnector(OffloadingConnector):
         return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        now = time.monotonic()
-        self._clock.end(now)
         self._clock.note_transfers(connector_output.kv_connector_worker_meta)
         super().update_connector_output(connector_output)
-        if self._clock.due(now):
-            for tier in self._tiers:
-                tier.prefill = self._clock.prefill
-                tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving))
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """The scheduler asks once at the end of every step; `update_connector_output` is left out where nothing ran and
+        nothing was copied."""
+        if self.connector_scheduler is not None:
+            now = time.monotonic()
+            self._clock.end(now)
+            if self._clock.due(now):
+                for tier in self._tiers:
+                    tier.prefill = self._clock.prefill
+                    tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving))
+        return super().get_kv_connector_stats()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, object] | None]:
         self._leave(request)
