@@ -212,7 +212,8 @@ def running(name: str, command: list[str], environment: dict[str, str], log: Pat
 
 
 def last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
     return " | ".join((errors or lines)[-3:])[-600:]
 
