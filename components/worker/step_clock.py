@@ -18,7 +18,7 @@ _PREFILL_TOKENS_MIN = 64
 def prefilled(output: SchedulerOutput) -> tuple[int, float]:
     """The prompt tokens of a step, and the sum of m * (c + m / 2) over requests that compute m after c others."""
     tokens, attended = 0, 0.0
-    if output.total_num_scheduled_tokens == len(output.num_scheduled_tokens):
+    if sum(output.num_scheduled_tokens.values()) == len(output.num_scheduled_tokens):
         return tokens, attended  # all decode: most steps, and this is on the engine's way
     computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
     cached = output.scheduled_cached_reqs
