@@ -138,10 +138,14 @@ class Drive:
             spent += took
             if output.total_num_scheduled_tokens == len(output.num_scheduled_tokens) == options.running:
                 decodes.append(took)
-        while self._copied:  # what is written behind is out of the next round's way
-            output = scheduler.schedule()
-            scheduler.update_from_output(output, self._answer(output))
+        until = time.monotonic() + _READY_SECONDS
+        while scheduler.has_requests() and time.monotonic() < until:
+            self.idle_step()  # until what is written behind is out of the next round's way
         return spent, decodes
+
+    def idle_step(self) -> None:
+        output = self._scheduler.schedule()
+        self._scheduler.update_from_output(output, self._answer(output))
 
     def _answer(self, output: Any) -> Any:
         """A token for every request whose prompt is computed, and the copies that the last step began."""

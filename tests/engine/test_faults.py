@@ -28,7 +28,7 @@ from kvstore.plan import FIELD, make_plan
 from kvstore.shelf import Shelf
 from kvstore.target import Target
 from kvstore.transport import Stream
-from kvstore.wire import Header
+from kvstore.wire import Header, Op
 from tests.conftest import MIB, eventually, soon
 from tests.test_client import Impostor, value
 
@@ -151,12 +151,19 @@ class Gate(Impostor):
     def __init__(self) -> None:
         self.target = ""
         self.fault: Callable[[Stream, Header, bytes], None] | None = None
+        self.fetches = 0  # that met the fault
         self._open: list[socket.socket] = []
-        super().__init__(lambda stream, header, control: self.fault(stream, header, control) if self.fault else None)
+        super().__init__(self._fail)
+
+    def _fail(self, stream: Stream, header: Header, control: bytes) -> None:
+        if header.op is not Op.GET or self.fault is None:
+            raise ConnectionResetError
+        self.fetches += 1
+        self.fault(stream, header, control)
 
     def set(self, fault: Callable[[Stream, Header, bytes], None] | None) -> None:
         """From now on; who was connected has to come again."""
-        self.fault, self.requests = fault, 0
+        self.fault, self.fetches = fault, 0
         for one in self._open:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
@@ -276,7 +283,7 @@ def met(engine: Engine, gate: Gate, prompt: list[int], fault: Callable[..., None
         nonlocal answer
         engine.forget()
         answer = engine.answer(prompt)
-        return gate.requests > 0
+        return gate.fetches > 0
 
     answer: Answer | None = None
     eventually(asked, 60)
