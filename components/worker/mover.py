@@ -198,7 +198,8 @@ class Mover:
         finally:
             with self._lock:
                 moved_bytes = outcomes.count(Outcome.HIT) * self._setup.row_bytes
-                self._measure(None if load.job in self._cancelled else moved_bytes)
+                called_off = load.job in self._cancelled and time.monotonic() < load.deadline
+                self._measure(None if called_off else moved_bytes)
                 self._loading.remove(load.job)
                 if load.job not in self._cancelled:
                     self._fetched.update(outcome.name.lower() for outcome in outcomes)
@@ -209,8 +210,8 @@ class Mover:
     def _measure(self, moved_bytes: int | None = 0) -> None:
         """Count the time since the last call as time of loading, if anything was. Called with the lock held.
 
-        None: a load was cancelled, and what had come of it is not known. It would make for too low a speed, for which
-        the next loads would be cancelled, too, and so on: the sample is thrown away.
+        None: a load was called off, and what had come of it is not known. It would make for too low a speed, for which
+        the next loads would be called off, too, and so on: the sample is thrown away.
         """
         now = time.monotonic()
         if moved_bytes is None:
