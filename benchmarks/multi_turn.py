@@ -183,11 +183,15 @@ def parse(argv: list[str]) -> Options:
     for path in options.earlier:
         if not path.is_file():
             raise ConfigError("with", path, "a file that --json wrote")
+    check_folders(options)
+    return options
+
+
+def check_folders(options: Options) -> None:
     if not options.dir.is_dir():
         raise ConfigError("dir", options.dir, "a folder that exists")
     if not options.url and not (Path(options.model) / "config.json").is_file():
         raise ConfigError("model", options.model, "a folder with a config.json")
-    return options
 
 
 # ---- engines

@@ -30,6 +30,7 @@ from benchmarks.multi_turn import (
     ENGINE_ENVIRONMENT,
     Positive,
     add_engine_arguments,
+    check_folders,
     engine_arguments,
     running,
     say,
@@ -200,6 +201,7 @@ def measure(options: Options, drive: Drive) -> Report:
     drive.until_idle()
     say(f"the store holds {len(pool)} prompts")
     visitors = {True: itertools.cycle(pool), False: itertools.repeat(drive.prompt(options.prompt_tokens))}
+    drive.window(False, visitors[False])  # what is compiled or allocated at first use is
     windows = []
     for number in range(options.repeats):
         for heavy in (True, False) if number % 2 else (False, True):
@@ -239,7 +241,9 @@ def parse() -> Options:
     add("--repeats", help="pairs of windows; default 5")
     add_engine_arguments(parser)
     add("--json", dest="json_file", help="where to write the result")
-    return validated(Options, vars(parser.parse_args()))
+    options = validated(Options, vars(parser.parse_args()))
+    check_folders(options)
+    return options
 
 
 def main() -> None:
