@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import multi_turn
-from benchmarks.multi_turn import by_engine, engine_command, parse, transfer_config
+from benchmarks.multi_turn import Bench, by_engine, engine_command, parse, transfer_config
 from benchmarks.multi_turn_load import (
     _COUNTER,
     CHAT,
@@ -25,7 +25,12 @@ from benchmarks.multi_turn_load import (
 )
 from benchmarks.multi_turn_plot import plot
 from benchmarks.multi_turn_results import best, medians, over_plain
+from graphs.services import free_port
+from kvstore.client import StoreClient
 from kvstore.errors import ConfigError
+from kvstore.membership import StaticMembership
+from kvstore.wire import Outcome
+from tests.conftest import eventually, item, key, soon
 
 
 def played(shape: Shape, seed: int) -> list[list[int]]:
@@ -182,3 +187,16 @@ def test_every_mode_gets_the_same_hbm_and_dram(model: Path) -> None:
             continue
         extra = transfer["kv_connector_extra_config"]
         assert (extra["cpu_bytes_to_use"], extra["blocks_per_chunk"]) == (3_000_000_000, 2)
+
+
+def test_the_target_is_started_again_over_what_it_holds(model: Path, tmp_path: Path) -> None:
+    options = parse(["--model", str(model), "--capacity", "64M", "--hot", "16M"])
+    bench, folder, address = Bench(options, tmp_path), tmp_path / "store", f"127.0.0.1:{free_port()}"
+    folder.mkdir()
+    client = StoreClient(StaticMembership([address]))
+    with bench._target("store-hot", folder, address):
+        assert client.put([item(1)], soon()) == [Outcome.STORED]
+    with bench._target("store", folder, address):
+        room = memoryview(bytearray(100_000))
+        eventually(lambda: client.get([key(1)], [room], soon()) == [Outcome.HIT])
+    client.close()

@@ -60,6 +60,7 @@ class Engine:
         transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
         self._llm = LLM(
             str(model),
+            dtype="float32",  # or a chunk has half of CHUNK_BYTES
             kv_transfer_config=transfer,
             prefix_caching_hash_algo="sha256_cbor",
             max_model_len=2048,
@@ -79,6 +80,7 @@ class Engine:
             return found
 
         self.tier.get_stats = noted
+        assert self.tier._row_bytes == CHUNK_BYTES
         eventually(lambda: (self.tier._step(), self.tier.link.ready)[1], 60)
 
     def answer(
@@ -214,6 +216,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> Iterator[Eng
         one.close()
 
 
+@pytest.fixture(autouse=True)
+def at_fault_no_longer(gate: Gate) -> Iterator[None]:
+    yield
+    gate.set(None)
+
+
 @pytest.fixture
 def prompt(request: pytest.FixtureRequest) -> list[int]:
     """One that no other test has: three whole chunks and a bit."""
@@ -313,7 +321,6 @@ def test_wrong_kv_under_a_right_checksum_is_noticed_here(engine: Engine, gate: G
     assert met(engine, gate, prompt, forger) != expected
     assert engine.fetched() == CHUNKS
     engine.forget()
-    gate.set(None)
 
 
 @pytest.mark.parametrize("how", [{"salt": "red"}, {"lora": True}], ids=["salt", "LoRA"])
