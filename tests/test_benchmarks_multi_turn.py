@@ -190,7 +190,7 @@ def test_every_mode_gets_the_same_hbm_and_dram(model: Path) -> None:
 
 
 def test_the_target_is_started_again_over_what_it_holds(model: Path, tmp_path: Path) -> None:
-    options = parse(["--model", str(model), "--capacity", "64M", "--hot", "16M"])
+    options = parse(["--model", str(model), "--capacity", "256M", "--hot", "16M"])
     bench, folder, address = Bench(options, tmp_path), tmp_path / "store", f"127.0.0.1:{free_port()}"
     folder.mkdir()
     client = StoreClient(StaticMembership([address]))
