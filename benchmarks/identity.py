@@ -20,6 +20,7 @@ import aiohttp
 import msgspec
 
 from benchmarks.multi_turn import (
+    ENGINE_ENVIRONMENT,
     EngineError,
     Options,
     engine_command,
@@ -38,7 +39,6 @@ from kvstore.errors import UnavailableError, run_command, validated
 
 ANSWER_TOKENS = 32
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 class Answer(msgspec.Struct):
@@ -121,7 +121,7 @@ async def measure(options: Options, prompts: list[list[int]], logs: Path, number
                     if mode == "store":
                         serving.enter_context(running("target", target, {}, logs / "target.log"))
                     command = engine_command(options, port, transfer_config(options, mode, address, own))
-                    engine = inner.enter_context(running("engine", command, ENVIRONMENT, logs / f"{mode}.log"))
+                    engine = inner.enter_context(running("engine", command, ENGINE_ENVIRONMENT, logs / f"{mode}.log"))
                     with serving:
                         await until_ready(endpoint, session, engine)
                         say(f"{mode}: up")

@@ -4,18 +4,20 @@
     python -m benchmarks.multi_turn --url http://HOST:PORT --model NAME --json FILE
 
 Closed loop: N clients each play a turn of one conversation after the other, from a pool whose KV exceeds HBM several
-times; a conversation's next turn comes when all others have had one. Before each mode is measured, every conversation
-is played once, which fills its tiers. Each mode is a fresh engine with the same HBM, DRAM and pool:
+times; a conversation's next turn comes when all others have had one. Before a mode is measured, every conversation is
+played once, which fills its tiers. Each mode is a fresh engine with the same HBM, DRAM and pool:
 
     plain      vLLM's prefix cache alone
     dram       vLLM's own offloading to DRAM
     files      vLLM's own file tier under that DRAM
     store      this project: that DRAM, and a target on the same disk, without a hot cache
-    store-hot  the same, with a hot cache (--hot; give it the size of the pool's KV)
+    store-hot  the same engine, and the target started again with a hot cache (--hot; as large as the pool's KV)
 
-With --fresh each mode also has prompts that nobody goes on with: what the tier costs where it cannot help. With
---first-token N prompts of that length are asked for one at a time, from each place where they can be. With --url a
-server that runs already is measured.
+With --rounds N all of it is done N times, every other time in the opposite order, and figures are medians over rounds.
+What the store holds stays for the rounds that follow. --with FILE counts in the points of an earlier run's --json, made
+on the same machine. With --fresh each engine also has prompts that nobody goes on with: what the tier costs where it
+cannot help. With --first-token N prompts of that length are asked for one at a time, from each place where they can be.
+With --url a server that runs already is measured.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -47,12 +50,14 @@ from benchmarks.multi_turn_load import (
     Point,
     Pool,
     Shape,
+    ask_again,
     first_tokens,
     measure,
     settled,
     warm_up,
 )
 from benchmarks.multi_turn_plot import plot
+from benchmarks.multi_turn_results import OverPlain, Spread, best, medians, over_plain
 from components.worker.__main__ import Options as WorkerOptions
 from components.worker.__main__ import compose
 from graphs.services import free_port
@@ -66,10 +71,11 @@ MEDIA = {
     "store": ("cold", "hbm", "dram", "store"),
     "store-hot": ("cold", "hbm", "dram", "store"),
 }
-TPOT_LIMITS_MS = (40, 60)
 START_SECONDS = 400.0
 SETTLE_SECONDS = 3.0  # without another write: what is written behind the warm-up is written
 SETTLE_SECONDS_MAX = 30.0
+TARGET_FOUND_SECONDS = 5.0  # in which workers try a target again that was away
+ENGINE_ENVIRONMENT = {"PYTHONHASHSEED": "0", "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
 ROOT = Path(__file__).parents[1]
 
 Positive = Annotated[int, Field(ge=1)]
@@ -90,6 +96,8 @@ class Options(BaseModel):
     ramp: float = Field(5.0, ge=0)
     seed: int = 1
     fresh: bool = False
+    rounds: Positive = 1
+    earlier: list[Path] = []
     first_token: list[Positive] = []
     repeats: Positive = 5
     hbm_tokens: int = Field(0, ge=0)
@@ -115,33 +123,18 @@ class Report(msgspec.Struct):
     first_tokens: list[FirstToken] = []
     failed: dict[str, str] = {}
     warm_ups: dict[str, dict[str, float]] = {}  # mode -> what the tier counted before the first point
-    # mode -> the most requests per second with a mean TPOT of at most so many ms
+    # mode -> the most requests per second with a mean TPOT of at most so many ms, between the numbers of clients
     best: dict[str, dict[str, float]] = {}
+    over_plain: list[OverPlain] = []
 
 
 class EngineError(Exception):
     """An engine or a target that does not come up; its last words."""
 
 
-def parse(argv: list[str]) -> Options:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.multi_turn",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="folder of the model; with --url the name that the server knows it by")
-    add("--url", help="measure this server instead of starting engines")
-    add("--modes", help=f"default {','.join(MODES)}")
-    add("--clients", help="numbers of clients; default 8,16,32")
-    add("--pool", help="conversations; default 80")
-    add("--scale", help="of all lengths, for small models; default 1")
-    add("--seconds", help="of each measurement; default 30")
-    add("--ramp", help="seconds before each; default 5")
-    add("--seed")
-    add("--fresh", action="store_true", default=None, help="then also prompts that share nothing")
-    add("--first-token", help="prompt lengths to time one by one, such as 2200,8000")
-    add("--repeats", help="of these; default 5")
     add("--hbm-tokens", help="KV cache of the engine; default what it finds room for")
     add("--block-tokens", help="default 16; the CPU engine has 128")
     add("--blocks-per-chunk", help="KV blocks that a tier moves at once; default 1")
@@ -152,23 +145,53 @@ def parse(argv: list[str]) -> Options:
     add("--dram", help="of the DRAM tier; default 8GiB")
     add("--dir", help="where the file tier and the target keep their files; default: that of temporary files")
     add("--capacity", help="of the target; default 64GiB")
-    add("--hot", help="cache in the target's memory, in store-hot; default 16GiB")
     add("--engine", help="more arguments for the engine, as one string")
+
+
+def parse(argv: list[str]) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.multi_turn",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--url", help="measure this server instead of starting engines")
+    add("--modes", help=f"default {','.join(MODES)}")
+    add("--clients", help="numbers of clients; default 8,16,32")
+    add("--pool", help="conversations; default 80")
+    add("--scale", help="of all lengths, for small models; default 1")
+    add("--seconds", help="of each measurement; default 30")
+    add("--ramp", help="seconds before each; default 5")
+    add("--seed")
+    add("--fresh", action="store_true", default=None, help="then also prompts that share nothing")
+    add("--rounds", help="default 1")
+    add("--with", dest="earlier", help="JSON of earlier runs, to be counted in: FILE,FILE")
+    add("--first-token", help="prompt lengths to time one by one, such as 2200,8000")
+    add("--repeats", help="of these; default 5")
+    add_engine_arguments(parser)
+    add("--hot", help="cache in the target's memory, in store-hot; default 16GiB")
     add("--json", dest="json_file", help="where to write the result, after every point")
     add("--plot", help="where to draw it, as SVG")
     values = vars(parser.parse_args(argv))
-    for name in ("modes", "clients", "first_token"):
+    for name in ("modes", "clients", "first_token", "earlier"):
         if values[name] is not None:
             values[name] = values[name].split(",")
     options = validated(Options, values)
     for mode in options.modes:
         if mode not in MODES:
             raise ConfigError("modes", mode, f"some of {','.join(MODES)}")
+    for path in options.earlier:
+        if not path.is_file():
+            raise ConfigError("with", path, "a file that --json wrote")
+    check_folders(options)
+    return options
+
+
+def check_folders(options: Options) -> None:
     if not options.dir.is_dir():
         raise ConfigError("dir", options.dir, "a folder that exists")
     if not options.url and not (Path(options.model) / "config.json").is_file():
         raise ConfigError("model", options.model, "a folder with a config.json")
-    return options
 
 
 # ---- engines
@@ -193,7 +216,8 @@ def running(name: str, command: list[str], environment: dict[str, str], log: Pat
 
 
 def last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
     return " | ".join((errors or lines)[-3:])[-600:]
 
@@ -242,16 +266,20 @@ def transfer_config(options: Options, mode: str, store: str, files: Path) -> dic
 
 
 def engine_command(options: Options, port: int, transfer: dict[str, object] | None) -> list[str]:
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(options.max_model_len)]
-    command += ["--load-format", options.load_format, "--kv-cache-dtype", options.kv_dtype]
-    command += ["--tensor-parallel-size", str(options.tensor_parallel), "--block-size", str(options.block_tokens)]
-    command += ["--prefix-caching-hash-algo", "sha256_cbor", "--enable-prefix-caching"]
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    return server + engine_arguments(options, transfer)
+
+
+def engine_arguments(options: Options, transfer: dict[str, object] | None) -> list[str]:
+    arguments = ["--model", options.model, "--max-model-len", str(options.max_model_len)]
+    arguments += ["--load-format", options.load_format, "--kv-cache-dtype", options.kv_dtype]
+    arguments += ["--tensor-parallel-size", str(options.tensor_parallel), "--block-size", str(options.block_tokens)]
+    arguments += ["--prefix-caching-hash-algo", "sha256_cbor", "--enable-prefix-caching"]
     if options.hbm_tokens:
-        command += ["--num-gpu-blocks-override", str(-(-options.hbm_tokens // options.block_tokens))]
+        arguments += ["--num-gpu-blocks-override", str(-(-options.hbm_tokens // options.block_tokens))]
     if transfer is not None:
-        command += ["--kv-transfer-config", json.dumps(transfer)]
-    return command + shlex.split(options.engine)
+        arguments += ["--kv-transfer-config", json.dumps(transfer)]
+    return arguments + shlex.split(options.engine)
 
 
 def target_command(options: Options, mode: str, folder: Path, address: str) -> list[str]:
@@ -267,70 +295,118 @@ class Bench:
     def __init__(self, options: Options, logs: Path):
         self.options = options
         self.logs = logs
+        self._round = 0
+        self._of_store: Pool | None = None  # as far as it was played
         pool = self._pool(CHAT)
         self.report = Report(shlex.join(["python", "-m", "benchmarks.multi_turn", *sys.argv[1:]]), pool.prompt_tokens)
+        for path in options.earlier:
+            self.report.points += msgspec.json.decode(path.read_bytes(), type=Report).points
 
-    def _pool(self, shape: Shape) -> Pool:
-        return Pool(self.options.pool, self.options.seed, shape, scale=self.options.scale)
+    def _pool(self, shape: Shape, number: int = 0) -> Pool:
+        return Pool(self.options.pool, self.options.seed + number, shape, scale=self.options.scale)
 
     async def run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
             if self.options.url:
-                await self._measure(Endpoint(session, self.options.url, self.options.model), "url")
+                endpoint, pool = Endpoint(session, self.options.url, self.options.model), self._pool(CHAT)
+                await self._fill(endpoint, "url", pool)
+                for number in range(self.options.rounds):
+                    self._round = number
+                    await self._measure(endpoint, "url", pool)
+                    if self.options.fresh:
+                        await self._measure_fresh(endpoint, "url")
                 return
-            for mode in self.options.modes:
-                try:
-                    await self._run_mode(session, mode)
-                except (EngineError, ConnectionError, TimeoutError) as error:
-                    words = last_words(self.logs / f"{mode}.log")
-                    self.report.failed[mode] = f"{error}: {words}"
-                    say(f"{mode}: {error}: {words}")
-                    self.write()
+            with tempfile.TemporaryDirectory(prefix="kvtier-turns-", dir=self.options.dir) as folder:
+                engines = by_engine(self.options.modes)
+                for number in range(self.options.rounds):
+                    self._round = number
+                    for modes in engines if self._round % 2 == 0 else reversed(engines):
+                        await self._try(session, modes, Path(folder))
 
-    async def _run_mode(self, session: aiohttp.ClientSession, mode: str) -> None:
-        options, port = self.options, free_port()
-        environment = {"PYTHONHASHSEED": "0", "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
+    async def _try(self, session: aiohttp.ClientSession, modes: list[str], folder: Path) -> None:
+        try:
+            await self._run_engine(session, modes, folder)
+        except (EngineError, ConnectionError, TimeoutError) as error:
+            words = last_words(self.logs / "engine.log")
+            for mode in modes:
+                self.report.failed[mode] = f"{error}: {words}"
+            say(f"{modes[0]}: {error}: {words}")
+            self.write()
+
+    async def _run_engine(self, session: aiohttp.ClientSession, modes: list[str], folder: Path) -> None:
+        options, mode, port = self.options, modes[0], free_port()
         endpoint = Endpoint(session, f"http://127.0.0.1:{port}", options.model)
+        address = f"127.0.0.1:{free_port()}"
         with ExitStack() as stack:
-            own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-turns-", dir=options.dir)))
-            address = f"127.0.0.1:{free_port()}"
+            own = folder / "store"
             if mode.startswith("store"):
-                command = target_command(options, mode, own, address)
-                target = stack.enter_context(running("target", command, {}, self.logs / "target.log"))
-            transfer = transfer_config(options, mode, address, own)
+                own.mkdir(exist_ok=True)
+            else:
+                own = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+            target = stack.enter_context(self._target(mode, own, address))
             begun = time.monotonic()
-            command = engine_command(options, port, transfer)
-            engine = stack.enter_context(running("engine", command, environment, self.logs / f"{mode}.log"))
+            command = engine_command(options, port, transfer_config(options, mode, address, own))
+            engine = stack.enter_context(running("engine", command, ENGINE_ENVIRONMENT, self.logs / "engine.log"))
             await until_ready(endpoint, session, engine)
             say(f"{mode}: up after {time.monotonic() - begun:.0f} s")
-            if mode.startswith("store") and target.poll() is not None:
-                raise EngineError(f"the target ended: {last_words(self.logs / 'target.log')}")
-            await self._measure(endpoint, mode)
+            pool = self._of_store if mode.startswith("store") else None
+            if pool is None:
+                pool = self._pool(CHAT)
+                await self._fill(endpoint, mode, pool)
+            elif mode == "store-hot":
+                await ask_again(endpoint, pool, max(options.clients))
+            if mode.startswith("store"):
+                self._of_store = pool
+            await self._measure(endpoint, mode, pool)
+            if options.fresh:
+                await self._measure_fresh(endpoint, mode)
+            for again in modes[1:]:
+                target.close()
+                target = stack.enter_context(self._target(again, own, address))
+                await asyncio.sleep(TARGET_FOUND_SECONDS)
+                await self._measure(endpoint, again, pool)
 
-    async def _measure(self, endpoint: Endpoint, mode: str) -> None:
+    def _target(self, mode: str, folder: Path, address: str) -> ExitStack:
+        """The target that the mode needs, if any."""
+        with ExitStack() as stack:
+            if mode.startswith("store"):
+                command, log = target_command(self.options, mode, folder, address), self.logs / "target.log"
+                target = stack.enter_context(running("target", command, {}, log))
+                deadline = time.monotonic() + START_SECONDS
+                while not listens(address):
+                    if target.poll() is not None or time.monotonic() > deadline:
+                        raise EngineError(f"the target does not come up: {last_words(log)}")
+                    time.sleep(0.1)
+            return stack.pop_all()
+
+    async def _fill(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
+        begun = time.monotonic()
+        await warm_up(endpoint, pool, max(self.options.clients))
+        counted = await settled(endpoint, SETTLE_SECONDS, SETTLE_SECONDS_MAX)
+        self.report.warm_ups[mode] = {name: value for name, value in counted.items() if name.startswith("kvtier_")}
+        stored = {name: round(value) for name, value in counted.items() if name.startswith("kvtier_stored_chunks")}
+        say(f"{mode}: warm after {time.monotonic() - begun:.0f} s {stored or ''}")
+
+    async def _measure(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
         options = self.options
+        for clients in options.clients if self._round % 2 == 0 else reversed(options.clients):
+            point = await measure(endpoint, pool, mode, clients, seconds=options.seconds, ramp_seconds=options.ramp)
+            self._add(point)
+        known = {(one.mode, one.prompt_tokens) for one in self.report.first_tokens}
         for tokens in options.first_token:
+            if (mode, tokens) in known:
+                continue  # in an earlier round
             media = MEDIA.get(mode, ("cold", "hbm"))
             found = await first_tokens(endpoint, mode, tokens, options.repeats, options.seed + tokens, media)
             self.report.first_tokens += found
             say(f"{mode}: {tokens} tokens: " + ", ".join(f"{one.medium} {one.ttft_ms_median:.0f} ms" for one in found))
             self.write()
-        pool = self._pool(CHAT)
-        begun = time.monotonic()
-        await warm_up(endpoint, pool, max(options.clients))
-        counted = await settled(endpoint, SETTLE_SECONDS, SETTLE_SECONDS_MAX)
-        self.report.warm_ups[mode] = {name: value for name, value in counted.items() if name.startswith("kvtier_")}
-        stored = {name: round(value) for name, value in counted.items() if name.startswith("kvtier_stored_chunks")}
-        say(f"{mode}: warm after {time.monotonic() - begun:.0f} s {stored or ''}")
-        for clients in options.clients:
-            point = await measure(endpoint, pool, mode, clients, seconds=options.seconds, ramp_seconds=options.ramp)
-            self._add(point)
-        if options.fresh:
-            fresh = f"{mode}, fresh"
-            clients = min(options.clients)
-            pool = self._pool(FRESH)
-            self._add(await measure(endpoint, pool, fresh, clients, seconds=options.seconds, ramp_seconds=options.ramp))
+
+    async def _measure_fresh(self, endpoint: Endpoint, mode: str) -> None:
+        options, pool, clients = self.options, self._pool(FRESH, 1 + self._round), min(self.options.clients)
+        name = f"{mode}, fresh"
+        self._add(await measure(endpoint, pool, name, clients, seconds=options.seconds, ramp_seconds=options.ramp))
 
     def _add(self, point: Point) -> None:
         self.report.points.append(point)
@@ -338,20 +414,25 @@ class Bench:
         self.write()
 
     def write(self) -> None:
-        self.report.best = best(self.report.points)
+        self.report.best = best(medians(self.report.points))
+        self.report.over_plain = over_plain(self.report.points)
         if self.options.json_file:
             content = msgspec.json.format(msgspec.json.encode(self.report), indent=2)
             self.options.json_file.write_bytes(content + b"\n")
 
 
-def best(points: list[Point]) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for point in points:
-        for limit in TPOT_LIMITS_MS:
-            if point.tpot_ms_mean <= limit:
-                of_mode = found.setdefault(point.mode, {})
-                of_mode[str(limit)] = max(of_mode.get(str(limit), 0.0), point.requests_per_second)
-    return found
+def by_engine(modes: list[str]) -> list[list[str]]:
+    """Modes that one engine serves, one after the other: the store's, the hot cache first, which the filling fills."""
+    store = [mode for mode in reversed(MODES) if mode in modes and mode.startswith("store")]
+    found = [[mode] for mode in modes if mode not in store]
+    return [*found, store] if store else found
+
+
+def listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+        return True
+    return False
 
 
 def say(text: str) -> None:
@@ -373,12 +454,21 @@ def line(point: Point) -> str:
     )
 
 
+def spread(of: Spread) -> str:
+    return f"{of[0]:.3f} ({of[1]:.3f} to {of[2]:.3f})"
+
+
 def table(report: Report) -> str:
     lines = [report.command, f"the pool's prompts have {report.pool_tokens} tokens", ""]
     if report.points:
-        lines += [HEADER, *map(line, report.points), ""]
+        lines += [HEADER, *map(line, medians(report.points)), ""]
     for mode, of_mode in report.best.items():
         lines += [f"{mode}: {most:.2f} requests/s with TPOT <= {limit} ms" for limit, most in of_mode.items()]
+    lines += [
+        f"{one.mode}, {one.clients} clients, over plain: requests/s {spread(one.requests_per_second)},"
+        f" TTFT {spread(one.ttft)}"
+        for one in report.over_plain
+    ]
     lines += [
         f"{one.mode}: first token of {one.prompt_tokens} tokens, {one.medium}: {one.ttft_ms_median:.0f} ms"
         f" ({one.ttft_ms[0]:.0f} to {one.ttft_ms[-1]:.0f})"
@@ -400,7 +490,7 @@ def main() -> int:
         shutil.rmtree(logs, ignore_errors=True)
     print(table(bench.report))
     if options.plot:
-        options.plot.write_text(plot(bench.report.points))
+        options.plot.write_text(plot(medians(bench.report.points)))
     return 1 if bench.report.failed else 0
 
 

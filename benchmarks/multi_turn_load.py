@@ -49,6 +49,7 @@ class Conversation:
         self._scale = scale
         self.turns = self._chance.randint(*shape.turns)
         self.turn = 0
+        self.known = 0  # leading tokens of the prompt that were asked or answered before
         self.prompt: list[int] = self._tokens(shape.opening)
         self.answer_tokens = self._length(shape.answer)
 
@@ -64,7 +65,9 @@ class Conversation:
 
     def go_on(self, answer: Sequence[int]) -> None:
         """The turn was answered: the next question follows."""
-        self.prompt += [*answer, *self._tokens(self._shape.question)]
+        self.prompt += answer
+        self.known = len(self.prompt)
+        self.prompt += self._tokens(self._shape.question)
         self.answer_tokens = self._length(self._shape.answer)
         self.turn += 1
 
@@ -102,6 +105,10 @@ class Pool:
 
     def put(self, one: Conversation) -> None:
         self._waiting.append(self._new() if one.ended else one)
+
+    def known(self) -> list[list[int]]:
+        """What the next turns go on with, as far as there is any, in the order of the turns."""
+        return [one.prompt[: one.known] for one in self._waiting if one.known]
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -252,6 +259,17 @@ async def warm_up(endpoint: Endpoint, pool: Pool, clients: int) -> None:
             pool.put(one)
 
     await asyncio.gather(*(play() for _ in range(clients)))
+
+
+async def ask_again(endpoint: Endpoint, pool: Pool, clients: int) -> None:
+    """What every conversation goes on with once more, so that it lies where what was read lately lies."""
+    prompts = iter(pool.known())
+
+    async def ask() -> None:
+        for prompt in prompts:
+            await asyncio.wait_for(endpoint.complete(prompt, 1), REQUEST_SECONDS)
+
+    await asyncio.gather(*(ask() for _ in range(clients)))
 
 
 async def settled(endpoint: Endpoint, seconds: float, seconds_max: float) -> dict[str, float]:

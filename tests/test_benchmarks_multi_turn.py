@@ -9,10 +9,28 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import multi_turn
-from benchmarks.multi_turn import best, engine_command, parse, transfer_config
-from benchmarks.multi_turn_load import _COUNTER, CHAT, FRESH, Conversation, Pool, Shape, _Sample, summary, warm_up
+from benchmarks.multi_turn import Bench, by_engine, engine_command, parse, transfer_config
+from benchmarks.multi_turn_load import (
+    _COUNTER,
+    CHAT,
+    FRESH,
+    Conversation,
+    Point,
+    Pool,
+    Shape,
+    _Sample,
+    ask_again,
+    summary,
+    warm_up,
+)
 from benchmarks.multi_turn_plot import plot
+from benchmarks.multi_turn_results import best, medians, over_plain
+from graphs.services import free_port
+from kvstore.client import StoreClient
 from kvstore.errors import ConfigError
+from kvstore.membership import StaticMembership
+from kvstore.wire import Outcome
+from tests.conftest import eventually, item, key, soon
 
 
 def played(shape: Shape, seed: int) -> list[list[int]]:
@@ -85,8 +103,45 @@ def test_a_point_counts_what_ended_in_its_window() -> None:
     assert math.isnan(summary("store", 4, [], 0, 2.0, {}).ttft_ms_mean)
     slower = summary("store", 8, [*samples, *samples], 0, 2.0, {})
     slower.tpot_ms_mean = 50.0
-    assert best([point, slower]) == {"store": {"40": 5.0, "60": 10.0}}
+    # TPOT 30 ms at 5 requests/s and 50 at 10: 40 halfway.
+    assert best([point, slower]) == {"store": {"40": 7.5, "60": 10.0}}
     ElementTree.fromstring(plot([point, slower]))
+
+
+def test_points_of_several_rounds_are_summed_up_and_compared_round_by_round() -> None:
+    def of(mode: str, requests: int, ttft_seconds: float, clients: int = 4) -> Point:
+        samples = [_Sample(1.0, 2000, 100, ttft_seconds, 0.03, [0.03])] * requests
+        return summary(mode, clients, samples, 0, 2.0, {"kvtier_fetched_bytes": 5.0})
+
+    points = [of("plain", 10, 0.4), of("store", 20, 0.2), of("store", 24, 0.2), of("plain", 8, 0.6)]
+    points += [of("plain, fresh", 10, 0.5), of("store, fresh", 9, 0.5), of("dram", 5, 1.0), of("store", 7, 1.0, 8)]
+    store = next(one for one in medians(points) if (one.mode, one.clients) == ("store", 4))
+    assert (store.requests_per_second, store.requests, store.tier) == (11.0, 44, {"kvtier_fetched_bytes": 10.0})
+    found = {(one.mode, one.clients): one for one in over_plain(points)}
+    assert set(found) == {("store", 4), ("store, fresh", 4), ("dram", 4)}
+    assert found["store", 4].requests_per_second == (2.5, 2.0, 3.0)
+    assert found["store", 4].ttft == (0.417, 0.333, 0.5)
+    assert found["store, fresh", 4].requests_per_second == (0.9, 0.9, 0.9)
+
+
+def test_modes_of_the_store_share_an_engine_and_begin_with_the_hot_cache() -> None:
+    assert by_engine(["store", "plain", "store-hot", "dram"]) == [["plain"], ["dram"], ["store-hot", "store"]]
+    assert by_engine(["files"]) == [["files"]]
+
+
+async def test_what_is_asked_again_is_what_the_next_turns_go_on_with() -> None:
+    asked: list[list[int]] = []
+
+    class Recorder:
+        async def complete(self, prompt: list[int], tokens: int) -> None:
+            asked.append(list(prompt))
+
+    pool = Pool(20, 3)
+    await warm_up(Recorder(), pool, 4)  # type: ignore[arg-type]
+    played, asked = asked, []
+    await ask_again(Recorder(), pool, 4)  # type: ignore[arg-type]
+    assert 0 < len(asked) <= 20
+    assert all(one in played for one in asked)
 
 
 def test_counters_are_read_by_source_and_outcome() -> None:
@@ -132,3 +187,16 @@ def test_every_mode_gets_the_same_hbm_and_dram(model: Path) -> None:
             continue
         extra = transfer["kv_connector_extra_config"]
         assert (extra["cpu_bytes_to_use"], extra["blocks_per_chunk"]) == (3_000_000_000, 2)
+
+
+def test_the_target_is_started_again_over_what_it_holds(model: Path, tmp_path: Path) -> None:
+    options = parse(["--model", str(model), "--capacity", "256M", "--hot", "16M"])
+    bench, folder, address = Bench(options, tmp_path), tmp_path / "store", f"127.0.0.1:{free_port()}"
+    folder.mkdir()
+    client = StoreClient(StaticMembership([address]))
+    with bench._target("store-hot", folder, address):
+        assert client.put([item(1)], soon()) == [Outcome.STORED]
+    with bench._target("store", folder, address):
+        room = memoryview(bytearray(100_000))
+        eventually(lambda: client.get([key(1)], [room], soon()) == [Outcome.HIT])
+    client.close()

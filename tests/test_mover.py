@@ -18,6 +18,7 @@ from vllm.v1.kv_offload.base import LookupResult
 
 from components.worker import frames
 from components.worker.frames import Loaded
+from components.worker.mover import SAMPLE_SECONDS
 from components.worker.mover_link import MoverLink
 from components.worker.remote_tier import RemoteTier
 from graphs.services import free_port
@@ -25,7 +26,7 @@ from kvstore import bus, wire
 from kvstore.bus import Bus, WorkerReport
 from kvstore.membership import Registration
 from kvstore.transport import Stream
-from kvstore.wire import Header
+from kvstore.wire import Header, Op
 from tests.conftest import eventually, soon, start_server, stop_server
 from tests.test_client import Impostor, value
 from tests.test_worker_tier import (
@@ -287,6 +288,41 @@ def test_a_target_that_is_slow_gives_what_it_can_by_the_deadline(engines: Any) -
     assert (engine.memory[0] == 1).all()
     assert engine.tier.link.starts == 1
     released.set()
+
+
+def test_loads_that_were_called_off_do_not_count_as_slow(engines: Any) -> None:  # noqa: F811
+    """Or the store would look slower for each, until nothing is fetched any more."""
+    row_bytes, stall, stalled, released = 1 << 20, threading.Event(), threading.Event(), threading.Event()
+
+    def answer(stream: Stream, header: Header, control: bytes) -> None:
+        if header.op is not Op.GET:
+            raise ConnectionResetError
+        for number in range(len(wire.decode_control(control, wire.Get).keys)):
+            if stall.is_set():
+                stalled.set()
+                released.wait(SOON)
+            stream.send(value(header, b"\x01" * row_bytes, number=number), soon(SOON))
+
+    target = Impostor(answer)
+    engine = engines(target.address, row_bytes=row_bytes)
+    context = engine.arrive(engine_request(), KEYS, plan(target, 8))
+    assert not engine.load(context, KEYS, list(range(8))).failed
+    speed = engine.tier._store_bytes_per_second
+    assert speed > 0
+    stall.set()
+    left = engine.arrive(engine_request(name="left"), KEYS, plan(target, 8))
+    job = engine.begin_load(left, KEYS, list(range(8)))
+    assert stalled.wait(SOON)
+    time.sleep(SAMPLE_SECONDS + 0.1)  # long enough for a sample
+    engine.tier.cancel("left")
+    engine.arrive(engine_request(name="asks"), KEYS)
+    engine.tier.ask("asks")
+    eventually(lambda: (engine.step(), not engine.tier.undecided("asks"))[1], SOON)
+    # The mover takes commands in order: it knows now that the load is called off.
+    released.set()
+    assert engine.result(job).failed
+    now = engine.tier._store_bytes_per_second
+    assert now == 0 or now > speed / 4  # 0: that was long ago
 
 
 @pytest.fixture

@@ -3,10 +3,16 @@
 from types import SimpleNamespace
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import GroupOffloadConfig
-from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
+import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    GroupOffloadConfig,
+    OffloadingConnectorScheduler,
+    RequestOffloadState,
+    SchedulerOffloadConfig,
+)
+from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, ReqContext, make_offload_key
 
-from components.worker.connector import KvtierConnector
+from components.worker.connector import ANSWER_PIECE_TOKENS, KvtierConnector
 from components.worker.step_clock import StepClock
 
 
@@ -29,6 +35,9 @@ class Tier:
 
     def hurry(self, req_id: str) -> None:
         self.hurried.append(req_id)
+
+    def await_answer(self, req_id: str) -> None:
+        self.hurried.append(f"{req_id} answered")
 
     def wait(self) -> None:
         self.waits += 1
@@ -70,6 +79,7 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
         get_num_new_matched_tokens=lambda request, computed: (0, False),
         update_state_after_alloc=lambda request, blocks, tokens: None,
         update_connector_output=lambda output: None,
+        get_stats=lambda: None,
     )
     one._arriving = {
         name: SimpleNamespace(
@@ -128,7 +138,7 @@ def test_what_the_scheduler_looks_at_is_hurried_and_what_it_runs_is_let_go() -> 
     one, tier, manager = connector(1, {"r": 1})
     request = SimpleNamespace(request_id="r")
     one.get_num_new_matched_tokens(request, 0)
-    assert tier.hurried == ["r"]
+    assert tier.hurried == ["r", "r answered"]
     assert not one._arriving
     one.update_state_after_alloc(request, None, 0)
     assert manager.let_go_of == ["r"]
@@ -138,5 +148,71 @@ def test_the_pace_is_told_about_once_a_second() -> None:
     one, tier, _ = connector(0, {"r": 1})
     for _ in range(5):
         one.build_connector_meta(output(tokens=5))
-        one.update_connector_output(SimpleNamespace(kv_connector_worker_meta=None))
+        one.get_kv_connector_stats()
     assert tier.paces == [(0.0, 1)]
+
+
+def test_steps_are_timed_though_some_have_no_output_for_the_connector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs nothing and copies nothing, as while a fetch is waited for, says nothing to the connector: the steps
+    that follow must not be taken for it."""
+    one, _, _ = connector(0, {})
+    now = 0.0
+    monkeypatch.setattr("components.worker.connector.time", SimpleNamespace(monotonic=lambda: now))
+    for tokens in (0, 100, 0, 0, 200, 1):
+        step = output(tokens)
+        step.num_scheduled_tokens = {"r": tokens} if tokens else {}
+        one.build_connector_meta(step)
+        now += 0.1 + tokens / 1000
+        if tokens:
+            one.update_connector_output(SimpleNamespace(kv_connector_worker_meta=None))
+        one.get_kv_connector_stats()
+    samples = [(tokens, round(seconds, 6)) for tokens, _, seconds in one._clock._fit._samples]
+    assert samples == [(100, 0.2), (200, 0.3)]
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 3, 50])
+@pytest.mark.parametrize("prompt_tokens", [8, 9, 4 * ANSWER_PIECE_TOKENS])
+def test_a_prompt_is_stored_as_it_is_computed_and_an_answer_by_the_piece_and_at_its_end(
+    prompt_tokens: int, tokens_per_step: int
+) -> None:
+    """Every whole chunk once, in order, whatever the steps; several tokens a step are those of speculative decoding."""
+    total = prompt_tokens + 2 * ANSWER_PIECE_TOKENS + 30
+    stored: list[tuple[int, int]] = []  # tokens computed by then, chunk
+    request: Any = SimpleNamespace(
+        request_id="r",
+        num_tokens=total,
+        num_prompt_tokens=prompt_tokens,
+        num_computed_tokens=0,
+        kv_transfer_params=None,
+        is_finished=lambda: False,
+        block_hashes=[number.to_bytes(32, "big") for number in range(total // 4)],
+    )
+    groups = (GroupOffloadConfig(0, 4, 4, 1, None, None),)
+    status = RequestOffloadState(
+        SchedulerOffloadConfig(groups, 1, 1, False),
+        request,
+        ReqContext("r"),
+        SimpleNamespace(policy=OffloadPolicy.BLOCK_LEVEL),
+    )
+    status.update_offload_keys()
+    status.group_states[0].block_ids.extend(range(1, total // 4 + 1))
+
+    def prepare_store(keys: list[bytes], context: ReqContext) -> Any:
+        stored.extend((request.num_computed_tokens, int.from_bytes(key[:32], "big")) for key in keys)
+        return SimpleNamespace(keys_to_store=[])
+
+    scheduler: Any = object.__new__(OffloadingConnectorScheduler)
+    scheduler.config, scheduler._req_status = status.config, {"r": status}
+    scheduler.manager = SimpleNamespace(prepare_store=prepare_store)
+    one: Any = object.__new__(KvtierConnector)
+    one.connector_scheduler = scheduler
+    while request.num_computed_tokens < total:
+        answering = request.num_computed_tokens >= prompt_tokens
+        count = min(tokens_per_step if answering else 6, total - request.num_computed_tokens)
+        one._build_store_jobs(SimpleNamespace(num_scheduled_tokens={"r": count}, finished_req_ids=set()))
+        request.num_computed_tokens += count
+    in_answer = {step for step, chunk in stored if step >= prompt_tokens}
+    assert len(in_answer) == 2
+    request.is_finished = lambda: True
+    one._build_store_jobs(SimpleNamespace(num_scheduled_tokens={}, finished_req_ids={"r"}))
+    assert [chunk for _, chunk in stored] == list(range(total // 4))

@@ -477,13 +477,16 @@ def test_chunks_of_a_prompt_are_announced_together_and_parents_first() -> None:
     assert whole.token_ids == list(range(16))
 
 
-def test_descriptions_are_bounded() -> None:
+def test_what_is_noted_for_events_is_bounded() -> None:
     events = ChunkEvents(enabled=True, chunks_max=3, describe=lambda *_: None)
     kind = SimpleNamespace(kv_cache_spec_kind="full", kv_cache_spec_sliding_window=None)
     config = GroupOffloadConfig(0, 4, 4, 1, kind, None)
     for number in range(50):
         events.record_store(event_request(), config, 0, offload_key(number))
-    assert len(events._pending_event_metadata) == 3
+        assert len(events._places) <= 3
+        told = [SimpleNamespace(keys=[offload_key(number)], medium="CPU", removed=False, locality=None)]
+        assert len(list(events.take_events(told))) == 1
+        assert len(events._pending_event_metadata) <= 3
 
 
 def vllm_config(folder: Path, **changes: Any) -> Any:

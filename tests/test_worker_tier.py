@@ -16,6 +16,7 @@ import pytest
 from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, ReqContext, make_offload_key
 from vllm.v1.kv_offload.tiering.base import JobMetadata
 
+from components.worker import remote_tier
 from components.worker.mover import PUT_PATIENCE_SECONDS
 from components.worker.remote_tier import FETCHES_PER_CHUNK, RemoteTier
 from components.worker.speeds import Prefill
@@ -82,7 +83,7 @@ class Engine:
         context = ReqContext(request.request_id, params)
         self.policy = self.tier.on_new_request(context).policy
         for chunk, key in enumerate(keys):
-            self.tier.describe(request, chunk, key)
+            self.tier.describe(request, chunk, (key,))
         return context
 
     def begin_store(self, context: ReqContext, keys: list[Any], rows: list[int]) -> int:
@@ -227,6 +228,33 @@ def test_without_a_plan_the_store_is_asked(start_target: Any, engines: Any) -> N
     found = [engine.tier.lookup(key, context) for key in KEYS]
     assert found == [LookupResult.HIT] * 4 + [LookupResult.MISS] * 4
     assert not engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed
+
+
+def test_an_answer_that_comes_at_once_is_waited_for_and_another_is_not(
+    start_target: Any, engines: Any, monkeypatch: Any
+) -> None:
+    target = start_target()
+    engine = engines(target.address)
+    request = engine_request()
+    engine.fill(0, 1)
+    engine.store(engine.arrive(request, KEYS[:2]), KEYS[:1], [0])
+    monkeypatch.setattr(remote_tier, "_ANSWER_SECONDS", SOON)
+    engine.step()  # which begins a new budget
+    context = engine.arrive(engine_request(name="there"), KEYS[:2])
+    engine.tier.ask("there")
+    engine.tier.await_answer("there")
+    assert not engine.tier.undecided("there")
+    assert engine.tier.lookup(KEYS[0], context) is LookupResult.HIT
+    monkeypatch.setattr(remote_tier, "_ANSWER_SECONDS", 0.001)
+    engine.step()
+    os.kill(engine.tier.link.pid, signal.SIGSTOP)
+    for name in ("late", "later"):
+        engine.arrive(engine_request(name=name), KEYS[:2])
+        engine.tier.ask(name)
+        engine.tier.await_answer(name)
+        assert engine.tier._patience_seconds <= 0  # a step waits once, however many requests come in it
+    os.kill(engine.tier.link.pid, signal.SIGCONT)
+    eventually(lambda: (engine.step(), not engine.tier.undecided("later"))[1], SOON)
 
 
 def test_a_store_that_is_not_there_is_a_miss(engines: Any) -> None:

@@ -9,19 +9,20 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import _OffloadEventMetadata as OffloadEventMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     GroupOffloadConfig,
+    OffloadingConnectorScheduler,
     RequestOffloadState,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.platforms import current_platform
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, maybe_convert_block_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import (
@@ -117,13 +118,14 @@ __all__ = [
     "KVConnectorMetadata",
     "KVConnectorOutput",
     "KVConnectorRole",
+    "KVConnectorStats",
     "LoadStoreSpec",
     "LookupResult",
-    "OffloadEventMetadata",
     "OffloadKey",
     "OffloadPolicy",
     "OffloadingConfig",
     "OffloadingConnector",
+    "OffloadingConnectorScheduler",
     "OffloadingConnectorStats",
     "OffloadingCounterMetadata",
     "OffloadingEvent",
@@ -152,6 +154,7 @@ __all__ = [
     "get_offload_block_hash",
     "get_offload_group_idx",
     "job_rows",
+    "maybe_convert_block_hash",
     "region_fd",
     "split_promotions",
 ]

@@ -6,6 +6,7 @@ so that a fetch runs while the request queues. It also keeps the engine from thr
 """
 
 import time
+from types import SimpleNamespace
 
 from components.worker.compat import (
     BlockPool,
@@ -16,8 +17,10 @@ from components.worker.compat import (
     KVConnectorMetadata,
     KVConnectorOutput,
     KVConnectorRole,
+    KVConnectorStats,
     LookupResult,
     OffloadingConnector,
+    OffloadingConnectorScheduler,
     OffloadKey,
     Request,
     RequestOffloadState,
@@ -31,6 +34,9 @@ from components.worker.manager import GuardedTieringManager
 from components.worker.remote_tier import TIER_TYPE, RemoteTier
 from components.worker.step_clock import StepClock, prefilled
 from kvstore.keys import layout_digest
+
+# Of an answer, what is stored at once while it grows. A worker that dies loses as much of it.
+ANSWER_PIECE_TOKENS = 128
 
 
 class KvtierConnector(OffloadingConnector):
@@ -64,6 +70,7 @@ class KvtierConnector(OffloadingConnector):
             describe=self._describe,
         )
         self.connector_scheduler._events_tracker = self._events
+        self.connector_scheduler._build_store_jobs = self._build_store_jobs
         for tier in self._tiers:
             tier.on_load = self._note_load
 
@@ -74,9 +81,9 @@ class KvtierConnector(OffloadingConnector):
         super().on_new_request(request)
         status = self.connector_scheduler._req_status[request.request_id]
         status.update_offload_keys()
-        for group, state in zip(self._groups, status.group_states, strict=True):
-            for chunk, key in enumerate(state.offload_keys):
-                self._describe(request, group, chunk, key)
+        for state in status.group_states:
+            for tier in self._tiers:
+                tier.describe(request, 0, state.offload_keys)
         if request.skip_reading_prefix_cache:
             return
         for tier in self._tiers:
@@ -89,6 +96,7 @@ class KvtierConnector(OffloadingConnector):
         self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
         for tier in self._tiers:
             tier.hurry(request.request_id)
+            tier.await_answer(request.request_id)
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -110,14 +118,20 @@ class KvtierConnector(OffloadingConnector):
         return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        now = time.monotonic()
-        self._clock.end(now)
         self._clock.note_transfers(connector_output.kv_connector_worker_meta)
         super().update_connector_output(connector_output)
-        if self._clock.due(now):
-            for tier in self._tiers:
-                tier.prefill = self._clock.prefill
-                tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving))
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """The scheduler asks once at the end of every step; `update_connector_output` is left out where nothing ran and
+        nothing was copied."""
+        if self.connector_scheduler is not None:
+            now = time.monotonic()
+            self._clock.end(now)
+            if self._clock.due(now):
+                for tier in self._tiers:
+                    tier.prefill = self._clock.prefill
+                    tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving))
+        return super().get_kv_connector_stats()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, object] | None]:
         self._leave(request)
@@ -163,12 +177,33 @@ class KvtierConnector(OffloadingConnector):
             blocks += 1
         return blocks // group.hashes_per_chunk
 
+    def _build_store_jobs(self, output: SchedulerOutput) -> dict[int, object]:
+        """The stores of prompts as they are computed, and of answers by the piece and at their end. Nobody needs an
+        answer's chunks before it ends, and to look for them in each step of each request, to copy each by itself and to
+        put it by itself takes the engine's time."""
+        due = {
+            req_id: tokens
+            for req_id, tokens in output.num_scheduled_tokens.items()
+            if (status := self.connector_scheduler._req_status.get(req_id)) and _piece_ends(status.req, tokens)
+        }
+        if not due and not output.finished_req_ids:
+            return {}
+        only = SimpleNamespace(num_scheduled_tokens=due, finished_req_ids=output.finished_req_ids)
+        jobs: dict[int, object] = OffloadingConnectorScheduler._build_store_jobs(self.connector_scheduler, only)
+        return jobs
+
     def _describe(self, request: Request, group: GroupOffloadConfig, chunk: int, key: OffloadKey) -> None:
         for tier in self._tiers:
-            tier.describe(request, chunk, key)
+            tier.describe(request, chunk, (key,))
 
     def _note_load(self, request: Request, key: OffloadKey, chunk: int) -> None:
-        self._events.record_store(request, self._groups[get_offload_group_idx(key)], chunk, key)
+        self._events.record(request, self._groups[get_offload_group_idx(key)], chunk, key)
+
+
+def _piece_ends(request: Request, tokens: int) -> bool:
+    """Whether the step that computes so many tokens of the request ends a piece of it: each does in the prompt."""
+    answered = request.num_computed_tokens - request.num_prompt_tokens
+    return answered < 0 or answered // ANSWER_PIECE_TOKENS != (answered + tokens) // ANSWER_PIECE_TOKENS
 
 
 def _cap_stores(request: Request, status: RequestOffloadState, groups: tuple[GroupOffloadConfig, ...]) -> None:

@@ -1,40 +1,45 @@
 """KV events of the DRAM tier that a router can use.
 
-Stock vLLM's tiering emits them bare: a hash, no tokens, no parent, and Dynamo drops those. Here the description of each
-chunk is noted while its request is at hand, both when the engine stores it and when it is fetched, and put into the
-event when the DRAM tier reports the chunk. The medium stays "CPU": Dynamo credits it as pinned host memory.
+Stock vLLM's tiering emits them bare: a hash, no tokens, no parent, and Dynamo drops those. Here the request of each
+chunk is noted, both when the engine stores the chunk and when it came from the store, and the event is made of it when
+the DRAM tier reports the chunk. The medium stays "CPU": Dynamo credits it as pinned host memory.
 """
 
-import dataclasses
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from components.worker.compat import (
     BlockStored,
     GroupOffloadConfig,
-    OffloadEventMetadata,
     OffloadingEvent,
     OffloadingEventsTracker,
     OffloadingKVEventsConfig,
     OffloadKey,
     Request,
     generate_block_hash_extra_keys,
+    maybe_convert_block_hash,
 )
 
 
-@dataclasses.dataclass(slots=True)
-class Description(OffloadEventMetadata):
-    """What a stored event says of a chunk, and where in its prompt the chunk stands."""
+class _Place(NamedTuple):
+    """Where a chunk that is not reported yet stands."""
 
-    chunk: int = 0
+    request: Request
+    group: GroupOffloadConfig
+    chunk: int
 
 
-_PLAIN_FIELDS = operator.attrgetter(*(field.name for field in dataclasses.fields(OffloadEventMetadata)))
+class _Told(NamedTuple):
+    """What the base class needs to tell that a chunk is gone."""
+
+    block_hashes: list[bytes]
+    group_idx: int
 
 
 class ChunkEvents(OffloadingEventsTracker):
-    """Replaces the scheduler's tracker. For the scheduler's thread; holds at most `chunks_max` descriptions.
+    """Replaces the scheduler's tracker. For the scheduler's thread; holds at most `chunks_max` chunks that were
+    reported, and as many that were not yet.
 
     `describe` hears of every chunk that the engine is about to store.
     """
@@ -49,50 +54,80 @@ class ChunkEvents(OffloadingEventsTracker):
         super().__init__(OffloadingKVEventsConfig(enabled, self_describing_kv_events=enabled))
         self._chunks_max = chunks_max
         self._describe = describe
-        # The base class pops a description when its chunk is evicted; what never gets there is bounded here.
-        self._pending_event_metadata: OrderedDict[OffloadKey, Description] = OrderedDict()
+        self._places: OrderedDict[OffloadKey, _Place] = OrderedDict()
+        # The base class pops a chunk when it is evicted; what never gets there is bounded here.
+        self._pending_event_metadata: OrderedDict[OffloadKey, _Told] = OrderedDict()
 
     def record_store(
         self, req: Request, group_config: GroupOffloadConfig, chunk_idx: int, offload_key: OffloadKey
     ) -> None:
         self._describe(req, group_config, chunk_idx, offload_key)
-        if offload_key not in self._pending_event_metadata:
-            super().record_store(req, group_config, chunk_idx, offload_key)
-        while len(self._pending_event_metadata) > self._chunks_max:
-            self._pending_event_metadata.popitem(last=False)
+        self.record(req, group_config, chunk_idx, offload_key)
 
-    def _build_event_metadata(self, req: Request, group_config: GroupOffloadConfig, chunk_idx: int) -> Description:
-        plain = super()._build_event_metadata(req, group_config, chunk_idx)
-        described = Description(*_PLAIN_FIELDS(plain), chunk_idx)
-        described.extra_keys = _extra_keys(req, group_config, chunk_idx)
-        return described
+    def record(self, request: Request, group: GroupOffloadConfig, chunk: int, key: OffloadKey) -> None:
+        """The DRAM tier is about to report the chunk."""
+        if self.self_describing_enabled and group.sliding_window_size_in_chunks is None:
+            self._places[key] = _Place(request, group, chunk)
+            if len(self._places) > self._chunks_max:
+                self._places.popitem(last=False)
+
+    def reset(self) -> None:
+        self._places.clear()
+        super().reset()
 
     def _take_stored_event(self, event: OffloadingEvent) -> Iterable[BlockStored]:
         """Parents first, since a router drops a chunk whose parent it does not know, and chunks that follow each other
-        in one event: everybody takes that in at a fraction of the cost. A chunk that nobody described is left out: a
-        bare event would only be dropped, with a warning."""
-        known = [key for key in event.keys if key in self._pending_event_metadata]
-        known.sort(key=lambda key: self._pending_event_metadata[key].chunk)
-        runs: list[BlockStored] = []
-        by_last_hash: dict[object, BlockStored] = {}
-        for one in super()._take_stored_event(OffloadingEvent(known, event.medium, event.removed, event.locality)):
-            run = by_last_hash.pop(one.parent_block_hash, None)
-            if run is None or (run.group_idx, run.lora_name) != (one.group_idx, one.lora_name):
-                run = one
-                runs.append(run)
+        in one event: everybody takes that in at a fraction of the cost. A chunk of which nothing is known is left out:
+        a bare event would only be dropped, with a warning."""
+        runs: list[list[_Place]] = []
+        found = [(key, place) for key in event.keys if (place := self._places.pop(key, None)) is not None]
+        found.sort(key=lambda one: (id(one[1].request), one[1].group.group_idx, one[1].chunk))
+        for key, place in found:
+            last = runs[-1][-1] if runs else None
+            if last and (last.request, last.group, last.chunk + 1) == place:
+                runs[-1].append(place)
             else:
-                run.block_hashes += one.block_hashes
-                run.token_ids += one.token_ids
-                run.extra_keys += one.extra_keys
-            by_last_hash[one.block_hashes[-1]] = run
-        return runs
+                runs.append([place])
+            self._note_told(key, place)
+        return [_stored(*run[0], len(run), event) for run in runs]
+
+    def _note_told(self, key: OffloadKey, place: _Place) -> None:
+        request, group, chunk = place
+        first = chunk * group.hashes_per_chunk
+        told = self._pending_event_metadata
+        told[key] = _Told(request.block_hashes[first : first + group.hashes_per_chunk], group.group_idx)
+        if len(told) > self._chunks_max:
+            told.popitem(last=False)
 
 
-def _extra_keys(request: Request, group: GroupOffloadConfig, chunk: int) -> tuple[tuple[object, ...] | None, ...]:
-    """What else went into each block's hash (LoRA, salt, images), as in the engine's own events for HBM."""
-    tokens = group.tokens_per_chunk // group.hashes_per_chunk
-    first = chunk * group.hashes_per_chunk
-    return tuple(
-        generate_block_hash_extra_keys(request, block * tokens, (block + 1) * tokens, 0)[0]
-        for block in range(first, first + group.hashes_per_chunk)
+def _stored(
+    request: Request, group: GroupOffloadConfig, chunk: int, chunks: int, event: OffloadingEvent
+) -> BlockStored:
+    """One event for chunks of a request that follow each other."""
+    first, last = chunk * group.hashes_per_chunk, (chunk + chunks) * group.hashes_per_chunk
+    lora, kind = request.lora_request, group.kv_event_group_spec
+    block_tokens = group.tokens_per_chunk // group.hashes_per_chunk
+    return BlockStored(
+        block_hashes=[maybe_convert_block_hash(one) for one in request.block_hashes[first:last]],
+        parent_block_hash=maybe_convert_block_hash(request.block_hashes[first - 1]) if first else None,
+        token_ids=list(request.all_token_ids[first * block_tokens : last * block_tokens]),
+        block_size=block_tokens,
+        lora_id=lora.adapter_id if lora is not None else None,
+        medium=event.medium,
+        lora_name=lora.name if lora is not None else None,
+        extra_keys=_extra_keys(request, first, last, block_tokens),
+        group_idx=group.group_idx,
+        kv_cache_spec_kind=kind.kv_cache_spec_kind,
+        kv_cache_spec_sliding_window=kind.kv_cache_spec_sliding_window,
+        locality=event.locality.value if event.locality is not None else None,
     )
+
+
+def _extra_keys(request: Request, first: int, last: int, block_tokens: int) -> list[tuple[object, ...] | None]:
+    """What else went into each block's hash (LoRA, salt, images), as in the engine's own events for HBM."""
+    if not (request.lora_request or request.cache_salt or request.mm_features or request.prompt_embeds is not None):
+        return [None] * (last - first)
+    return [
+        generate_block_hash_extra_keys(request, block * block_tokens, (block + 1) * block_tokens, 0)[0]
+        for block in range(first, last)
+    ]

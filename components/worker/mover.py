@@ -197,7 +197,9 @@ class Mover:
             )
         finally:
             with self._lock:
-                self._measure(outcomes.count(Outcome.HIT) * self._setup.row_bytes)
+                moved_bytes = outcomes.count(Outcome.HIT) * self._setup.row_bytes
+                called_off = load.job in self._cancelled and time.monotonic() < load.deadline
+                self._measure(None if called_off else moved_bytes)
                 self._loading.remove(load.job)
                 if load.job not in self._cancelled:
                     self._fetched.update(outcome.name.lower() for outcome in outcomes)
@@ -205,10 +207,16 @@ class Mover:
                 self._lock.notify_all()
             self._loaded(load, outcomes)
 
-    def _measure(self, moved_bytes: int = 0) -> None:
-        """Count the time since the last call as time of loading, if anything was. Called with the lock held."""
+    def _measure(self, moved_bytes: int | None = 0) -> None:
+        """Count the time since the last call as time of loading, if anything was. Called with the lock held.
+
+        None: a load was called off, and what had come of it is not known. It would make for too low a speed, for which
+        the next loads would be called off, too, and so on: the sample is thrown away.
+        """
         now = time.monotonic()
-        if self._loading:
+        if moved_bytes is None:
+            self._moved_bytes, self._moving_seconds = 0, 0.0
+        elif self._loading:
             self._moved_bytes += moved_bytes
             self._moving_seconds += now - self._measured_until
         self._measured_until = now

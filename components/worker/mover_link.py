@@ -154,7 +154,9 @@ class MoverLink:
     def wait(self, seconds: float) -> None:
         """Until the mover says something, at most so long."""
         if self._socket is not None:
-            select.select([self._socket], [], [], seconds)
+            poll = select.poll()  # which takes any descriptor, where select ends at 1024
+            poll.register(self._socket, select.POLLIN)
+            poll.poll(1000 * seconds)
 
     def stop(self, seconds: float) -> None:
         """Let it end by itself, or kill it then; it is gone when this returns."""

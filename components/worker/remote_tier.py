@@ -13,9 +13,10 @@ import logging
 import os
 import time
 from array import array
-from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from components.worker import frames
 from components.worker.compat import (
@@ -69,6 +70,9 @@ _OUTBOX_MAX = 4096
 _STOP_SECONDS = 2.0
 _DRAIN_SECONDS = 5.0
 _WAIT_SECONDS = 0.001
+# What the store holds is known some 0.6 ms after it was asked (a target on the same host, UNIX socket); a request that
+# does not wait for that loses a step, tens of milliseconds. A target that is slower costs the engine no more than this.
+_ANSWER_SECONDS = 0.002
 
 # dynamo.vllm leaves its instance id here for the engine's process.
 _DYNAMO_WORKER_ID = "DYN_FPM_WORKER_ID"
@@ -102,6 +106,7 @@ class _RequestState:
     request: Request | None = None
     asked: bool = False  # without a plan the store itself is asked; this says that it has been
     answered: bool = False
+    awaited: bool = False
     hurried: bool = False
     tokens_sent: int = 0
     cut: bool = False
@@ -160,7 +165,7 @@ class _Leftover:
 class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
     for the contract of each method. `layout_digest` names what the bytes mean (layout.py); `nats` and `endpoint` are
-    for telling routers, and may be left out. `on_load` is called for each chunk that is going to be fetched; `prefill`
+    for telling routers, and may be left out. `on_load` is called for each chunk that was fetched; `prefill`
     is what computing costs here, as far as it is known, and `running` how many requests the engine is at.
     """
 
@@ -202,6 +207,7 @@ class RemoteTier(SecondaryTierManager):
         self._load_rows_max = max(1, int(load_share * rows))
         self._load_rows = 0
         self._promised_rows = 0  # looked up as there, not submitted yet
+        self._patience_seconds = _ANSWER_SECONDS  # what is left of it in this step
         self._states: dict[str, _RequestState] = {}
         self._by_number: dict[int, _RequestState] = {}
         self._requests = 0
@@ -257,12 +263,12 @@ class RemoteTier(SecondaryTierManager):
         holes = plan is not None and any(run.target is None for run in plan.runs)
         return RequestOffloadingContext(OffloadPolicy.REQUEST_LEVEL if holes else OffloadPolicy.BLOCK_LEVEL)
 
-    def describe(self, request: Request, chunk: int, key: OffloadKey) -> None:
-        """Tell which chunk of the request `key` is. Comes before any lookup or store of the key."""
+    def describe(self, request: Request, first_chunk: int, keys: Sequence[OffloadKey]) -> None:
+        """Tell which chunks of the request `keys` are. Comes before any lookup or store of them."""
         state = self._states.get(request.request_id)
         if state is not None:
             state.request = request
-            state.chunk_of[key] = chunk
+            state.chunk_of.update(zip(keys, count(first_chunk)))
 
     def ask(self, req_id: str) -> None:
         """For a request without a plan: find out which of its leading chunks the store holds."""
@@ -281,6 +287,19 @@ class RemoteTier(SecondaryTierManager):
         """Whether it is not known yet what the store holds of the request, and may be soon."""
         state = self._states.get(req_id)
         return state is not None and _undecided(state)
+
+    def await_answer(self, req_id: str) -> None:
+        """The engine is about to look the request up: let the store's answer come first if it comes at once. Once for
+        each request; blocks for `_ANSWER_SECONDS` a step at most."""
+        state = self._states.get(req_id)
+        if state is None or state.awaited or not _undecided(state):
+            return
+        state.awaited = True
+        begun = time.monotonic()
+        while _undecided(state) and (left := begun + self._patience_seconds - time.monotonic()) > 0:
+            self.link.wait(left)
+            self._step()
+        self._patience_seconds -= time.monotonic() - begun
 
     def hurry(self, req_id: str) -> None:
         """The engine has a slot for the request, and could begin now."""
@@ -364,9 +383,6 @@ class RemoteTier(SecondaryTierManager):
         if state.hurried:
             self._say(Hurry(state.number))
         self._flush()
-        if state.request is not None:
-            for key, chunk in zip(keys, chunks, strict=True):
-                self.on_load(state.request, key, chunk)
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
         context = job_metadata.req_context
@@ -449,6 +465,7 @@ class RemoteTier(SecondaryTierManager):
 
     def on_schedule_end(self, context: object) -> None:
         self._promised_rows = 0  # those that were promoted were submitted just before
+        self._patience_seconds = _ANSWER_SECONDS
 
     def has_pending_work(self) -> bool:
         return bool(self._loads or self._puts or self._finished)
@@ -505,6 +522,9 @@ class RemoteTier(SecondaryTierManager):
 
     def _watch(self, now: float) -> None:
         """End what is past its deadline, and a mover that does not."""
+        if not self._loads and not self._puts:
+            self._suspect = False
+            return
         overdue = [load for load in self._loads.values() if now > load.deadline]
         for load in overdue:
             load.overdue = load.overdue or not load.cancelled
@@ -590,15 +610,19 @@ class RemoteTier(SecondaryTierManager):
     def _finish_load(self, load: _Load, outcomes: list[Outcome]) -> None:
         """Nobody writes to the load's rows any more."""
         failed = frozenset(key for key, outcome in zip(load.keys, outcomes, strict=True) if outcome is not Outcome.HIT)
-        for key in failed:
-            load.state.fetches[key] = FETCHES_PER_CHUNK  # not again for this request
-        for outcome in outcomes:
-            self._stats.increase_counter(_FETCHED, 1, (outcome.name.lower(),))
+        state = load.state
+        for key in load.keys:
+            if key in failed:
+                state.fetches[key] = FETCHES_PER_CHUNK  # not again for this request
+            elif state.request is not None:
+                self.on_load(state.request, key, state.chunk_of[key])
+        for outcome, chunks in Counter(outcomes).items():
+            self._stats.increase_counter(_FETCHED, chunks, (outcome.name.lower(),))
         if load.overdue or not load.cancelled:
             self._stats.increase_counter(_OVERDUE, outcomes.count(Outcome.LATE))
         self._stats.increase_counter(_FETCHED_BYTES, (len(load.keys) - len(failed)) * self._row_bytes)
         load.done = True
-        del self._loads[load.job_id], load.state.loads[load.job_id]
+        del self._loads[load.job_id], state.loads[load.job_id]
         self._load_rows -= len(load.keys)
         self._finished.append(PartialResult(load.job_id, True, failed))
 
@@ -613,8 +637,8 @@ class RemoteTier(SecondaryTierManager):
         self._finish_put(put, report.outcomes)
 
     def _finish_put(self, put: _Put, outcomes: list[str]) -> None:
-        for name in outcomes:
-            self._stats.increase_counter(_STORED, 1, (name,))
+        for name, chunks in Counter(outcomes).items():
+            self._stats.increase_counter(_STORED, chunks, (name,))
         self._stats.increase_counter(_STORED_BYTES, outcomes.count("stored") * self._row_bytes)
         put.done = True
         self._put_progress = time.monotonic()
@@ -644,6 +668,8 @@ class RemoteTier(SecondaryTierManager):
 
     def _cut(self) -> None:
         """Stop fetching, from a chunk boundary on, what the engine has sooner by computing it."""
+        if not self._loads:
+            return
         now, ahead_bytes = time.monotonic(), 0
         hurried = [state for state in self._states.values() if state.hurried and state.loads]
         for state in hurried:
@@ -706,6 +732,8 @@ class RemoteTier(SecondaryTierManager):
         }
 
     def get_stats(self) -> OffloadingConnectorStats | None:
+        if self._stats.is_empty():
+            return None
         stats, self._stats = self._stats, OffloadingConnectorStats()
         return stats
 

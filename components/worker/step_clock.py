@@ -18,6 +18,8 @@ _PREFILL_TOKENS_MIN = 64
 def prefilled(output: SchedulerOutput) -> tuple[int, float]:
     """The prompt tokens of a step, and the sum of m * (c + m / 2) over requests that compute m after c others."""
     tokens, attended = 0, 0.0
+    if sum(output.num_scheduled_tokens.values()) == len(output.num_scheduled_tokens):
+        return tokens, attended  # all decode: most steps, and this is on the engine's way
     computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
     cached = output.scheduled_cached_reqs
     computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
