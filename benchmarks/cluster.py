@@ -19,13 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks import policy, policy_sim
+from benchmarks import policy_rules
 from benchmarks.engine_model import Hardware
 from benchmarks.multi_turn_load import Endpoint, Pool, measure, warm_up
 from benchmarks.policy_sim import CHAT, Request, Simulation
@@ -73,7 +72,7 @@ class Result(msgspec.Struct):
 
 class Cluster:
     """NATS, a target, simulated workers, a router (or none: Dynamo's own in the frontend) and a frontend. `folder`
-    holds model, state and logs."""
+    holds model, state and logs; the workers share `processes` evenly."""
 
     def __init__(
         self, folder: Path, hardware: Hardware, workers: int, *,
@@ -224,7 +223,7 @@ async def play(options: argparse.Namespace, router: str) -> Result:
     slow = options.slow
     with tempfile.TemporaryDirectory() as folder:
         cluster = Cluster(
-            Path(folder), Hardware(**hardware_of(options)), options.workers,
+            Path(folder), hardware_of(options), options.workers,
             router=router, slow=slow, say=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
         async with cluster:
@@ -283,8 +282,7 @@ async def play(options: argparse.Namespace, router: str) -> Result:
 
 def offline(options: argparse.Namespace, router: str) -> Figures:
     """The same policy, hardware and load in benchmarks/policy_sim.py."""
-    hardware = policy_sim.Hardware(**hardware_of(options))
-    store, decide = policy.policies(options.seed)[router]
+    decide = {"kvtier": policy_rules.ours(options.seed), "dynamo": policy_rules.dynamo(0.0)}[router]
     tokens: Counter[str] = Counter()
 
     def counting(simulation: Simulation, request: Request) -> tuple[int, int]:
@@ -299,18 +297,18 @@ def offline(options: argparse.Namespace, router: str) -> Figures:
 
     pool = options.pool * options.workers
     simulation = Simulation(
-        hardware, options.workers, options.clients, pool, CHAT, counting, store=store, seed=options.seed
+        hardware_of(options), options.workers, options.clients, pool, CHAT, counting, store=True, seed=options.seed
     )
     got = simulation.run(options.seconds, options.ramp)
     return Figures(got.requests_per_second, got.ttft_ms_mean, got.ttft_ms_p99, got.tpot_ms_mean, shares(tokens))
 
 
-def hardware_of(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "hbm_tokens": options.hbm_tokens,
-        "dram_tokens": options.dram_tokens,
-        "target_bytes_per_second": options.target_gb * 1e9,
-    }
+def hardware_of(options: argparse.Namespace) -> Hardware:
+    return Hardware(
+        hbm_tokens=options.hbm_tokens,
+        dram_tokens=options.dram_tokens,
+        target_bytes_per_second=options.target_gb * 1e9,
+    )
 
 
 def show(result: Result) -> None:

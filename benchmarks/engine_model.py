@@ -1,4 +1,4 @@
-"""The queueing model of engines, their links and the store: policy_sim's, for any clock and whatever tiers hold.
+"""The queueing model of engines, their links and the store, for any clock: what policy_sim and sim_worker share.
 
 The numbers are those of Llama-3.1-70B FP8 on one H200: prefill, decode step by batch, KV bytes a token. A worker either
 prefills one prompt or decodes a batch; a prefill holds the decodes up but for one token every 2048 prompt tokens, as
@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
+
+PREFILL_TOKENS = 2048  # at once; then what decodes gets a token
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Worker(Generic[AnyJob]):
     number: int
     link_free: float = 0.0
     ready: deque[AnyJob] = field(default_factory=deque)
+    fetching: int = 0  # that wait for the store
     fetching_tokens: int = 0
     queued_tokens: int = 0  # to compute, not begun
     prefilling: AnyJob | None = None
@@ -139,10 +142,14 @@ class Engines(ABC, Generic[AnyJob]):
     def _ended(self, job: AnyJob) -> None:
         """It has its last one."""
 
-    def fetch_ends(self, number: int, tokens: int) -> float:
+    def _off(self) -> float:
+        """By which factor what a prefill or a fetch takes is off this time."""
+        return 1.0
+
+    def fetch_ends(self, worker: Worker[AnyJob], tokens: int) -> float:
         """When so many tokens' KV would be in the worker's DRAM, asked for now."""
         size = tokens * self.hardware.kv_bytes_per_token
-        by_link = max(self.now, self.workers[number].link_free) + size / self.hardware.worker_bytes_per_second
+        by_link = max(self.now, worker.link_free) + size / self.hardware.worker_bytes_per_second
         by_pool = max(self.now, self.pool_free) + size / self.pool_rate
         return max(by_link, by_pool) + self.hardware.store_latency_seconds
 
@@ -155,11 +162,13 @@ class Engines(ABC, Generic[AnyJob]):
         copied = (job.loaded_tokens - hbm_tokens) * self.hardware.kv_bytes_per_token
         ready = self.now + self.hardware.overhead_seconds
         if job.fetch_tokens:
-            ready += self.fetch_ends(worker.number, job.fetch_tokens) - self.now
-            size = job.fetch_tokens * self.hardware.kv_bytes_per_token
+            off = self._off()
+            ready += self.fetch_ends(worker, int(job.fetch_tokens * off)) - self.now
+            size = job.fetch_tokens * self.hardware.kv_bytes_per_token * off
             worker.link_free = max(self.now, worker.link_free) + size / self.hardware.worker_bytes_per_second
             self.pool_free = max(self.now, self.pool_free) + size / self.pool_rate
             worker.fetching_tokens += job.fetch_tokens
+            worker.fetching += 1
         self._at(ready + copied / self.hardware.dram_bytes_per_second, lambda: self._ready(worker, job))
 
     def leave(self, job: AnyJob) -> None:
@@ -188,6 +197,7 @@ class Engines(ABC, Generic[AnyJob]):
 
     def _ready(self, worker: Worker[AnyJob], job: AnyJob) -> None:
         worker.fetching_tokens -= job.fetch_tokens
+        worker.fetching -= job.fetch_tokens > 0
         if job.left:
             worker.queued_tokens -= job.prefill_tokens
             return
@@ -222,9 +232,9 @@ class Engines(ABC, Generic[AnyJob]):
         worker.queued_tokens -= job.prefill_tokens
         worker.running_tokens += job.tokens
         self._room(worker.number, max(0, self.hardware.hbm_tokens - worker.running_tokens))
-        chunks = -(-job.prefill_tokens // 2048)
+        chunks = -(-job.prefill_tokens // PREFILL_TOKENS)
         took = self.hardware.prefill_seconds(job.prefill_tokens, job.loaded_tokens)
-        worker.prefill_ends = self.now + took
+        worker.prefill_ends = self.now + took * self._off()
 
         def ended() -> None:
             worker.steps += chunks if worker.running else 0

@@ -17,8 +17,9 @@ from pathlib import Path
 import msgspec
 
 from benchmarks import policy_bound, policy_rules
+from benchmarks.engine_model import Hardware
 from benchmarks.policy_rules import GPU_PRICE, ORACLES, STALL_PRICE
-from benchmarks.policy_sim import AGENTS, CHAT, KIMI, Hardware, Policy, Shape, Simulation
+from benchmarks.policy_sim import AGENTS, CHAT, KIMI, Policy, Shape, Simulation
 
 TPOT_MS_MAX = 40.0
 TTFT_MS_MAX = 500.0

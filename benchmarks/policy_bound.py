@@ -7,7 +7,8 @@ were nothing running, is taken to be there for nothing, so that no routing and n
 
 from typing import NamedTuple
 
-from benchmarks.policy_sim import PREFILL_TOKENS, Conversation, Hardware, Shape, step_seconds
+from benchmarks.engine_model import PREFILL_TOKENS, Hardware
+from benchmarks.policy_sim import Conversation, Shape
 
 BATCH_MAX = 128
 
@@ -63,7 +64,7 @@ def _by_gpu(load: Means, hardware: Hardware, missing: float, batch: int, tpot_se
     passed but once as the rate rises, so it is found by halving."""
     # Without the quadratic term a prefill is cheaper than it is.
     prefill = hardware.prefill_base_seconds + hardware.prefill_seconds_per_token * missing
-    step = step_seconds(batch)
+    step = hardware.step_seconds(batch)
     low, high = 0.0, 1 / prefill
     for _ in range(30):
         rate = (low + high) / 2

@@ -7,15 +7,14 @@ from collections.abc import Callable
 
 import msgspec
 
+from benchmarks.engine_model import Hardware
 from benchmarks.policy_sim import (
     BLOCK_TOKENS,
     CHUNK_TOKENS,
-    Hardware,
     Policy,
     Request,
     Simulation,
     Worker,
-    step_seconds,
 )
 from components.router import cost
 
@@ -147,7 +146,11 @@ def oracle(prices: Prices) -> Policy:
         for worker, seen in zip(sim.workers, sim.seen_by_all(one), strict=True):
             batch = len(worker.running) + len(worker.ready) + (worker.prefilling is not None)
             wait = _wait_seconds(sim, worker, request)
-            slower = (step_seconds(batch + 1) - step_seconds(max(1, batch))) * one.answer_tokens * (1 + batch)
+            slower = (
+                (hardware.step_seconds(batch + 1) - hardware.step_seconds(max(1, batch)))
+                * one.answer_tokens
+                * (1 + batch)
+            )
             chunks = max(0, seen.store - seen.dram) // CHUNK_TOKENS
             for share in (0.0, 0.25, 0.5, 0.75, 1.0):
                 fetched = max(0, seen.store - seen.dram) if share == 1.0 else int(chunks * share) * CHUNK_TOKENS
@@ -175,5 +178,5 @@ def _wait_seconds(sim: Simulation, worker: Worker, request: Request) -> float:
     for ends_at_step, _, running in sorted(worker.running):
         tokens -= running.tokens
         if tokens <= hardware.hbm_tokens:
-            return wait + (ends_at_step - worker.steps) * step_seconds(len(worker.running))
-    return wait + request.conversation.answer_tokens * step_seconds(max(1, len(worker.running)))
+            return wait + (ends_at_step - worker.steps) * hardware.step_seconds(len(worker.running))
+    return wait + request.conversation.answer_tokens * hardware.step_seconds(max(1, len(worker.running)))

@@ -16,7 +16,8 @@ from pathlib import Path
 import msgspec
 
 from benchmarks import policy_rules
-from benchmarks.policy_sim import BLOCK_TOKENS, CHAT, CHUNK_TOKENS, Hardware, Request, Simulation
+from benchmarks.engine_model import Hardware
+from benchmarks.policy_sim import BLOCK_TOKENS, CHAT, CHUNK_TOKENS, Request, Simulation
 from components.router.speeds import LiveSpeeds
 from kvstore.bus import WorkerReport
 

@@ -213,7 +213,7 @@ class LiveEngines(Engines[Prompt]):
         hbm, local = self._local(prompt)  # now that the store has answered
         first = local // BLOCKS_PER_CHUNK
         chunks = asked = max(0, found - first)
-        while chunks and self.fetch_ends(number, chunks * CHUNK_TOKENS) - prompt.arrived > (
+        while chunks and self.fetch_ends(self.workers[number], chunks * CHUNK_TOKENS) - prompt.arrived > (
             plan.wait_seconds(chunks) if plan is not None else self._deadline_seconds
         ):
             chunks -= 1
@@ -226,7 +226,7 @@ class LiveEngines(Engines[Prompt]):
         if chunks:
             begins = max(self.now, self.workers[number].link_free)
             size = prompt.fetch_tokens * self.hardware.kv_bytes_per_token
-            self.loads[number].add(size, self.fetch_ends(number, prompt.fetch_tokens) - begins)
+            self.loads[number].add(size, self.fetch_ends(self.workers[number], prompt.fetch_tokens) - begins)
         self._admit(prompt, hbm_tokens)
         sources = (hbm_tokens, local_tokens - hbm_tokens, prompt.loaded_tokens - local_tokens, prompt.prefill_tokens)
         for source, tokens in zip(("hbm", "dram", "store", "computed"), sources, strict=True):

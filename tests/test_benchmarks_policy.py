@@ -4,12 +4,13 @@ router's predictions in it."""
 import pytest
 
 from benchmarks import policy, policy_bound, policy_rules, prediction_sim
-from benchmarks.policy_sim import CHAT, KIMI, Cache, Hardware, Policy, Request, Simulation, step_seconds
+from benchmarks.engine_model import Hardware
+from benchmarks.policy_sim import CHAT, KIMI, Cache, Policy, Request, Simulation
 
 
 @pytest.mark.parametrize(("batch", "seconds"), [(1, 0.022), (16, 0.025), (48, 0.032)])
 def test_a_decode_step_is_as_measured(batch: int, seconds: float) -> None:
-    assert step_seconds(batch) == pytest.approx(seconds)
+    assert Hardware().step_seconds(batch) == pytest.approx(seconds)
 
 
 def test_a_cache_drops_what_was_used_least_recently() -> None:
