@@ -29,7 +29,7 @@ from dynamo.common.backend.publisher import KvEventSource, ZmqSource
 from dynamo.common.backend.worker import Worker
 from prometheus_client import CollectorRegistry, Histogram, start_http_server
 from prometheus_client import Counter as PrometheusCounter
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from benchmarks.engine_model import Engines, Hardware, Job
 from components.options import CommonOptions, add_common_arguments
@@ -37,9 +37,9 @@ from components.worker.speeds import Throughput
 from kvstore import bus
 from kvstore.bus import Bus, WorkerReport
 from kvstore.client import Item, StoreClient
-from kvstore.errors import run_command, validated
+from kvstore.errors import ConfigError, run_command, validated
 from kvstore.keys import chunk_key, fingerprint, layout_digest, sequence_hashes
-from kvstore.membership import StaticMembership
+from kvstore.membership import StaticMembership, checked_address
 from kvstore.plan import FIELD, Plan, read_plan
 from kvstore.wire import Outcome
 
@@ -52,9 +52,12 @@ ANSWER_TOKEN = 40
 # Answers are streamed in pieces, as vLLM's --stream-interval does: a message for each token would measure this machine.
 STREAM_SECONDS = 0.25
 _DIGEST = layout_digest({"engine": "simulated", "chunk_tokens": CHUNK_TOKENS})
+FINGERPRINT = fingerprint(_DIGEST)
 _VALUE_BYTES = 8
 # As many events may wait for Dynamo's relay before some are lost.
 _EVENTS_MAX = 100_000
+# And as many answers for being stored, before the chunks of some are left to the next turn.
+_PUTS_MAX = 1000
 _LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 
@@ -68,6 +71,13 @@ class Options(CommonOptions):
     hbm_tokens: int = Field(Hardware.hbm_tokens, ge=CONTEXT_TOKENS)
     dram_tokens: int = Field(Hardware.dram_tokens, ge=0)
     metrics_port: int = Field(0, ge=0, le=65535)
+
+    @field_validator("store")
+    @classmethod
+    def _addresses(cls, store: str) -> str:
+        for address in store.split(","):
+            checked_address("store", address)
+        return store
 
     def hardware(self) -> Hardware:
         return Hardware(hbm_tokens=self.hbm_tokens, dram_tokens=self.dram_tokens).slowed(self.slow)
@@ -278,9 +288,11 @@ class LiveEngines(Engines[Prompt]):
         tiers = self.tiers[prompt.worker]
         tiers.hbm.put(hashes, tokens)
         tiers.dram.put(hashes[: len(hashes) // BLOCKS_PER_CHUNK * BLOCKS_PER_CHUNK], tokens)
-        task = asyncio.create_task(asyncio.to_thread(self._store, hashes[BLOCKS_PER_CHUNK - 1 :: BLOCKS_PER_CHUNK]))
-        self._puts.add(task)
-        task.add_done_callback(self._puts.discard)
+        if len(self._puts) < _PUTS_MAX:
+            lasts = hashes[BLOCKS_PER_CHUNK - 1 :: BLOCKS_PER_CHUNK]
+            task = asyncio.create_task(asyncio.to_thread(self._store, lasts))
+            self._puts.add(task)
+            task.add_done_callback(self._puts.discard)
         prompt.done.set()
 
     def _store(self, lasts: list[int]) -> None:
@@ -319,9 +331,6 @@ class LiveEngines(Engines[Prompt]):
     def close(self) -> None:
         for tiers in self.tiers:
             tiers.close()
-
-
-FINGERPRINT = fingerprint(_DIGEST)
 
 
 def _key(router_hash: int) -> bytes:
@@ -428,6 +437,8 @@ async def serve(options: Options) -> None:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     bus.checked_namespace(options.namespace)
+    if not (options.model / "config.json").is_file():
+        raise ConfigError("model", options.model, "a folder with a config.json")
     uvloop.run(serve(options))
 
 
