@@ -19,8 +19,8 @@ from components.router.decisions import Decision
 from kvstore.keys import sequence_hashes
 
 HARDWARE = Hardware(hbm_tokens=8192)
-# A prefill of 5,000 tokens takes 2.6 s: time enough to end its worker before it answers.
-SLOW = 4.0
+# A prefill of 7,500 tokens takes 2.5 s: time enough to end its worker before it answers.
+SLOW = 2.5
 
 
 async def until(condition: Callable[[], Awaitable[object]], seconds: float = 40.0) -> None:
@@ -73,7 +73,7 @@ async def test_a_router_over_three_simulated_workers(tmp_path: Path) -> None:
         await until(three_workers)
 
         # Prompts that come together are spread.
-        prompts = [prompt(seed, 2500 + seed) for seed in range(12)]
+        prompts = [prompt(seed, 3000 + seed) for seed in range(9)]
         await asyncio.gather(*(asker.ask(tokens) for tokens in prompts))
         went = {one.prompt_tokens: one.chosen for one in await cluster.decisions()}
         where = [went[len(tokens)] for tokens in prompts]
@@ -90,21 +90,21 @@ async def test_a_router_over_three_simulated_workers(tmp_path: Path) -> None:
                 for other, tokens in at.items()
                 if other != worker
             ]
-            resident = all(tokens["hbm"] + tokens["dram"] >= 2304 for tokens in own)
-            return resident and min(elsewhere) >= 2304 and any(tokens["dram"] for tokens in own)
+            resident = all(tokens["hbm"] + tokens["dram"] >= 2816 for tokens in own)
+            return resident and min(elsewhere) >= 2816 and any(tokens["dram"] for tokens in own)
 
         await until(seen)
 
         # A second turn goes where the first one's KV is; another worker would load it from the store, and does.
-        assert (await asker.explain([*prompts[11], 40, 40, *prompt(99, 30)])).chosen == where[11]
-        await asker.ask(prompts[11], worker=next(worker for worker in where if worker != where[11]))
-        assert total(await cluster.counted(), "simulated_prompt_tokens_total", source="store") >= 2304
+        assert (await asker.explain([*prompts[8], 40, 40, *prompt(99, 30)])).chosen == where[8]
+        await asker.ask(prompts[8], worker=next(worker for worker in where if worker != where[8]))
+        assert total(await cluster.counted(), "simulated_prompt_tokens_total", source="store") >= 2816
 
         # Prompts of a worker that is killed are decided again.
-        asked = [asyncio.create_task(asker.ask(prompt(seed, 5000), 5)) for seed in range(100, 103)]
+        asked = [asyncio.create_task(asker.ask(prompt(seed, 7500), 5)) for seed in range(100, 103)]
 
         async def all_busy() -> bool:
-            return len({one.chosen for one in await cluster.decisions() if one.prompt_tokens == 5000}) == 3
+            return len({one.chosen for one in await cluster.decisions() if one.prompt_tokens == 7500}) == 3
 
         await until(all_busy)
         await cluster.supervisor.end(cluster.supervisor.children["SimulatedWorker-0"], signal.SIGKILL)
