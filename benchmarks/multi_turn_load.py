@@ -136,10 +136,12 @@ class Answer:
 
 class Endpoint:
     """An OpenAI-compatible server. Its completions must take token ids; where it does not give them back
-    (`return_token_ids`), answers are taken for other tokens of that number, and only prompts are ever reused."""
+    (`return_token_ids`), answers are taken for other tokens of that number, and only prompts are ever reused. Stock
+    dynamo.frontend refuses to be asked: `asks_ids`."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, model: str):
+    def __init__(self, session: aiohttp.ClientSession, url: str, model: str, *, asks_ids: bool = True):
         self._session = session
+        self._asks_ids = asks_ids
         self.url = url.rstrip("/")
         self.model = model
 
@@ -153,7 +155,8 @@ class Endpoint:
             "ignore_eos": True,
             "temperature": 0,
             "stream": True,
-            "return_token_ids": True,
+            "stream_options": {"include_usage": True},
+            **({"return_token_ids": True} if self._asks_ids else {}),
         }
         answer = Answer(time.monotonic())
         try:
@@ -163,7 +166,10 @@ class Endpoint:
                 async for line in reply.content:
                     if not line.startswith(b"data: {"):
                         continue
-                    for choice in json.loads(line[6:]).get("choices", ()):
+                    part = json.loads(line[6:])
+                    if part.get("usage"):
+                        answer.count = part["usage"]["completion_tokens"]
+                    for choice in part.get("choices", ()):
                         ids = choice.get("token_ids") or []
                         if ids or choice.get("text"):
                             now = time.monotonic()

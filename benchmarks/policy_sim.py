@@ -1,55 +1,22 @@
 """A simulator of workers, their tiers, the store and the load, to compare routing policies. Everything is simulated.
 
-The numbers are those of Llama-3.1-70B FP8 on one H200: prefill, decode step by batch, KV bytes a token. A worker either
-prefills one prompt or decodes a batch; a prefill holds the decodes up but for one token every 2048 prompt tokens, as
-chunked prefill does. HBM and DRAM keep whole prefixes, least recently used first out. Fetches run from a request's
-arrival on, in the order of arrival, over the worker's link and that of all targets together. What is computed is in
-the store once the request has ended.
+The engines are those of benchmarks/engine_model.py. HBM and DRAM keep whole prefixes, least recently used first out; a
+hit is of whole blocks in HBM and of whole chunks below it, whoever routes. What is computed is in the store once the
+request has ended.
 """
 
 import heapq
 import itertools
 import random
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-STEPS = ((1, 0.022), (16, 0.025), (48, 0.032))  # batch, seconds a decode step
+from benchmarks import engine_model
+from benchmarks.engine_model import Engines, Hardware, Job
+
+BLOCK_TOKENS = 16
 CHUNK_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Of each worker, and of the store."""
-
-    # Through the cold times to first token of 2200 and 8000 tokens (290 and 1135 ms), less what does not keep the GPU.
-    overhead_seconds: float = 0.03
-    prefill_base_seconds: float = 0.012
-    prefill_seconds_per_token: float = 9.68e-5
-    prefill_seconds_per_token_squared: float = 9.5e-9
-    kv_bytes_per_token: int = 320 << 10
-    hbm_tokens: int = 48_000
-    dram_tokens: int = 100_000
-    dram_bytes_per_second: float = 36e9
-    worker_bytes_per_second: float = 5e9
-    target_bytes_per_second: float = 5e9
-    workers_a_target: int = 2
-    store_latency_seconds: float = 0.003
-
-    def prefill_seconds(self, missing: int, context: int) -> float:
-        return (
-            self.prefill_base_seconds
-            + self.prefill_seconds_per_token * missing
-            + self.prefill_seconds_per_token_squared * missing * (context + missing / 2)
-        )
-
-
-def step_seconds(batch: int) -> float:
-    """A decode step of so many requests, by straight lines through what was measured."""
-    for (low, before), (high, after) in itertools.pairwise(STEPS):
-        if batch <= high or high == STEPS[-1][0]:
-            return before + (after - before) * (batch - low) / (high - low)
-    raise AssertionError
 
 
 @dataclass(frozen=True)
@@ -68,6 +35,9 @@ class Shape:
 
 CHAT = Shape("multi-turn", (2, 28), (200, 500), (20, 60), (100, 230))
 AGENTS = Shape("agents and documents", (3, 20), (200, 4000), (50, 600), (30, 200), 1536, 8)
+# Made up to have the means of the trace of Kimi published with Mooncake (arXiv 2407.00079v3, section 4): 7,590 tokens
+# in, 182 out, half of the input seen before. Its distribution and its timing are not reproduced.
+KIMI = Shape("means of Mooncake's trace", (1, 4), (500, 3000), (500, 9800), (80, 284), 500, 4)
 
 
 class Conversation:
@@ -89,10 +59,16 @@ class Conversation:
         self.turn += 1
 
 
-class Cache:
-    """Prefixes by key, least recently used first out."""
+Holders = defaultdict[int, Counter[int]]  # key -> worker -> its caches that have it
 
-    def __init__(self, tokens: int):
+
+class Cache:
+    """Prefixes by key, least recently used first out. `holders` says for each key which workers' caches have it, and
+    how often."""
+
+    def __init__(self, tokens: int, holders: Holders | None = None, worker: int = 0):
+        self._holders = holders if holders is not None else defaultdict(Counter)
+        self._worker = worker
         self.capacity_tokens = tokens
         self.used_tokens = 0
         self._held: OrderedDict[int, int] = OrderedDict()
@@ -102,54 +78,31 @@ class Cache:
 
     def put(self, key: int, tokens: int) -> None:
         before = self._held.pop(key, 0)
+        if not before:
+            self._holders[key][self._worker] += 1
         self._held[key] = max(tokens, before)
         self.used_tokens += max(tokens, before) - before
         self.shrink(self.capacity_tokens)
 
     def shrink(self, tokens: int) -> None:
         while self.used_tokens > tokens and self._held:
-            _, gone = self._held.popitem(last=False)
+            key, gone = self._held.popitem(last=False)
             self.used_tokens -= gone
+            workers = self._holders[key]
+            workers[self._worker] -= 1
+            if not workers[self._worker]:
+                del workers[self._worker]
+            if not workers:
+                del self._holders[key]
 
 
-@dataclass
-class Request:
+@dataclass(eq=False, kw_only=True)
+class Request(Job):
     conversation: Conversation
-    arrived: float
-    worker: int = 0
-    fetch_tokens: int = 0
-    loaded_tokens: int = 0
-    prefill_tokens: int = 0  # as decided
-    first: float = 0.0
-    ends_at_step: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        return self.conversation.prompt_tokens + self.conversation.answer_tokens
+    predicted_seconds: float = 0.0  # to its first token, where the policy says it
 
 
-@dataclass
-class Worker:
-    number: int
-    hbm: Cache
-    dram: Cache
-    link_free: float = 0.0
-    ready: deque[Request] = field(default_factory=deque)
-    fetching: int = 0  # requests
-    fetching_tokens: int = 0
-    queued_tokens: int = 0  # to compute, not begun
-    prefilling: Request | None = None
-    prefill_ends: float = 0.0
-    steps: float = 0.0
-    since: float = 0.0
-    version: int = 0
-    running: list[tuple[float, int, Request]] = field(default_factory=list)
-    running_tokens: int = 0
-
-    @property
-    def prefill_tokens(self) -> int:
-        """To compute for prompts without a first token, as Dynamo's books have it."""
-        return self.queued_tokens + (self.prefilling.prefill_tokens if self.prefilling else 0)
+Worker = engine_model.Worker[Request]
 
 
 @dataclass(frozen=True)
@@ -172,25 +125,27 @@ class Outcome:
 Policy = Callable[["Simulation", Request], tuple[int, int]]  # worker, tokens of the prompt wanted from the store
 
 
-class Simulation:
-    """Closed loop of `clients` over a pool of conversations, each of which waits until all others had a turn."""
+class Simulation(Engines[Request]):
+    """Closed loop of `clients` over a pool of conversations, each of which waits until all others had a turn. What a
+    prefill and a fetch take is off by `noise`, in logarithms; `observe` is told of each first token."""
 
     def __init__(
         self, hardware: Hardware, workers: int, clients: int, pool: int, shape: Shape, policy: Policy, *,
-        store: bool, seed: int = 1,
+        store: bool, seed: int = 1, noise: float = 0.0, observe: Callable[[Request], None] | None = None,
     ):  # fmt: skip
-        self.hardware = hardware
-        self.now = 0.0
-        self.workers = [Worker(n, Cache(hardware.hbm_tokens), Cache(hardware.dram_tokens)) for n in range(workers)]
+        super().__init__(hardware, workers)
+        self._now = 0.0
+        self._holders: Holders = defaultdict(Counter)
+        self._hbm = [Cache(hardware.hbm_tokens, self._holders, number) for number in range(workers)]
+        self._dram = [Cache(hardware.dram_tokens, self._holders, number) for number in range(workers)]
         self.store: dict[int, int] | None = {} if store else None
-        self.pool_rate = hardware.target_bytes_per_second * max(1, workers // hardware.workers_a_target)
-        self.pool_free = 0.0
         self._clients = clients
+        self._observe = observe
+        self._noise, self._noisy = noise, random.Random(seed + 1)
         self._policy = policy
         self._shape = shape
         self._seed = seed
         self._keys = itertools.count(1)
-        self._count = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._done: list[tuple[float, float, float]] = []  # ended, ttft, tpot
         chance = random.Random(seed)
@@ -201,7 +156,11 @@ class Simulation:
                 for _ in range(chance.randrange(one.turns)):
                     one.go_on()
                 self._waiting.append(one)
-                self._keep(self.workers[len(self._waiting) % workers], one, one.prompt_tokens)
+                self._keep(len(self._waiting) % workers, one, one.prompt_tokens)
+
+    @property
+    def now(self) -> float:
+        return self._now
 
     def _new(self) -> Conversation:
         return Conversation(next(self._keys), self._shape, self._seed)
@@ -210,7 +169,7 @@ class Simulation:
         for number in range(self._clients):
             self._at(ramp_seconds / 2 * number / self._clients, self._arrive)
         while self._events and self._events[0][0] <= ramp_seconds + seconds:
-            self.now, _, event = heapq.heappop(self._events)
+            self._now, _, event = heapq.heappop(self._events)
             event()
         done = [(ttft, tpot) for ended, ttft, tpot in self._done if ended >= ramp_seconds]
         if not done:
@@ -226,102 +185,61 @@ class Simulation:
     def seen(self, worker: Worker, one: Conversation) -> Seen:
         most = one.prompt_tokens - 1
 
-        def held(get: Callable[[int], int]) -> int:
-            return min(most, max(get(one.key), min(get(one.shared), one.shared_tokens)))
+        def held(get: Callable[[int], int], unit: int) -> int:
+            return min(most, max(get(one.key), min(get(one.shared), one.shared_tokens)) // unit * unit)
 
-        hbm = held(worker.hbm.get)
-        dram = max(hbm, held(worker.dram.get))
-        return Seen(hbm, dram, 0 if self.store is None else held(lambda key: (self.store or {}).get(key, 0)))
+        hbm = held(self._hbm[worker.number].get, BLOCK_TOKENS)
+        dram = max(hbm, held(self._dram[worker.number].get, CHUNK_TOKENS))
+        store = self.store or {}
+        return Seen(hbm, dram, held(lambda key: store.get(key, 0), CHUNK_TOKENS))
 
-    def fetch_ends(self, worker: Worker, tokens: int) -> float:
-        """When so many tokens' KV would be in the worker's DRAM, asked for now."""
-        size = tokens * self.hardware.kv_bytes_per_token
-        by_link = max(self.now, worker.link_free) + size / self.hardware.worker_bytes_per_second
-        by_pool = max(self.now, self.pool_free) + size / self.pool_rate
-        return max(by_link, by_pool) + self.hardware.store_latency_seconds
+    def seen_by_all(self, one: Conversation) -> list[Seen]:
+        """By every worker: most have nothing of it."""
+        store = self.store or {}
+        held = max(store.get(one.key, 0), min(store.get(one.shared, 0), one.shared_tokens))
+        nothing = Seen(0, 0, min(one.prompt_tokens - 1, held // CHUNK_TOKENS * CHUNK_TOKENS))
+        seen = [nothing] * len(self.workers)
+        for key in (one.key, one.shared):
+            for number in self._holders.get(key, ()):
+                seen[number] = self.seen(self.workers[number], one)
+        return seen
+
+    def _off(self) -> float:
+        return self._noisy.lognormvariate(0, self._noise) if self._noise else 1.0
 
     def _at(self, when: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._count), event))
 
     def _arrive(self) -> None:
-        request = Request(self._waiting.popleft(), self.now)
-        number, wanted = self._policy(self, request)
-        worker = self.workers[number]
-        seen = self.seen(worker, request.conversation)
-        request.worker = number
+        one = self._waiting.popleft()
+        request = Request(one.prompt_tokens, one.answer_tokens, self.now, conversation=one)
+        request.worker, wanted = self._policy(self, request)
+        seen = self.seen(self.workers[request.worker], one)
         request.fetch_tokens = max(0, min(wanted, seen.store) - seen.dram)
         request.loaded_tokens = seen.dram + request.fetch_tokens
-        request.prefill_tokens = request.conversation.prompt_tokens - request.loaded_tokens
-        worker.queued_tokens += request.prefill_tokens
-        copied = (request.loaded_tokens - seen.hbm) * self.hardware.kv_bytes_per_token
-        ready = self.now + self.hardware.overhead_seconds
-        if request.fetch_tokens:
-            ready += self.fetch_ends(worker, request.fetch_tokens) - self.now
-            size = request.fetch_tokens * self.hardware.kv_bytes_per_token
-            worker.link_free = max(self.now, worker.link_free) + size / self.hardware.worker_bytes_per_second
-            self.pool_free = max(self.now, self.pool_free) + size / self.pool_rate
-            worker.fetching_tokens += request.fetch_tokens
-        self._at(ready + copied / self.hardware.dram_bytes_per_second, lambda: self._ready(worker, request))
+        self._admit(request, seen.hbm)
 
-    def _ready(self, worker: Worker, request: Request) -> None:
-        worker.fetching_tokens -= request.fetch_tokens
-        worker.ready.append(request)
-        self._step(worker)
+    def _room(self, number: int, tokens: int) -> None:
+        self._hbm[number].capacity_tokens = tokens
+        self._hbm[number].shrink(tokens)
 
-    def _step(self, worker: Worker) -> None:
-        """Bring the worker up to now, and see what it does next."""
-        if worker.prefilling is None and worker.running:
-            worker.steps += (self.now - worker.since) / step_seconds(len(worker.running))
-        worker.since = self.now
-        while worker.prefilling is None and worker.running and worker.running[0][0] <= worker.steps + 1e-6:
-            self._finish(worker, heapq.heappop(worker.running)[2])
-        worker.version += 1
-        if worker.prefilling is None and worker.ready:
-            request = worker.ready[0]
-            if not worker.running or worker.running_tokens + request.tokens <= self.hardware.hbm_tokens:
-                self._prefill(worker, worker.ready.popleft())
-        version = worker.version
-        if worker.prefilling is None and worker.running:
-            left = (worker.running[0][0] - worker.steps) * step_seconds(len(worker.running))
-            self._at(self.now + max(0.0, left), lambda: self._step(worker) if worker.version == version else None)
+    def _began(self, request: Request) -> None:
+        if self._observe is not None:
+            self._observe(request)
 
-    def _prefill(self, worker: Worker, request: Request) -> None:
+    def _ended(self, request: Request) -> None:
         one = request.conversation
-        worker.prefilling = request
-        worker.queued_tokens -= request.prefill_tokens
-        worker.running_tokens += request.tokens
-        worker.hbm.capacity_tokens = max(0, self.hardware.hbm_tokens - worker.running_tokens)
-        worker.hbm.shrink(worker.hbm.capacity_tokens)
-        chunks = -(-request.prefill_tokens // 2048)
-        took = self.hardware.prefill_seconds(request.prefill_tokens, one.prompt_tokens - request.prefill_tokens)
-        worker.prefill_ends = self.now + took
-
-        def ended() -> None:
-            worker.steps += chunks if worker.running else 0
-            worker.since = self.now
-            worker.prefilling = None
-            request.first = self.now
-            request.ends_at_step = worker.steps + one.answer_tokens - 1
-            heapq.heappush(worker.running, (request.ends_at_step, next(self._count), request))
-            self._step(worker)
-
-        self._at(worker.prefill_ends, ended)
-
-    def _finish(self, worker: Worker, request: Request) -> None:
-        one = request.conversation
-        worker.running_tokens -= request.tokens
-        worker.hbm.capacity_tokens = max(0, self.hardware.hbm_tokens - worker.running_tokens)
-        self._keep(worker, one, request.tokens)
+        self._keep(request.worker, one, request.tokens)
         tpot = (self.now - request.first) / max(1, one.answer_tokens - 1)
         self._done.append((self.now, request.first - request.arrived, tpot))
         one.go_on()
         self._waiting.append(self._new() if one.turn >= one.turns else one)
         self._at(self.now, self._arrive)
 
-    def _keep(self, worker: Worker, one: Conversation, tokens: int) -> None:
+    def _keep(self, number: int, one: Conversation, tokens: int) -> None:
         for key, held in ((one.key, tokens), (one.shared, one.shared_tokens)):
             if held:
-                worker.hbm.put(key, held)
-                worker.dram.put(key, held)
+                self._hbm[number].put(key, held)
+                self._dram[number].put(key, held)
                 if self.store is not None:
                     self.store[key] = max(held, self.store.get(key, 0))
