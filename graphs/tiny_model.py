@@ -21,11 +21,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(folder: Path, *, seed: int = 7, layers: int = 4, max_tokens: int = 8192) -> Path:
+def make_tiny_model(
+    folder: Path, *, seed: int = 7, layers: int = 4, heads: int = 4, kv_heads: int = 2, max_tokens: int = 8192
+) -> Path:
     """Write the model into `folder` unless it is there already, and return the folder.
 
-    Shape: `layers` layers of width 256, 4 heads of 64, 2 KV heads, float32: 4 KiB of KV per token at four
-    layers, 512 KiB per block of 128 tokens. One token is one byte of ASCII text.
+    Shape: `layers` layers of width 256, `heads` heads of 64, `kv_heads` KV heads, float32. As it is: 4 KiB of KV per
+    token, 512 KiB per block of 128 tokens. One token is one byte of ASCII text.
     """
     import torch
     from safetensors.torch import save_file
@@ -44,7 +46,7 @@ def make_tiny_model(folder: Path, *, seed: int = 7, layers: int = 4, max_tokens:
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
 
-    hidden, heads, kv_heads, head_dim, mlp = 256, 4, 2, 64, 512
+    hidden, head_dim, mlp = 256, 64, 512
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

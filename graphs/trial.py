@@ -193,6 +193,17 @@ class Trial:
                 if line.startswith(b"data: ") and b"[DONE]" not in line:
                     yield json.loads(line[6:])
 
+    async def client(self, endpoint: str) -> Any:
+        """Dynamo's own client of an endpoint of the cluster, for what HTTP does not offer."""
+        if self._runtime is None:
+            os.environ.update(runtime_env(self.deployment), DYN_LOG="off")
+            from dynamo.runtime import DistributedRuntime  # it reads the environment when imported
+
+            self._runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
+        client = await self._runtime.endpoint(endpoint).client()
+        await client.wait_for_instances()
+        return client
+
     async def say_next(self, text: str, *, max_tokens: int = 32) -> Turn:
         """The next turn of the conversation: `text`, the answer, and where the worker found the prompt."""
         self.messages.append({"role": "user", "content": text})
@@ -281,16 +292,17 @@ class Trial:
         )
         return sequence_hashes(tokens, BLOCK_TOKENS)
 
+    def located(self, hashes: Sequence[int]) -> list[str | None]:
+        """The target that holds each chunk, by the announcements; there is one layout with chunks here."""
+        known = {key for view in self.mirror._views.values() for key in view.resident}
+        return self.mirror.locate(next(iter(known - {0}), 0), hashes, time.monotonic())
+
     async def until_stored(self, messages: Sequence[Message] | None = None) -> None:
         """Wait until every whole chunk of the conversation so far is announced by the target."""
         hashes = self.chunk_hashes(self.messages[:-1] if messages is None else messages)
-        fingerprint = 0
 
         async def all_there() -> bool:
-            nonlocal fingerprint
-            known = {key for view in self.mirror._views.values() for key in view.resident}
-            fingerprint = next(iter(known - {0}), 0)
-            return all(self.mirror.locate(fingerprint, hashes, time.monotonic()))
+            return all(self.located(hashes))
 
         await self.until(all_there, "the store has announced the conversation", 20)
 
@@ -336,13 +348,7 @@ class Trial:
     async def clear(self, worker: str) -> None:
         """Empty the worker's HBM and DRAM tiers, through the stock worker's own endpoint."""
         component = "reference" if worker.startswith("Reference") else "backend"
-        if self._runtime is None:
-            os.environ.update(runtime_env(self.deployment), DYN_LOG="off")
-            from dynamo.runtime import DistributedRuntime  # it reads the environment when imported
-
-            self._runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
-        client = await self._runtime.endpoint(f"dynamo.{component}.clear_kv_blocks").client()
-        await client.wait_for_instances()
+        client = await self.client(f"dynamo.{component}.clear_kv_blocks")
         async for answer in await client.direct({}, await self.worker_id(worker)):
             if answer.data()["status"] != "success":
                 raise RuntimeError(f"{worker}: {answer.data()}")

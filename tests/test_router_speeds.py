@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.router.cost import Speeds
-from components.router.speeds import OLDER_MAX, SAMPLES_MIN, TARGET_SECONDS, TARGETS_MAX, LiveSpeeds
+from components.router.speeds import FORGET_MS, OLDER_MAX, SAMPLES_MIN, TARGET_SECONDS, TARGETS_MAX, LiveSpeeds
 from kvstore.bus import TargetReport, WorkerReport
 
 PRIOR = Speeds(0.04, 1e-4, 0.0, 25e9, 3e9, 0.002)
@@ -56,6 +56,17 @@ def test_one_outlier_decides_nothing() -> None:
     live.heard_worker(report(6, prefill_seconds_per_token=1e-2, store_bytes_per_second=1e8))
     assert live.of_worker(5).prefill_seconds_per_token == 5e-5
     assert live.of_worker(5).store_bytes_per_second == 1e9
+
+
+def test_a_store_that_was_slow_once_is_tried_again() -> None:
+    """Prompts that are computed instead measure nothing: without forgetting, the router would compute for ever."""
+    live = LiveSpeeds(PRIOR)
+    for number in range(SAMPLES_MIN):
+        live.heard_worker(report(number, store_bytes_per_second=5e6))
+    live.heard_worker(report(FORGET_MS, store_bytes_per_second=0.0))
+    assert live.of_worker(5).store_bytes_per_second == 5e6
+    live.heard_worker(report(2 * FORGET_MS, store_bytes_per_second=0.0))
+    assert live.of_worker(5).store_bytes_per_second == PRIOR.store_bytes_per_second
 
 
 def test_what_was_not_measured_leaves_the_prior() -> None:

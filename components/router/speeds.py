@@ -18,6 +18,9 @@ from kvstore.wire import Outcome
 
 SAMPLES_MIN = 3
 _SAMPLES = 7
+# A rate that nothing has confirmed for so long is forgotten. Otherwise a store that was slow once would never be tried
+# again: prompts that are computed measure nothing.
+FORGET_MS = 30_000
 # How far from what the command line says a report may be and still be believed.
 _FACTOR_MAX = 1000.0
 # Of the observed over the predicted time to first token; more is something that the model knows nothing of.
@@ -44,6 +47,7 @@ class _Worker:
     older: int = 0  # reports in a row
     prefill: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     rates: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=_SAMPLES) for name in _RATES})
+    rated_ms: dict[str, int] = field(default_factory=dict)  # when each rate was last reported
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=_PACE_SAMPLES))
     fetched_chunks: dict[str, int] = field(default_factory=dict)
     speeds: Speeds | None = None  # that follow from these, at hand for decisions
@@ -105,6 +109,9 @@ class LiveSpeeds:
         for name, rate in rates.items():
             if rate > 0:
                 known.rates[name].append(rate)
+                known.rated_ms[name] = report.ts_ms
+            elif report.ts_ms - known.rated_ms.get(name, 0) > FORGET_MS:
+                known.rates[name].clear()
         known.speeds = self._derived(known)
         return True
 

@@ -13,7 +13,7 @@ _SAMPLES_MAX = 256
 _SAMPLES_MIN = 12
 _REWEIGHTINGS = 4
 # A speed is forgotten with this half-life, in seconds of work.
-_HALF_LIFE_SECONDS = 5.0
+_HALF_LIFE_SECONDS = 2.0
 # A measured speed is good to about a quarter: a fetch is given up when it is clearly the slower way, not at a tie.
 _DOUBT = 1.25
 # Each running request adds this part of a second to the price of a GPU's second: at most it triples, so that a request
