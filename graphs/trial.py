@@ -292,7 +292,7 @@ class Trial:
         )
         return sequence_hashes(tokens, BLOCK_TOKENS)
 
-    def located(self, hashes: Sequence[int]) -> list[str | None]:
+    def located(self, hashes: list[int]) -> list[str | None]:
         """The target that holds each chunk, by the announcements; there is one layout with chunks here."""
         known = {key for view in self.mirror._views.values() for key in view.resident}
         return self.mirror.locate(next(iter(known - {0}), 0), hashes, time.monotonic())
