@@ -1,36 +1,27 @@
 """Routing policies compared in a simulator (benchmarks/policy_sim.py). Every figure is simulated.
 
-    python -m benchmarks.policy --json FILE [--quick] [--seed N] [--target-gb N] [--ttft-ms-max N]
+    python -m benchmarks.policy --json FILE [--quick] [--loads NAME ...] [--workers N ...] [--seeds N] [--target-gb N]
 
 For each number of workers and each load: the most requests/s with a mean TPOT of at most 40 ms, over a sweep of
-clients. Before that, the simulator against what was measured on one H200, with the error.
+clients; the same with a mean TTFT of at most half a second, too; for each of several seeds. Beside the policies stand
+an oracle, and a bound that nothing can pass (benchmarks/policy_bound.py). Before that, the simulator against what was
+measured on one H200, with the error.
 """
 
 import argparse
-import itertools
-import random
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from benchmarks import policy_sim
-from benchmarks.policy_sim import (
-    AGENTS,
-    CHAT,
-    CHUNK_TOKENS,
-    Hardware,
-    Outcome,
-    Policy,
-    Request,
-    Simulation,
-    step_seconds,
-)
-from components.router import cost
+from benchmarks import policy_bound, policy_rules
+from benchmarks.policy_rules import GPU_PRICE, ORACLES, STALL_PRICE
+from benchmarks.policy_sim import AGENTS, CHAT, KIMI, Hardware, Policy, Shape, Simulation
 
-BLOCK_TOKENS = 16
 TPOT_MS_MAX = 40.0
-GPU_PRICE = 0.5  # the router's default
+TTFT_MS_MAX = 500.0
 POOL = 80  # conversations a worker
 # Clients, DRAM offload, and the requests/s, mean TTFT ms and TPOT ms measured on one H200 (no store, 80 conversations).
 MEASURED = (
@@ -40,6 +31,23 @@ MEASURED = (
     (8, True, 2.04, 149, 24),
     (16, True, 3.50, 167, 27),
 )
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What is asked for, and the memory of a worker that it takes."""
+
+    shape: Shape
+    hbm_tokens: int = 48_000
+    dram_tokens: int = 100_000
+    clients: tuple[int, ...] = (4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 28, 32)  # a worker
+
+
+LOADS = {
+    "chat": Load(CHAT),
+    "agents": Load(AGENTS, clients=tuple(range(2, 17))),
+    # Prompts of 7,600 tokens: all that an H200 has left beside these weights, and 130 GB of DRAM.
+    "kimi": Load(KIMI, 160_000, 400_000, tuple(range(2, 13))),
+}
 
 
 class Check(msgspec.Struct):
@@ -58,121 +66,41 @@ class Row(msgspec.Struct):
     load: str
     workers: int
     policy: str
-    clients: int  # with the most requests/s within the bound; 0: none was
-    requests_per_second: float
-    ttft_ms_mean: float
-    ttft_ms_p99: float
-    tpot_ms_mean: float
+    seed: int
+    clients: int = 0  # with the most requests/s within the bound on TPOT; 0: none was
+    requests_per_second: float = 0.0
+    ttft_ms_mean: float = 0.0
+    ttft_ms_p99: float = 0.0
+    tpot_ms_mean: float = 0.0
+    prompt_requests_per_second: float = 0.0  # the most within the bound on TTFT, too
+
+
+class Ratio(msgspec.Struct):
+    """Over seeds."""
+
+    median: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.least:.2f} to {self.most:.2f})"
 
 
 class Report(msgspec.Struct):
     kind: str
+    target_gb: float
     took_seconds: float
     checks: list[Check]
     rows: list[Row]
-    ratios: dict[str, dict[str, float]]
-
-
-def round_robin() -> Policy:
-    numbers = itertools.count()
-    return lambda sim, request: (next(numbers) % len(sim.workers), request.conversation.prompt_tokens)
-
-
-def dynamo(external_credit: float) -> Policy:
-    """Dynamo's KV router: the fewest blocks to prefill and to keep, hits credited 1 in HBM, 0.75 in DRAM and
-    `external_credit` in the store; the engine fetches whatever is there."""
-
-    def decide(sim: Simulation, request: Request) -> tuple[int, int]:
-        prompt = request.conversation.prompt_tokens
-
-        def blocks(number: int) -> tuple[float, int]:
-            worker = sim.workers[number]
-            seen = sim.seen(worker, request.conversation)
-            credit = seen.hbm + 0.75 * (seen.dram - seen.hbm) + external_credit * max(0, seen.store - seen.dram)
-            # Dynamo's books have no fetches: what others fetch is to prefill, too.
-            prefill = worker.prefill_tokens + worker.fetching_tokens + prompt - credit
-            waiting = sum(one.tokens for one in worker.ready)
-            return (prefill + worker.running_tokens + waiting + prompt) / BLOCK_TOKENS, number
-
-        return min(map(blocks, range(len(sim.workers))))[1], prompt
-
-    return decide
-
-
-def ours(seed: int, gpu_price: float, noise: float = 0.1) -> Policy:
-    """This project's router, its speeds off by some 10 %."""
-    chance = random.Random(seed)
-    speeds: dict[int, cost.Speeds] = {}
-    policy = cost.Policy(gpu_price=gpu_price, pressure_seconds=0.2)
-
-    def decide(sim: Simulation, request: Request) -> tuple[int, int]:
-        random.seed(request.conversation.key)  # of the ties that cost.choose leaves to chance
-        one, hardware = request.conversation, sim.hardware
-        candidates = []
-        for worker in sim.workers:
-            if worker.number not in speeds:
-                off = [chance.lognormvariate(0, noise) for _ in range(3)]
-                speeds[worker.number] = cost.Speeds(
-                    prefill_base_seconds=hardware.prefill_base_seconds * off[0],
-                    prefill_seconds_per_token=hardware.prefill_seconds_per_token * off[0],
-                    prefill_seconds_per_token_squared=hardware.prefill_seconds_per_token_squared * off[0],
-                    dram_bytes_per_second=hardware.dram_bytes_per_second * off[1],
-                    store_bytes_per_second=hardware.worker_bytes_per_second * off[2],
-                    store_latency_seconds=hardware.store_latency_seconds,
-                )
-            seen = sim.seen(worker, one)
-            candidates.append(
-                cost.Candidate(
-                    worker=worker.number,
-                    speeds=speeds[worker.number],
-                    hbm_blocks=seen.hbm // BLOCK_TOKENS,
-                    dram_blocks=seen.dram // BLOCK_TOKENS,
-                    queued_prefill_tokens=worker.prefill_tokens,
-                    fetching_bytes=worker.fetching_tokens * hardware.kv_bytes_per_token,
-                    running_requests=len(worker.running),
-                    memory_used=min(1.0, worker.running_tokens / hardware.hbm_tokens),
-                    blocks_per_chunk=CHUNK_TOKENS // BLOCK_TOKENS,
-                    chunk_bytes=CHUNK_TOKENS * hardware.kv_bytes_per_token,
-                    located=["t"] * (seen.store // CHUNK_TOKENS),
-                )
-            )
-        choice, _ = cost.choose(candidates, one.prompt_tokens, BLOCK_TOKENS, policy)
-        local = choice.hbm_tokens + choice.dram_tokens
-        return choice.candidate.worker, local + choice.store_tokens if choice.fetch_chunks else 0
-
-    return decide
-
-
-def oracle(sim: Simulation, request: Request) -> tuple[int, int]:
-    """Knows every queue and link: the least of the prompt's own time to first token, the time that its prefill and its
-    place in the batch take from those that decode there, and its own decoding. Greedy: it does not know what comes."""
-    one, hardware = request.conversation, sim.hardware
-    best = (float("inf"), 0, 0)
-    for worker in sim.workers:
-        seen = sim.seen(worker, one)
-        wait = max(0.0, worker.prefill_ends - sim.now) if worker.prefilling else 0.0
-        wait += sum(hardware.prefill_seconds(queued.prefill_tokens, queued.loaded_tokens) for queued in worker.ready)
-        batch = len(worker.running) + len(worker.ready) + (worker.prefilling is not None)
-        tokens = worker.running_tokens + sum(queued.tokens for queued in worker.ready) + request.tokens
-        if tokens > hardware.hbm_tokens:  # it waits until others have ended
-            wait += 80 * step_seconds(batch) * (tokens - hardware.hbm_tokens) / request.tokens
-        slower = step_seconds(batch + 1) - step_seconds(max(1, batch))
-        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-            fetched = int(max(0, seen.store - seen.dram) * share)
-            loaded = seen.dram + fetched
-            copy = (loaded - seen.hbm) * hardware.kv_bytes_per_token / hardware.dram_bytes_per_second
-            fetch = sim.fetch_ends(worker, fetched) - sim.now if fetched else 0.0
-            prefill = hardware.prefill_seconds(one.prompt_tokens - loaded, loaded)
-            price = max(wait, fetch + copy) + prefill * (1 + batch) + slower * one.answer_tokens * (1 + batch)
-            best = min(best, (price, worker.number, loaded if fetched else 0))
-    return best[1], best[2]
+    bounds: dict[str, float]  # requests/s
+    ratios: dict[str, dict[str, Ratio]]
 
 
 def check(quick: bool) -> list[Check]:
     checks = []
     for clients, offload, rate, ttft, tpot in MEASURED:
         hardware = Hardware(dram_tokens=400_000 if offload else 0)
-        sim = Simulation(hardware, 1, clients, POOL, CHAT, round_robin(), store=False)
+        sim = Simulation(hardware, 1, clients, POOL, CHAT, policy_rules.round_robin(), store=False)
         got = sim.run(60 if quick else 300, 60)
         error = round(100 * (got.requests_per_second / rate - 1), 1)
         checks.append(
@@ -183,95 +111,137 @@ def check(quick: bool) -> list[Check]:
     return checks
 
 
-def policies(seed: int, gpu_price: float = GPU_PRICE) -> dict[str, tuple[bool, Policy]]:
-    """Name -> (with a store, the policy)."""
+def policies(
+    seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRICE
+) -> dict[str, tuple[bool, list[Callable[[], Policy]]]]:
+    """Name -> (with a store, what makes the policy; of several the best counts)."""
     return {
-        "round robin, no store": (False, round_robin()),
-        "round robin": (True, round_robin()),
-        "dynamo": (True, dynamo(0.0)),
-        "dynamo, external": (True, dynamo(0.25)),
-        "kvtier": (True, ours(seed, gpu_price)),
-        "oracle": (True, oracle),
+        "round robin, no store": (False, [policy_rules.round_robin]),
+        "dynamo, no store": (False, [lambda: policy_rules.dynamo(0.0)]),
+        "round robin": (True, [policy_rules.round_robin]),
+        "dynamo": (True, [lambda: policy_rules.dynamo(0.0)]),
+        "dynamo, external": (True, [lambda: policy_rules.dynamo(0.25)]),
+        "kvtier": (True, [lambda: policy_rules.ours(seed, gpu_price, stall_price)]),
+        "oracle": (True, [lambda prices=prices: policy_rules.oracle(prices) for prices in ORACLES]),  # type: ignore[misc]
     }
 
 
 def sweep(
-    shape: policy_sim.Shape,
+    load: Load,
     workers: int,
     name: str,
+    make: tuple[bool, list[Callable[[], Policy]]],
     quick: bool,
     seed: int,
-    hardware: Hardware,
-    ttft_ms_max: float,
-    gpu_price: float,
+    target_gb: float,
 ) -> Row:
     """The most requests/s within the bounds; more clients until that on TPOT is passed."""
-    best = Row(shape.name, workers, name, 0, 0.0, 0.0, 0.0, 0.0)
+    hardware = Hardware(
+        hbm_tokens=load.hbm_tokens, dram_tokens=load.dram_tokens, target_bytes_per_second=target_gb * 1e9
+    )
+    store, makers = make
+    best = Row(load.shape.name, workers, name, seed)
     seconds, ramp = (20.0, 20.0) if quick or workers > 8 else (120.0, 60.0)
-    for each in (8, 16, 24) if quick else (8, 12, 16, 20, 24, 32):
-        store, policy = policies(seed, gpu_price)[name]
-        sim = Simulation(hardware, workers, each * workers, POOL * workers, shape, policy, store=store, seed=seed)
-        got: Outcome = sim.run(seconds, ramp)
-        if got.tpot_ms_mean > TPOT_MS_MAX:
-            break
-        if got.ttft_ms_mean <= ttft_ms_max and got.requests_per_second > best.requests_per_second:
-            best = Row(
-                shape.name, workers, name, each * workers,
-                got.requests_per_second, got.ttft_ms_mean, got.ttft_ms_p99, got.tpot_ms_mean,
-            )  # fmt: skip
+    for maker in makers:
+        # More clients only ever lengthen decoding, so the sweep ends where the bound is passed.
+        for each in load.clients[1::3] if quick or workers > 8 else load.clients:
+            sim = Simulation(
+                hardware, workers, each * workers, POOL * workers, load.shape, maker(), store=store, seed=seed
+            )
+            got = sim.run(seconds, ramp)
+            if got.tpot_ms_mean > TPOT_MS_MAX:
+                break
+            rate = got.requests_per_second
+            if got.ttft_ms_mean <= TTFT_MS_MAX:
+                best.prompt_requests_per_second = max(best.prompt_requests_per_second, rate)
+            if rate > best.requests_per_second:
+                best.clients, best.requests_per_second = each * workers, rate
+                best.ttft_ms_mean, best.ttft_ms_p99 = got.ttft_ms_mean, got.ttft_ms_p99
+                best.tpot_ms_mean = got.tpot_ms_mean
     return best
 
 
-def ratios(rows: list[Row]) -> dict[str, float]:
-    """Of one load and one number of workers."""
-    rate = {row.policy: row.requests_per_second for row in rows}
-    best = max(rate["dynamo"], rate["dynamo, external"])
-    over = {
-        "over best dynamo (goal 1.2)": best,
-        "of oracle (goal 0.9)": rate["oracle"],
-        "over no store (goal 2.4 at 2, 2.8 at 4 workers)": rate["round robin, no store"],
-    }
-    # Where the other has no point within the bound on TPOT there is no ratio.
-    return {name: round(rate["kvtier"] / other, 3) for name, other in over.items() if other}
+def ratios(rows: list[Row], bound: float) -> dict[str, Ratio]:
+    """kvtier's requests/s over others', of one load and one number of workers; each seed's beside its own."""
+    found: dict[str, list[float]] = {}
+
+    def over(name: str, ours: float, other: float) -> None:
+        if other:  # where the other has no point within the bounds there is no ratio
+            found.setdefault(name, []).append(ours / other)
+
+    for seed in {row.seed for row in rows}:
+        of = {row.policy: row for row in rows if row.seed == seed}
+        rate = {name: row.requests_per_second for name, row in of.items()}
+        prompt = {name: row.prompt_requests_per_second for name, row in of.items()}
+        over("over best dynamo (goal 1.2)", rate["kvtier"], max(rate["dynamo"], rate["dynamo, external"]))
+        over("the same, TTFT bounded", prompt["kvtier"], max(prompt["dynamo"], prompt["dynamo, external"]))
+        over("of oracle (goal 0.9)", rate["kvtier"], rate["oracle"])
+        over("of the bound", rate["kvtier"], bound)
+        over("over round robin, no store", rate["kvtier"], rate["round robin, no store"])
+        over("over dynamo, no store", rate["kvtier"], rate["dynamo, no store"])
+    return {name: Ratio(statistics.median(every), min(every), max(every)) for name, every in found.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.policy", description=__doc__.split("\n")[0])
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 64])
-    parser.add_argument("--quick", action="store_true", help="shorter, and up to 4 workers")
-    parser.add_argument("--target-gb", type=float, default=5.0, help="GB/s of a target, which two workers share")
-    parser.add_argument("--ttft-ms-max", type=float, default=float("inf"), help="a bound on the mean TTFT, too")
-    parser.add_argument("--gpu-price", type=float, default=GPU_PRICE, help="the router's option of that name")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    options = parser.parse_args()
-    begun = time.monotonic()
-    hardware = Hardware(target_bytes_per_second=options.target_gb * 1e9)
-    report = Report("simulated", 0.0, check(options.quick), [], {})
+def show_checks(checks: list[Check]) -> None:
     print("simulated against measured on one H200: clients, DRAM offload | requests/s | TTFT ms | TPOT ms")
-    for one in report.checks:
+    for one in checks:
         print(
             f"{one.clients:3} {one.dram_offload!s:5} | {one.simulated_requests_per_second:.2f} "
             f"({one.measured_requests_per_second:.2f}, {one.error_percent:+.0f} %) | {one.simulated_ttft_ms:.0f} "
             f"({one.measured_ttft_ms:.0f}) | {one.simulated_tpot_ms:.1f} ({one.measured_tpot_ms:.0f})"
         )
-    for shape in (CHAT, AGENTS):
+
+
+def show(rows: list[Row], bound: float, found: dict[str, Ratio]) -> None:
+    print(f"\n{rows[0].load}, {rows[0].workers} workers (simulated)")
+    print("medians over seeds: clients | requests/s, with a bound on TTFT | TTFT ms mean, p99 | TPOT ms")
+    for name in dict.fromkeys(row.policy for row in rows):
+        of = [row for row in rows if row.policy == name]
+        clients, rate, prompt, mean, p99, tpot = (
+            statistics.median(getattr(row, column) for row in of)
+            for column in (
+                "clients", "requests_per_second", "prompt_requests_per_second",
+                "ttft_ms_mean", "ttft_ms_p99", "tpot_ms_mean",
+            )
+        )  # fmt: skip
+        print(f"{name:22} {clients:5.0f} | {rate:7.2f} {prompt:7.2f} | {mean:6.0f} {p99:6.0f} | {tpot:.1f}")
+    print(f"{'bound':22} {'':5} | {bound:7.2f}")
+    for name, ratio in found.items():
+        print(f"  kvtier {name}: {ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.policy", description=__doc__.split("\n")[0])
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 64])
+    parser.add_argument("--quick", action="store_true", help="shorter, and up to 4 workers")
+    parser.add_argument("--target-gb", type=float, default=5.0, help="GB/s of a target, which two workers share")
+    parser.add_argument("--gpu-price", type=float, default=GPU_PRICE, help="the router's option of that name")
+    parser.add_argument("--stall-price", type=float, default=STALL_PRICE, help="the router's option of that name")
+    parser.add_argument("--seeds", type=int, default=3, help="how many; with more than 8 workers it is one")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    options = parser.parse_args()
+    begun = time.monotonic()
+    report = Report("simulated", options.target_gb, 0.0, check(options.quick), [], {}, {})
+    show_checks(report.checks)
+    for load in (LOADS[name] for name in options.loads):
+        hardware = Hardware(
+            hbm_tokens=load.hbm_tokens,
+            dram_tokens=load.dram_tokens,
+            target_bytes_per_second=options.target_gb * 1e9,
+        )
         for workers in [count for count in options.workers if count <= 4 or not options.quick]:
             rows = [
-                sweep(
-                    shape, workers, name, options.quick, options.seed, hardware, options.ttft_ms_max, options.gpu_price
-                )
-                for name in policies(options.seed)
+                sweep(load, workers, name, make, options.quick, seed, options.target_gb)
+                for seed in range(1, 1 + (options.seeds if workers <= 8 else 1))
+                for name, make in policies(seed, options.gpu_price, options.stall_price).items()
             ]
+            bound = policy_bound.requests_per_second(load.shape, hardware, workers, POOL, TPOT_MS_MAX / 1000)
+            case = f"{load.shape.name}, {workers} workers"
             report.rows += rows
-            found = report.ratios[f"{shape.name}, {workers} workers"] = ratios(rows)
-            print(f"\n{shape.name}, {workers} workers (simulated): clients | requests/s | TTFT ms mean, p99 | TPOT ms")
-            for row in rows:
-                print(
-                    f"{row.policy:22} {row.clients:5} | {row.requests_per_second:7.2f} | {row.ttft_ms_mean:6.0f} "
-                    f"{row.ttft_ms_p99:6.0f} | {row.tpot_ms_mean:.1f}"
-                )
-            print("  ".join(f"{name}: {value}" for name, value in found.items()), flush=True)
+            report.bounds[case] = round(bound, 2)
+            report.ratios[case] = ratios(rows, bound)
+            show(rows, bound, report.ratios[case])
             report.took_seconds = round(time.monotonic() - begun, 1)
             if options.json:
                 options.json.write_text(msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n")

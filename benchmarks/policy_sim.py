@@ -1,21 +1,23 @@
 """A simulator of workers, their tiers, the store and the load, to compare routing policies. Everything is simulated.
 
 The numbers are those of Llama-3.1-70B FP8 on one H200: prefill, decode step by batch, KV bytes a token. A worker either
-prefills one prompt or decodes a batch; a prefill holds the decodes up but for one token every 2048 prompt tokens, as
-chunked prefill does. HBM and DRAM keep whole prefixes, least recently used first out. Fetches run from a request's
-arrival on, in the order of arrival, over the worker's link and that of all targets together. What is computed is in
-the store once the request has ended.
+prefills one prompt or decodes a batch; a prefill holds the decodes up but for a token every 2048 prompt tokens, as
+chunked prefill does. HBM and DRAM keep whole prefixes, least recently used first out; a hit is of whole blocks in HBM
+and of whole chunks below it, whoever routes. Fetches run from a request's arrival on, in the order of arrival, over the
+worker's link and that of all targets together. What is computed is in the store once the request has ended.
 """
 
 import heapq
 import itertools
 import random
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 STEPS = ((1, 0.022), (16, 0.025), (48, 0.032))  # batch, seconds a decode step
+BLOCK_TOKENS = 16
 CHUNK_TOKENS = 256
+PREFILL_TOKENS = 2048  # at once; then what decodes gets a token
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class Shape:
 
 CHAT = Shape("multi-turn", (2, 28), (200, 500), (20, 60), (100, 230))
 AGENTS = Shape("agents and documents", (3, 20), (200, 4000), (50, 600), (30, 200), 1536, 8)
+# Made up to have the means of the trace of Kimi published with Mooncake (arXiv 2407.00079v3, section 4): 7,590 tokens
+# in, 182 out, half of the input seen before. Its distribution and its timing are not reproduced.
+KIMI = Shape("means of Mooncake's trace", (1, 4), (500, 3000), (500, 9800), (80, 284), 500, 4)
 
 
 class Conversation:
@@ -89,10 +94,16 @@ class Conversation:
         self.turn += 1
 
 
-class Cache:
-    """Prefixes by key, least recently used first out."""
+Holders = defaultdict[int, Counter[int]]  # key -> worker -> its caches that have it
 
-    def __init__(self, tokens: int):
+
+class Cache:
+    """Prefixes by key, least recently used first out. `holders` says for each key which workers' caches have it, and
+    how often."""
+
+    def __init__(self, tokens: int, holders: Holders | None = None, worker: int = 0):
+        self._holders = holders if holders is not None else defaultdict(Counter)
+        self._worker = worker
         self.capacity_tokens = tokens
         self.used_tokens = 0
         self._held: OrderedDict[int, int] = OrderedDict()
@@ -102,14 +113,22 @@ class Cache:
 
     def put(self, key: int, tokens: int) -> None:
         before = self._held.pop(key, 0)
+        if not before:
+            self._holders[key][self._worker] += 1
         self._held[key] = max(tokens, before)
         self.used_tokens += max(tokens, before) - before
         self.shrink(self.capacity_tokens)
 
     def shrink(self, tokens: int) -> None:
         while self.used_tokens > tokens and self._held:
-            _, gone = self._held.popitem(last=False)
+            key, gone = self._held.popitem(last=False)
             self.used_tokens -= gone
+            workers = self._holders[key]
+            workers[self._worker] -= 1
+            if not workers[self._worker]:
+                del workers[self._worker]
+            if not workers:
+                del self._holders[key]
 
 
 @dataclass
@@ -120,6 +139,7 @@ class Request:
     fetch_tokens: int = 0
     loaded_tokens: int = 0
     prefill_tokens: int = 0  # as decided
+    predicted_seconds: float = 0.0  # to its first token, where the policy says it
     first: float = 0.0
     ends_at_step: float = 0.0
 
@@ -135,7 +155,7 @@ class Worker:
     dram: Cache
     link_free: float = 0.0
     ready: deque[Request] = field(default_factory=deque)
-    fetching: int = 0  # requests
+    fetching: int = 0  # requests that wait for the store
     fetching_tokens: int = 0
     queued_tokens: int = 0  # to compute, not begun
     prefilling: Request | None = None
@@ -173,19 +193,26 @@ Policy = Callable[["Simulation", Request], tuple[int, int]]  # worker, tokens of
 
 
 class Simulation:
-    """Closed loop of `clients` over a pool of conversations, each of which waits until all others had a turn."""
+    """Closed loop of `clients` over a pool of conversations, each of which waits until all others had a turn. What a
+    prefill and a fetch take is off by `noise`, in logarithms; `observe` is told of each first token."""
 
     def __init__(
         self, hardware: Hardware, workers: int, clients: int, pool: int, shape: Shape, policy: Policy, *,
-        store: bool, seed: int = 1,
+        store: bool, seed: int = 1, noise: float = 0.0, observe: Callable[[Request], None] | None = None,
     ):  # fmt: skip
         self.hardware = hardware
         self.now = 0.0
-        self.workers = [Worker(n, Cache(hardware.hbm_tokens), Cache(hardware.dram_tokens)) for n in range(workers)]
+        self._holders: Holders = defaultdict(Counter)
+        self.workers = [
+            Worker(n, Cache(hardware.hbm_tokens, self._holders, n), Cache(hardware.dram_tokens, self._holders, n))
+            for n in range(workers)
+        ]
         self.store: dict[int, int] | None = {} if store else None
         self.pool_rate = hardware.target_bytes_per_second * max(1, workers // hardware.workers_a_target)
         self.pool_free = 0.0
         self._clients = clients
+        self._observe = observe
+        self._noise, self._noisy = noise, random.Random(seed + 1)
         self._policy = policy
         self._shape = shape
         self._seed = seed
@@ -226,12 +253,24 @@ class Simulation:
     def seen(self, worker: Worker, one: Conversation) -> Seen:
         most = one.prompt_tokens - 1
 
-        def held(get: Callable[[int], int]) -> int:
-            return min(most, max(get(one.key), min(get(one.shared), one.shared_tokens)))
+        def held(get: Callable[[int], int], unit: int) -> int:
+            return min(most, max(get(one.key), min(get(one.shared), one.shared_tokens)) // unit * unit)
 
-        hbm = held(worker.hbm.get)
-        dram = max(hbm, held(worker.dram.get))
-        return Seen(hbm, dram, 0 if self.store is None else held(lambda key: (self.store or {}).get(key, 0)))
+        hbm = held(worker.hbm.get, BLOCK_TOKENS)
+        dram = max(hbm, held(worker.dram.get, CHUNK_TOKENS))
+        store = self.store or {}
+        return Seen(hbm, dram, held(lambda key: store.get(key, 0), CHUNK_TOKENS))
+
+    def seen_by_all(self, one: Conversation) -> list[Seen]:
+        """By every worker: most have nothing of it."""
+        store = self.store or {}
+        held = max(store.get(one.key, 0), min(store.get(one.shared, 0), one.shared_tokens))
+        nothing = Seen(0, 0, min(one.prompt_tokens - 1, held // CHUNK_TOKENS * CHUNK_TOKENS))
+        seen = [nothing] * len(self.workers)
+        for key in (one.key, one.shared):
+            for number in self._holders.get(key, ()):
+                seen[number] = self.seen(self.workers[number], one)
+        return seen
 
     def fetch_ends(self, worker: Worker, tokens: int) -> float:
         """When so many tokens' KV would be in the worker's DRAM, asked for now."""
@@ -239,6 +278,9 @@ class Simulation:
         by_link = max(self.now, worker.link_free) + size / self.hardware.worker_bytes_per_second
         by_pool = max(self.now, self.pool_free) + size / self.pool_rate
         return max(by_link, by_pool) + self.hardware.store_latency_seconds
+
+    def _off(self) -> float:
+        return self._noisy.lognormvariate(0, self._noise) if self._noise else 1.0
 
     def _at(self, when: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._count), event))
@@ -256,15 +298,18 @@ class Simulation:
         copied = (request.loaded_tokens - seen.hbm) * self.hardware.kv_bytes_per_token
         ready = self.now + self.hardware.overhead_seconds
         if request.fetch_tokens:
-            ready += self.fetch_ends(worker, request.fetch_tokens) - self.now
-            size = request.fetch_tokens * self.hardware.kv_bytes_per_token
+            off = self._off()
+            ready += self.fetch_ends(worker, int(request.fetch_tokens * off)) - self.now
+            size = request.fetch_tokens * self.hardware.kv_bytes_per_token * off
             worker.link_free = max(self.now, worker.link_free) + size / self.hardware.worker_bytes_per_second
             self.pool_free = max(self.now, self.pool_free) + size / self.pool_rate
             worker.fetching_tokens += request.fetch_tokens
+            worker.fetching += 1
         self._at(ready + copied / self.hardware.dram_bytes_per_second, lambda: self._ready(worker, request))
 
     def _ready(self, worker: Worker, request: Request) -> None:
         worker.fetching_tokens -= request.fetch_tokens
+        worker.fetching -= request.fetch_tokens > 0
         worker.ready.append(request)
         self._step(worker)
 
@@ -292,15 +337,17 @@ class Simulation:
         worker.running_tokens += request.tokens
         worker.hbm.capacity_tokens = max(0, self.hardware.hbm_tokens - worker.running_tokens)
         worker.hbm.shrink(worker.hbm.capacity_tokens)
-        chunks = -(-request.prefill_tokens // 2048)
+        chunks = -(-request.prefill_tokens // PREFILL_TOKENS)
         took = self.hardware.prefill_seconds(request.prefill_tokens, one.prompt_tokens - request.prefill_tokens)
-        worker.prefill_ends = self.now + took
+        worker.prefill_ends = self.now + took * self._off()
 
         def ended() -> None:
             worker.steps += chunks if worker.running else 0
             worker.since = self.now
             worker.prefilling = None
             request.first = self.now
+            if self._observe is not None:
+                self._observe(request)
             request.ends_at_step = worker.steps + one.answer_tokens - 1
             heapq.heappush(worker.running, (request.ends_at_step, next(self._count), request))
             self._step(worker)
