@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from graphs.forgery import Record, forge, records
 from graphs.serve import Child, Supervisor
-from graphs.service import load_deployment, load_root
+from graphs.service import load_deployment
 from graphs.services import free_port, frontend_url, page_address, runtime_env, vllm_workers
 from graphs.tiny_model import make_tiny_model
 from kvstore import residency, wire
@@ -112,7 +112,6 @@ class Trial:
             *([f"--Router.page=127.0.0.1:{free_port()}"] if self.graph == type(self).graph else []),
             *self.overrides,
         ]
-        load_root(self.graph).link(ReferenceWorker)
         self.deployment = load_deployment(self.graph, self.config, overrides, self.folder / "state")
         tiered = self.deployment.of(self.tiered)
         reference = {
@@ -124,7 +123,8 @@ class Trial:
         }
         args = tiered.args.model_copy(update={"workers": 1})
         settings = {**self.deployment.settings, "ReferenceWorker": type(tiered)(args, tiered.env, reference)}
-        self.deployment = type(self.deployment)(self.deployment.services, settings, self.deployment.state_dir)
+        services = [ReferenceWorker, *self.deployment.services]
+        self.deployment = type(self.deployment)(services, settings, self.deployment.state_dir)
         self.url = frontend_url(self.deployment)
         self.page_url = f"http://{page_address(self.deployment)}/"
         self.supervisor = Supervisor(self.deployment, self._log, restart=False)
