@@ -62,6 +62,8 @@ class Trickle:
         self.address = self.impostor.address
 
     def _answer(self, stream: Stream, header: Header, control: bytes) -> None:
+        if header.op is not Op.GET:
+            raise ConnectionError  # whoever asks for anything else finds that it hangs up
         for number in range(len(wire.decode_control(control, wire.Get).keys)):
             first, rest = value(header, b"\xff" * ROW, number=number)
             stream.send([first, rest[:100]], soon(SOON))
