@@ -24,7 +24,7 @@ from graphs.service import load_deployment
 from graphs.services import free_port, frontend_url, page_address, runtime_env, vllm_workers
 from graphs.tiny_model import make_tiny_model
 from kvstore import residency, wire
-from kvstore.bus import Bus
+from kvstore.bus import Bus, WorkerReport, subject
 from kvstore.client import StoreClient
 from kvstore.keys import sequence_hashes
 from kvstore.membership import StaticMembership
@@ -344,6 +344,22 @@ class Trial:
         """Start a process of the deployment that was killed, and wait until it is ready."""
         process = next(process for process in self.deployment.processes() if process.name == name)
         await self.supervisor.launch(process)
+        if process.service == self.tiered:
+            await self._until_reporting(name)
+
+    async def _until_reporting(self, worker: str) -> None:
+        """Wait until the worker's tier is up, later than its engine: until then chunks of the store are misses."""
+        heard: set[str] = set()
+
+        async def hear(report: WorkerReport) -> None:
+            heard.add(report.worker)
+
+        async def reporting() -> bool:
+            return str(await self.worker_id(worker)) in heard
+
+        reports = await self.bus.subscribe(subject("default", "speed.worker"), WorkerReport, hear)
+        await self.until(reporting, f"{worker} reports", 60)
+        await reports.unsubscribe()
 
     async def clear(self, worker: str) -> None:
         """Empty the worker's HBM and DRAM tiers, through the stock worker's own endpoint."""
