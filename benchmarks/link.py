@@ -177,8 +177,7 @@ class Bench:
             outputs = await self._routed.random(request)
         else:
             plan = make_plan(places[:chunks], fetch=chunks, deadline_ms=60_000, chunk_ms=0, decision_id="forced")
-            transfer = {"kv_transfer_params": {FIELD: msgspec.to_builtins(plan)}}
-            request["extra_args"] = {"sampling_options": {"extra_args": transfer}}
+            request["extra_args"] = {"sampling_options": {"extra_args": {FIELD: msgspec.to_builtins(plan)}}}
             outputs = await self._direct.direct(request, self._worker_id)
         took = 0.0
         async for output in outputs:

@@ -40,7 +40,7 @@ from kvstore.client import Item, StoreClient
 from kvstore.errors import ConfigError, run_command, validated
 from kvstore.keys import chunk_key, fingerprint, layout_digest, sequence_hashes
 from kvstore.membership import StaticMembership, checked_address
-from kvstore.plan import FIELD, Plan, read_plan
+from kvstore.plan import Plan, read_plan
 from kvstore.wire import Outcome
 
 BLOCK_TOKENS = 16
@@ -388,9 +388,7 @@ class SimulatedEngine(LLMEngine):  # type: ignore[misc]
 
 def _plan(request: Any) -> Plan | None:
     """Where the router puts it for a stock worker."""
-    extra = ((request.get("extra_args") or {}).get("sampling_options") or {}).get("extra_args") or {}
-    transfer = extra.get("kv_transfer_params") or {}
-    return read_plan(transfer) if FIELD in transfer else None
+    return read_plan(((request.get("extra_args") or {}).get("sampling_options") or {}).get("extra_args"))
 
 
 async def serve(options: Options) -> None:

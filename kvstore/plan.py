@@ -12,7 +12,9 @@ from typing import Annotated
 import msgspec
 
 VERSION = 1
-FIELD = "kvtier"  # of a request's kv_transfer_params
+# Of a request's sampling_params.extra_args. A stock prefill worker writes its own kv_transfer_params, and leaves the
+# other keys.
+FIELD = "kvtier"
 
 
 class Run(msgspec.Struct, array_like=True, frozen=True):
@@ -48,12 +50,12 @@ def make_plan(
     return Plan(VERSION, runs, fetch, deadline_ms, chunk_ms, decision_id)
 
 
-def read_plan(kv_transfer_params: Mapping[str, object] | None) -> Plan | None:
-    """The plan in a request's kv_transfer_params, or None if there is none that this version understands."""
-    if not kv_transfer_params or FIELD not in kv_transfer_params:
+def read_plan(fields: Mapping[str, object] | None) -> Plan | None:
+    """The plan in what has one under FIELD, or None if there is none that this version understands."""
+    if not fields or FIELD not in fields:
         return None
     try:
-        plan = msgspec.convert(kv_transfer_params[FIELD], Plan)
+        plan = msgspec.convert(fields[FIELD], Plan)
     except msgspec.ValidationError:
         return None
     return plan if plan.v == VERSION and sum(run.chunks for run in plan.runs) <= 1 << 20 else None

@@ -136,7 +136,7 @@ async def serve(router: Router, request: dict[str, Any] | None = None, context: 
 
 
 def plan_of(sent: dict[str, Any]) -> Any:
-    return read_plan(sent["extra_args"]["sampling_options"]["extra_args"]["kv_transfer_params"])
+    return read_plan(sent["extra_args"]["sampling_options"]["extra_args"])
 
 
 async def test_the_chosen_worker_is_pinned_and_given_the_plan() -> None:
@@ -149,14 +149,14 @@ async def test_the_chosen_worker_is_pinned_and_given_the_plan() -> None:
         "routing": {"priority": 3},
         "extra_args": {
             "nvext": {"a": 1},
-            "sampling_options": {"extra_args": {"kv_transfer_params": {"theirs": 1, FIELD: {"v": 1}}}},
+            "sampling_options": {"extra_args": {"kv_transfer_params": {"theirs": 1}, FIELD: {"v": 1}}},
         },
     }
     assert len(await serve(router, request)) == 5
     (sent,) = kv_router.sent
     assert sent["routing"] == {"priority": 3, "backend_instance_id": 1, "dp_rank": 0}
     assert sent["extra_args"]["nvext"] == {"a": 1}
-    assert sent["extra_args"]["sampling_options"]["extra_args"]["kv_transfer_params"]["theirs"] == 1
+    assert sent["extra_args"]["sampling_options"]["extra_args"]["kv_transfer_params"] == {"theirs": 1}
     plan = plan_of(sent)
     assert (plan.targets(), plan.fetch) == (["t:1"] * 8, 6)
     assert "backend_instance_id" not in request["routing"]  # the caller's request is left as it was

@@ -10,10 +10,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     RequestOffloadState,
     SchedulerOffloadConfig,
 )
+from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, ReqContext, make_offload_key
+from vllm.v1.request import Request
 
 from components.worker.connector import ANSWER_PIECE_TOKENS, KvtierConnector
 from components.worker.step_clock import StepClock
+from kvstore.plan import FIELD
 
 
 class Tier:
@@ -168,6 +171,40 @@ def test_steps_are_timed_though_some_have_no_output_for_the_connector(monkeypatc
         one.get_kv_connector_stats()
     samples = [(tokens, round(seconds, 6)) for tokens, _, seconds in one._clock._fit._samples]
     assert samples == [(100, 0.2), (200, 0.3)]
+
+
+ROUTERS, CLIENTS = {"decision_id": "router"}, {"decision_id": "client"}
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "transfer", "seen"),
+    [
+        ({FIELD: ROUTERS}, None, {FIELD: ROUTERS}),
+        ({FIELD: ROUTERS}, {"do_remote_decode": True}, {"do_remote_decode": True, FIELD: ROUTERS}),
+        ({FIELD: ROUTERS}, {FIELD: CLIENTS}, {FIELD: ROUTERS}),
+        ({}, {FIELD: CLIENTS, "theirs": 1}, {"theirs": 1}),
+        (None, None, None),
+    ],
+)
+def test_the_tier_sees_the_routers_plan_beside_what_others_write(extra_args: Any, transfer: Any, seen: Any) -> None:
+    """As vLLM makes a tier's context; what a stock prefill worker writes is NIXL's, and stays."""
+    one, _, _ = connector(0, {})
+    contexts: list[ReqContext] = []
+
+    def new_request(context: ReqContext) -> Any:
+        contexts.append(context)
+        return SimpleNamespace(policy=OffloadPolicy.BLOCK_LEVEL)
+
+    scheduler: Any = object.__new__(OffloadingConnectorScheduler)
+    scheduler.config = SchedulerOffloadConfig((), 1, 1, False)
+    scheduler._req_status, scheduler.manager = {}, SimpleNamespace(on_new_request=new_request)
+    one.connector_scheduler = scheduler
+    parameters = SamplingParams(extra_args=extra_args)
+    request = Request("r", [1, 2, 3], parameters, None)
+    request.kv_transfer_params = transfer
+    request.skip_reading_prefix_cache = True
+    one.on_new_request(request)
+    assert contexts == [ReqContext("r", seen)]
 
 
 @pytest.mark.parametrize("tokens_per_step", [1, 3, 50])

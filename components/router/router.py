@@ -349,13 +349,10 @@ class Router:
         routing = dict(request.get("routing") or {})
         routing["backend_instance_id"] = candidate.worker
         routing["dp_rank"] = candidate.dp_rank  # a worker with several ranks is refused without
-        plan = self._plan(choice, decision_id)
         extra_args = dict(request.get("extra_args") or {})
         options = dict(extra_args.get("sampling_options") or {})
         engine_args = dict(options.get("extra_args") or {})
-        transfer = dict(engine_args.get("kv_transfer_params") or {})
-        transfer[FIELD] = msgspec.to_builtins(plan)
-        engine_args["kv_transfer_params"] = transfer
+        engine_args[FIELD] = msgspec.to_builtins(self._plan(choice, decision_id))
         options["extra_args"] = engine_args
         extra_args["sampling_options"] = options
         return {**request, "routing": routing, "extra_args": extra_args}

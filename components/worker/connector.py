@@ -34,6 +34,7 @@ from components.worker.manager import GuardedTieringManager
 from components.worker.remote_tier import TIER_TYPE, RemoteTier
 from components.worker.step_clock import StepClock, prefilled
 from kvstore.keys import layout_digest
+from kvstore.plan import FIELD
 
 # Of an answer, what is stored at once while it grows. A worker that dies loses as much of it.
 ANSWER_PIECE_TOKENS = 128
@@ -78,6 +79,7 @@ class KvtierConnector(OffloadingConnector):
         self._block_pool = gpu_block_pool
 
     def on_new_request(self, request: Request) -> None:
+        _hand_over_plan(request)
         super().on_new_request(request)
         status = self.connector_scheduler._req_status[request.request_id]
         status.update_offload_keys()
@@ -198,6 +200,16 @@ class KvtierConnector(OffloadingConnector):
 
     def _note_load(self, request: Request, key: OffloadKey, chunk: int) -> None:
         self._events.record(request, self._groups[get_offload_group_idx(key)], chunk, key)
+
+
+def _hand_over_plan(request: Request) -> None:
+    """Put the router's plan where the tier sees it: of a request, vLLM shows kv_transfer_params alone to tiers. What a
+    client wrote there under the plan's name is none."""
+    transfer = {key: value for key, value in (request.kv_transfer_params or {}).items() if key != FIELD}
+    extra_args = request.sampling_params.extra_args if request.sampling_params else None
+    if extra_args and FIELD in extra_args:
+        transfer[FIELD] = extra_args[FIELD]
+    request.kv_transfer_params = transfer or None
 
 
 def _piece_ends(request: Request, tokens: int) -> bool:

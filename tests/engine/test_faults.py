@@ -103,7 +103,7 @@ class Engine:
             ignore_eos=True,
             logprobs=0,
             skip_reading_prefix_cache=computed,
-            extra_args={"kv_transfer_params": {FIELD: msgspec.to_builtins(plan)}},
+            extra_args={FIELD: msgspec.to_builtins(plan)},
         )
         asked: dict[str, Any] = {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
         adapter = LoRARequest(ADAPTER, 1, str(self.lora)) if lora else None
