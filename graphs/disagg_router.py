@@ -1,17 +1,18 @@
 """Prefill and decode on workers of their own.
 
-The frontend's KV router picks a prefill worker, which fetches what the store has and computes the rest; NIXL hands the
-KV to a decode worker, which goes on. Only prefill workers have the tier, for only they read prompts. The router of this
-project (`--worker-type prefill`) is no part of this graph: prefill workers ask the store without a plan.
+The frontend sends a prompt to the router, which picks a prefill worker and plans what it fetches from the store; it
+computes the rest, and NIXL hands the KV to a decode worker, which goes on. Only prefill workers have the tier and are
+routed, for only they read prompts: the frontend takes decode workers in turn.
 """
 
 from graphs import services
 
-Frontend = services.Frontend.fresh()
+Frontend, Router = services.Frontend.fresh(), services.PrefillRouter.fresh()
 PrefillWorker, DecodeWorker = services.PrefillWorker.fresh(), services.DecodeWorker.fresh()
 Store, Nats, Etcd = services.Store.fresh(), services.Nats.fresh(), services.Etcd.fresh()
 
-Frontend.link(PrefillWorker).link(Store).link(Nats)
+Frontend.link(Router).link(PrefillWorker).link(Store).link(Nats)
+Router.link(Nats)
 Frontend.link(DecodeWorker).link(Nats)
 DecodeWorker.link(Etcd)
 Store.link(Etcd)

@@ -27,6 +27,7 @@ _NATS_LISTEN, _NATS_MONITOR = "127.0.0.1:4222", 8222
 _ETCD_LISTEN, _ETCD_PEER = "127.0.0.1:2379", 2380
 # A router that is gone stays registered for 10 s, in which the frontend asks it, too: then it shall ask another one.
 _MIGRATION = {"migration-limit": 3}
+_PREFILL_ENDPOINT = "dynamo.prefill.generate"
 _SYSTEM_PORT = 9090  # of Dynamo's processes in containers: /health, /live, /metrics
 
 _TIER_FLAGS = {
@@ -150,7 +151,8 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
 
 def vllm_workers(name: str, mode: str = "routed") -> Service:
     """A service of vLLM workers; a graph may have several, of different settings. They are found by this project's
-    router (`routed`), or by the frontend: those that do everything (`public`), those for `prefill` and `decode`."""
+    router (`routed`, and those for `prefill`), or by the frontend: those that do everything (`public`), those for
+    `decode`."""
     return Service(name, lambda settings, deployment: _vllm_worker(name, mode, settings, deployment))
 
 
@@ -167,10 +169,13 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
     if "model" not in flags:
         raise ConfigError("model", "nothing", "a folder with a config.json, or a name on the hub (owner/model)")
     flags["model"] = place_model(deployment, str(flags["model"]))
+    if mode == "prefill":
+        # Under the public name a frontend would go round the router, whatever the endpoint types.
+        flags["served-model-name"] = f"{model_name(deployment)}-prefill"
     ours: dict[str, Setting] = {
         "store": store_addresses(deployment),
         "nats": nats_url(deployment),
-        **({"endpoint": "dynamo.prefill.generate"} if mode == "prefill" else {}),
+        **({"endpoint": _PREFILL_ENDPOINT} if mode == "prefill" else {}),
         **{key: value for key, value in flags.items() if key in _WORKER_FLAGS},
     }
     validated(Options, {key.replace("-", "_"): value for key, value in ours.items()})
@@ -184,7 +189,7 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
             if "endpoint" in stock:
                 stock["endpoint"] = f"dyn://{stock['endpoint']}"
             command = [place.python, "-m", "dynamo.vllm", *as_flags(stock)]
-        if mode != "routed" and tier:
+        if mode in ("public", "decode") and tier:
             command += ["--endpoint-types", "chat,completions"]  # the last of two counts: a frontend is to find it
         if mode in ("prefill", "decode"):
             command += _disaggregated(mode, ours if tier else None, on_gpu=bool(gpus))
@@ -235,18 +240,24 @@ def _disaggregated(mode: str, tier: Mapping[str, Setting] | None, *, on_gpu: boo
     return [*arguments, "--kv-transfer-config", json.dumps(transfer)]
 
 
-def _router(settings: Settings, deployment: Deployment) -> list[Process]:
+def routers(workers: str = "VllmWorker", worker_type: str = "aggregated") -> Service:
+    """The service of the routers that are in front of a service of workers."""
+    return Service("Router", lambda settings, deployment: _router(workers, worker_type, settings, deployment))
+
+
+def _router(workers: str, worker_type: str, settings: Settings, deployment: Deployment) -> list[Process]:
     from components.router.__main__ import Options
 
-    known = {name.replace("_", "-") for name in Options.model_fields} - {"nats"}
+    known = {name.replace("_", "-") for name in Options.model_fields} - {"nats", "worker-type"}
     _known("Router", settings, known | {"system-port"})
     place = deployment.place
-    worker = deployment.of("VllmWorker").flags
+    worker = deployment.of(workers).flags
     inherited = {key: worker[key] for key in ("endpoint", "namespace", "deadline-ms") if key in worker}
     flags: dict[str, Setting] = {
         "model-name": model_name(deployment),
         "model-path": place_model(deployment, str(worker.get("model", ""))),
         "nats": nats_url(deployment),
+        **({"endpoint": _PREFILL_ENDPOINT, "worker-type": worker_type} if worker_type == "prefill" else {}),
         **inherited,
         **{key: value for key, value in settings.flags.items() if key != "system-port"},
     }
@@ -318,7 +329,8 @@ VllmWorker = vllm_workers("VllmWorker")
 PublicWorker = vllm_workers("VllmWorker", "public")
 PrefillWorker = vllm_workers("PrefillWorker", "prefill")
 DecodeWorker = vllm_workers("DecodeWorker", "decode")
-Router = Service("Router", _router)
+Router = routers()
+PrefillRouter = routers("PrefillWorker", "prefill")
 Frontend = Service("Frontend", _frontend)
 
 

@@ -109,7 +109,7 @@ class Trial:
             f"--Nats.listen={nats}",
             f"--Store.listen=127.0.0.1:{self._store_port}",
             f"--Frontend.port={free_port()}",
-            *([f"--Router.page=127.0.0.1:{free_port()}"] if self.graph == type(self).graph else []),
+            f"--Router.page=127.0.0.1:{free_port()}",
             *self.overrides,
         ]
         self.deployment = load_deployment(self.graph, self.config, overrides, self.folder / "state")
@@ -282,15 +282,20 @@ class Trial:
         status = await asyncio.to_thread(self._store.stat, time.monotonic() + 2)
         return status.get(self.store_address)
 
-    def chunk_hashes(self, messages: Sequence[Message], *, answered: bool = False) -> list[int]:
-        """Router hashes of the prompt's chunks, computed as a router does from the tokens."""
+    def tokens(self, messages: Sequence[Message], *, answered: bool = False) -> list[int]:
+        """The prompt's, as the frontend makes them."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
-        tokens = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=not answered, tokenize=True, return_dict=False
+        return list(
+            tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=not answered, tokenize=True, return_dict=False
+            )
         )
-        return sequence_hashes(tokens, BLOCK_TOKENS)
+
+    def chunk_hashes(self, messages: Sequence[Message], *, answered: bool = False) -> list[int]:
+        """Router hashes of the prompt's chunks, computed as a router does from the tokens."""
+        return sequence_hashes(self.tokens(messages, answered=answered), BLOCK_TOKENS)
 
     def located(self, hashes: list[int]) -> list[str | None]:
         """The target that holds each chunk, by the announcements; there is one layout with chunks here."""

@@ -160,6 +160,20 @@ def test_prefill_workers_have_the_tier_beside_nixl(tmp_path: Path) -> None:
     assert (prefill.env["CUDA_VISIBLE_DEVICES"], decode.env["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
 
 
+def test_prefill_workers_are_found_by_their_router_alone(tmp_path: Path) -> None:
+    overrides = ["--PrefillWorker.endpoint=dynamo.readers.generate", "--PrefillWorker.namespace=ours"]
+    deployment = load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", overrides, tmp_path)
+    shown = {process.name: " ".join(process.command) for process in deployment.processes()}
+    names = ["Nats", "Store-0", "PrefillWorker-0", "Router-0", "DecodeWorker-0", "Frontend-0"]
+    assert list(shown) == names
+    router = shown["Router-0"]
+    assert "--model-name llama-8b --model-path meta-llama/Llama-3.1-8B-Instruct" in router
+    assert "--endpoint dynamo.readers.generate --worker-type prefill --namespace ours" in router
+    assert "--served-model-name llama-8b-prefill" in shown["PrefillWorker-0"]
+    assert "--served-model-name llama-8b " in shown["DecodeWorker-0"]
+    assert "--router-mode" not in shown["Frontend-0"]
+
+
 def test_gpus_are_taken_from_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     deployment = load_deployment(ROUTED, CONFIGS / "two_gpu.yaml", [], tmp_path)

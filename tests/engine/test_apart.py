@@ -4,12 +4,18 @@ A cluster of its own, and so the first file by name: it is gone when the one tha
 """
 
 import asyncio
+import json
+import os
+import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from graphs.demo import OPENING
-from graphs.trial import BLOCK_TOKENS, CONFIG, Trial
+from graphs.services import runtime_env
+from graphs.trial import BLOCK_TOKENS, CONFIG, MODEL, Trial
+from kvstore.plan import FIELD, make_plan
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -22,6 +28,7 @@ async def test_prefill_takes_from_the_store_and_decode_goes_on(tmp_path: Path) -
     cluster = Trial(
         tmp_path,
         print,
+        ["--Router.prefill-tokens-per-second=500"],  # until it has learnt better, a fetch has time on a busy machine
         config=CONFIG.with_name("disagg_quickstart.yaml"),
         graph="graphs.disagg_router:Frontend",
         tiered="PrefillWorker",
@@ -39,14 +46,60 @@ async def test_prefill_takes_from_the_store_and_decode_goes_on(tmp_path: Path) -
             with pytest.raises(RuntimeError, match="HTTP 50"):
                 await trial.ask(trial.messages)
         await trial.restart(PREFILL)
+        whole = first.answer.prompt_tokens // BLOCK_TOKENS
+
+        # Without a plan the tier would take both chunks: it asks what the store has only where no plan says it.
+        await trial.until(lambda: would_fetch(trial, whole), "the router knows the new worker's tier", 30)
+        assert await prefill_by_plan(trial, prompt_chunks=2, planned_chunks=1) == BLOCK_TOKENS
+
+        await trial.until(lambda: would_fetch(trial, whole - 2), "the router knows what was computed", 30)
         await trial.until(lambda: trial.ask(trial.messages[:1], max_tokens=1), "the prompt is answered again", 30)
+        async with trial.http.get(f"{trial.page_url}decisions?limit=1") as reply:
+            (decision,) = await reply.json()
+        assert (decision["prompt_tokens"], decision["fetch_chunks"]) == (first.answer.prompt_tokens, whole - 2)
+        assert (await trial.sources(PREFILL)).store == (whole - 1) * BLOCK_TOKENS
 
         before = await handed_over(trial)
         second = await trial.say_next("And what else? " * 20)
-        assert second.sources.store + second.sources.hbm >= first.answer.prompt_tokens // BLOCK_TOKENS * BLOCK_TOKENS
-        assert (await trial.sources(PREFILL)).store > 0
+        assert second.sources.store + second.sources.hbm >= whole * BLOCK_TOKENS
         assert second.answer.equals(await trial.reference())
         assert await handed_over(trial) > before  # what the decode worker did not hold still
+
+
+async def would_fetch(trial: Trial, chunks: int) -> bool:
+    """Whether the router would fetch so many chunks of the conversation's first prompt."""
+    async with trial.http.post(f"{trial.page_url}explain", json={"messages": trial.messages[:1]}) as reply:
+        return bool((await reply.json())["fetch_chunks"] == chunks)
+
+
+async def prefill_by_plan(trial: Trial, *, prompt_chunks: int, planned_chunks: int) -> int:
+    """Send the beginning of the conversation to the prefill worker, as a router does. Returns the tokens that came from
+    the store."""
+    targets = [trial.store_address] * planned_chunks
+    plan = make_plan(targets, fetch=planned_chunks, deadline_ms=60_000, chunk_ms=0, decision_id="test")
+    length = prompt_chunks * BLOCK_TOKENS + 1
+    request = {
+        "model": MODEL,
+        "token_ids": trial.tokens(trial.messages[:1])[:length],
+        "sampling_options": {"temperature": 0.0},
+        "stop_conditions": {"max_tokens": 1},
+        "output_options": {},
+        "extra_args": {"sampling_options": {"extra_args": {FIELD: msgspec.to_builtins(plan)}}},
+    }
+    worker = str(await trial.worker_id(PREFILL))
+    client = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.stock_client", "dynamo.prefill.generate", worker),
+        stdin=asyncio.subprocess.PIPE,
+        env={**os.environ, **runtime_env(trial.deployment), "DYN_LOG": "off"},
+    )
+    await asyncio.wait_for(client.communicate(json.dumps(request).encode()), 60)
+    assert client.returncode == 0
+
+    async def counted() -> bool:
+        return (await trial.sources(PREFILL)).total == length
+
+    await trial.until(counted, "the worker has counted the prompt", 10)
+    return (await trial.sources(PREFILL)).store
 
 
 async def handed_over(trial: Trial) -> float:
