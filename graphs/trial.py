@@ -137,6 +137,7 @@ class Trial:
             self._store = StoreClient(StaticMembership([self.store_address]))
             self._ids: dict[str, int] = {}
             self._runtime: Any = None
+            self._clients: dict[str, Any] = {}
             await self.until(self._answers, "both models answer", 120)
         except BaseException:
             await self.http.close()
@@ -200,9 +201,10 @@ class Trial:
             from dynamo.runtime import DistributedRuntime  # it reads the environment when imported
 
             self._runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
-        client = await self._runtime.endpoint(endpoint).client()
-        await client.wait_for_instances()
-        return client
+        if endpoint not in self._clients:  # each watches the discovery folder for as long as the runtime lives
+            self._clients[endpoint] = await self._runtime.endpoint(endpoint).client()
+        await self._clients[endpoint].wait_for_instances()
+        return self._clients[endpoint]
 
     async def say_next(self, text: str, *, max_tokens: int = 32) -> Turn:
         """The next turn of the conversation: `text`, the answer, and where the worker found the prompt."""
