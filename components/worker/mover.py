@@ -221,6 +221,8 @@ class Mover:
             self._moving_seconds += now - self._measured_until
         self._measured_until = now
         if self._moved_bytes >= SAMPLE_BYTES or self._moving_seconds >= SAMPLE_SECONDS:
+            if now >= self._sampled + SAMPLE_VALID_SECONDS:
+                self._throughput = Throughput()  # what was too old to be reported is too old to count
             self._throughput.add(self._moved_bytes, self._moving_seconds)
             self._moved_bytes, self._moving_seconds, self._sampled = 0, 0.0, now
 
