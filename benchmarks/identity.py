@@ -25,6 +25,7 @@ from benchmarks.multi_turn import (
     Options,
     engine_command,
     last_words,
+    leave_on_sigterm,
     running,
     say,
     target_command,
@@ -143,6 +144,7 @@ async def measure(options: Options, prompts: list[list[int]], logs: Path, number
 
 
 def main() -> int:
+    leave_on_sigterm()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.identity", description=__doc__.split("\n")[0])
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="for the model and the target")
     parser.add_argument("--dtype", choices=sorted(NUMBER_BYTES), default="bfloat16")

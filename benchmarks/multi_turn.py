@@ -58,8 +58,8 @@ from benchmarks.multi_turn_load import (
 )
 from benchmarks.multi_turn_plot import plot
 from benchmarks.multi_turn_results import OverPlain, Spread, best, medians, over_plain
+from components.worker.__main__ import MODEL_RUNNER, compose
 from components.worker.__main__ import Options as WorkerOptions
-from components.worker.__main__ import compose
 from graphs.services import free_port
 from kvstore.errors import ConfigError, run_command, validated
 
@@ -75,7 +75,12 @@ START_SECONDS = 400.0
 SETTLE_SECONDS = 3.0  # without another write: what is written behind the warm-up is written
 SETTLE_SECONDS_MAX = 30.0
 TARGET_FOUND_SECONDS = 5.0  # in which workers try a target again that was away
-ENGINE_ENVIRONMENT = {"PYTHONHASHSEED": "0", "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
+ENGINE_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "VLLM_SERVER_DEV_MODE": "1",
+    "HF_HUB_OFFLINE": "1",
+    MODEL_RUNNER: os.environ.get(MODEL_RUNNER, "0"),  # a tier of whatever kind is faster on it
+}
 ROOT = Path(__file__).parents[1]
 
 Positive = Annotated[int, Field(ge=1)]
@@ -215,6 +220,11 @@ def running(name: str, command: list[str], environment: dict[str, str], log: Pat
         process.wait()
 
 
+def leave_on_sigterm() -> None:
+    """So that what was started is stopped. From the main thread."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def last_words(log: Path) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip()]
@@ -314,6 +324,7 @@ class Bench:
                 for number in range(self.options.rounds):
                     self._round = number
                     await self._measure(endpoint, "url", pool)
+                    await self._measure_first_tokens(endpoint, "url")
                     if self.options.fresh:
                         await self._measure_fresh(endpoint, "url")
                 return
@@ -358,14 +369,26 @@ class Bench:
                 await ask_again(endpoint, pool, max(options.clients))
             if mode.startswith("store"):
                 self._of_store = pool
-            await self._measure(endpoint, mode, pool)
+            serving = mode
+
+            async def served_by(wanted: str) -> None:
+                nonlocal serving, target
+                if wanted != serving:
+                    target.close()
+                    target = stack.enter_context(self._target(wanted, own, address))
+                    await asyncio.sleep(TARGET_FOUND_SECONDS)
+                    serving = wanted
+
+            for mode in modes:
+                await served_by(mode)
+                await self._measure(endpoint, mode, pool)
+            # Last what pushes the pool out of a store that has room for little more.
+            for mode in reversed(modes) if options.first_token else ():
+                await served_by(mode)
+                await self._measure_first_tokens(endpoint, mode)
             if options.fresh:
-                await self._measure_fresh(endpoint, mode)
-            for again in modes[1:]:
-                target.close()
-                target = stack.enter_context(self._target(again, own, address))
-                await asyncio.sleep(TARGET_FOUND_SECONDS)
-                await self._measure(endpoint, again, pool)
+                await served_by(modes[0])
+                await self._measure_fresh(endpoint, modes[0])
 
     def _target(self, mode: str, folder: Path, address: str) -> ExitStack:
         """The target that the mode needs, if any."""
@@ -393,6 +416,9 @@ class Bench:
         for clients in options.clients if self._round % 2 == 0 else reversed(options.clients):
             point = await measure(endpoint, pool, mode, clients, seconds=options.seconds, ramp_seconds=options.ramp)
             self._add(point)
+
+    async def _measure_first_tokens(self, endpoint: Endpoint, mode: str) -> None:
+        options = self.options
         known = {(one.mode, one.prompt_tokens) for one in self.report.first_tokens}
         for tokens in options.first_token:
             if (mode, tokens) in known:
@@ -479,7 +505,7 @@ def table(report: Report) -> str:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    leave_on_sigterm()
     options = parse(sys.argv[1:])
     logs = Path(tempfile.mkdtemp(prefix="kvtier-turns-logs-"))
     bench = Bench(options, logs)

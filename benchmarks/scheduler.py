@@ -28,7 +28,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.multi_turn import Options as EngineOptions
-from benchmarks.multi_turn import running, say, target_command, transfer_config
+from benchmarks.multi_turn import leave_on_sigterm, running, say, target_command, transfer_config
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.errors import ConfigError, run_command, validated
@@ -69,7 +69,7 @@ class Cost(msgspec.Struct):
 class Drive:
     """One scheduler of vLLM, and what stands in for the rest of the engine."""
 
-    def __init__(self, options: Options, model: Path, transfer: dict[str, object] | None):
+    def __init__(self, options: Options, model: Path, transfer: dict[str, object] | None, *, hbm_blocks: int = 0):
         import torch
         from vllm.config import KVEventsConfig
         from vllm.engine.arg_utils import EngineArgs
@@ -80,7 +80,8 @@ class Drive:
         from vllm.v1.structured_output import StructuredOutputManager
 
         self._options = options
-        blocks = 2 * options.running * -(-(options.prompt_tokens + options.answer_tokens) // options.block_tokens)
+        of_request = -(-(options.prompt_tokens + options.answer_tokens) // options.block_tokens)
+        blocks = hbm_blocks or 2 * options.running * of_request
         config = EngineArgs(
             model=str(model),
             max_num_seqs=options.running,
@@ -148,7 +149,8 @@ class Drive:
         self._scheduler.update_from_output(output, self._answer(output))
 
     def _answer(self, output: Any) -> Any:
-        """A token for every request whose prompt is computed, and the copies that the last step began."""
+        """A token for every request whose prompt is computed, and the copies that the last step began, or this one as
+        far as it came after them."""
         from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
@@ -157,7 +159,10 @@ class Drive:
             done.mark_completed(job)
         received = {request for job, request in self._received.items() if job in self._copied}
         meta = output.kv_connector_metadata
-        self._copied = [] if meta is None else [*meta.load_jobs, *meta.store_jobs]
+        first = getattr(meta, "in_step", ())
+        for job in first:
+            done.mark_completed(job)
+        self._copied = [] if meta is None else [job for job in (*meta.load_jobs, *meta.store_jobs) if job not in first]
         self._received = {} if meta is None else {job: one.req_id for job, one in meta.load_jobs.items()}
         names = list(output.num_scheduled_tokens)
         requests = [self._scheduler.requests[name] for name in names]
@@ -260,6 +265,7 @@ def parse() -> Options:
 
 
 def main() -> None:
+    leave_on_sigterm()
     options = parse()
     os.environ.setdefault("PYTHONHASHSEED", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

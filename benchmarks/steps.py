@@ -32,6 +32,7 @@ from benchmarks.multi_turn import (
     add_engine_arguments,
     check_folders,
     engine_arguments,
+    leave_on_sigterm,
     running,
     say,
     target_command,
@@ -247,6 +248,7 @@ def parse() -> Options:
 
 
 def main() -> None:
+    leave_on_sigterm()
     options = parse()
     # The engine runs in this process, where its scheduler can be timed.
     os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **ENGINE_ENVIRONMENT})

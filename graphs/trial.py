@@ -5,6 +5,7 @@ NATS, a target on a directory; only the model's weights are noise.
 """
 
 import asyncio
+import importlib
 import json
 import os
 import signal
@@ -88,6 +89,17 @@ class Turn:
     answer: Answer
 
 
+def import_dynamo_in_silence() -> None:
+    """Dynamo reads DYN_LOG when this process first imports it; the services of a trial have their own logs."""
+    before = os.environ.get("DYN_LOG")
+    os.environ["DYN_LOG"] = "off"
+    importlib.import_module("dynamo.runtime")
+    if before is None:
+        del os.environ["DYN_LOG"]
+    else:
+        os.environ["DYN_LOG"] = before
+
+
 @dataclass
 class Trial:
     """The cluster. `say` hears what it does; `folder` holds its model, state and logs."""
@@ -101,6 +113,7 @@ class Trial:
     messages: list[Message] = field(default_factory=list)
 
     async def __aenter__(self) -> "Trial":
+        import_dynamo_in_silence()
         model = make_tiny_model(self.folder / "model")
         self._store_port = free_port()
         nats = f"127.0.0.1:{free_port()}"
@@ -197,8 +210,8 @@ class Trial:
     async def client(self, endpoint: str) -> Any:
         """Dynamo's own client of an endpoint of the cluster, for what HTTP does not offer."""
         if self._runtime is None:
-            os.environ.update(runtime_env(self.deployment), DYN_LOG="off")
-            from dynamo.runtime import DistributedRuntime  # it reads the environment when imported
+            os.environ.update(runtime_env(self.deployment))
+            from dynamo.runtime import DistributedRuntime
 
             self._runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
         if endpoint not in self._clients:  # each watches the discovery folder for as long as the runtime lives

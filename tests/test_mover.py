@@ -451,7 +451,7 @@ def test_first_chunks_and_requests_that_could_begin_come_first(engines: Any) -> 
     """One load at a time. A long request came first, then a short one, then one that the engine has a slot for."""
     target = Trickle()
     engine = engines(target.address, fetch_threads=1, connections_per_target=1, rows=64, row_bytes=ROW)
-    engine.tier._row_bytes = 1 << 30  # so that a piece is owed a second
+    engine.tier.row_bytes = 1 << 30  # so that a piece is owed a second
     names = [offload_key(number) for number in range(32)]
     loads = []
     for name, chunks in (("long", 8), ("short", 1), ("next", 2)):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     GroupOffloadConfig,
     OffloadingConnectorScheduler,
@@ -15,6 +16,7 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, ReqContext, mak
 from vllm.v1.request import Request
 
 from components.worker.connector import ANSWER_PIECE_TOKENS, KvtierConnector
+from components.worker.in_step import InStepLoads
 from components.worker.step_clock import StepClock
 from kvstore.plan import FIELD
 
@@ -78,12 +80,14 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
     one._groups = (GroupOffloadConfig(0, 4, 4, 1, None, None),)
     one._clock = StepClock()
     one.connector_scheduler = SimpleNamespace(
-        build_connector_meta=lambda output: "meta",
+        build_connector_meta=lambda output: OffloadingConnectorMetadata({}, {}),
         get_num_new_matched_tokens=lambda request, computed: (0, False),
         update_state_after_alloc=lambda request, blocks, tokens: None,
         update_connector_output=lambda output: None,
         get_stats=lambda: None,
+        _jobs={},
     )
+    one._in_step = InStepLoads(one.connector_scheduler, 1)
     one._arriving = {
         name: SimpleNamespace(
             req=SimpleNamespace(request_id=name, block_hashes=[]),
@@ -243,6 +247,7 @@ def test_a_prompt_is_stored_as_it_is_computed_and_an_answer_by_the_piece_and_at_
     scheduler.manager = SimpleNamespace(prepare_store=prepare_store)
     one: Any = object.__new__(KvtierConnector)
     one.connector_scheduler = scheduler
+    one._in_step = InStepLoads(scheduler, 1)
     while request.num_computed_tokens < total:
         answering = request.num_computed_tokens >= prompt_tokens
         count = min(tokens_per_step if answering else 6, total - request.num_computed_tokens)

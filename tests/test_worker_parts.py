@@ -550,6 +550,21 @@ def test_whatever_changes_the_bytes_changes_the_layout(
     assert same == (request.node.callspec.id == "nothing")
 
 
+@pytest.mark.parametrize(("runner_v2", "indexed", "together"), [(True, True, 0), (False, True, 1), (False, False, 0)])
+def test_the_layout_says_whether_a_blocks_layers_lie_together_and_the_engine_is_checked(
+    runner_v2: bool, indexed: bool, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    config = vllm_config(tmp_path)
+    config.use_v2_model_runner = runner_v2
+    spec = SimpleNamespace(block_size=16, page_size_bytes=1, indexes_kv_by_block_stride=indexed)
+    kv_cache = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec, layer_names=["0"])])
+    assert layout.engine_layout(config, kv_cache, {})["layers"] == ("apart", "together")[together]
+    layout.check_layers(bool(together), bool(together))
+    with pytest.raises(ValueError, match=f"VLLM_USE_V2_MODEL_RUNNER={together}"):
+        layout.check_layers(bool(together), not together)
+
+
 @pytest.mark.parametrize("field", ["blocks_per_chunk", "page_size_bytes", "block_size", "layer_names", None])
 def test_whatever_changes_the_rows_changes_the_layout(
     field: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,15 +1,20 @@
 """vLLM's own scheduler over the tiers, stock and ours: what ends an engine there and not here. No model: what stands in
 for it is benchmarks/scheduler.py's."""
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from vllm.distributed.kv_events import BlockRemoved
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.kv_offload.base import get_offload_block_hash
-from vllm.v1.request import RequestStatus
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
 
 from benchmarks.multi_turn import Options as EngineOptions
 from benchmarks.multi_turn import transfer_config
@@ -17,11 +22,12 @@ from benchmarks.scheduler import Drive, Options
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.errors import validated
+from kvstore.plan import FIELD, make_plan
 
 # An answer ends with a chunk, whose last token is sampled and never computed.
 OPTIONS = Options(prompt_tokens=50, answer_tokens=22, running=4, requests=12, block_tokens=4, events=True)
 ROW = 2 * OPTIONS.block_tokens * 64 * 4
-START = Callable[[dict[str, object] | None], Drive]
+START = Callable[..., Drive]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +40,8 @@ def start(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[START]:
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     running: list[Drive] = []
 
-    def started(transfer: dict[str, object] | None) -> Drive:
-        running.append(Drive(OPTIONS, model, transfer))
+    def started(transfer: dict[str, object] | None, hbm_blocks: int = 0) -> Drive:
+        running.append(Drive(OPTIONS, model, transfer, hbm_blocks=hbm_blocks))
         running[-1].until_ready()
         return running[-1]
 
@@ -55,9 +61,6 @@ def configured(model: Path, mode: str, folder: Path, store: str = "", *, rows: i
 
 def leave_unscheduled(drive: Drive) -> None:
     """A client that goes away while its request waits for a slot."""
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.request import Request
-
     scheduler = drive._scheduler
     sampling = SamplingParams(max_tokens=5, ignore_eos=True)
     scheduler.add_request(Request("left", [7] * 50, sampling, None, block_hasher=drive._hasher))
@@ -135,3 +138,103 @@ def test_routers_know_what_dram_and_hbm_hold_also_after_a_fetch(
         assert index.orphans["GPU"] == 0
         assert index.orphans["CPU"] == 0 or rows == 60
         assert (index.fetched > 0) == fetches
+
+
+class Ahead:
+    """The scheduler one step ahead of the GPU, and what each block of HBM holds, by its hash."""
+
+    def __init__(self, drive: Drive, seed: int):
+        self.scheduler = drive._scheduler
+        self.chance = random.Random(seed)
+        self.hasher = drive._hasher
+        self.holds: dict[int, object] = {}
+        self.under_way: list[tuple[Any, Any]] = []
+        self.in_step = self.between = self.preempted = self.aborted = 0
+        self._between: dict[int, str] = {}  # loads that are reported a step later
+
+    def arrive(self, name: str, prompts: list[list[int]]) -> None:
+        prompt = self.chance.choice(prompts)[: self.chance.randint(8, 50)]
+        # With a hole in its plan, a request stores its beginning, too.
+        plan = msgspec.to_builtins(make_plan([None], fetch=0, deadline_ms=100, chunk_ms=0, decision_id=""))
+        sampling = SamplingParams(
+            max_tokens=self.chance.randint(1, 22),
+            ignore_eos=True,
+            extra_args={FIELD: plan} if self.chance.random() < 0.5 else None,
+        )
+        self.scheduler.add_request(Request(name, prompt, sampling, None, block_hasher=self.hasher))
+
+    def leave(self) -> None:
+        self.scheduler.finish_requests(
+            self.chance.choice(list(self.scheduler.requests)), RequestStatus.FINISHED_ABORTED
+        )
+        self.aborted += 1
+
+    def step(self) -> None:
+        output = self.scheduler.schedule()
+        self.preempted += len(output.preempted_req_ids or ())
+        self.under_way.append((output, self._run(output)))
+        if len(self.under_way) == 2 or not output.num_scheduled_tokens:
+            self.scheduler.update_from_output(*self.under_way.pop(0))
+
+    def _run(self, output: Any) -> ModelRunnerOutput:
+        meta, done = output.kv_connector_metadata, OffloadingWorkerMetadata()
+        received = set(self._between.values())
+        rows = {
+            block.block_id: key for key, block in self.scheduler.connector._manager.primary_tier._policy.blocks.items()
+        }
+        for job in [*self._between, *meta.in_step, *meta.store_jobs]:
+            done.mark_completed(job)
+        for job in meta.load_jobs.values():
+            for row, block in zip(job.src_spec.block_ids, job.dst_spec.block_ids, strict=True):
+                self.holds[int(block)] = get_offload_block_hash(rows[int(row)])
+        self._between = {job: one.req_id for job, one in meta.load_jobs.items() if job not in meta.in_step}
+        self.in_step += len(meta.in_step)
+        self.between += len(self._between)
+        sampled = []
+        for name, tokens in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[name]
+            (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
+            after = request.num_computed_tokens
+            for index, block_hash in enumerate(request.block_hashes[: after // OPTIONS.block_tokens]):
+                if (index + 1) * OPTIONS.block_tokens <= after - tokens:
+                    assert self.holds[blocks[index]] == block_hash, f"{name}: block {index} of {after} tokens"
+                self.holds[blocks[index]] = block_hash
+            sampled.append([7] if after >= request.num_tokens else [])
+        names = list(output.num_scheduled_tokens)
+        return ModelRunnerOutput(
+            names,
+            {name: place for place, name in enumerate(names)},
+            sampled,
+            kv_connector_output=KVConnectorOutput(finished_recving=received, kv_connector_worker_meta=done),
+        )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_a_step_goes_on_from_is_in_hbm_when_it_runs(
+    model: Path, tmp_path: Path, start: START, seed: int
+) -> None:
+    """Loads in their step and between steps, prompts that share beginnings, clients that leave, blocks that run out."""
+    drive = start(configured(model, "store", tmp_path, f"127.0.0.1:{free_port()}", rows=240), hbm_blocks=48)
+    connector = drive._scheduler.connector
+    ahead = Ahead(drive, seed)
+    prompts = [[ahead.chance.randrange(200) for _ in range(50)] for _ in range(12)]
+    prompts += [[*prompt[:30], *prompts[0][:20]] for prompt in prompts]
+    connector._clock._copies.add(1e9, 1.0)
+    for number in range(400):
+        if number % 100 == 50:  # slower: no load is made in its step
+            connector._clock._copies.add(1e3, 100.0)
+        if number % 100 == 0:
+            connector._clock._copies.add(1e9, 1.0)
+        ahead.arrive(f"{number}", prompts)
+        for _ in range(ahead.chance.randrange(8)):
+            ahead.step()
+        if ahead.chance.random() < 0.1 and ahead.scheduler.requests:
+            ahead.leave()
+    while ahead.scheduler.has_requests():
+        ahead.step()
+    assert ahead.in_step > 10
+    assert ahead.between > 10
+    assert ahead.preempted > 5
+    assert ahead.aborted > 20
+    assert not connector.connector_scheduler._req_status
+    assert not connector._in_step._jobs

@@ -4,13 +4,18 @@ Runs on vLLM 0.26. Every name is there under 0.33, too; its tiering manager, how
 `check_manager` says when an engine starts, and not in the middle of a request.
 """
 
+from collections.abc import Collection
+
 import vllm
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
@@ -19,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     RequestOffloadState,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.forward_context import ForwardContext
 from vllm.platforms import current_platform
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -95,6 +101,17 @@ def split_promotions(pending: dict[str, PendingPromotion], chunks_max: int) -> N
             pending[f"{req_id}/{start}"] = PendingPromotion(one.req_context, one.keys[part], one.block_ids[part])
 
 
+def compute_after_loads(worker: OffloadingWorker, job_ids: Collection[int]) -> None:
+    """Whatever the calling thread's stream is given from here on comes after these loads. The GPU waits for them where
+    it can be told to; otherwise the caller does."""
+    events = getattr(getattr(worker, "_load_handler", None), "_transfer_events", None)
+    if events is None:
+        worker.wait(set(job_ids))
+        return
+    for job_id in job_ids:
+        current_platform.current_stream().wait_event(events[job_id])
+
+
 def region_fd(spec: OffloadingSpec) -> int:
     """The file of the shared memory behind the DRAM tier, open in this process, while its secondary tiers are made."""
     return int(spec._scheduler_mmap.fd)
@@ -107,6 +124,7 @@ __all__ = [
     "BlockStored",
     "CPUPrimaryTierOffloadingManager",
     "CanonicalKVCaches",
+    "ForwardContext",
     "GPULoadStoreSpec",
     "GroupOffloadConfig",
     "JobId",
@@ -125,6 +143,7 @@ __all__ = [
     "OffloadPolicy",
     "OffloadingConfig",
     "OffloadingConnector",
+    "OffloadingConnectorMetadata",
     "OffloadingConnectorScheduler",
     "OffloadingConnectorStats",
     "OffloadingCounterMetadata",
@@ -149,6 +168,7 @@ __all__ = [
     "TransferResult",
     "VllmConfig",
     "check_manager",
+    "compute_after_loads",
     "current_platform",
     "generate_block_hash_extra_keys",
     "get_offload_block_hash",

@@ -1,15 +1,19 @@
 """The connector that vLLM loads: its own OffloadingConnector, with fetches that start when a request arrives.
 
 Stock offloading asks the tiers for a request's chunks when the scheduler has a slot for it. This one asks on arrival,
-so that a fetch runs while the request queues. It also keeps the engine from three faults of vLLM 0.26: see
+so that a fetch runs while the request queues. And where stock copies a request's chunks from DRAM to HBM between steps,
+and hears of it two steps later, this one copies them at the head of the step that computes the rest of the prompt, as
+long as that does not hold up who decodes (in_step.py). It also keeps the engine from three faults of vLLM 0.26: see
 `_cap_stores` and manager.py.
 """
 
 import time
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 from components.worker.compat import (
     BlockPool,
+    ForwardContext,
     GroupOffloadConfig,
     KVCacheBlocks,
     KVCacheConfig,
@@ -26,10 +30,12 @@ from components.worker.compat import (
     RequestOffloadState,
     SchedulerOutput,
     VllmConfig,
+    compute_after_loads,
     get_offload_group_idx,
 )
 from components.worker.events import ChunkEvents
-from components.worker.layout import engine_layout
+from components.worker.in_step import InStepLoads
+from components.worker.layout import check_layers, engine_layout, layers_together
 from components.worker.manager import GuardedTieringManager
 from components.worker.remote_tier import TIER_TYPE, RemoteTier
 from components.worker.step_clock import StepClock, prefilled
@@ -45,6 +51,7 @@ class KvtierConnector(OffloadingConnector):
     block; the tier's I/O is in a process of its own (mover.py)."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
+        self._layers_together = layers_together(vllm_config, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
             extra = vllm_config.kv_transfer_config.kv_connector_extra_config
             digest = layout_digest(engine_layout(vllm_config, kv_cache_config, extra))
@@ -64,6 +71,7 @@ class KvtierConnector(OffloadingConnector):
         # be no row free. In order of arrival, which is that of scheduling.
         self._arriving: dict[str, RequestOffloadState] = {}
         self._clock = StepClock()
+        self._in_step = InStepLoads(self.connector_scheduler, self._tiers[0].row_bytes)
         events = vllm_config.kv_events_config
         self._events = ChunkEvents(
             enabled=bool(events and events.enable_kv_cache_events),
@@ -99,10 +107,14 @@ class KvtierConnector(OffloadingConnector):
         for tier in self._tiers:
             tier.hurry(request.request_id)
             tier.await_answer(request.request_id)
-        return super().get_num_new_matched_tokens(request, num_computed_tokens)
+        found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        if not found:
+            return found, False
+        in_step = self._in_step.admit(request, num_computed_tokens, found, self._clock.dram_bytes_per_second)
+        return found, not in_step
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        self._in_step.allocated(request, blocks, num_external_tokens, super().update_state_after_alloc)
         self._manager.let_go(request.request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
@@ -110,14 +122,38 @@ class KvtierConnector(OffloadingConnector):
             if not all(tier.has_room for tier in self._tiers):
                 break
             self._prefetch(status)
-        meta = super().build_connector_meta(scheduler_output)
+        meta = self._in_step.scheduled(scheduler_output, super().build_connector_meta)
         self._manager.release(scheduler_output.finished_req_ids)
-        self._clock.begin(*prefilled(scheduler_output), time.monotonic())
+        # What a step with copies at its head takes, says nothing of what computing costs.
+        self._clock.begin(*((0, 0.0) if meta.in_step else prefilled(scheduler_output)), time.monotonic())
         for tier in self._tiers:
             tier.running = len(scheduler_output.num_scheduled_tokens)
             if not scheduler_output.total_num_scheduled_tokens:
                 tier.wait()
         return meta
+
+    def register_kv_caches(self, kv_caches: Mapping[str, object]) -> None:
+        check_layers(self._layers_together, False)
+        super().register_kv_caches(kv_caches)
+
+    def register_cross_layers_kv_cache(self, kv_cache: object, attn_backend: object) -> None:
+        check_layers(self._layers_together, True)
+        super().register_cross_layers_kv_cache(kv_cache, attn_backend)
+
+    def start_load_kv(self, forward_context: ForwardContext, **options: object) -> None:
+        """In the rank's process, as the next method: before the step is computed, and when the GPU has been told to."""
+        super().start_load_kv(forward_context, **options)
+        if self._connector_metadata.in_step:
+            compute_after_loads(self.connector_worker.worker, self._connector_metadata.in_step)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        meta = self._connector_metadata
+        if not meta.in_step:
+            return super().get_finished(finished_req_ids)
+        # They end before the step is computed, so that this waits for nothing that the step would not.
+        self.connector_worker.worker.wait(set(meta.in_step))
+        sent, received = super().get_finished(finished_req_ids)
+        return sent, received - {meta.load_jobs[job_id].req_id for job_id in meta.in_step}
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._clock.note_transfers(connector_output.kv_connector_worker_meta)
@@ -188,9 +224,10 @@ class KvtierConnector(OffloadingConnector):
             for req_id, tokens in output.num_scheduled_tokens.items()
             if (status := self.connector_scheduler._req_status.get(req_id)) and _piece_ends(status.req, tokens)
         }
-        if not due and not output.finished_req_ids:
+        finished = [req_id for req_id in output.finished_req_ids if self._in_step.stores(req_id)]
+        if not due and not finished:
             return {}
-        only = SimpleNamespace(num_scheduled_tokens=due, finished_req_ids=output.finished_req_ids)
+        only = SimpleNamespace(num_scheduled_tokens=due, finished_req_ids=finished)
         jobs: dict[int, object] = OffloadingConnectorScheduler._build_store_jobs(self.connector_scheduler, only)
         return jobs
 

@@ -46,12 +46,31 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
             parallel.prefill_context_parallel_size,
             parallel.decode_context_parallel_size,
         ],
+        "layers": "together" if layers_together(config, kv_cache) else "apart",
         "groups": [
             [type(spec).__name__, spec.block_size, spec.page_size_bytes, sorted(group.layer_names)]
             for group in kv_cache.kv_cache_groups
             for spec in [group.kv_cache_spec]
         ],
     }
+
+
+def layers_together(config: VllmConfig, kv_cache: KVCacheConfig) -> bool:
+    """Whether a block's KV of all layers is one piece of HBM, which is what vLLM's V1 model runner makes of it for a
+    connector that asks, and its V2 runner does not yet. A chunk's bytes are in another order then."""
+    specs = [group.kv_cache_spec for group in kv_cache.kv_cache_groups]
+    indexed = len(specs) == 1 and getattr(specs[0], "indexes_kv_by_block_stride", False)
+    return bool(indexed and not config.use_v2_model_runner)
+
+
+def check_layers(expected: bool, found: bool) -> None:
+    """Raises ValueError, with what to do, if HBM is laid out otherwise than the keys say."""
+    if expected is not found:
+        runner, words = (1, "apart") if expected else (0, "together")
+        raise ValueError(
+            f"kvtier: this engine keeps the KV of its layers {words}, which it was not expected to: set "
+            f"VLLM_USE_V2_MODEL_RUNNER={runner} (beside another connector V1 does not keep it together)"
+        )
 
 
 def model_digest(config: VllmConfig) -> str:

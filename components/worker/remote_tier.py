@@ -191,7 +191,7 @@ class RemoteTier(SecondaryTierManager):
     ):
         super().__init__(offloading_spec, primary_kv_view, tier_type)
         rows, row_bytes = primary_kv_view.shape or (0, 0)
-        self._row_bytes = row_bytes
+        self.row_bytes = row_bytes
         self._block_tokens = offloading_spec.tokens_per_hash
         self._blocks_per_chunk = blocks_per_chunk(offloading_spec)
         self._deadline_seconds = deadline_ms / 1000
@@ -247,7 +247,7 @@ class RemoteTier(SecondaryTierManager):
     @property
     def job_chunks(self) -> int:
         """How many chunks a load should have at most."""
-        return max(1, min(JOB_CHUNKS, JOB_BYTES // max(1, self._row_bytes)))
+        return max(1, min(JOB_CHUNKS, JOB_BYTES // max(1, self.row_bytes)))
 
     # ---- requests
 
@@ -371,7 +371,7 @@ class RemoteTier(SecondaryTierManager):
         chunks = [state.chunk_of[key] for key in keys]
         for key in keys:
             state.fetches[key] = state.fetches.get(key, 0) + 1
-        due = due_seconds(state.arrived, state.submitted, self._row_bytes)
+        due = due_seconds(state.arrived, state.submitted, self.row_bytes)
         state.submitted += len(keys)
         deadline = state.until
         targets = [state.targets[chunk] for chunk in chunks]
@@ -408,7 +408,7 @@ class RemoteTier(SecondaryTierManager):
 
     @property
     def _piece_chunks(self) -> int:
-        return max(1, min(PUT_CHUNKS, PUT_PIECE_BYTES // max(1, self._row_bytes)))
+        return max(1, min(PUT_CHUNKS, PUT_PIECE_BYTES // max(1, self.row_bytes)))
 
     @property
     def _put_room(self) -> int:
@@ -620,7 +620,7 @@ class RemoteTier(SecondaryTierManager):
             self._stats.increase_counter(_FETCHED, chunks, (outcome.name.lower(),))
         if load.overdue or not load.cancelled:
             self._stats.increase_counter(_OVERDUE, outcomes.count(Outcome.LATE))
-        self._stats.increase_counter(_FETCHED_BYTES, (len(load.keys) - len(failed)) * self._row_bytes)
+        self._stats.increase_counter(_FETCHED_BYTES, (len(load.keys) - len(failed)) * self.row_bytes)
         load.done = True
         del self._loads[load.job_id], state.loads[load.job_id]
         self._load_rows -= len(load.keys)
@@ -639,7 +639,7 @@ class RemoteTier(SecondaryTierManager):
     def _finish_put(self, put: _Put, outcomes: list[str]) -> None:
         for name, chunks in Counter(outcomes).items():
             self._stats.increase_counter(_STORED, chunks, (name,))
-        self._stats.increase_counter(_STORED_BYTES, outcomes.count("stored") * self._row_bytes)
+        self._stats.increase_counter(_STORED_BYTES, outcomes.count("stored") * self.row_bytes)
         put.done = True
         self._put_progress = time.monotonic()
         del self._puts[put.command.job]
@@ -679,7 +679,7 @@ class RemoteTier(SecondaryTierManager):
             if not self._gave_up(state):
                 worth = worth_waiting_for(
                     left,
-                    chunk_bytes=self._row_bytes,
+                    chunk_bytes=self.row_bytes,
                     ahead_bytes=ahead_bytes,
                     bytes_per_second=self._store_bytes_per_second,
                     prefill=self.prefill,
@@ -696,14 +696,14 @@ class RemoteTier(SecondaryTierManager):
                     self._stats.increase_counter(_CUT, len(load.keys))
                     state.cut = state.cut or worth == 0
                 kept += len(load.keys)
-            ahead_bytes += min(kept, worth) * self._row_bytes
+            ahead_bytes += min(kept, worth) * self.row_bytes
 
     # ---- what others see
 
     def tell_pace(self, dram_bytes_per_second: float, queue: int) -> None:
         """For the heartbeat, about once a second. `queue` counts requests that the engine has not begun with."""
-        bytes_per_token = self._row_bytes // (self._blocks_per_chunk * self._block_tokens)
-        in_flight = self._load_rows * self._row_bytes
+        bytes_per_token = self.row_bytes // (self._blocks_per_chunk * self._block_tokens)
+        in_flight = self._load_rows * self.row_bytes
         self._say(Pace(*self.prefill, dram_bytes_per_second, bytes_per_token, in_flight, queue))
 
     @classmethod

@@ -16,9 +16,9 @@ _REWEIGHTINGS = 4
 _HALF_LIFE_SECONDS = 2.0
 # A measured speed is good to about a quarter: a fetch is given up when it is clearly the slower way, not at a tie.
 _DOUBT = 1.25
-# Each running request adds this part of a second to the price of a GPU's second: at most it triples, so that a request
-# that meets a slow store is not the one that pays for all others.
-_RUNNING_SHARE = 4
+# Each running request adds half a second to the price of a GPU's second, in which it would not decode, up to five: so
+# that a request that meets a slow store is not the one that pays for all others.
+_RUNNING_SHARE = 2
 _RUNNING_MAX = 8
 
 

@@ -80,7 +80,7 @@ class Engine:
             return found
 
         self.tier.get_stats = noted
-        assert self.tier._row_bytes == CHUNK_BYTES
+        assert self.tier.row_bytes == CHUNK_BYTES
         eventually(lambda: (self.tier._step(), self.tier.link.ready)[1], 60)
 
     def answer(

@@ -1,0 +1,119 @@
+"""Loads from DRAM at the head of the step that computes the rest of the prompt.
+
+Stock offloading gives a load steps of its own: the request waits for the worker to report it, which with asynchronous
+scheduling takes until two more steps have run, and is computed in the one after. But a step is scheduled while the one
+before it still runs: a copy that begins at once is over before its own step begins, or nearly so. The GPU then waits
+for the copy, not the scheduler for a report, and the first token comes three steps sooner. What is left of the copy
+holds up all who decode, so that only so much is copied in a step as takes IN_STEP_SECONDS.
+
+On the scheduler's thread. vLLM asks each connector whether a load is asynchronous; its offloading, however, was written
+for loads that are, and what it takes for granted is kept true here:
+
+* it takes blocks that have a hash for present, and blocks of a request that is computed have theirs at once;
+* it forbids a request with a load under way to be preempted, or to store.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from components.worker.compat import (
+    KVCacheBlocks,
+    OffloadingConnectorMetadata,
+    OffloadingConnectorScheduler,
+    Request,
+    SchedulerOutput,
+)
+
+# Of a step that decodes for a 70B model a half to a third, and most of it runs beside the step before. At 50 GB/s it is
+# 1 GB: 6,000 tokens of such a model in FP8.
+IN_STEP_SECONDS = 0.02
+
+
+@dataclass
+class InStepMetadata(OffloadingConnectorMetadata):
+    in_step: frozenset[int] = frozenset()  # those of load_jobs that the step's computation comes after
+
+
+@dataclass(slots=True)
+class _Block:
+    """A block as the scheduler knows it, without its hash."""
+
+    block_id: int
+    is_null: bool
+    block_hash: None = None
+
+
+@dataclass
+class _Blocks:
+    blocks: tuple[list[object], ...]
+
+
+@dataclass
+class InStepLoads:
+    """Which loads are made in their step. `row_bytes` is what a chunk has on all ranks together."""
+
+    scheduler: OffloadingConnectorScheduler
+    row_bytes: int
+    _admitted: dict[str, float] = field(default_factory=dict)  # in this step: request -> seconds
+    _jobs: dict[int, str] = field(default_factory=dict)  # not reported as done yet -> request
+    _new: set[int] = field(default_factory=set)  # of this step
+
+    def admit(self, request: Request, computed_tokens: int, load_tokens: int, bytes_per_second: float) -> bool:
+        """Whether the load of so many tokens after those that are there should be made in the step that is being
+        scheduled. `bytes_per_second` from DRAM to one rank's HBM; 0: not known yet."""
+        self._admitted.pop(request.request_id, None)  # there was no room in HBM when it was admitted before
+        groups = self.scheduler.config.kv_group_configs
+        if len(groups) > 1 or groups[0].is_eagle_group or groups[0].sliding_window_size_in_chunks is not None:
+            return False
+        if computed_tokens + load_tokens >= request.num_tokens or not bytes_per_second:
+            return False  # nothing to compute: then the engine takes a token back, of a load between steps alone
+        chunks = load_tokens / groups[0].tokens_per_chunk
+        seconds = chunks * self.row_bytes / self.scheduler.config.num_workers / bytes_per_second
+        if sum(self._admitted.values()) + seconds > IN_STEP_SECONDS:
+            return False
+        self._admitted[request.request_id] = seconds
+        return True
+
+    def allocated(
+        self,
+        request: Request,
+        blocks: KVCacheBlocks,
+        load_tokens: int,
+        stock: Callable[[Request, KVCacheBlocks | _Blocks, int], None],
+    ) -> None:
+        """The request has its blocks: let stock offloading make the job, of blocks that are not there yet."""
+        req_id = request.request_id
+        if not load_tokens or req_id not in self._admitted:
+            stock(request, blocks, load_tokens)
+            return
+        status = self.scheduler._req_status[req_id]
+        there = status.num_locally_computed_tokens // self.scheduler.config.kv_group_configs[0].tokens_per_block
+        (of_group,) = blocks.blocks
+        absent = [_Block(block.block_id, block.is_null) for block in of_group[there:]]
+        stock(request, _Blocks(([*of_group[:there], *absent],)), load_tokens)
+        (job_id,) = status.transfer_jobs
+        self._jobs[job_id] = req_id
+        self._new.add(job_id)
+
+    def scheduled(
+        self, output: SchedulerOutput, stock: Callable[[SchedulerOutput], OffloadingConnectorMetadata]
+    ) -> InStepMetadata:
+        """The step is scheduled: what stock offloading tells the workers, and which loads come first in it."""
+        for job_id in [job_id for job_id in self._jobs if job_id not in self.scheduler._jobs]:
+            del self._jobs[job_id]
+        hidden = []
+        for job_id, req_id in self._jobs.items():
+            status = self.scheduler._req_status[req_id]
+            if not status.req.is_finished():  # which is kept until its load is reported
+                status.transfer_jobs.remove(job_id)
+                hidden.append((status, job_id))
+        meta = stock(output)
+        for status, job_id in hidden:
+            status.transfer_jobs.add(job_id)
+        new, self._new = frozenset(self._new), set()
+        self._admitted.clear()
+        return InStepMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, new)
+
+    def stores(self, req_id: str) -> bool:
+        """Whether the finished request may store what it has left: not while its load is under way."""
+        return req_id not in self._jobs.values()
