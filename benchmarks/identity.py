@@ -1,6 +1,7 @@
 """Whether an answer depends on where its prompt's KV came from: tokens and logprobs, to the last digit, batch 1.
 
     python -m benchmarks.identity --dir DIR [--dtype bfloat16] [--tokens 2200,7000] --json FILE
+    python -m benchmarks.identity --dir DIR --dtype float32 --tokens 600,1500 --block-tokens 128    # the CPU engine
 
 A small model with random weights of enough spread is served by an engine without and by one with the tier. Each prompt
 is asked for cold, from HBM, from DRAM and from the store. Cold answers must be equal between the engines, and so must
@@ -10,6 +11,7 @@ on disk are made wrong under right checksums: a comparison that does not notice 
 
 import argparse
 import asyncio
+import os
 import random
 import tempfile
 import time
@@ -39,6 +41,12 @@ from graphs.tiny_model import ALPHABET, make_tiny_model
 from kvstore.errors import UnavailableError, run_command, validated
 
 ANSWER_TOKENS = 32
+# Where the engine runs on the CPU: GiB of "HBM", and as many threads with a connector as without, since their number
+# changes the last digits.
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+}
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -109,7 +117,7 @@ def judge(report: Report) -> list[str]:
 
 
 async def measure(options: Options, prompts: list[list[int]], logs: Path, number_bytes: int) -> Report:
-    report = Report()
+    report, environment = Report(), {**CPU_ENVIRONMENT, **ENGINE_ENVIRONMENT}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
         with ExitStack() as stack:
             own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-identity-", dir=options.dir)))
@@ -122,7 +130,7 @@ async def measure(options: Options, prompts: list[list[int]], logs: Path, number
                     if mode == "store":
                         serving.enter_context(running("target", target, {}, logs / "target.log"))
                     command = engine_command(options, port, transfer_config(options, mode, address, own))
-                    engine = inner.enter_context(running("engine", command, ENGINE_ENVIRONMENT, logs / f"{mode}.log"))
+                    engine = inner.enter_context(running("engine", command, environment, logs / f"{mode}.log"))
                     with serving:
                         await until_ready(endpoint, session, engine)
                         say(f"{mode}: up")
