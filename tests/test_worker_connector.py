@@ -16,7 +16,7 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, ReqContext, mak
 from vllm.v1.request import Request
 
 from components.worker.connector import ANSWER_PIECE_TOKENS, KvtierConnector
-from components.worker.in_step import InStepLoads
+from components.worker.in_step import IN_STEP_SECONDS, InStepLoads
 from components.worker.step_clock import StepClock
 from kvstore.plan import FIELD
 
@@ -143,12 +143,46 @@ def test_a_step_that_runs_nothing_waits_for_the_mover_and_others_do_not() -> Non
 
 def test_what_the_scheduler_looks_at_is_hurried_and_what_it_runs_is_let_go() -> None:
     one, tier, manager = connector(1, {"r": 1})
-    request = SimpleNamespace(request_id="r")
+    request = SimpleNamespace(request_id="r", num_tokens=7)
+    one.get_num_new_matched_tokens(request, 4)
+    assert tier.hurried == ["r"]  # what is left is less than a chunk
     one.get_num_new_matched_tokens(request, 0)
-    assert tier.hurried == ["r", "r answered"]
+    assert tier.hurried == ["r", "r", "r answered"]
     assert not one._arriving
     one.update_state_after_alloc(request, None, 0)
     assert manager.let_go_of == ["r"]
+
+
+def loads(groups: int = 1, **group: Any) -> InStepLoads:
+    """Of chunks of 4 tokens and 1,000 bytes."""
+    config = GroupOffloadConfig(**{**GroupOffloadConfig(0, 4, 4, 1, None, None)._asdict(), **group})
+    scheduler = SimpleNamespace(
+        config=SchedulerOffloadConfig((config,) * groups, 1, 2, False), _jobs={}, _req_status={}
+    )
+    return InStepLoads(scheduler, 1000)
+
+
+def test_as_much_is_loaded_in_a_step_as_its_time_allows() -> None:
+    """Each of two ranks copies its half of a chunk."""
+    one, speed = loads(), 50_000 / IN_STEP_SECONDS  # 100 chunks a step
+    requests = [SimpleNamespace(request_id=name, num_tokens=1000) for name in "abc"]
+    assert one.admit(requests[0], 0, 60 * 4, speed)
+    assert not one.admit(requests[1], 0, 41 * 4, speed)
+    assert one.admit(requests[1], 0, 40 * 4, speed)
+    assert not one.admit(requests[2], 0, 4, speed)
+    assert one.admit(requests[0], 0, 60 * 4, speed)  # asked again: it counts once
+    one.scheduled(output(), lambda output: OffloadingConnectorMetadata({}, {}))
+    assert one.admit(requests[2], 0, 100 * 4, speed)
+
+
+def test_what_leaves_nothing_to_compute_or_has_no_speed_or_other_groups_is_loaded_between_steps() -> None:
+    request = SimpleNamespace(request_id="r", num_tokens=12)
+    assert loads().admit(request, 4, 4, 1e9)
+    assert not loads().admit(request, 4, 8, 1e9)
+    assert not loads().admit(request, 4, 4, 0.0)
+    assert not loads(groups=2).admit(request, 4, 4, 1e9)
+    assert not loads(sliding_window_size_in_chunks=2).admit(request, 4, 4, 1e9)
+    assert not loads(is_eagle_group=True).admit(request, 4, 4, 1e9)
 
 
 def test_the_pace_is_told_about_once_a_second() -> None:

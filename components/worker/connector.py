@@ -104,9 +104,12 @@ class KvtierConnector(OffloadingConnector):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
+        # With less than a chunk to compute there is nothing that the store could have.
+        beyond = request.num_tokens - num_computed_tokens >= min(group.tokens_per_chunk for group in self._groups)
         for tier in self._tiers:
             tier.hurry(request.request_id)
-            tier.await_answer(request.request_id)
+            if beyond:
+                tier.await_answer(request.request_id)
         found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if not found:
             return found, False
