@@ -185,6 +185,42 @@ def test_what_leaves_nothing_to_compute_or_has_no_speed_or_other_groups_is_loade
     assert not loads(is_eagle_group=True).admit(request, 4, 4, 1e9)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_load_under_way_hinders_a_running_requests_stores_not_and_a_finished_ones_until_it_is_reported(
+    finished: bool,
+) -> None:
+    """Stock offloading forgets a finished request that has no transfer left, and ends if it has a load and stores."""
+    one = loads()
+    request = SimpleNamespace(request_id="r", num_tokens=12, is_finished=lambda: finished)
+    status = SimpleNamespace(req=request, num_locally_computed_tokens=4, transfer_jobs=set())
+    one.scheduler._req_status["r"] = status
+    asked: list[Any] = []
+
+    def allocated(request: Any, blocks: Any, tokens: int) -> None:
+        asked.append([(block.block_id, block.block_hash) for block in blocks.blocks[0]])
+        status.transfer_jobs.add(7)
+        one.scheduler._jobs[7] = "load"
+
+    one.admit(request, 4, 4, 1e9)
+    blocks = SimpleNamespace(
+        blocks=([SimpleNamespace(block_id=n, is_null=False, block_hash="hash") for n in (5, 6, 9)],)
+    )
+    one.allocated(request, blocks, 4, allocated)
+    assert asked == [[(5, "hash"), (6, None), (9, None)]]
+
+    def scheduled(output: Any) -> Any:
+        asked.append((set(status.transfer_jobs), one.stores("r")))
+        return OffloadingConnectorMetadata({}, {})
+
+    assert one.scheduled(output(), scheduled).in_step == {7}
+    assert one.scheduled(output(), scheduled).in_step == set()
+    assert asked[1:] == [({7}, False) if finished else (set(), False)] * 2
+    assert status.transfer_jobs == {7}
+    one.scheduler._jobs.clear()
+    one.scheduled(output(), scheduled)
+    assert asked[-1] == ({7}, True)
+
+
 def test_the_pace_is_told_about_once_a_second() -> None:
     one, tier, _ = connector(0, {"r": 1})
     for _ in range(5):
