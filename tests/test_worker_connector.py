@@ -175,6 +175,16 @@ def test_as_much_is_loaded_in_a_step_as_its_time_allows() -> None:
     assert one.admit(requests[2], 0, 100 * 4, speed)
 
 
+def test_nothing_is_loaded_in_a_step_behind_a_load_that_no_step_waits_for() -> None:
+    one, request = loads(), SimpleNamespace(request_id="r", num_tokens=12)
+    one.scheduler._jobs[1] = SimpleNamespace(is_store=True)
+    assert one.admit(request, 0, 4, 1e9)
+    one.scheduler._jobs[2] = SimpleNamespace(is_store=False)
+    assert not one.admit(request, 0, 4, 1e9)
+    del one.scheduler._jobs[2]
+    assert one.admit(request, 0, 4, 1e9)
+
+
 def test_what_leaves_nothing_to_compute_or_has_no_speed_or_other_groups_is_loaded_between_steps() -> None:
     request = SimpleNamespace(request_id="r", num_tokens=12)
     assert loads().admit(request, 4, 4, 1e9)

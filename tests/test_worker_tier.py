@@ -145,6 +145,24 @@ def stored(engine: Engine, target: RunningTarget, count: int = 4) -> list[bytes]
     return contents
 
 
+def test_leading_chunks_are_put_first_whatever_the_order_of_the_job(start_target: Any, engines: Any) -> None:
+    """vLLM keeps the chunks of a job as a set: there is room for two of six."""
+    target = start_target()
+    engine = engines(target.address)
+    engine.tier._put_rows_max = 2
+    contents = [engine.fill(row, row + 1) for row in range(6)]
+    context = engine.arrive(engine_request(), KEYS)
+    mixed = [3, 5, 0, 4, 2, 1]
+    engine.store(context, [KEYS[number] for number in mixed], mixed)
+    eventually(lambda: len(target.log) == 2)
+    (leftover,) = engine.tier._leftovers
+    assert leftover.keys == KEYS[2:6]
+    reader = engines(target.address)
+    context = reader.arrive(engine_request(), KEYS, plan(target, 2))
+    assert not reader.load(context, KEYS[:2], [0, 1]).failed
+    assert [reader.memory[row].tobytes() for row in (0, 1)] == contents[:2]
+
+
 def plan(target: RunningTarget, chunks: int, *, deadline_ms: float = 60_000) -> Any:
     return make_plan([target.address] * chunks, fetch=chunks, deadline_ms=deadline_ms, chunk_ms=1, decision_id="d")
 

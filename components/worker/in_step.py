@@ -4,7 +4,8 @@ Stock offloading gives a load steps of its own: the request waits for the worker
 scheduling takes until two more steps have run, and is computed in the one after. But a step is scheduled while the one
 before it still runs: a copy that begins at once is over before its own step begins, or nearly so. The GPU then waits
 for the copy, not the scheduler for a report, and the first token comes three steps sooner. What is left of the copy
-holds up all who decode, so that only so much is copied in a step as takes IN_STEP_SECONDS.
+holds up all who decode, so that only so much is copied in a step as takes IN_STEP_SECONDS, and nothing while a load
+between steps is under way: vLLM's copies to HBM come one after the other.
 
 On the scheduler's thread. vLLM asks each connector whether a load is asynchronous; its offloading, however, was written
 for loads that are, and what it takes for granted is kept true here:
@@ -69,10 +70,14 @@ class InStepLoads:
             return False  # nothing to compute: then the engine takes a token back, of a load between steps alone
         chunks = load_tokens / groups[0].tokens_per_chunk
         seconds = chunks * self.row_bytes / self.scheduler.config.num_workers / bytes_per_second
-        if sum(self._admitted.values()) + seconds > IN_STEP_SECONDS:
+        if sum(self._admitted.values()) + seconds > IN_STEP_SECONDS or self._between_steps():
             return False
         self._admitted[request.request_id] = seconds
         return True
+
+    def _between_steps(self) -> bool:
+        """Whether a load of any request is under way, or about to be, that no step waits for."""
+        return any(not job.is_store and job_id not in self._jobs for job_id, job in self.scheduler._jobs.items())
 
     def allocated(
         self,

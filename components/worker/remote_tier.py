@@ -389,8 +389,9 @@ class RemoteTier(SecondaryTierManager):
         state = self._states.get(context.req_id)
         # What waits goes first; and the leading chunks are of use without the rest, not the other way round.
         kept = 0 if self._leftovers else self._put_room
-        self._leave_over(_Leftover(context, state, list(job_metadata.keys)[kept:]))
-        self._submit_store(job_metadata, state, kept)
+        chunks = _in_order(job_metadata, state)
+        self._leave_over(_Leftover(context, state, [key for key, _ in chunks[kept:]]))
+        self._submit_store(job_metadata.job_id, state, chunks[:kept])
 
     def store_leftovers(self, pin: Callable[[list[OffloadKey], ReqContext], JobMetadata | None]) -> None:
         """Store what had no room, as far as there is some now. `pin` makes a job of those keys that are in DRAM still;
@@ -404,7 +405,7 @@ class RemoteTier(SecondaryTierManager):
             if stored < len(keys):
                 self._stats.increase_counter(_STORED, len(keys) - stored, ("dropped",))
             if job is not None:
-                self._submit_store(job, leftover.state, stored)
+                self._submit_store(job.job_id, leftover.state, _in_order(job, leftover.state))
 
     @property
     def _piece_chunks(self) -> int:
@@ -435,11 +436,11 @@ class RemoteTier(SecondaryTierManager):
         if not leftover.keys:
             self._leftovers.popleft()
 
-    def _submit_store(self, job_metadata: JobMetadata, state: _RequestState | None, kept: int) -> None:
-        keys, rows = list(job_metadata.keys)[:kept], job_rows(job_metadata)[:kept]
-        if not keys:
-            self._finished.append(JobResult(job_metadata.job_id, True))
+    def _submit_store(self, job_id: JobId, state: _RequestState | None, kept: list[tuple[OffloadKey, int]]) -> None:
+        if not kept:
+            self._finished.append(JobResult(job_id, True))
             return
+        keys, rows = [key for key, _ in kept], [row for _, row in kept]
         chunks = [-1 if state is None else state.chunk_of.get(key, -1) for key in keys]
         saved = 0.0 if state is None or state.plan is None else state.plan.chunk_ms / 1000
         number = 0 if state is None else state.number
@@ -451,10 +452,10 @@ class RemoteTier(SecondaryTierManager):
             self._put_number += 1
             names = [_name(key) for key in keys[part]]
             command = Put(self._put_number, number, names, rows[part], chunks[part], saved)
-            self._puts[self._put_number] = put = _Put(job_metadata.job_id, state, command)
+            self._puts[self._put_number] = put = _Put(job_id, state, command)
             if not self.link.dead:
                 self._queue(put)
-        self._put_parts[job_metadata.job_id] = len(starts)
+        self._put_parts[job_id] = len(starts)
         self._put_rows += len(keys)
         self._flush()
 
@@ -754,6 +755,13 @@ def _zeros() -> OffloadingConnectorStats:
 
 def _name(key: OffloadKey) -> frames.Name:
     return get_offload_block_hash(key), get_offload_group_idx(key)
+
+
+def _in_order(job: JobMetadata, state: _RequestState | None) -> list[tuple[OffloadKey, int]]:
+    """The chunks of a job to store and their rows, in the order of the prompt: vLLM keeps a job's keys as a set."""
+    chunks = list(zip(job.keys, job_rows(job), strict=True))
+    known = {} if state is None else state.chunk_of
+    return sorted(chunks, key=lambda one: known.get(one[0], len(known)))
 
 
 def _undecided(state: _RequestState) -> bool:
