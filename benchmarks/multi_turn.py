@@ -15,8 +15,9 @@ played once, which fills its tiers. Each mode is a fresh engine with the same HB
 
 With --rounds N all of it is done N times, every other time in the opposite order, and figures are medians over rounds.
 What the store holds stays for the rounds that follow. --with FILE counts in the points of an earlier run's --json, made
-on the same machine. With --fresh each engine also has prompts that nobody goes on with: what the tier costs where it
-cannot help. With --first-token N prompts of that length are asked for one at a time, from each place where they can be.
+on the same machine. With --fresh N each engine also has N prompts that nobody goes on with, the same for all: what the
+tier costs where it cannot help. With --first-token N prompts of that length are asked for one at a time, from each
+place where they can be.
 With --url a server that runs already is measured.
 """
 
@@ -53,6 +54,7 @@ from benchmarks.multi_turn_load import (
     ask_again,
     first_tokens,
     measure,
+    measure_all,
     settled,
     warm_up,
 )
@@ -100,7 +102,7 @@ class Options(BaseModel):
     seconds: float = Field(30.0, gt=0)
     ramp: float = Field(5.0, ge=0)
     seed: int = 1
-    fresh: bool = False
+    fresh: int = Field(0, ge=0)
     rounds: Positive = 1
     earlier: list[Path] = []
     first_token: list[Positive] = []
@@ -168,7 +170,7 @@ def parse(argv: list[str]) -> Options:
     add("--seconds", help="of each measurement; default 30")
     add("--ramp", help="seconds before each; default 5")
     add("--seed")
-    add("--fresh", action="store_true", default=None, help="then also prompts that share nothing")
+    add("--fresh", help="then also so many prompts that share nothing, with the fewest clients; default 0")
     add("--rounds", help="default 1")
     add("--with", dest="earlier", help="JSON of earlier runs, to be counted in: FILE,FILE")
     add("--first-token", help="prompt lengths to time one by one, such as 2200,8000")
@@ -430,9 +432,8 @@ class Bench:
             self.write()
 
     async def _measure_fresh(self, endpoint: Endpoint, mode: str) -> None:
-        options, pool, clients = self.options, self._pool(FRESH, 1 + self._round), min(self.options.clients)
-        name = f"{mode}, fresh"
-        self._add(await measure(endpoint, pool, name, clients, seconds=options.seconds, ramp_seconds=options.ramp))
+        pool, clients = self._pool(FRESH, 1 + self._round), min(self.options.clients)
+        self._add(await measure_all(endpoint, pool, f"{mode}, fresh", clients, self.options.fresh))
 
     def _add(self, point: Point) -> None:
         self.report.points.append(point)

@@ -290,42 +290,65 @@ async def settled(endpoint: Endpoint, seconds: float, seconds_max: float) -> dic
         counted = now
 
 
+async def play(endpoint: Endpoint, pool: Pool) -> _Sample | None:
+    """The next turn of a conversation; None if it was not answered."""
+    one = pool.take()
+    prompt_tokens = len(one.prompt)
+    try:
+        answer = await asyncio.wait_for(endpoint.complete(one.prompt, one.answer_tokens), REQUEST_SECONDS)
+    except (ConnectionError, TimeoutError):
+        pool.put(one)
+        await asyncio.sleep(0.5)
+        return None
+    one.go_on(answer.tokens or [TOKEN_IDS[0]] * answer.count)
+    pool.put(one)
+    return _Sample(answer.last, prompt_tokens, answer.count, answer.ttft_seconds, answer.tpot_seconds, answer.gaps)
+
+
 async def measure(
     endpoint: Endpoint, pool: Pool, mode: str, clients: int, *, seconds: float, ramp_seconds: float
 ) -> Point:
     """Closed loop: each client plays one turn after the other. What ends in the window after the ramp counts."""
-    samples: list[_Sample] = []
-    failed = 0
+    samples: list[_Sample | None] = []
     begin = time.monotonic() + ramp_seconds
     end = begin + seconds
 
-    async def play(number: int) -> None:
-        nonlocal failed
+    async def client(number: int) -> None:
         await asyncio.sleep(ramp_seconds * 0.5 * number / clients)  # not all prefills at once
         while time.monotonic() < end:
-            one = pool.take()
-            prompt_tokens = len(one.prompt)
-            try:
-                answer = await asyncio.wait_for(endpoint.complete(one.prompt, one.answer_tokens), REQUEST_SECONDS)
-            except (ConnectionError, TimeoutError):
-                failed += 1
-                pool.put(one)
-                await asyncio.sleep(0.5)
-                continue
-            one.go_on(answer.tokens or [TOKEN_IDS[0]] * answer.count)
-            pool.put(one)
-            times = answer.ttft_seconds, answer.tpot_seconds, answer.gaps
-            samples.append(_Sample(answer.last, prompt_tokens, answer.count, *times))
+            samples.append(await play(endpoint, pool))
 
-    players = [asyncio.create_task(play(number)) for number in range(clients)]
+    players = [asyncio.create_task(client(number)) for number in range(clients)]
     await asyncio.sleep(max(0.0, begin - time.monotonic()))
     before = await endpoint.counters()
     await asyncio.sleep(max(0.0, end - time.monotonic()))
     after = await endpoint.counters()
     took = time.monotonic() - begin
     await asyncio.gather(*players)
-    counted = {name: value - before.get(name, 0.0) for name, value in after.items()}
-    return summary(mode, clients, [one for one in samples if begin <= one.ended < begin + took], failed, took, counted)
+    ended = [one for one in samples if one and begin <= one.ended < begin + took]
+    return summary(mode, clients, ended, samples.count(None), took, difference(after, before))
+
+
+async def measure_all(endpoint: Endpoint, pool: Pool, mode: str, clients: int, requests: int) -> Point:
+    """Closed loop over so many turns, the same for every engine, until all are answered: finer than a window, in which
+    one request more or less is some percent."""
+    samples: list[_Sample | None] = []
+    left = requests
+
+    async def client() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            samples.append(await play(endpoint, pool))
+
+    before, begin = await endpoint.counters(), time.monotonic()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    took, after = time.monotonic() - begin, await endpoint.counters()
+    return summary(mode, clients, [one for one in samples if one], samples.count(None), took, difference(after, before))
+
+
+def difference(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+    return {name: value - before.get(name, 0.0) for name, value in after.items()}
 
 
 def summary(
@@ -385,8 +408,8 @@ async def first_tokens(
     for repeat in range(-1, repeats):  # one to warm up
         prompt = chance.choices(range(*TOKEN_IDS), k=prompt_tokens)
         for medium in media:
+            await asyncio.sleep(1.0)  # what is written behind the request is there now; the same pause in every mode
             if medium in ("dram", "store"):
-                await asyncio.sleep(1.0)  # what is written behind the request is there now
                 await endpoint.forget(external=medium == "store")
             await ask(prompt, medium, counts=repeat >= 0)
     return [
