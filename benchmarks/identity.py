@@ -30,7 +30,7 @@ from benchmarks.multi_turn import (
     leave_on_sigterm,
     running,
     say,
-    target_command,
+    target_running,
     transfer_config,
     until_ready,
 )
@@ -38,7 +38,7 @@ from benchmarks.multi_turn_load import Endpoint
 from graphs.forgery import forge, records
 from graphs.services import free_port
 from graphs.tiny_model import ALPHABET, make_tiny_model
-from kvstore.errors import UnavailableError, run_command, validated
+from kvstore.errors import run_command, validated
 
 ANSWER_TOKENS = 32
 # Where the engine runs on the CPU: GiB of "HBM", and as many threads with a connector as without, since their number
@@ -123,14 +123,14 @@ async def measure(options: Options, prompts: list[list[int]], logs: Path, number
             own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-identity-", dir=options.dir)))
             for mode in ("plain", "store"):
                 address, port = f"127.0.0.1:{free_port()}", free_port()
-                target = target_command(options, mode, own, address)
+                log = logs / "target.log"
                 endpoint = Endpoint(session, f"http://127.0.0.1:{port}", options.model)
                 with ExitStack() as inner:
                     serving = ExitStack()
                     if mode == "store":
-                        serving.enter_context(running("target", target, {}, logs / "target.log"))
+                        serving.enter_context(target_running(options, mode, own, address, log))
                     command = engine_command(options, port, transfer_config(options, mode, address, own))
-                    engine = inner.enter_context(running("engine", command, environment, logs / f"{mode}.log"))
+                    engine = inner.enter_context(running(command, environment, logs / f"{mode}.log"))
                     with serving:
                         await until_ready(endpoint, session, engine)
                         say(f"{mode}: up")
@@ -142,7 +142,7 @@ async def measure(options: Options, prompts: list[list[int]], logs: Path, number
                     for one in list(records(own)):
                         forge(one, number_bytes)
                     say("store: the chunks on disk are wrong now")
-                    with running("target", target, {}, logs / "target.log"):
+                    with target_running(options, mode, own, address, log):
                         await asyncio.sleep(5)  # until the engine finds it again
                         for prompt in prompts:
                             await endpoint.forget(external=True)
@@ -180,7 +180,7 @@ def main() -> int:
             report = asyncio.run(measure(validated(Options, values), prompts, logs, NUMBER_BYTES[given.dtype]))
         except EngineError as error:
             words = [last_words(log) for log in sorted(logs.glob("*.log"))]
-            raise UnavailableError(f"engine: {error}: {' || '.join(words)}") from None
+            raise EngineError(f"{error}: {' || '.join(words)}") from None
     if given.json:
         given.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     for one in [*report.plain, *report.store, *report.forged]:

@@ -63,7 +63,7 @@ from benchmarks.multi_turn_results import OverPlain, Spread, best, medians, over
 from components.worker.__main__ import MODEL_RUNNER, compose
 from components.worker.__main__ import Options as WorkerOptions
 from graphs.services import free_port
-from kvstore.errors import ConfigError, run_command, validated
+from kvstore.errors import ConfigError, FailedError, run_command, validated
 
 MODES = ("plain", "dram", "files", "store", "store-hot")
 MEDIA = {
@@ -135,7 +135,7 @@ class Report(msgspec.Struct):
     over_plain: list[OverPlain] = []
 
 
-class EngineError(Exception):
+class EngineError(FailedError):
     """An engine or a target that does not come up; its last words."""
 
 
@@ -205,7 +205,7 @@ def check_folders(options: Options) -> None:
 
 
 @contextlib.contextmanager
-def running(name: str, command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process, in a group of its own that ends with the block."""
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -294,10 +294,18 @@ def engine_arguments(options: Options, transfer: dict[str, object] | None) -> li
     return arguments + shlex.split(options.engine)
 
 
-def target_command(options: Options, mode: str, folder: Path, address: str) -> list[str]:
+@contextlib.contextmanager
+def target_running(options: Options, mode: str, folder: Path, address: str, log: Path) -> Iterator[None]:
+    """A target that listens, until the block ends."""
     hot = int(options.hot) if mode == "store-hot" else 0
     command = [sys.executable, "-m", "kvstore", "--dir", str(folder), "--capacity", str(int(options.capacity))]
-    return [*command, "--listen", address, "--nats", "", "--hot", str(hot)]
+    with running([*command, "--listen", address, "--nats", "", "--hot", str(hot)], {}, log) as target:
+        deadline = time.monotonic() + START_SECONDS
+        while not listens(address):
+            if target.poll() is not None or time.monotonic() > deadline:
+                raise EngineError(f"the target does not come up: {last_words(log)}")
+            time.sleep(0.1)
+        yield
 
 
 # ---- measuring
@@ -360,7 +368,7 @@ class Bench:
             target = stack.enter_context(self._target(mode, own, address))
             begun = time.monotonic()
             command = engine_command(options, port, transfer_config(options, mode, address, own))
-            engine = stack.enter_context(running("engine", command, ENGINE_ENVIRONMENT, self.logs / "engine.log"))
+            engine = stack.enter_context(running(command, ENGINE_ENVIRONMENT, self.logs / "engine.log"))
             await until_ready(endpoint, session, engine)
             say(f"{mode}: up after {time.monotonic() - begun:.0f} s")
             pool = self._of_store if mode.startswith("store") else None
@@ -394,16 +402,10 @@ class Bench:
 
     def _target(self, mode: str, folder: Path, address: str) -> ExitStack:
         """The target that the mode needs, if any."""
-        with ExitStack() as stack:
-            if mode.startswith("store"):
-                command, log = target_command(self.options, mode, folder, address), self.logs / "target.log"
-                target = stack.enter_context(running("target", command, {}, log))
-                deadline = time.monotonic() + START_SECONDS
-                while not listens(address):
-                    if target.poll() is not None or time.monotonic() > deadline:
-                        raise EngineError(f"the target does not come up: {last_words(log)}")
-                    time.sleep(0.1)
-            return stack.pop_all()
+        stack = ExitStack()
+        if mode.startswith("store"):
+            stack.enter_context(target_running(self.options, mode, folder, address, self.logs / "target.log"))
+        return stack
 
     async def _fill(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
         begun = time.monotonic()

@@ -28,7 +28,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.multi_turn import Options as EngineOptions
-from benchmarks.multi_turn import leave_on_sigterm, running, say, target_command, transfer_config
+from benchmarks.multi_turn import leave_on_sigterm, say, target_running, transfer_config
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.errors import ConfigError, run_command, validated
@@ -189,7 +189,7 @@ def drives(options: Options, folder: Path) -> Iterator[dict[str, Drive]]:
         store = folder / "store"
         store.mkdir()
         if "store" in options.modes:
-            stack.enter_context(running("target", target_command(engine, "store", store, address), {}, folder / "log"))
+            stack.enter_context(target_running(engine, "store", store, address, folder / "log"))
         found = {}
         for mode in options.modes:
             found[mode] = Drive(options, model, transfer_config(engine, mode, address, folder))

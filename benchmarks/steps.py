@@ -28,14 +28,14 @@ from pydantic import Field
 
 from benchmarks.multi_turn import (
     ENGINE_ENVIRONMENT,
+    EngineError,
     Positive,
     add_engine_arguments,
     check_folders,
     engine_arguments,
     leave_on_sigterm,
-    running,
     say,
-    target_command,
+    target_running,
     transfer_config,
 )
 from benchmarks.multi_turn import Options as EngineOptions
@@ -138,7 +138,9 @@ class Drive:
 
     def until_ready(self) -> None:
         deadline = time.monotonic() + _READY_SECONDS
-        while not self._tier.link.ready and time.monotonic() < deadline:
+        while not self._tier.link.ready:
+            if time.monotonic() > deadline:
+                raise EngineError(f"the mover takes no commands after {_READY_SECONDS:.0f} s")
             self._tier.get_finished_jobs()
             time.sleep(0.05)
 
@@ -256,7 +258,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-steps-", dir=options.dir)))
         store, address = folder / "store", f"127.0.0.1:{free_port()}"
         store.mkdir()
-        stack.enter_context(running("target", target_command(options, "store", store, address), {}, folder / "log"))
+        stack.enter_context(target_running(options, "store", store, address, folder / "log"))
         drive = Drive(options, transfer_config(options, "store", address, store))
         report = measure(options, drive)
         drive.close()
