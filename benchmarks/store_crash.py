@@ -169,6 +169,7 @@ class Watched(Log):
     def __init__(self, *arguments: Any, judge: Judge, **options: Any):
         self.judge = judge
         self._stage = Stage.START
+        self._due = True  # whether there was need of the segment that is being emptied, when it was chosen
         super().__init__(*arguments, **options)
         self._enter(Stage.RUN)
 
@@ -207,18 +208,21 @@ class Watched(Log):
         with self._in(Stage.SEALING):
             super()._seal(segment)
 
-    def _make_room(self, ahead: int) -> None:
+    def _choose(self) -> tuple[_Segment, list[int]] | None:
+        self._due = sum(map(self._is_unread, self._emptied)) < self._ahead
+        return super()._choose()
+
+    def _clear(self, *arguments: Any) -> None:
         with self._in(Stage.EMPTYING):
-            super()._make_room(ahead)
+            super()._clear(*arguments)
 
     def _rewrite(self, segment: _Segment, entries: list[Entry]) -> None:
         with self._in(Stage.REWRITING):
             super()._rewrite(segment, entries)
 
     def _empty(self, segment: _Segment) -> None:
-        due = sum(map(self._is_unread, self._emptied)) < self._ahead
         for _, entry in self._live(segment):
-            self.judge.evicted(entry, due)
+            self.judge.evicted(entry, self._due)
         super()._empty(segment)
 
     def _is_unread(self, slot: int) -> bool:

@@ -444,12 +444,9 @@ class Log:
             return True
 
     def _unread_slot(self, *, wait: bool) -> int | None:
-        """An emptied slot that nobody reads any more; with `wait`, another is emptied if there is none."""
+        """An emptied slot that nobody reads any more; with `wait`, segments are emptied as long as there is none."""
         deadline = time.monotonic() + _READERS_SECONDS
-        ahead = 1
         while True:
-            if wait:
-                self._make_room(ahead)
             with self._changed:
                 for slot in self._emptied:
                     last = self._segments.get(slot)
@@ -458,11 +455,12 @@ class Log:
                         return slot
                 if not wait:
                     return None
-                if len(self._emptied) >= ahead:
-                    ahead = len(self._emptied) + 1
-                elif not self._changed.wait(deadline - time.monotonic()):
+                victim = self._choose()
+                if victim is None and not self._changed.wait(deadline - time.monotonic()):
                     logger.error("%s: no segment could be emptied", self.path)
                     return None
+            if victim is not None:
+                self._clear(*victim)
 
     def _open_slot(self, slot: int, queue: Queue) -> _Segment:
         segment = self._begin_use(slot, self._space.place(slot), queue)
@@ -483,18 +481,28 @@ class Log:
         """Empty slots until there are `ahead` of them. Called with `_rolling` held."""
         while True:
             with self._changed:
-                slot = self._eviction.choose() if len(self._emptied) < ahead else None
-                if slot is None:
-                    return
-                segment = self._segments[slot]
-                live = [(number, entry.length) for number, entry in self._live(segment)]
-                budget = WRITE_AMPLIFICATION_MAX * self.stats.accepted_bytes - self.stats.device_written_bytes
-                keep = self._eviction.emptied(slot, live, max(0, int(budget)))
-            if keep:
-                self._rewrite(segment, [segment.entry(number) for number in keep])
-            with self._changed:
-                self._empty(segment)
-            self._begin_use(segment.slot, segment.place, None)  # or a restart would find it all again
+                victim = self._choose() if len(self._emptied) < ahead else None
+            if victim is None:
+                return
+            self._clear(*victim)
+
+    def _choose(self) -> tuple[_Segment, list[int]] | None:
+        """The segment to empty next, and which of its entries to keep. With the lock held, in which whoever asks has
+        seen that it is needed: a reader's end may change that."""
+        slot = self._eviction.choose()
+        if slot is None:
+            return None
+        segment = self._segments[slot]
+        live = [(number, entry.length) for number, entry in self._live(segment)]
+        budget = WRITE_AMPLIFICATION_MAX * self.stats.accepted_bytes - self.stats.device_written_bytes
+        return segment, self._eviction.emptied(slot, live, max(0, int(budget)))
+
+    def _clear(self, segment: _Segment, keep: list[int]) -> None:
+        if keep:
+            self._rewrite(segment, [segment.entry(number) for number in keep])
+        with self._changed:
+            self._empty(segment)
+        self._begin_use(segment.slot, segment.place, None)  # or a restart would find it all again
 
     def _rewrite(self, segment: _Segment, entries: list[Entry]) -> None:
         """Write chunks of a segment that is to be emptied once more, elsewhere."""

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from benchmarks.store_crash import Result, Tally, Watched, inject
+from benchmarks.store_crash import Result, Stage, Tally, Watched, inject
 from kvstore.buffers import Buffer
 from kvstore.log import Found, _page_aligned
+from kvstore.record import Entry
+from tests.conftest import MIB, append, key
 
 # In a process of its own: it forks, and this one has threads.
 CRASH = """
@@ -66,6 +69,46 @@ class Wasteful(Watched):
         return rolled
 
 
+class Careless(Watched):
+    """Looks whether a segment has to be emptied, and chooses it later."""
+
+    def _unread_slot(self, *, wait: bool) -> int | None:
+        with self._changed:
+            needed = wait and not any(map(self._is_unread, self._emptied))
+        with self._changed:
+            victim = self._choose() if needed else None
+        if victim is not None:
+            self._clear(*victim)
+        return super()._unread_slot(wait=wait)
+
+
+class Moment(threading.Condition):
+    """A log's lock: when it has been let go of so often, a segment's reader is done."""
+
+    def __init__(self, read: Any, left: int):
+        super().__init__()
+        self.left = left
+        self._read = read
+
+    def __exit__(self, *arguments: Any) -> None:
+        super().__exit__(*arguments)
+        self.left -= 1
+        if self.left == 0:
+            self._read.readers = 0
+
+
+class Undue:
+    """A judge of early evictions alone."""
+
+    count = 0
+
+    def evicted(self, entry: Entry, due: bool) -> None:
+        self.count += not due
+
+    def forgot(self, slot: int, entry: Entry) -> None: ...
+    def at(self, stage: Stage) -> None: ...
+
+
 def crash(seed: int, folder: Path, engine: type[Watched], trials: int) -> Result:
     command = [sys.executable, "-c", CRASH, str(seed), str(trials), str(folder), engine.__name__]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, check=True, timeout=120)
@@ -89,6 +132,32 @@ def test_a_killed_process_loses_nothing_acknowledged(tmp_path: Path, seed: int) 
     assert sum(result.kills.values()) >= 40
     assert result.acked > 100
     assert (result.lost, result.wrong, result.raised) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("engine", "finds"), [(Watched, False), (Careless, True)])
+def test_nothing_is_evicted_without_need_whenever_a_reader_ends(
+    tmp_path: Path, engine: type[Watched], finds: bool
+) -> None:
+    """The slot that a roll wants is read, and the read ends at each moment of the roll."""
+    undue, ended, moment = 0, True, 0
+    while ended:
+        moment += 1
+        judge, folder = Undue(), tmp_path / str(moment)
+        folder.mkdir()
+        log = engine(folder, 4 * MIB, segment_bytes=MIB, judge=judge)
+        append(log, 0)
+        read, _ = log.segment_of(key(0))
+        read.readers = 1
+        number = 0
+        while log.still_has(read):
+            append(log, number := number + 1)
+        log._changed = lock = Moment(read, moment)
+        queue, head = next(iter(log._heads.items()))
+        assert log._roll(queue, head, rewrite=False)
+        undue, ended = undue + judge.count, lock.left <= 0
+        log.crash()
+    assert moment > 3
+    assert bool(undue) is finds
 
 
 def test_a_lying_device_costs_no_more_than_it_lied_about(tmp_path: Path, seed: int) -> None:
