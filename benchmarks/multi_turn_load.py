@@ -391,6 +391,7 @@ class FirstToken(msgspec.Struct):
     medium: str
     ttft_ms_median: float
     ttft_ms: list[float]  # sorted
+    computed_share: float  # of the prompts' tokens, by the engine's own counters: 1 is cold wherever it was looked for
 
 
 async def first_tokens(
@@ -399,11 +400,15 @@ async def first_tokens(
     """Each repeat takes a new prompt, and asks for it again after emptying one tier after the other."""
     chance = random.Random(seed)
     times: dict[str, list[float]] = {medium: [] for medium in media}
+    computed = dict.fromkeys(media, 0.0)
 
     async def ask(prompt: list[int], medium: str, *, counts: bool) -> None:
+        before = await endpoint.counters()
         answer = await asyncio.wait_for(endpoint.complete(prompt, 2), REQUEST_SECONDS)
         if counts:
             times[medium].append(round(1000 * answer.ttft_seconds, 1))
+            counted = difference(await endpoint.counters(), before)
+            computed[medium] += counted.get("prompt_tokens_by_source:local_compute", 0.0)
 
     for repeat in range(-1, repeats):  # one to warm up
         prompt = chance.choices(range(*TOKEN_IDS), k=prompt_tokens)
@@ -413,7 +418,14 @@ async def first_tokens(
                 await endpoint.forget(external=medium == "store")
             await ask(prompt, medium, counts=repeat >= 0)
     return [
-        FirstToken(mode, prompt_tokens, medium, statistics.median(found), sorted(found))
+        FirstToken(
+            mode,
+            prompt_tokens,
+            medium,
+            statistics.median(found),
+            sorted(found),
+            round(computed[medium] / (prompt_tokens * len(found)), 3),
+        )
         for medium, found in times.items()
         if found
     ]
