@@ -24,9 +24,12 @@ SLOW = 2.5
 
 
 async def until(condition: Callable[[], Awaitable[object]], seconds: float = 40.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not await condition():
-            await asyncio.sleep(0.05)
+    try:
+        async with asyncio.timeout(seconds):
+            while not await condition():
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        pytest.fail(f"not {condition.__name__} after {seconds} s")
 
 
 def prompt(seed: int, tokens: int) -> list[int]:

@@ -24,6 +24,8 @@ from vllm.v1.kv_offload.base import (
     CanonicalKVCacheTensor,
     GPULoadStoreSpec,
     LookupResult,
+    OffloadingEvent,
+    OffloadKey,
     OffloadPolicy,
     ReqContext,
     make_offload_key,
@@ -435,57 +437,112 @@ def event_request() -> Any:
     )
 
 
+KIND: Any = SimpleNamespace(kv_cache_spec_kind="full", kv_cache_spec_sliding_window=None)
+ONE_BLOCK = GroupOffloadConfig(0, 4, 4, 1, KIND, None)  # a chunk
+ARRIVING: set[OffloadKey] = set()
+
+
+def chunk_events(chunks_max: int = 100, **changes: Any) -> ChunkEvents:
+    ARRIVING.clear()
+    ways: dict[str, Any] = {"describe": lambda *_: None, "is_arriving": ARRIVING.__contains__}
+    return ChunkEvents(enabled=True, chunks_max=chunks_max, **(ways | changes))
+
+
+def told(events: ChunkEvents, keys: list[OffloadKey], *, removed: bool = False) -> list[Any]:
+    return list(events.take_events([OffloadingEvent(keys, "CPU", removed)]))
+
+
+def prompt_of(prompt: int) -> tuple[Any, list[OffloadKey]]:
+    """A request of four chunks, and their keys."""
+    request = event_request()
+    request.block_hashes = [bytes([prompt, number]) * 16 for number in range(4)]
+    return request, [make_offload_key(one, 0) for one in request.block_hashes]
+
+
 def test_events_say_what_a_router_needs() -> None:
     described: list[int] = []
-    events = ChunkEvents(
-        enabled=True, chunks_max=10, describe=lambda request, group, chunk, key: described.append(chunk)
-    )
-    kind = SimpleNamespace(kv_cache_spec_kind="full", kv_cache_spec_sliding_window=None)
-    config = GroupOffloadConfig(0, 4, 8, 2, kind, None)
+    events = chunk_events(describe=lambda request, group, chunk, key: described.append(chunk))
+    config = GroupOffloadConfig(0, 4, 8, 2, KIND, None)
     key = make_offload_key(bytes([3]) * 32, 0)
     events.record_store(event_request(), config, 1, key)
     assert described == [1]
-    (stored_event,) = events.take_events([SimpleNamespace(keys=[key], medium="CPU", removed=False, locality=None)])
+    (stored_event,) = told(events, [key])
     assert stored_event.token_ids == list(range(8, 16))
     assert stored_event.block_size == 4
     assert len(stored_event.block_hashes) == 2
     assert stored_event.parent_block_hash is not None
     assert stored_event.extra_keys == [None, None]
-    unknown = make_offload_key(bytes([9]) * 32, 0)
-    assert not list(events.take_events([SimpleNamespace(keys=[unknown], medium="CPU", removed=False, locality=None)]))
-    (removed,) = events.take_events([SimpleNamespace(keys=[key], medium="CPU", removed=True, locality=None)])
+    assert not told(events, [make_offload_key(bytes([9]) * 32, 0)])
+    (removed,) = told(events, [key], removed=True)
     assert removed.block_hashes == stored_event.block_hashes
 
 
 def test_chunks_of_a_prompt_are_announced_together_and_parents_first() -> None:
-    events = ChunkEvents(enabled=True, chunks_max=100, describe=lambda *_: None)
-    kind = SimpleNamespace(kv_cache_spec_kind="full", kv_cache_spec_sliding_window=None)
-    config = GroupOffloadConfig(0, 4, 4, 1, kind, None)
+    events = chunk_events()
     keys = []
     for prompt in range(2):
-        request = event_request()
-        request.block_hashes = [bytes([prompt, number]) * 16 for number in range(4)]
-        for chunk in range(4):
-            keys.append(make_offload_key(request.block_hashes[chunk], 0))
-            events.record_store(request, config, chunk, keys[-1])
+        request, of_prompt = prompt_of(prompt)
+        for chunk, key in enumerate(of_prompt):
+            events.record_store(request, ONE_BLOCK, chunk, key)
+        keys += of_prompt
     shuffled = [keys[place] for place in (5, 2, 7, 0, 1, 4, 3)]  # all but the second prompt's third chunk
-    told = list(events.take_events([SimpleNamespace(keys=shuffled, medium="CPU", removed=False, locality=None)]))
-    assert sorted(len(one.block_hashes) for one in told) == [1, 2, 4]
-    assert all(len(one.token_ids) == 4 * len(one.block_hashes) for one in told)
-    whole = next(one for one in told if len(one.block_hashes) == 4)
+    found = told(events, shuffled)
+    assert sorted(len(one.block_hashes) for one in found) == [2, 4]
+    assert all(len(one.token_ids) == 4 * len(one.block_hashes) for one in found)
+    whole = next(one for one in found if len(one.block_hashes) == 4)
     assert whole.parent_block_hash is None
     assert whole.token_ids == list(range(16))
+    (rest,) = told(events, [keys[6]])
+    assert len(rest.block_hashes) == 2
+
+
+def test_pieces_that_come_in_any_order_are_announced_from_the_first_on() -> None:
+    events, (request, keys) = chunk_events(), prompt_of(0)
+    ARRIVING.update(keys)
+    for chunk in (3, 1, 2, 0):
+        ARRIVING.remove(keys[chunk])
+        events.record(request, ONE_BLOCK, chunk, keys[chunk])
+        found = told(events, [keys[chunk]])
+        assert [len(one.block_hashes) for one in found] == ([4] if chunk == 0 else [])
+
+
+def test_pieces_that_came_in_one_step_are_announced_from_the_first_on() -> None:
+    events, (request, keys) = chunk_events(), prompt_of(0)
+    for chunk in (3, 2, 1, 0):
+        events.record(request, ONE_BLOCK, chunk, keys[chunk])
+    pieces = [OffloadingEvent(keys[2:], "CPU", False), OffloadingEvent(keys[:2], "CPU", False)]
+    assert [len(one.block_hashes) for one in events.take_events(pieces)] == [4]
+
+
+def test_a_chunk_does_not_wait_for_a_parent_that_never_comes() -> None:
+    events, (request, keys) = chunk_events(), prompt_of(0)
+    events.record(request, ONE_BLOCK, 3, keys[3])
+    assert len(told(events, [keys[3]])) == 1  # whoever takes events may know the parent from elsewhere
+    ARRIVING.add(keys[0])
+    events.record(request, ONE_BLOCK, 1, keys[1])
+    assert told(events, [keys[1]]) == []
+    ARRIVING.clear()  # its fetch has failed
+    other, other_keys = prompt_of(1)
+    events.record(other, ONE_BLOCK, 0, other_keys[0])
+    assert len(told(events, [other_keys[0]])) == 2
+
+
+def test_a_chunk_that_goes_before_it_was_announced_leaves_no_trace() -> None:
+    events, (request, keys) = chunk_events(), prompt_of(0)
+    ARRIVING.add(keys[0])
+    events.record(request, ONE_BLOCK, 1, keys[1])
+    assert told(events, [keys[1]]) == told(events, [keys[1]], removed=True) == []
+    ARRIVING.clear()
+    events.record(request, ONE_BLOCK, 0, keys[0])
+    assert [len(one.block_hashes) for one in told(events, [keys[0]])] == [1]
 
 
 def test_what_is_noted_for_events_is_bounded() -> None:
-    events = ChunkEvents(enabled=True, chunks_max=3, describe=lambda *_: None)
-    kind = SimpleNamespace(kv_cache_spec_kind="full", kv_cache_spec_sliding_window=None)
-    config = GroupOffloadConfig(0, 4, 4, 1, kind, None)
+    events = chunk_events(chunks_max=3)
     for number in range(50):
-        events.record_store(event_request(), config, 0, offload_key(number))
+        events.record_store(event_request(), ONE_BLOCK, 0, offload_key(number))
         assert len(events._places) <= 3
-        told = [SimpleNamespace(keys=[offload_key(number)], medium="CPU", removed=False, locality=None)]
-        assert len(list(events.take_events(told))) == 1
+        assert len(told(events, [offload_key(number)])) == 1
         assert len(events._pending_event_metadata) <= 3
 
 

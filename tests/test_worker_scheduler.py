@@ -19,6 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 from benchmarks.multi_turn import Options as EngineOptions
 from benchmarks.multi_turn import transfer_config
 from benchmarks.scheduler import Drive, Options
+from components.worker import remote_tier
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.errors import validated
@@ -123,10 +124,17 @@ class Index:
             held.update(event.block_hashes)
 
 
-@pytest.mark.parametrize("rows", [512, 60], ids=["room for all", "evicts"])
+@pytest.mark.parametrize(("rows", "piece"), [(512, 64), (512, 1), (60, 64)], ids=["room for all", "pieces", "evicts"])
 def test_routers_know_what_dram_and_hbm_hold_also_after_a_fetch(
-    model: Path, tmp_path: Path, start: START, start_target: Any, rows: int
+    model: Path,
+    tmp_path: Path,
+    start: START,
+    start_target: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    piece: int,
 ) -> None:
+    monkeypatch.setattr(remote_tier, "JOB_CHUNKS", piece)
     target = start_target()
     for fetches in (False, True):
         drive = start(configured(model, "store", tmp_path, target.address, rows=rows))

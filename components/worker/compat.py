@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import vllm
 from vllm.config import VllmConfig
-from vllm.distributed.kv_events import BlockStored
+from vllm.distributed.kv_events import BlockStored, KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
@@ -51,6 +51,7 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
     get_offload_block_hash,
     get_offload_group_idx,
+    make_offload_key,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
@@ -132,6 +133,7 @@ __all__ = [
     "JobResult",
     "KVCacheBlocks",
     "KVCacheConfig",
+    "KVCacheEvent",
     "KVConnectorFactory",
     "KVConnectorMetadata",
     "KVConnectorOutput",
@@ -174,6 +176,7 @@ __all__ = [
     "get_offload_block_hash",
     "get_offload_group_idx",
     "job_rows",
+    "make_offload_key",
     "maybe_convert_block_hash",
     "region_fd",
     "split_promotions",

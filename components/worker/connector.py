@@ -77,6 +77,7 @@ class KvtierConnector(OffloadingConnector):
             enabled=bool(events and events.enable_kv_cache_events),
             chunks_max=2 * manager.primary_tier._num_blocks,
             describe=self._describe,
+            is_arriving=manager.is_arriving,
         )
         self.connector_scheduler._events_tracker = self._events
         self.connector_scheduler._build_store_jobs = self._build_store_jobs

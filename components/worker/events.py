@@ -7,17 +7,20 @@ the DRAM tier reports the chunk. The medium stays "CPU": Dynamo credits it as pi
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 from components.worker.compat import (
     BlockStored,
     GroupOffloadConfig,
+    KVCacheEvent,
     OffloadingEvent,
     OffloadingEventsTracker,
     OffloadingKVEventsConfig,
     OffloadKey,
     Request,
     generate_block_hash_extra_keys,
+    make_offload_key,
     maybe_convert_block_hash,
 )
 
@@ -29,6 +32,11 @@ class _Place(NamedTuple):
     group: GroupOffloadConfig
     chunk: int
 
+    @property
+    def parent(self) -> OffloadKey | None:
+        first = self.chunk * self.group.hashes_per_chunk
+        return make_offload_key(self.request.block_hashes[first - 1], self.group.group_idx) if first else None
+
 
 class _Told(NamedTuple):
     """What the base class needs to tell that a chunk is gone."""
@@ -39,9 +47,10 @@ class _Told(NamedTuple):
 
 class ChunkEvents(OffloadingEventsTracker):
     """Replaces the scheduler's tracker. For the scheduler's thread; holds at most `chunks_max` chunks that were
-    reported, and as many that were not yet.
+    reported, as many that were not yet, and of those in DRAM the ones that came before their parents.
 
-    `describe` hears of every chunk that the engine is about to store.
+    `describe` hears of every chunk that the engine is about to store. `is_arriving` says whether DRAM has a row for a
+    chunk that is not filled yet.
     """
 
     def __init__(
@@ -50,11 +59,14 @@ class ChunkEvents(OffloadingEventsTracker):
         enabled: bool,
         chunks_max: int,
         describe: Callable[[Request, GroupOffloadConfig, int, OffloadKey], None],
+        is_arriving: Callable[[OffloadKey], bool],
     ):
         super().__init__(OffloadingKVEventsConfig(enabled, self_describing_kv_events=enabled))
         self._chunks_max = chunks_max
         self._describe = describe
+        self._is_arriving = is_arriving
         self._places: OrderedDict[OffloadKey, _Place] = OrderedDict()
+        self._early: dict[OffloadKey, _Place] = {}  # in DRAM before its parent, and not told yet
         # The base class pops a chunk when it is evicted; what never gets there is bounded here.
         self._pending_event_metadata: OrderedDict[OffloadKey, _Told] = OrderedDict()
 
@@ -73,23 +85,40 @@ class ChunkEvents(OffloadingEventsTracker):
 
     def reset(self) -> None:
         self._places.clear()
+        self._early.clear()
         super().reset()
 
     def _take_stored_event(self, event: OffloadingEvent) -> Iterable[BlockStored]:
-        """Parents first, since a router drops a chunk whose parent it does not know, and chunks that follow each other
-        in one event: everybody takes that in at a fraction of the cost. A chunk of which nothing is known is left out:
-        a bare event would only be dropped, with a warning."""
+        """Parents first, since a router drops a chunk whose parent it does not know: the pieces of a fetch come in any
+        order. And chunks that follow each other in one event: everybody takes that in at a fraction of the cost. A
+        chunk of which nothing is known is left out: a bare event would only be dropped, with a warning."""
         runs: list[list[_Place]] = []
         found = [(key, place) for key in event.keys if (place := self._places.pop(key, None)) is not None]
+        found += self._early.items()
+        self._early.clear()
         found.sort(key=lambda one: (id(one[1].request), one[1].group.group_idx, one[1].chunk))
         for key, place in found:
             last = runs[-1][-1] if runs else None
             if last and (last.request, last.group, last.chunk + 1) == place:
                 runs[-1].append(place)
+            elif self._follows(place.parent):
+                self._early[key] = place
+                continue
             else:
                 runs.append([place])
             self._note_told(key, place)
         return [_stored(*run[0], len(run), event) for run in runs]
+
+    def _follows(self, parent: OffloadKey | None) -> bool:
+        """Whether a chunk's parent is yet to be told."""
+        if parent is None or parent in self._pending_event_metadata:
+            return False
+        return parent in self._early or parent in self._places or self._is_arriving(parent)
+
+    def _take_removed_event(self, event: OffloadingEvent) -> Iterable[KVCacheEvent]:
+        """What went before it was told is not told at all."""
+        keys = [key for key in event.keys if self._early.pop(key, None) is None]
+        return super()._take_removed_event(replace(event, keys=keys))
 
     def _note_told(self, key: OffloadKey, place: _Place) -> None:
         request, group, chunk = place

@@ -101,6 +101,11 @@ class GuardedTieringManager(TieringOffloadingManager):
             if req_id in self._req_state:
                 self._maybe_finalize_request(req_id)
 
+    def is_arriving(self, key: OffloadKey) -> bool:
+        """Whether DRAM has a row for the chunk that is not filled yet."""
+        block = self.primary_tier._policy.get(key)
+        return block is not None and not block.is_ready
+
     def reset_cache(self) -> None:
         for req_id in list(self._holdings):
             self._drop(req_id)
