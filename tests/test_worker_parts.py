@@ -514,6 +514,16 @@ def test_pieces_that_came_in_one_step_are_announced_from_the_first_on() -> None:
     assert [len(one.block_hashes) for one in events.take_events(pieces)] == [4]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_parent_that_another_request_brought_is_announced_first(first: int) -> None:
+    events, requests = chunk_events(), [prompt_of(0), prompt_of(0)]
+    (one, keys), (other, _) = requests[first], requests[1 - first]
+    events.record(one, ONE_BLOCK, 0, keys[0])
+    for chunk in (1, 2):
+        events.record(other, ONE_BLOCK, chunk, keys[chunk])
+    assert [len(run.block_hashes) for run in told(events, keys)] == [1, 2]
+
+
 def test_a_chunk_does_not_wait_for_a_parent_that_never_comes() -> None:
     events, (request, keys) = chunk_events(), prompt_of(0)
     events.record(request, ONE_BLOCK, 3, keys[3])

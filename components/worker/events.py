@@ -92,22 +92,26 @@ class ChunkEvents(OffloadingEventsTracker):
         """Parents first, since a router drops a chunk whose parent it does not know: the pieces of a fetch come in any
         order. And chunks that follow each other in one event: everybody takes that in at a fraction of the cost. A
         chunk of which nothing is known is left out: a bare event would only be dropped, with a warning."""
-        runs: list[list[_Place]] = []
         found = [(key, place) for key in event.keys if (place := self._places.pop(key, None)) is not None]
         found += self._early.items()
         self._early.clear()
-        found.sort(key=lambda one: (id(one[1].request), one[1].group.group_idx, one[1].chunk))
-        for key, place in found:
-            last = runs[-1][-1] if runs else None
+        runs: list[list[tuple[OffloadKey, _Place]]] = []
+        for key, place in sorted(found, key=lambda one: (id(one[1].request), one[1].group.group_idx, one[1].chunk)):
+            last = runs[-1][-1][1] if runs else None
             if last and (last.request, last.group, last.chunk + 1) == place:
-                runs[-1].append(place)
-            elif self._follows(place.parent):
-                self._early[key] = place
-                continue
+                runs[-1].append((key, place))
             else:
-                runs.append([place])
-            self._note_told(key, place)
-        return [_stored(*run[0], len(run), event) for run in runs]
+                runs.append([(key, place)])
+        told = []
+        for run in sorted(runs, key=lambda run: run[0][1].chunk):  # the run with its parent begins before it
+            first = run[0][1]
+            if self._follows(first.parent):
+                self._early.update(run)
+                continue
+            for key, place in run:
+                self._note_told(key, place)
+            told.append(_stored(*first, len(run), event))
+        return told
 
     def _follows(self, parent: OffloadKey | None) -> bool:
         """Whether a chunk's parent is yet to be told."""
