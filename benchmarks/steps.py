@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from benchmarks.multi_turn import (
     ENGINE_ENVIRONMENT,
@@ -55,6 +55,7 @@ class Options(EngineOptions):
     running: Positive = 8
     prompt_tokens: Positive = 2200
     per_second: float = Field(4.0, gt=0)
+    hot: ByteSize = ByteSize(0)
 
 
 class Window(msgspec.Struct):
@@ -243,6 +244,7 @@ def parse() -> Options:
     add("--ramp", help="seconds before each; default 5")
     add("--repeats", help="pairs of windows; default 5")
     add_engine_arguments(parser)
+    add("--hot", help="cache in the target's memory, for more than the disk brings; default 0")
     add("--json", dest="json_file", help="where to write the result")
     options = validated(Options, vars(parser.parse_args()))
     check_folders(options)
@@ -258,8 +260,9 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-steps-", dir=options.dir)))
         store, address = folder / "store", f"127.0.0.1:{free_port()}"
         store.mkdir()
-        stack.enter_context(target_running(options, "store", store, address, folder / "log"))
-        drive = Drive(options, transfer_config(options, "store", address, store))
+        mode = "store-hot" if options.hot else "store"
+        stack.enter_context(target_running(options, mode, store, address, folder / "log"))
+        drive = Drive(options, transfer_config(options, mode, address, store))
         report = measure(options, drive)
         drive.close()
     for name in FIGURES:
