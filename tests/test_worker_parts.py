@@ -518,6 +518,7 @@ def test_pieces_that_came_in_one_step_are_announced_from_the_first_on() -> None:
 def test_a_parent_that_another_request_brought_is_announced_first(first: int) -> None:
     events, requests = chunk_events(), [prompt_of(0), prompt_of(0)]
     (one, keys), (other, _) = requests[first], requests[1 - first]
+    other.request_id = "other"  # or they would be equal, which requests are not
     events.record(one, ONE_BLOCK, 0, keys[0])
     for chunk in (1, 2):
         events.record(other, ONE_BLOCK, chunk, keys[chunk])
