@@ -22,6 +22,7 @@ from kvstore.membership import checked_address
 from kvstore.transport import split_address
 
 _PORT_MAX = 32_767
+_chance = random.SystemRandom()  # vLLM seeds the other one: processes would draw the same ports at the same time
 _NAMES_MAX = 30  # in an error message; of more, those that look like what was written
 _NATS_LISTEN, _NATS_MONITOR = "127.0.0.1:4222", 8222
 _ETCD_LISTEN, _ETCD_PEER = "127.0.0.1:2379", 2380
@@ -478,7 +479,7 @@ def free_port() -> int:
     """A port that nobody listens on now, below those that the kernel gives to outgoing connections. Dynamo 1.4.2 reads
     its system port as 16 bits with a sign, so higher ones would not do for every use anyway."""
     while True:
-        port = random.randrange(10_000, _PORT_MAX)
+        port = _chance.randrange(10_000, _PORT_MAX)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
