@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -85,7 +86,7 @@ def send(sock: socket.socket, *parts: bytes | memoryview) -> None:
             rest[0] = rest[0][sent:]
 
 
-class Pooled:
+class Pooled(ABC):
     """A batch in equal parts over `connections` connections, a thread for each."""
 
     def __init__(self, address: str, connections: int):
@@ -106,11 +107,11 @@ class Pooled:
         ]
         return call(self._sockets[0], *parts[0]) + sum(job.result() for job in jobs)
 
-    def put_part(self, sock: socket.socket, keys: Keys, values: Views) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def put_part(self, sock: socket.socket, keys: Keys, values: Views) -> int: ...
 
-    def get_part(self, sock: socket.socket, keys: Keys, rooms: Views) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def get_part(self, sock: socket.socket, keys: Keys, rooms: Views) -> int: ...
 
 
 # ---- the bare socket: what any store behind one is limited by

@@ -75,8 +75,12 @@ class Worker:
             case "mooncake":
                 self._clients[name] = peers.Mooncake(where, [self._values.source, self._values.rooms])
             case _:
-                pooled = {"socket": peers.BareSocket, "redis": peers.Redis, "lmcache": peers.LMCache}[kind]
-                self._clients[name] = pooled(where, connections)
+                pooled: dict[str, Callable[[Any, int], Client]] = {
+                    "socket": peers.BareSocket,
+                    "redis": peers.Redis,
+                    "lmcache": peers.LMCache,
+                }
+                self._clients[name] = pooled[kind](where, connections)
 
     def run(self, name: str, operation: str, dataset: str, size: int, batches: list[int], at: float) -> dict[str, Any]:
         """Put or get batches, from the moment `at` on; when it ended, and how many values were good."""
