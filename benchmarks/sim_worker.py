@@ -351,7 +351,8 @@ class SimulatedEngine(LLMEngine):  # type: ignore[misc]
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> Any:
-        raise NotImplementedError("several share a process: see main")
+        """Dynamo's way to make the one engine of a process. Here several share one, and `main` makes them."""
+        raise TypeError(f"{cls.__name__} is made by main, not from {argv!r}")
 
     async def start(self, worker_id: int) -> EngineConfig:
         self.worker_id = worker_id
