@@ -166,33 +166,41 @@ def test_as_much_is_loaded_in_a_step_as_its_time_allows() -> None:
     """Each of two ranks copies its half of a chunk."""
     one, speed = loads(), 50_000 / IN_STEP_SECONDS  # 100 chunks a step
     requests = [SimpleNamespace(request_id=name, num_tokens=1000) for name in "abc"]
-    assert one.admit(requests[0], 0, 60 * 4, speed)
-    assert not one.admit(requests[1], 0, 41 * 4, speed)
-    assert one.admit(requests[1], 0, 40 * 4, speed)
-    assert not one.admit(requests[2], 0, 4, speed)
-    assert one.admit(requests[0], 0, 60 * 4, speed)  # asked again: it counts once
+    assert one.admit(requests[0], 60 * 4, speed)
+    assert not one.admit(requests[1], 41 * 4, speed)
+    assert one.admit(requests[1], 40 * 4, speed)
+    assert not one.admit(requests[2], 4, speed)
+    assert one.admit(requests[0], 60 * 4, speed)  # asked again: it counts once
     one.scheduled(output(), lambda output: OffloadingConnectorMetadata({}, {}))
-    assert one.admit(requests[2], 0, 100 * 4, speed)
+    assert one.admit(requests[2], 100 * 4, speed)
 
 
 def test_nothing_is_loaded_in_a_step_behind_a_load_that_no_step_waits_for() -> None:
     one, request = loads(), SimpleNamespace(request_id="r", num_tokens=12)
     one.scheduler._jobs[1] = SimpleNamespace(is_store=True)
-    assert one.admit(request, 0, 4, 1e9)
+    assert one.admit(request, 4, 1e9)
     one.scheduler._jobs[2] = SimpleNamespace(is_store=False)
-    assert not one.admit(request, 0, 4, 1e9)
+    assert not one.admit(request, 4, 1e9)
     del one.scheduler._jobs[2]
-    assert one.admit(request, 0, 4, 1e9)
+    assert one.admit(request, 4, 1e9)
 
 
-def test_what_leaves_nothing_to_compute_or_has_no_speed_or_other_groups_is_loaded_between_steps() -> None:
+def test_what_has_no_speed_or_other_groups_is_loaded_between_steps() -> None:
     request = SimpleNamespace(request_id="r", num_tokens=12)
-    assert loads().admit(request, 4, 4, 1e9)
-    assert not loads().admit(request, 4, 8, 1e9)
-    assert not loads().admit(request, 4, 4, 0.0)
-    assert not loads(groups=2).admit(request, 4, 4, 1e9)
-    assert not loads(sliding_window_size_in_chunks=2).admit(request, 4, 4, 1e9)
-    assert not loads(is_eagle_group=True).admit(request, 4, 4, 1e9)
+    assert loads().admit(request, 4, 1e9)
+    assert not loads().admit(request, 4, 0.0)
+    assert not loads(groups=2).admit(request, 4, 1e9)
+    assert not loads(sliding_window_size_in_chunks=2).admit(request, 4, 1e9)
+    assert not loads(is_eagle_group=True).admit(request, 4, 1e9)
+
+
+def test_of_a_prompt_that_is_there_to_its_end_the_last_chunk_is_computed() -> None:
+    request = SimpleNamespace(request_id="r", num_tokens=12)
+    assert loads().worth_loading(request, 4, 8) == 4
+    assert loads().worth_loading(request, 8, 4) == 0
+    assert loads().worth_loading(request, 4, 4) == 4
+    assert loads(groups=2).worth_loading(request, 4, 8) == 8
+    assert loads(is_eagle_group=True).worth_loading(request, 4, 8) == 8
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -211,7 +219,7 @@ def test_a_load_under_way_hinders_a_running_requests_stores_not_and_a_finished_o
         status.transfer_jobs.add(7)
         one.scheduler._jobs[7] = "load"
 
-    one.admit(request, 4, 4, 1e9)
+    one.admit(request, 4, 1e9)
     blocks = SimpleNamespace(
         blocks=([SimpleNamespace(block_id=n, is_null=False, block_hash="hash") for n in (5, 6, 9)],)
     )

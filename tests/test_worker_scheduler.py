@@ -93,6 +93,33 @@ def test_ours_lives_on_and_stores_every_whole_chunk_that_was_computed(
     assert not drive._scheduler.connector.connector_scheduler._req_status
 
 
+@pytest.mark.parametrize("mode", ["dram", "store"])
+def test_a_prompt_that_is_there_to_its_end_is_computed_in_the_first_step(
+    model: Path, tmp_path: Path, start: START, mode: str
+) -> None:
+    """Stock offloading loads its last chunk, too, and waits two more steps for the load, also after a hit in HBM."""
+    drive = start(configured(model, mode, tmp_path, f"127.0.0.1:{free_port()}"))
+    scheduler, ours = drive._scheduler, mode == "store"
+
+    def steps(name: str) -> int:
+        sampling = SamplingParams(max_tokens=1, ignore_eos=True)
+        scheduler.add_request(Request(name, list(range(40)), sampling, None, block_hasher=drive._hasher))
+        count = 0
+        while scheduler.has_unfinished_requests():
+            drive.idle_step()
+            count += 1
+        for _ in range(3):  # and what it stores is stored
+            drive.idle_step()
+        return count
+
+    if ours:
+        scheduler.connector._clock._copies.add(1e9, 1.0)
+    assert steps("cold") == 1
+    assert steps("in HBM") == (1 if ours else 3)
+    assert scheduler.reset_prefix_cache()
+    assert steps("in DRAM") == (1 if ours else 3)
+
+
 class Index:
     """What a router knows by the engine's events."""
 

@@ -105,16 +105,17 @@ class KvtierConnector(OffloadingConnector):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
-        # With less than a chunk to compute there is nothing that the store could have.
-        beyond = request.num_tokens - num_computed_tokens >= min(group.tokens_per_chunk for group in self._groups)
+        # With a chunk or less to compute there is nothing to load.
+        beyond = request.num_tokens - num_computed_tokens > min(group.tokens_per_chunk for group in self._groups)
         for tier in self._tiers:
             tier.hurry(request.request_id)
             if beyond:
                 tier.await_answer(request.request_id)
         found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        found = found and self._in_step.worth_loading(request, num_computed_tokens, found)
         if not found:
             return found, False
-        in_step = self._in_step.admit(request, num_computed_tokens, found, self._clock.dram_bytes_per_second)
+        in_step = self._in_step.admit(request, found, self._clock.dram_bytes_per_second)
         return found, not in_step
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:

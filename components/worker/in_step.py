@@ -59,16 +59,26 @@ class InStepLoads:
     _jobs: dict[int, str] = field(default_factory=dict)  # not reported as done yet -> request
     _new: set[int] = field(default_factory=set)  # of this step
 
-    def admit(self, request: Request, computed_tokens: int, load_tokens: int, bytes_per_second: float) -> bool:
-        """Whether the load of so many tokens after those that are there should be made in the step that is being
-        scheduled. `bytes_per_second` from DRAM to one rank's HBM; 0: not known yet."""
-        self._admitted.pop(request.request_id, None)  # there was no room in HBM when it was admitted before
+    @property
+    def possible(self) -> bool:
         groups = self.scheduler.config.kv_group_configs
-        if len(groups) > 1 or groups[0].is_eagle_group or groups[0].sliding_window_size_in_chunks is not None:
+        return len(groups) == 1 and not groups[0].is_eagle_group and groups[0].sliding_window_size_in_chunks is None
+
+    def worth_loading(self, request: Request, computed_tokens: int, load_tokens: int) -> int:
+        """How many of so many tokens after those that are there to load. Of a prompt of which nothing would be left to
+        compute, the last chunk is computed, as it is after a hit in HBM: after a load between steps the engine takes
+        one token back and computes it two steps later."""
+        if not self.possible or computed_tokens + load_tokens < request.num_tokens:
+            return load_tokens
+        return load_tokens - self.scheduler.config.kv_group_configs[0].tokens_per_chunk
+
+    def admit(self, request: Request, load_tokens: int, bytes_per_second: float) -> bool:
+        """Whether the load of so many tokens should be made in the step that is being scheduled, which computes the
+        rest. `bytes_per_second` from DRAM to one rank's HBM; 0: not known yet."""
+        self._admitted.pop(request.request_id, None)  # there was no room in HBM when it was admitted before
+        if not self.possible or not bytes_per_second:
             return False
-        if computed_tokens + load_tokens >= request.num_tokens or not bytes_per_second:
-            return False  # nothing to compute: then the engine takes a token back, of a load between steps alone
-        chunks = load_tokens / groups[0].tokens_per_chunk
+        chunks = load_tokens / self.scheduler.config.kv_group_configs[0].tokens_per_chunk
         seconds = chunks * self.row_bytes / self.scheduler.config.num_workers / bytes_per_second
         if sum(self._admitted.values()) + seconds > IN_STEP_SECONDS or self._between_steps():
             return False
