@@ -132,7 +132,7 @@ def test_the_more_requests_run_the_more_is_waited_for(
 
     assert worth(0) <= worth(running) <= worth(running + 1)
     if worth(running) and prefill.known:
-        assert worth(running) * CHUNK / speed <= 5 * 1.25 * prefill.saved_seconds(worth(running) * 64, 0) * (1 + 1e-9)
+        assert worth(running) * CHUNK / speed <= 1.5 * 1.25 * prefill.saved_seconds(worth(running) * 64, 0) * (1 + 1e-9)
 
 
 @given(st.integers(1, 500), st.integers(0, 1 << 34), prefills)

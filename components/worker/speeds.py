@@ -16,9 +16,10 @@ _REWEIGHTINGS = 4
 _HALF_LIFE_SECONDS = 2.0
 # A measured speed is good to about a quarter: a fetch is given up when it is clearly the slower way, not at a tie.
 _DOUBT = 1.25
-# Each running request adds half a second to the price of a GPU's second, in which it would not decode, up to five: so
-# that a request that meets a slow store is not the one that pays for all others.
-_RUNNING_SHARE = 2
+# Each running request adds to the price of a GPU's second, in which it would not decode: eight and more make it one and
+# a half. With the doubt, that is to wait for twice as long as computing takes, and no longer: by then most is gained of
+# what the others can gain, and beyond it the one that waits pays more than they do.
+_RUNNING_SHARE = 16
 _RUNNING_MAX = 8
 
 
