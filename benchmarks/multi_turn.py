@@ -103,9 +103,10 @@ class Options(BaseModel):
     pool: Positive = 80
     scale: float = Field(1.0, gt=0, le=10)
     seconds: float = Field(30.0, gt=0)
-    ramp: float = Field(5.0, ge=0)
+    ramp: float = Field(12.0, ge=0)
     seed: int = 1
     fresh: int = Field(0, ge=0)
+    fills: Positive = 1
     rounds: Positive = 1
     earlier: list[Path] = []
     first_token: list[Positive] = []
@@ -169,9 +170,10 @@ def parse(argv: list[str]) -> Options:
     add("--modes", help=f"default {','.join(MODES)}")
     add("--clients", help="numbers of clients; default 8,16,32")
     add("--pool", help="conversations; default 80")
+    add("--fills", help="how often the pool is asked for before: again if the disk writes too slowly; default 1")
     add("--scale", help="of all lengths, for small models; default 1")
     add("--seconds", help="of each measurement; default 30")
-    add("--ramp", help="seconds before each; default 5")
+    add("--ramp", help="seconds before each, in which its clients begin: longer than a request takes; default 12")
     add("--seed")
     add("--fresh", help="then also so many prompts that share nothing, with the fewest clients; default 0")
     add("--rounds", help="default 1")
@@ -330,7 +332,9 @@ class Bench:
 
     async def run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        # A connection that the server is about to close is not taken again: vLLM's closes them after five seconds.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             if self.options.url:
                 endpoint, pool = Endpoint(session, self.options.url, self.options.model), self._pool(CHAT)
                 await self._fill(endpoint, "url", pool)
@@ -411,9 +415,12 @@ class Bench:
         return stack
 
     async def _fill(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
-        begun = time.monotonic()
-        await warm_up(endpoint, pool, max(self.options.clients))
+        begun, clients = time.monotonic(), max(self.options.clients)
+        await warm_up(endpoint, pool, clients)
         counted = await settled(endpoint, SETTLE_SECONDS, SETTLE_SECONDS_MAX)
+        for _ in range(1, self.options.fills):
+            await ask_again(endpoint, pool, clients)
+            counted = await settled(endpoint, SETTLE_SECONDS, SETTLE_SECONDS_MAX)
         self.report.warm_ups[mode] = {name: value for name, value in counted.items() if name.startswith("kvtier_")}
         stored = {name: round(value) for name, value in counted.items() if name.startswith("kvtier_stored_chunks")}
         say(f"{mode}: warm after {time.monotonic() - begun:.0f} s {stored or ''}")
@@ -493,7 +500,13 @@ def spread(of: Spread) -> str:
 def table(report: Report) -> str:
     lines = [report.command, f"the pool's prompts have {report.pool_tokens} tokens", ""]
     if report.points:
-        lines += [HEADER, *map(line, medians(report.points)), ""]
+        points = medians(report.points)
+        lines += [HEADER, *map(line, points), ""]
+        lines += [
+            f"{one.mode}, {one.clients} clients: {one.failed} failed, the first: {one.first_failure}"
+            for one in points
+            if one.failed
+        ]
     for mode, of_mode in report.best.items():
         lines += [f"{mode}: {most:.2f} requests/s with TPOT <= {limit} ms" for limit, most in of_mode.items()]
     lines += [

@@ -37,6 +37,7 @@ FRESH = Shape((1, 1), (400, 4000), (20, 60), (100, 230))
 # Ids of plain text in any vocabulary: past the special ones, and in a tokenizer of bytes still bytes.
 TOKEN_IDS = (40, 120)
 REQUEST_SECONDS = 120.0
+_BEGINNING = 0.9  # of the ramp: in the rest of it the last client's first prompt is computed
 _COUNTER = re.compile(r'vllm:(?P<name>\w+)_total(?:\{(?:.*(?:source|outcome)="(?P<label>\w+)")?.*\})? (?P<value>\S+)$')
 
 
@@ -228,6 +229,7 @@ class Point(msgspec.Struct):
     external_hit_share: float
     store_bytes_per_second: float  # fetched, where the tier counts them
     tier: dict[str, float]  # what the tier counted meanwhile
+    first_failure: str = ""
 
 
 class _Sample(msgspec.Struct):
@@ -290,16 +292,16 @@ async def settled(endpoint: Endpoint, seconds: float, seconds_max: float) -> dic
         counted = now
 
 
-async def play(endpoint: Endpoint, pool: Pool) -> _Sample | None:
-    """The next turn of a conversation; None if it was not answered."""
+async def play(endpoint: Endpoint, pool: Pool) -> _Sample | str:
+    """The next turn of a conversation; why, if it was not answered."""
     one = pool.take()
     prompt_tokens = len(one.prompt)
     try:
         answer = await asyncio.wait_for(endpoint.complete(one.prompt, one.answer_tokens), REQUEST_SECONDS)
-    except (ConnectionError, TimeoutError):
+    except (ConnectionError, TimeoutError) as error:
         pool.put(one)
         await asyncio.sleep(0.5)
-        return None
+        return str(error) or f"no answer within {REQUEST_SECONDS:.0f} s"
     one.go_on(answer.tokens or [TOKEN_IDS[0]] * answer.count)
     pool.put(one)
     return _Sample(answer.last, prompt_tokens, answer.count, answer.ttft_seconds, answer.tpot_seconds, answer.gaps)
@@ -308,13 +310,16 @@ async def play(endpoint: Endpoint, pool: Pool) -> _Sample | None:
 async def measure(
     endpoint: Endpoint, pool: Pool, mode: str, clients: int, *, seconds: float, ramp_seconds: float
 ) -> Point:
-    """Closed loop: each client plays one turn after the other. What ends in the window after the ramp counts."""
-    samples: list[_Sample | None] = []
+    """Closed loop: each client plays one turn after the other. What ends in the window after the ramp counts.
+
+    Clients begin one by one over the ramp: together, their first prompts would wait for each other, and where a request
+    takes longer than the ramp, that is what would be measured. The ramp must be longer than a request takes."""
+    samples: list[_Sample | str] = []
     begin = time.monotonic() + ramp_seconds
     end = begin + seconds
 
     async def client(number: int) -> None:
-        await asyncio.sleep(ramp_seconds * 0.5 * number / clients)  # not all prefills at once
+        await asyncio.sleep(_BEGINNING * ramp_seconds * number / clients)
         while time.monotonic() < end:
             samples.append(await play(endpoint, pool))
 
@@ -325,14 +330,14 @@ async def measure(
     after = await endpoint.counters()
     took = time.monotonic() - begin
     await asyncio.gather(*players)
-    ended = [one for one in samples if one and begin <= one.ended < begin + took]
-    return summary(mode, clients, ended, samples.count(None), took, difference(after, before))
+    ended = [one for one in _answered(samples) if begin <= one.ended < begin + took]
+    return summary(mode, clients, ended, _failures(samples), took, difference(after, before))
 
 
 async def measure_all(endpoint: Endpoint, pool: Pool, mode: str, clients: int, requests: int) -> Point:
     """Closed loop over so many turns, the same for every engine, until all are answered: finer than a window, in which
     one request more or less is some percent."""
-    samples: list[_Sample | None] = []
+    samples: list[_Sample | str] = []
     left = requests
 
     async def client() -> None:
@@ -344,7 +349,15 @@ async def measure_all(endpoint: Endpoint, pool: Pool, mode: str, clients: int, r
     before, begin = await endpoint.counters(), time.monotonic()
     await asyncio.gather(*(client() for _ in range(clients)))
     took, after = time.monotonic() - begin, await endpoint.counters()
-    return summary(mode, clients, [one for one in samples if one], samples.count(None), took, difference(after, before))
+    return summary(mode, clients, _answered(samples), _failures(samples), took, difference(after, before))
+
+
+def _answered(samples: Sequence[_Sample | str]) -> list[_Sample]:
+    return [one for one in samples if isinstance(one, _Sample)]
+
+
+def _failures(samples: Sequence[_Sample | str]) -> list[str]:
+    return [one for one in samples if isinstance(one, str)]
 
 
 def difference(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
@@ -352,7 +365,12 @@ def difference(after: dict[str, float], before: dict[str, float]) -> dict[str, f
 
 
 def summary(
-    mode: str, clients: int, samples: Sequence[_Sample], failed: int, seconds: float, counted: dict[str, float]
+    mode: str,
+    clients: int,
+    samples: Sequence[_Sample],
+    failures: Sequence[str],
+    seconds: float,
+    counted: dict[str, float],
 ) -> Point:
     ttfts = [1000 * one.ttft_seconds for one in samples]
     gaps = [1000 * gap for one in samples for gap in one.gaps]
@@ -366,7 +384,7 @@ def summary(
         clients=clients,
         seconds=round(seconds, 2),
         requests=len(samples),
-        failed=failed,
+        failed=len(failures),
         requests_per_second=round(len(samples) / seconds, 3),
         output_tokens_per_second=round(sum(one.output_tokens for one in samples) / seconds, 1),
         prompt_tokens_mean=round(mean([one.prompt_tokens for one in samples]), 1),
@@ -380,6 +398,7 @@ def summary(
         external_hit_share=round(tiers / prompts, 3),
         store_bytes_per_second=round(counted.get("kvtier_fetched_bytes", 0.0) / seconds),
         tier={name: value for name, value in counted.items() if name.startswith("kvtier_")},
+        first_failure=next(iter(failures), ""),
     )
 
 

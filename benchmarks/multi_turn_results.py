@@ -40,7 +40,8 @@ def medians(points: Sequence[Point]) -> list[Point]:
         }
         tier = {name: sum(point.tier.get(name, 0.0) for point in of_one) for name in of_one[0].tier}
         totals = {name: sum(getattr(point, name) for point in of_one) for name in ("requests", "failed")}
-        found.append(msgspec.structs.replace(of_one[0], **values, **totals, tier=tier))
+        failure = next((point.first_failure for point in of_one if point.failed), "")
+        found.append(msgspec.structs.replace(of_one[0], **values, **totals, tier=tier, first_failure=failure))
     return found
 
 

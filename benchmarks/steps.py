@@ -56,6 +56,7 @@ class Options(EngineOptions):
     prompt_tokens: Positive = 2200
     per_second: float = Field(4.0, gt=0)
     hot: ByteSize = ByteSize(0)
+    ramp: float = Field(5.0, ge=0)
 
 
 class Window(msgspec.Struct):

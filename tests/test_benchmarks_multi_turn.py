@@ -1,7 +1,9 @@
 """The multi-turn benchmark's own arithmetic; an engine under it is benchmarks/multi_turn.py's to start."""
 
+import asyncio
 import itertools
 import math
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,12 +16,14 @@ from benchmarks.multi_turn_load import (
     _COUNTER,
     CHAT,
     FRESH,
+    Answer,
     Conversation,
     Point,
     Pool,
     Shape,
     _Sample,
     ask_again,
+    measure,
     summary,
     warm_up,
 )
@@ -88,6 +92,26 @@ async def test_after_the_warm_up_no_turn_repeats_a_prompt() -> None:
         pool.put(one)
 
 
+async def test_clients_begin_one_by_one_over_the_ramp_and_a_failure_says_why() -> None:
+    begun: list[float] = []
+
+    class Recorder:
+        async def complete(self, prompt: list[int], tokens: int) -> Answer:
+            begun.append(time.monotonic())
+            if len(begun) == 1:
+                raise ConnectionError("it left")
+            await asyncio.sleep(0.6)
+            return Answer(begun[-1], begun[-1], begun[-1], [7], 1)
+
+        async def counters(self) -> dict[str, float]:
+            return {}
+
+    async with asyncio.timeout(60):
+        point = await measure(Recorder(), Pool(20, 3), "url", 4, seconds=0.1, ramp_seconds=0.4)  # type: ignore[arg-type]
+    assert (point.failed, point.first_failure) == (1, "it left")
+    assert begun[3] - begun[0] >= 0.9 * 0.4 * 3 / 4
+
+
 def test_a_point_counts_what_ended_in_its_window() -> None:
     samples = [_Sample(1.0, 2000, 100, 0.1 * number, 0.03, [0.03]) for number in range(1, 11)]
     by = "prompt_tokens_by_source:"
@@ -96,12 +120,12 @@ def test_a_point_counts_what_ended_in_its_window() -> None:
         by + "local_cache_hit": 300.0,
         by + "external_kv_transfer": 200.0,
     }
-    point = summary("store", 4, samples, 1, 2.0, {**counted, "kvtier_fetched_bytes": 4e9})
+    point = summary("store", 4, samples, ["it left"], 2.0, {**counted, "kvtier_fetched_bytes": 4e9})
     assert (point.requests_per_second, point.output_tokens_per_second, point.failed) == (5.0, 500.0, 1)
     assert (point.ttft_ms_mean, point.ttft_ms_p50, point.ttft_ms_p99) == (550.0, 600.0, 1000.0)
     assert (point.hbm_hit_share, point.external_hit_share, point.store_bytes_per_second) == (0.3, 0.2, 2_000_000_000)
-    assert math.isnan(summary("store", 4, [], 0, 2.0, {}).ttft_ms_mean)
-    slower = summary("store", 8, [*samples, *samples], 0, 2.0, {})
+    assert math.isnan(summary("store", 4, [], [], 2.0, {}).ttft_ms_mean)
+    slower = summary("store", 8, [*samples, *samples], [], 2.0, {})
     slower.tpot_ms_mean = 50.0
     # TPOT 30 ms at 5 requests/s and 50 at 10: 40 halfway.
     assert best([point, slower]) == {"store": {"40": 7.5, "60": 10.0}}
@@ -111,7 +135,7 @@ def test_a_point_counts_what_ended_in_its_window() -> None:
 def test_points_of_several_rounds_are_summed_up_and_compared_round_by_round() -> None:
     def of(mode: str, requests: int, ttft_seconds: float, clients: int = 4) -> Point:
         samples = [_Sample(1.0, 2000, 100, ttft_seconds, 0.03, [0.03])] * requests
-        return summary(mode, clients, samples, 0, 2.0, {"kvtier_fetched_bytes": 5.0})
+        return summary(mode, clients, samples, [], 2.0, {"kvtier_fetched_bytes": 5.0})
 
     points = [of("plain", 10, 0.4), of("store", 20, 0.2), of("store", 24, 0.2), of("plain", 8, 0.6)]
     points += [of("plain, fresh", 10, 0.5), of("store, fresh", 9, 0.5), of("dram", 5, 1.0), of("store", 7, 1.0, 8)]
