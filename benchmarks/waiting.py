@@ -1,12 +1,12 @@
-"""How long a request should wait for the store: what the price of waiting brings and costs. Everything is simulated.
+"""How long a request should wait for the store: what patience brings and costs. Everything is simulated.
 
     python -m benchmarks.waiting [--gb-per-second 1.05] [--kv-bytes 163840] [--clients 8,16,24] [--seeds N]
 
 One worker, its disk, and clients of multi-turn chat in a closed loop, each of whose prompts lies in the store but for
 the last question. The engine steps: all that run get a token, and what is left of the budget goes to prompts in the
-order of their arrival. At each step what decides is components.worker.speeds.worth_waiting_for itself, with the GPU's
-second at so many seconds of one request's waiting: `none` is no tier, `always` never computes what is stored, `ours` is
-the price that workers have. Times are those of engine_model.Hardware.
+order of their arrival. At each step what decides is components.worker.speeds.worth_waiting_for itself, with so many
+seconds of patience for each second of prefill that is saved: `none` is no tier, `always` never computes what is stored,
+`ours` is what workers have. Times are those of engine_model.Hardware.
 """
 
 import argparse
@@ -28,14 +28,14 @@ CHUNK_TOKENS = 16
 PIECE_CHUNKS = 4
 DEADLINE_SECONDS = 2.0
 RAMP_SECONDS, WINDOW_SECONDS = 30.0, 120.0
-PRICES: dict[str, Callable[[int], float]] = {
-    "1": lambda running: 1.0,
-    "1.5": lambda running: 1.5,
+PATIENCE: dict[str, Callable[[float], float]] = {
+    "none": lambda running: 0.0,
+    "1.25": lambda running: 1.25,
     "2": lambda running: 2.0,
     "3": lambda running: 3.0,
-    "5": lambda running: 5.0,
+    "6": lambda running: 6.0,
     "always": lambda running: 1e9,
-    "ours": speeds._gpu_price,
+    "ours": speeds.patience,
 }
 
 
@@ -169,12 +169,11 @@ class Worker:
             wanting = [one for one in wanting if one.wanted - one.fetched > 1e-6]
 
 
-def simulate(hardware: Hardware, bytes_per_second: float, clients: int, seeds: int, price: str) -> Result:
+def simulate(hardware: Hardware, bytes_per_second: float, clients: int, seeds: int, patience: str) -> Result:
     """Means over seeds."""
-    with mock.patch.object(speeds, "_gpu_price", PRICES.get(price, PRICES["1"])):
-        found = [
-            Worker(hardware, 0.0 if price == "none" else bytes_per_second, clients, seed).run() for seed in range(seeds)
-        ]
+    rate = 0.0 if patience == "none" else bytes_per_second
+    with mock.patch.object(speeds, "patience", PATIENCE[patience]):
+        found = [Worker(hardware, rate, clients, seed).run() for seed in range(seeds)]
     return Result(*(statistics.fmean(column) for column in zip(*found, strict=True)))
 
 
@@ -186,11 +185,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     options = parser.parse_args()
     hardware = Hardware(kv_bytes_per_token=options.kv_bytes)
-    print(f"{'clients':>7} {'price':>7} {'requests/s':>11} {'TTFT ms':>8} {'p99':>6} {'TPOT ms':>8} {'fetched':>8}")
-    for clients, price in itertools.product(map(int, options.clients.split(",")), ["none", *PRICES]):
-        got = simulate(hardware, 1e9 * options.gb_per_second, clients, options.seeds, price)
+    print(f"{'clients':>7} {'patience':>8} {'requests/s':>11} {'TTFT ms':>8} {'p99':>6} {'TPOT ms':>8} {'fetched':>8}")
+    for clients, patience in itertools.product(map(int, options.clients.split(",")), PATIENCE):
+        got = simulate(hardware, 1e9 * options.gb_per_second, clients, options.seeds, patience)
         print(
-            f"{clients:>7} {price:>7} {got.requests_per_second:>11.2f} {got.ttft_ms:>8.0f} {got.ttft_ms_p99:>6.0f}"
+            f"{clients:>7} {patience:>8} {got.requests_per_second:>11.2f} {got.ttft_ms:>8.0f} {got.ttft_ms_p99:>6.0f}"
             f" {got.tpot_ms:>8.1f} {got.fetched_share:>8.0%}"
         )
 

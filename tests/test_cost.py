@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from components.router import cost
 from components.router.cost import Candidate, Choice, Policy, Speeds, choose
+from components.worker.speeds import Prefill, patience, worth_waiting_for
 
 SPEEDS = Speeds(
     prefill_base_seconds=0.04,
@@ -146,7 +147,7 @@ def test_the_store_makes_any_worker_a_warm_one() -> None:
 
 
 def test_dearer_gpus_make_fetching_worth_more() -> None:
-    speed = replace(SPEEDS, store_bytes_per_second=2.5e9)
+    speed = replace(SPEEDS, store_bytes_per_second=2.7e9)
     one = candidate(located=["t"] * 137, speeds=speed)
     idle, _ = choose([one], 2200, BLOCK, Policy(0.0, 0.0))
     others_busy = [one, candidate(2, speeds=speed, queued_prefill_tokens=50_000)]
@@ -218,7 +219,31 @@ def test_the_more_decode_there_the_less_is_computed(
     in_calm, in_crowd = (choose([one], 3200, BLOCK, policy)[0] for one in (calm, crowded))
     assert in_crowd.prefill_seconds <= in_calm.prefill_seconds
     assert in_crowd.price_seconds >= in_calm.price_seconds
-    assert in_calm.gpu_seconds == pytest.approx(stall_price * running * in_calm.prefill_seconds)
+    others = min(stall_price * running, patience(running) - 1)
+    assert in_calm.gpu_seconds == pytest.approx(others * in_calm.prefill_seconds)
+
+
+@given(speeds, st.integers(1, 200), st.integers(0, 64), st.floats(0, 4), st.floats(0, 2))
+def test_what_is_to_be_fetched_while_a_worker_could_compute_it_would_wait_for(
+    speed: Speeds, chunks: int, running: int, gpu_price: float, stall_price: float
+) -> None:
+    """Or a plan says load, and the worker gives it up and computes."""
+    one = candidate(located=["t"] * chunks, speeds=speed, running_requests=running)
+    choice, _ = choose([one], 3200, BLOCK, Policy(gpu_price, 0.1, stall_price))
+    worth = worth_waiting_for(
+        choice.fetch_chunks,
+        chunk_bytes=CHUNK_BYTES,
+        ahead_bytes=0,
+        bytes_per_second=speed.store_bytes_per_second,
+        prefill=Prefill(
+            speed.prefill_base_seconds, speed.prefill_seconds_per_token, speed.prefill_seconds_per_token_squared
+        ),
+        chunk_tokens=BLOCK,
+        context_tokens=0,
+        seconds_left=1e9,
+        running=running,
+    )
+    assert worth == choice.fetch_chunks
 
 
 @settings(max_examples=300)

@@ -4,7 +4,8 @@ For worker w and a plan that loads r chunks from the store:
 
     start  = max(wait(w), fetch(w, r))          # the fetch runs while the request queues
     ttft   = start + copy DRAM -> HBM + prefill(what is still missing | what is there)
-    price  = ttft + (gpu_price + stall_price * requests that decode on w) * prefill + decode pressure of w
+    price  = ttft + others * prefill + decode pressure of w
+    others = gpu_price + stall_price * requests that decode on w, at most what a worker waits for (speeds.patience)
 
 r is chosen with w: "load all", "load some" and "recompute" are one decision. Over r the price is a sum of a concave
 function (less prefill) and linear ones, with kinks where the fetch outlasts the wait and where its narrow place moves
@@ -24,6 +25,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from components.worker.speeds import patience
+
 Array: TypeAlias = npt.NDArray[np.float64]
 
 
@@ -42,7 +45,8 @@ class Speeds(msgspec.Struct, frozen=True, gc=False):
 class Policy(msgspec.Struct, frozen=True):
     """What a second is worth. `gpu_price` is what a GPU second costs when every worker is busy; a worker whose KV
     memory is full is charged `pressure_seconds`. `stall_price` is what a second costs by which a prefill delays one
-    request that decodes on the same worker."""
+    request that decodes on the same worker. Both together count for no more than a worker waits to save a second of
+    prefill: what is fetched for longer, it would compute."""
 
     gpu_price: float
     pressure_seconds: float
@@ -297,7 +301,8 @@ def _price(c: _Columns, chunks: Array, wait: Array, prompt_tokens: int, block_to
     prefill = c.prefill_seconds(prompt_tokens - loaded, loaded)
     ttft = np.maximum(wait, fetch) + copy + prefill
     busy = float((c.queued_prefill_tokens > 0).mean())
-    gpu = (policy.gpu_price * busy + policy.stall_price * c.running_requests) * prefill
+    others = policy.gpu_price * busy + policy.stall_price * c.running_requests
+    gpu = np.minimum(others, patience(c.running_requests) - 1) * prefill
     pressure = policy.pressure_seconds * c.memory_used
     return _Terms(
         first_chunk=c.first_chunk,

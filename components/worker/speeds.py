@@ -4,9 +4,12 @@ Plain arithmetic: no I/O, no clock of its own, no engine.
 """
 
 from collections import deque
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
+
+Number = TypeVar("Number", float, npt.NDArray[np.float64])
 
 # Steps that the prefill model is fitted to. At one prefill a step that is the last minute or so.
 _SAMPLES_MAX = 256
@@ -18,7 +21,7 @@ _HALF_LIFE_SECONDS = 2.0
 _DOUBT = 1.25
 # Each running request adds to the price of a GPU's second, in which it would not decode: eight and more make it one and
 # a half. With the doubt, that is to wait for twice as long as computing takes, and no longer: by then most is gained of
-# what the others can gain, and beyond it the one that waits pays more than they do.
+# what the others can gain, and beyond it the one that waits pays more than they do (benchmarks.waiting).
 _RUNNING_SHARE = 16
 _RUNNING_MAX = 8
 
@@ -155,9 +158,10 @@ def worth_waiting_for(
         return in_time
     fetch_seconds = (ahead_bytes + in_time * chunk_bytes) / bytes_per_second
     saved_seconds = prefill.saved_seconds(in_time * chunk_tokens, context_tokens)
-    return in_time if fetch_seconds <= _DOUBT * _gpu_price(running) * saved_seconds else 0
+    return in_time if fetch_seconds <= patience(running) * saved_seconds else 0
 
 
-def _gpu_price(running: int) -> float:
-    """What a second of the GPU costs in seconds of one request's waiting."""
-    return 1 + min(running, _RUNNING_MAX) / _RUNNING_SHARE
+def patience(running: Number) -> Number:
+    """How many seconds a request waits for what saves a second of prefill, where so many others run. Routers plan by
+    it, too: a fetch that takes longer would be given up here."""
+    return _DOUBT * (1 + np.minimum(running, _RUNNING_MAX) / _RUNNING_SHARE)
