@@ -13,6 +13,7 @@ import random
 import shutil
 import socket
 import sys
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from kvstore.transport import split_address
 
 _PORT_MAX = 32_767
 _chance = random.SystemRandom()  # vLLM seeds the other one: processes would draw the same ports at the same time
+_given: deque[int] = deque(maxlen=256)  # lately: nobody may listen on them yet
 _NAMES_MAX = 30  # in an error message; of more, those that look like what was written
 _NATS_LISTEN, _NATS_MONITOR = "127.0.0.1:4222", 8222
 _ETCD_LISTEN, _ETCD_PEER = "127.0.0.1:2379", 2380
@@ -476,12 +478,16 @@ def _port(settings: Settings, key: str, replica: int, place: Place, default: int
 
 
 def free_port() -> int:
-    """A port that nobody listens on now, below those that the kernel gives to outgoing connections. Dynamo 1.4.2 reads
-    its system port as 16 bits with a sign, so higher ones would not do for every use anyway."""
+    """A port that nobody listens on now, and that was not given lately, below those that the kernel gives to outgoing
+    connections. Dynamo 1.4.2 reads its system port as 16 bits with a sign, so higher ones would not do for every use
+    anyway."""
     while True:
         port = _chance.randrange(10_000, _PORT_MAX)
+        if port in _given:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _given.append(port)
             return port
 
 

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from graphs import serve
+from graphs import serve, services
 from graphs.board import STARTING, Board
 from graphs.discovery import forget_dead
 from graphs.serve import Supervisor, dry_run
@@ -30,6 +32,14 @@ QUICKSTART = ROOT / "graphs" / "configs" / "quickstart.yaml"
 
 def commands(deployment: Deployment) -> dict[str, str]:
     return {process.name: " ".join(process.command[1:]) for process in deployment.processes()}
+
+
+def test_no_port_is_given_twice_before_anybody_can_listen_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = free_port(), free_port()
+    drawn = iter([first, first, first, second])
+    monkeypatch.setattr(services, "_chance", SimpleNamespace(randrange=lambda low, high: next(drawn)))
+    monkeypatch.setattr(services, "_given", deque(maxlen=256))
+    assert [free_port(), free_port()] == [first, second]
 
 
 def test_the_quickstart_is_what_it_says(tmp_path: Path) -> None:
