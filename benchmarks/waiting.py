@@ -1,6 +1,6 @@
 """How long a request should wait for the store: what patience brings and costs. Everything is simulated.
 
-    python -m benchmarks.waiting [--gb-per-second 1.05] [--kv-bytes 163840] [--clients 8,16,24] [--seeds N]
+    python -m benchmarks.waiting [--gb-per-second 1.05] [--kv-bytes 163840] [--clients 8 16 24] [--seeds N]
 
 One worker, its disk, and clients of multi-turn chat in a closed loop, each of whose prompts lies in the store but for
 the last question. The engine steps: all that run get a token, and what is left of the budget goes to prompts in the
@@ -11,6 +11,7 @@ seconds of patience for each second of prefill that is saved: `none` is no tier,
 
 import argparse
 import itertools
+import math
 import random
 import statistics
 from collections.abc import Callable
@@ -140,7 +141,7 @@ class Worker:
         missing = one.wanted - one.fetched
         if missing > 1e-6:
             worth = worth_waiting_for(
-                -int(-missing // 1),
+                math.ceil(missing),
                 chunk_bytes=self._chunk_bytes,
                 ahead_bytes=int(ahead_chunks * self._chunk_bytes),
                 bytes_per_second=self._bytes_per_second,
@@ -181,12 +182,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.waiting", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--gb-per-second", type=float, default=1.05, help="from the store; default 1.05")
     parser.add_argument("--kv-bytes", type=int, default=160 << 10, help="a token; default 163840, an FP8 70B model's")
-    parser.add_argument("--clients", default="8,16,24")
+    parser.add_argument("--clients", type=int, nargs="+", default=[8, 16, 24])
     parser.add_argument("--seeds", type=int, default=4)
     options = parser.parse_args()
     hardware = Hardware(kv_bytes_per_token=options.kv_bytes)
     print(f"{'clients':>7} {'patience':>8} {'requests/s':>11} {'TTFT ms':>8} {'p99':>6} {'TPOT ms':>8} {'fetched':>8}")
-    for clients, patience in itertools.product(map(int, options.clients.split(",")), PATIENCE):
+    for clients, patience in itertools.product(options.clients, PATIENCE):
         got = simulate(hardware, 1e9 * options.gb_per_second, clients, options.seeds, patience)
         print(
             f"{clients:>7} {patience:>8} {got.requests_per_second:>11.2f} {got.ttft_ms:>8.0f} {got.ttft_ms_p99:>6.0f}"

@@ -5,7 +5,7 @@ For worker w and a plan that loads r chunks from the store:
     start  = max(wait(w), fetch(w, r))          # the fetch runs while the request queues
     ttft   = start + copy DRAM -> HBM + prefill(what is still missing | what is there)
     price  = ttft + others * prefill + decode pressure of w
-    others = gpu_price + stall_price * requests that decode on w, at most what a worker waits for (speeds.patience)
+    others = gpu_price + stall_price * requests that decode on w, at most a worker's patience - 1 (speeds.patience)
 
 r is chosen with w: "load all", "load some" and "recompute" are one decision. Over r the price is a sum of a concave
 function (less prefill) and linear ones, with kinks where the fetch outlasts the wait and where its narrow place moves

@@ -61,6 +61,7 @@ class InStepLoads:
 
     @property
     def possible(self) -> bool:
+        """Whether this model's loads can be in a step: of one kind of block, none of which is left out or shifted."""
         groups = self.scheduler.config.kv_group_configs
         return len(groups) == 1 and not groups[0].is_eagle_group and groups[0].sliding_window_size_in_chunks is None
 
