@@ -8,6 +8,7 @@ more: a transfer that was not finished has had its connection closed.
 import contextlib
 import itertools
 import logging
+import os
 import secrets
 import threading
 import time
@@ -34,6 +35,12 @@ BACKOFF_SECONDS = (0.5, 15.0)
 SILENT_SECONDS = 0.5
 
 
+def good_connections() -> int:
+    """How many connections to a target bring most on this host. Out of a target's memory, over a UNIX socket: with 16
+    cores 8 bring half as much again as 4 (15 and 11 GB/s), and 12 less; with 2 cores 4 are as good as any."""
+    return min(8, max(4, len(os.sched_getaffinity(0)) // 2))
+
+
 class Item(NamedTuple):
     """A chunk to put: `payload` is read while the call lasts."""
 
@@ -54,7 +61,7 @@ class StoreClient:
         *,
         namespace: str = "default",
         name: str = "client",
-        connections_per_target: int = 4,
+        connections_per_target: int | None = None,
         carrier: Borrower | None = None,
     ):
         self._membership = membership
@@ -63,10 +70,10 @@ class StoreClient:
         self._hello = wire.Hello(
             namespace, f"{name}-{secrets.token_hex(4)}", transport.boot_id(), carrier.name if carrier else ""
         )
-        self._connections_per_target = connections_per_target
+        self._connections_per_target = connections_per_target or good_connections()
         self._targets: dict[str, _TargetLine] = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(2 * connections_per_target, thread_name_prefix="kvtier-store")
+        self._pool = ThreadPoolExecutor(2 * self._connections_per_target, thread_name_prefix="kvtier-store")
 
     def get(
         self,

@@ -41,8 +41,11 @@ class Tier:
     def hurry(self, req_id: str) -> None:
         self.hurried.append(req_id)
 
-    def await_answer(self, req_id: str) -> None:
+    def await_answer(self, req_id: str, spare_seconds: float) -> None:
         self.hurried.append(f"{req_id} answered")
+
+    def await_chunks(self, req_id: str, spare_seconds: float) -> bool:
+        return False
 
     def wait(self) -> None:
         self.waits += 1

@@ -27,6 +27,7 @@ from kvstore.plan import FIELD, make_plan
 
 # An answer ends with a chunk, whose last token is sampled and never computed.
 OPTIONS = Options(prompt_tokens=50, answer_tokens=22, running=4, requests=12, block_tokens=4, events=True)
+SOON = 60.0
 ROW = 2 * OPTIONS.block_tokens * 64 * 4
 START = Callable[..., Drive]
 
@@ -118,6 +119,30 @@ def test_a_prompt_that_is_there_to_its_end_is_computed_in_the_first_step(
     assert steps("in HBM") == (1 if ours else 3)
     assert scheduler.reset_prefix_cache()
     assert steps("in DRAM") == (1 if ours else 3)
+
+
+def test_what_the_gpu_does_not_wait_for_is_waited_for(
+    model: Path, tmp_path: Path, start: START, start_target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that the store has is computed in the step after that in which its fetch began."""
+    target = start_target()
+    start(configured(model, "store", tmp_path, target.address)).play(1)
+    drive = start(configured(model, "store", tmp_path, target.address))
+    connector, scheduler = drive._scheduler.connector, drive._scheduler
+    (tier,) = connector._tiers
+    connector._clock._copies.add(1e9, 1.0)
+    chance = random.Random(1)
+    prompts = [chance.choices(range(40, 120), k=OPTIONS.prompt_tokens) for _ in range(OPTIONS.requests)]
+    monkeypatch.setattr(connector._clock, "spare_seconds", lambda copy_seconds=0.0: SOON)
+    for number, prompt in enumerate(prompts):
+        tier._store_bytes_per_second = 1e9
+        sampling = SamplingParams(max_tokens=1, ignore_eos=True)
+        scheduler.add_request(Request(f"{number}", prompt, sampling, None, block_hasher=drive._hasher))
+        drive.idle_step()
+        assert tier._loads
+        drive.idle_step()
+        assert not tier._loads
+        assert not scheduler.has_unfinished_requests()
 
 
 class Index:

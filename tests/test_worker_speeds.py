@@ -2,12 +2,14 @@
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 
+from components.worker.compat import LaunchedMetadata
 from components.worker.speeds import Prefill, PrefillFit, Throughput, due_seconds, worth_waiting_for
 from components.worker.step_clock import StepClock, prefilled
 
@@ -182,11 +184,49 @@ def test_steps_that_overlap_are_timed_from_the_end_of_the_one_before() -> None:
     assert clock.prefill.seconds(1000, 0) == pytest.approx(1.0, rel=0.05)
 
 
+def launched(clock: StepClock, steps: int, ahead: float, *, under_way: int = 1, offset: float = 0.0) -> None:
+    """So many steps of a second, each launched so long before the one before it ends."""
+    for number in range(steps + under_way):
+        clock.begin(0, 0.0, number - ahead - 0.1)
+        if number >= under_way:
+            done = number - under_way
+            clock.note_worker(LaunchedMetadata(launched=done - ahead + offset))
+            clock.end(done + 1.0)
+
+
+def test_the_scheduler_may_wait_for_as_long_as_steps_are_launched_ahead() -> None:
+    clock = StepClock()
+    launched(clock, 15, 0.5)
+    assert clock.spare_seconds() == 0.0  # not known yet
+    clock = StepClock()
+    launched(clock, 40, 0.5)
+    assert clock.spare_seconds() == pytest.approx(0.45)
+    assert clock.spare_seconds(0.2) == pytest.approx(0.3)  # what the copies do not take
+    assert clock.spare_seconds(0.7) < 0
+    clock.end(41.0)
+    assert clock.spare_seconds() == 0.0  # no step is under way
+
+
+@pytest.mark.parametrize("how", [{"ahead": -0.2}, {"under_way": 2}, {"offset": -1e6}, {"offset": 1e6}], ids=str)
+def test_it_does_not_where_steps_are_not_launched_ahead_or_that_cannot_be_told(how: dict[str, Any]) -> None:
+    """One after the other, as on a CPU; in a pipeline; by a rank of another host, whose clock is another."""
+    clock = StepClock()
+    launched(clock, 40, **{"ahead": 0.5} | how)
+    assert clock.spare_seconds() == 0.0
+
+
+def test_a_step_is_launched_when_its_last_rank_has() -> None:
+    first = LaunchedMetadata({1: 1}, launched=3.0)
+    first.transfer_stats.load.bytes, first.transfer_stats.load.sizes = 5, [5]
+    both = first.aggregate(LaunchedMetadata({1: 1, 2: 1}, launched=4.0))
+    assert (both.launched, both.completed_jobs, both.transfer_stats.load.bytes) == (4.0, {1: 2, 2: 1}, 5)
+
+
 def test_copies_to_the_device_are_measured() -> None:
     meta = OffloadingWorkerMetadata()
     meta.transfer_stats.load.bytes, meta.transfer_stats.load.time = 3_000_000, 0.001
     meta.transfer_stats.load.sizes = [3_000_000]
     clock = StepClock()
-    clock.note_transfers(meta)
-    clock.note_transfers(None)
+    clock.note_worker(meta)
+    clock.note_worker(None)
     assert clock.dram_bytes_per_second == pytest.approx(3e9)

@@ -260,7 +260,7 @@ def test_an_answer_that_comes_at_once_is_waited_for_and_another_is_not(
     engine.step()  # which begins a new budget
     context = engine.arrive(engine_request(name="there"), KEYS[:2])
     engine.tier.ask("there")
-    engine.tier.await_answer("there")
+    engine.tier.await_answer("there", 0.0)
     assert not engine.tier.undecided("there")
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.HIT
     monkeypatch.setattr(remote_tier, "_ANSWER_SECONDS", 0.001)
@@ -269,10 +269,44 @@ def test_an_answer_that_comes_at_once_is_waited_for_and_another_is_not(
     for name in ("late", "later"):
         engine.arrive(engine_request(name=name), KEYS[:2])
         engine.tier.ask(name)
-        engine.tier.await_answer(name)
-        assert engine.tier._patience_seconds <= 0  # a step waits once, however many requests come in it
+        engine.tier.await_answer(name, 0.0)
+        assert engine.tier._waited_seconds >= 0.001  # a step waits once, however many requests come in it
     os.kill(engine.tier.link.pid, signal.SIGCONT)
     eventually(lambda: (engine.step(), not engine.tier.undecided("later"))[1], SOON)
+
+
+def test_chunks_that_are_about_to_come_are_waited_for(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    writer, engine = engines(target.address), engines(target.address)
+    stored(writer, target)
+
+    def arrives(name: str, *, stops: bool = False) -> None:
+        context = engine.arrive(engine_request(name=name), KEYS[:4])
+        engine.tier.ask(name)
+        engine.tier.await_answer(name, SOON)
+        if stops:
+            os.kill(engine.tier.link.pid, signal.SIGSTOP)
+        engine.begin_load(context, KEYS[:4], [0, 1, 2, 3])
+
+    def waits(name: str, spare_seconds: float) -> bool:
+        """Whether this step does."""
+        engine.step()
+        assert engine.tier.await_chunks(name, spare_seconds)
+        return bool(engine.tier._waited_seconds)
+
+    assert not engine.tier.await_chunks("nobody", SOON)
+    arrives("late", stops=True)
+    assert not waits("late", SOON)  # before it is known how fast they come
+    engine.tier._store_bytes_per_second = 1e9
+    assert not waits("late", 0.0)
+    assert waits("late", 0.05)
+    waited = engine.tier._waited_seconds
+    assert engine.tier.await_chunks("late", 0.05)
+    assert engine.tier._waited_seconds == waited >= 0.05  # a step waits so long in all
+    os.kill(engine.tier.link.pid, signal.SIGCONT)
+    assert engine.tier.await_chunks("late", SOON)
+    engine.step()
+    assert [result.failed for result in engine.results.values()] == [frozenset()]
 
 
 def test_a_store_that_is_not_there_is_a_miss(engines: Any) -> None:

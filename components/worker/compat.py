@@ -5,12 +5,17 @@ Runs on vLLM 0.26. Every name is there under 0.33, too; its tiering manager, how
 """
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import vllm
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import BlockStored, KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingConnectorMetadata,
@@ -102,6 +107,19 @@ def split_promotions(pending: dict[str, PendingPromotion], chunks_max: int) -> N
             pending[f"{req_id}/{start}"] = PendingPromotion(one.req_context, one.keys[part], one.block_ids[part])
 
 
+@dataclass
+class LaunchedMetadata(OffloadingWorkerMetadata):
+    """What a rank tells the scheduler of a step, and when it had launched it, in seconds of its time.monotonic(). Of
+    several ranks the last one counts."""
+
+    launched: float = 0.0
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "LaunchedMetadata":
+        assert isinstance(other, type(self))
+        merged = super().aggregate(other)
+        return type(self)(merged.completed_jobs, merged.transfer_stats, max(self.launched, other.launched))
+
+
 def compute_after_loads(worker: OffloadingWorker, job_ids: Collection[int]) -> None:
     """Whatever the calling thread's stream is given from here on comes after these loads. The GPU waits for them where
     it can be told to; otherwise the caller does."""
@@ -139,6 +157,8 @@ __all__ = [
     "KVConnectorOutput",
     "KVConnectorRole",
     "KVConnectorStats",
+    "KVConnectorWorkerMetadata",
+    "LaunchedMetadata",
     "LoadStoreSpec",
     "LookupResult",
     "OffloadKey",

@@ -22,6 +22,7 @@ from components.worker.compat import (
     KVConnectorOutput,
     KVConnectorRole,
     KVConnectorStats,
+    LaunchedMetadata,
     LookupResult,
     OffloadingConnector,
     OffloadingConnectorScheduler,
@@ -48,7 +49,8 @@ ANSWER_PIECE_TOKENS = 128
 
 class KvtierConnector(OffloadingConnector):
     """One in the scheduler's process, one in each rank's. The methods here run on the scheduler's thread and must not
-    block; the tier's I/O is in a process of its own (mover.py)."""
+    block, but for as long as the GPU is busy without them (step_clock.py); the tier's I/O is in a process of its own
+    (mover.py)."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         self._layers_together = layers_together(vllm_config, kv_cache_config)
@@ -107,15 +109,20 @@ class KvtierConnector(OffloadingConnector):
         self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
         # With a chunk or less to compute there is nothing to load.
         beyond = request.num_tokens - num_computed_tokens > min(group.tokens_per_chunk for group in self._groups)
+        speed = self._clock.dram_bytes_per_second
         for tier in self._tiers:
             tier.hurry(request.request_id)
-            if beyond:
-                tier.await_answer(request.request_id)
+            if not beyond:
+                continue
+            tier.await_answer(request.request_id, self._clock.spare_seconds())
+            copy_seconds = self._in_step.seconds(request.num_tokens - num_computed_tokens, speed)
+            if tier.await_chunks(request.request_id, self._clock.spare_seconds(copy_seconds)):
+                self._manager.take_in()
         found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
         found = found and self._in_step.worth_loading(request, num_computed_tokens, found)
         if not found:
             return found, False
-        in_step = self._in_step.admit(request, found, self._clock.dram_bytes_per_second)
+        in_step = self._in_step.admit(request, found, speed)
         return found, not in_step
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -160,8 +167,13 @@ class KvtierConnector(OffloadingConnector):
         sent, received = super().get_finished(finished_req_ids)
         return sent, received - {meta.load_jobs[job_id].req_id for job_id in meta.in_step}
 
+    def build_connector_worker_meta(self) -> LaunchedMetadata:
+        """The last call of the rank's in a step, when the GPU has been told all but to sample."""
+        meta = super().build_connector_worker_meta() or LaunchedMetadata()
+        return LaunchedMetadata(meta.completed_jobs, meta.transfer_stats, time.monotonic())
+
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        self._clock.note_transfers(connector_output.kv_connector_worker_meta)
+        self._clock.note_worker(connector_output.kv_connector_worker_meta)
         super().update_connector_output(connector_output)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:

@@ -79,12 +79,18 @@ class InStepLoads:
         self._admitted.pop(request.request_id, None)  # there was no room in HBM when it was admitted before
         if not self.possible or not bytes_per_second:
             return False
-        chunks = load_tokens / self.scheduler.config.kv_group_configs[0].tokens_per_chunk
-        seconds = chunks * self.row_bytes / self.scheduler.config.num_workers / bytes_per_second
+        seconds = self.seconds(load_tokens, bytes_per_second)
         if sum(self._admitted.values()) + seconds > IN_STEP_SECONDS or self._between_steps():
             return False
         self._admitted[request.request_id] = seconds
         return True
+
+    def seconds(self, tokens: int, bytes_per_second: float) -> float:
+        """What their copy to HBM takes; 0 where that is not known."""
+        if not bytes_per_second or not self.possible:
+            return 0.0
+        chunks = tokens / self.scheduler.config.kv_group_configs[0].tokens_per_chunk
+        return chunks * self.row_bytes / self.scheduler.config.num_workers / bytes_per_second
 
     def _between_steps(self) -> bool:
         """Whether a load of any request is under way, or about to be, that no step waits for."""

@@ -120,6 +120,10 @@ class GuardedTieringManager(TieringOffloadingManager):
 
     # ---- jobs
 
+    def take_in(self) -> None:
+        """What has come since the last lookup of this step; stock looks once a step."""
+        self._process_finished_jobs()
+
     def _process_finished_jobs(self) -> None:
         for tier in self.secondary_tiers:
             for result in tier.get_finished_jobs():

@@ -1,8 +1,8 @@
 """The store as a tier of the engine: what is asked of it, what is under way, and what is no longer waited for.
 
-A state machine on the scheduler's thread. It takes no lock and makes no call that blocks: whatever touches the network
-is done by the mover, a process of its own (mover.py), under a deadline. What fails, is late or does not check out is
-reported as missing, and the engine computes it.
+A state machine on the scheduler's thread. It takes no lock, and blocks only where it is told for how long (`await_*`,
+`wait`): whatever touches the network is done by the mover, a process of its own (mover.py), under a deadline. What
+fails, is late or does not check out is reported as missing, and the engine computes it.
 
 One rule stands above speed: a load is reported as finished only when nobody can write into its rows any more. Either
 the mover says so, or the mover is dead and reaped. A request does not wait for that: past its deadline `gave_up` tells
@@ -43,6 +43,7 @@ from components.worker.frames import Ask, Cancel, Forget, Found, Hurry, Load, Lo
 from components.worker.manager import PartialResult
 from components.worker.mover_link import MoverLink
 from components.worker.speeds import Prefill, due_seconds, worth_waiting_for
+from kvstore.client import good_connections
 from kvstore.plan import Plan, read_plan
 from kvstore.wire import Outcome
 
@@ -71,7 +72,7 @@ _STOP_SECONDS = 2.0
 _DRAIN_SECONDS = 5.0
 _WAIT_SECONDS = 0.001
 # What the store holds is known some 0.6 ms after it was asked (a target on the same host, UNIX socket); a request that
-# does not wait for that loses a step, tens of milliseconds. A target that is slower costs the engine no more than this.
+# does not wait for that loses a step, tens of milliseconds. A target that is slower costs the GPU no more than this.
 _ANSWER_SECONDS = 0.002
 
 # dynamo.vllm leaves its instance id here for the engine's process.
@@ -182,9 +183,9 @@ class RemoteTier(SecondaryTierManager):
         endpoint: str = "",
         deadline_ms: int = 2000,
         lookup_ms: int = 200,
-        fetch_threads: int = 4,
+        fetch_threads: int | None = None,
         put_threads: int = 2,
-        connections_per_target: int = 4,
+        connections_per_target: int | None = None,
         carrier: str = "",
         put_queue_share: float = 0.25,
         load_share: float = 0.25,
@@ -207,7 +208,7 @@ class RemoteTier(SecondaryTierManager):
         self._load_rows_max = max(1, int(load_share * rows))
         self._load_rows = 0
         self._promised_rows = 0  # looked up as there, not submitted yet
-        self._patience_seconds = _ANSWER_SECONDS  # what is left of it in this step
+        self._waited_seconds = 0.0  # in this step
         self._states: dict[str, _RequestState] = {}
         self._by_number: dict[int, _RequestState] = {}
         self._requests = 0
@@ -238,8 +239,8 @@ class RemoteTier(SecondaryTierManager):
                 worker=os.environ.get(_DYNAMO_WORKER_ID, ""),
                 block_tokens=self._block_tokens,
                 blocks_per_chunk=self._blocks_per_chunk,
-                connections_per_target=connections_per_target,
-                fetch_threads=fetch_threads,
+                connections_per_target=connections_per_target or good_connections(),
+                fetch_threads=fetch_threads or good_connections(),
                 put_threads=put_threads,
             )
         )
@@ -288,18 +289,34 @@ class RemoteTier(SecondaryTierManager):
         state = self._states.get(req_id)
         return state is not None and _undecided(state)
 
-    def await_answer(self, req_id: str) -> None:
+    def await_answer(self, req_id: str, spare_seconds: float) -> None:
         """The engine is about to look the request up: let the store's answer come first if it comes at once. Once for
-        each request; blocks for `_ANSWER_SECONDS` a step at most."""
+        each request; blocks for `_ANSWER_SECONDS` a step at most, or for as long as the GPU is busy without it."""
         state = self._states.get(req_id)
         if state is None or state.awaited or not _undecided(state):
             return
         state.awaited = True
-        begun = time.monotonic()
-        while _undecided(state) and (left := begun + self._patience_seconds - time.monotonic()) > 0:
-            self.link.wait(left)
+        self._await(lambda: not _undecided(state), max(spare_seconds, _ANSWER_SECONDS))
+
+    def await_chunks(self, req_id: str, spare_seconds: float) -> bool:
+        """The engine is about to look the request up: let what is fetched for it come first if it comes within so many
+        seconds. The request is computed in this step then, and not in the next one. Whether anything may have come."""
+        state = self._states.get(req_id)
+        if state is None or not state.loads:
+            return False
+        self._step()  # what has come since the last one is not waited for
+        left_bytes = self.row_bytes * sum(len(load.keys) for load in state.loads.values())
+        if left_bytes <= (spare_seconds - self._waited_seconds) * self._store_bytes_per_second:
+            self._await(lambda: not state.loads or self._gave_up(state), spare_seconds)
+        return True
+
+    def _await(self, done: Callable[[], bool], seconds: float) -> None:
+        """Hear what the mover says until that is so, or so many seconds of this step were spent on waiting."""
+        begun, before = time.monotonic(), self._waited_seconds
+        while not done() and self._waited_seconds < seconds:
+            self.link.wait(seconds - self._waited_seconds)
             self._step()
-        self._patience_seconds -= time.monotonic() - begun
+            self._waited_seconds = before + time.monotonic() - begun
 
     def hurry(self, req_id: str) -> None:
         """The engine has a slot for the request, and could begin now."""
@@ -466,7 +483,7 @@ class RemoteTier(SecondaryTierManager):
 
     def on_schedule_end(self, context: object) -> None:
         self._promised_rows = 0  # those that were promoted were submitted just before
-        self._patience_seconds = _ANSWER_SECONDS
+        self._waited_seconds = 0.0
 
     def has_pending_work(self) -> bool:
         return bool(self._loads or self._puts or self._finished)

@@ -1,11 +1,12 @@
-"""Times the engine's steps and its copies from DRAM to HBM: what the prefill model and the heartbeat are made of.
+"""Times the engine's steps and its copies from DRAM to HBM: what the prefill model and the heartbeat are made of, and
+for how long a step may be scheduled.
 
 On the scheduler's thread; plain bookkeeping, the fit once a second.
 """
 
 from collections import deque
 
-from components.worker.compat import OffloadingWorkerMetadata, SchedulerOutput
+from components.worker.compat import LaunchedMetadata, OffloadingWorkerMetadata, SchedulerOutput
 from components.worker.speeds import Prefill, PrefillFit, Throughput
 
 _TELL_SECONDS = 1.0
@@ -13,6 +14,9 @@ _TELL_SECONDS = 1.0
 _STEPS_MAX = 8
 # Fewer prompt tokens in a step, and what it takes is decided by the decodes beside them.
 _PREFILL_TOKENS_MIN = 64
+# How long before they are needed the last steps were launched, and what of that the scheduler may use up.
+_AHEAD_SAMPLES = 16
+_AHEAD_SHARE = 0.9
 
 
 def prefilled(output: SchedulerOutput) -> tuple[int, float]:
@@ -39,6 +43,8 @@ class StepClock:
         self._steps: deque[tuple[int, float, float]] = deque(maxlen=_STEPS_MAX)
         self._last_end = 0.0
         self._told = 0.0
+        self._launched = 0.0
+        self._ahead: deque[float] = deque(maxlen=_AHEAD_SAMPLES)
         self.prefill = Prefill()
 
     def begin(self, tokens: int, attended: float, now: float) -> None:
@@ -49,11 +55,25 @@ class StepClock:
         if not self._steps:
             return
         tokens, attended, began = self._steps.popleft()
+        known = began <= self._launched <= now and len(self._steps) <= 1  # not a clock of another host, nor a pipeline
+        self._ahead.append(max(0.0, self._last_end - self._launched) if known else 0.0)
         if tokens >= _PREFILL_TOKENS_MIN:
             self._fit.add(tokens, attended, now - max(began, self._last_end))
         self._last_end = now
 
-    def note_transfers(self, meta: object) -> None:
+    def spare_seconds(self, copy_seconds: float = 0.0) -> float:
+        """For how long the scheduler may wait while it schedules the next step, and the GPU does not, even if that step
+        begins with copies of so many seconds. With asynchronous scheduling a step is launched while the one before
+        still runs: so far ahead as the lower quartile of the last ones. Otherwise, and without a GPU, none is."""
+        if not self._steps or len(self._ahead) < _AHEAD_SAMPLES:
+            return 0.0
+        ahead = sorted(self._ahead)[_AHEAD_SAMPLES // 4]
+        return min(_AHEAD_SHARE * ahead, ahead - copy_seconds)
+
+    def note_worker(self, meta: object) -> None:
+        """What the ranks say of the step that is about to end."""
+        if isinstance(meta, LaunchedMetadata):
+            self._launched = meta.launched
         if isinstance(meta, OffloadingWorkerMetadata) and not meta.transfer_stats.is_empty():
             self._copies.add(meta.transfer_stats.load.bytes, meta.transfer_stats.load.time)
 

@@ -19,7 +19,7 @@ from crc32c import crc32c
 
 from kvstore import transport, wire
 from kvstore.buffers import aligned
-from kvstore.client import Item, StoreClient
+from kvstore.client import Item, StoreClient, good_connections
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.files import Files
 from kvstore.membership import open_membership
@@ -33,7 +33,7 @@ RUNS = 5
 _SCRATCH_BYTES = 1 << 30
 _SCRATCH_CHUNKS_MIN = 2 * READERS
 # As many as a client opens to a target.
-_CONNECTIONS = 4
+_CONNECTIONS = good_connections()
 # Batches of puts and gets: one is asked for while the other comes, each enough for all of a client's connections, and
 # together less than a target has in buffers.
 _CALLERS = 2
