@@ -158,12 +158,13 @@ class Target:
         """Start a connection's session; with the lock held."""
         connection = _Connection(Stream(sock), self.pool, self._made_room)
         thread = threading.Thread(target=self._session, args=(connection,), name="kvtier-session", daemon=True)
+        self._connections[connection] = thread
         try:
             thread.start()
         except RuntimeError:
+            del self._connections[connection]
             connection.close()
             raise
-        self._connections[connection] = thread
 
     def _session(self, connection: "_Connection") -> None:
         stream = connection.incoming
