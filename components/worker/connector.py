@@ -177,8 +177,7 @@ class KvtierConnector(OffloadingConnector):
         super().update_connector_output(connector_output)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """The scheduler asks once at the end of every step; `update_connector_output` is left out where nothing ran and
-        nothing was copied."""
+        """The scheduler asks once at the end of every step, whatever ran in it."""
         if self.connector_scheduler is not None:
             now = time.monotonic()
             self._clock.end(now)
