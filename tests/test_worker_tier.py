@@ -291,7 +291,7 @@ def test_chunks_that_are_about_to_come_are_waited_for(start_target: Any, engines
     def waits(name: str, spare_seconds: float) -> bool:
         """Whether this step does."""
         engine.step()
-        assert engine.tier.await_chunks(name, spare_seconds)
+        assert not engine.tier.await_chunks(name, spare_seconds)
         return bool(engine.tier._waited_seconds)
 
     assert not engine.tier.await_chunks("nobody", SOON)
@@ -301,12 +301,33 @@ def test_chunks_that_are_about_to_come_are_waited_for(start_target: Any, engines
     assert not waits("late", 0.0)
     assert waits("late", 0.05)
     waited = engine.tier._waited_seconds
-    assert engine.tier.await_chunks("late", 0.05)
+    assert not engine.tier.await_chunks("late", 0.05)
     assert engine.tier._waited_seconds == waited >= 0.05  # a step waits so long in all
     os.kill(engine.tier.link.pid, signal.SIGCONT)
     assert engine.tier.await_chunks("late", SOON)
+    assert engine.tier.await_chunks("another", SOON)  # whose chunks may be among them
     engine.step()
     assert [result.failed for result in engine.results.values()] == [frozenset()]
+    assert not engine.tier.await_chunks("late", SOON)
+
+
+def test_however_many_requests_wait_a_step_listens_once(start_target: Any, engines: Any, monkeypatch: Any) -> None:
+    engine = engines(start_target().address)
+    names = [f"r{number}" for number in range(4)]
+    os.kill(engine.tier.link.pid, signal.SIGSTOP)
+    for number, name in enumerate(names):
+        context = engine.arrive(engine_request(name=name), KEYS[number : number + 1])
+        engine.tier.ask(name)
+        engine.tier._answer(engine.tier._states[name], ["somewhere"])
+        engine.begin_load(context, KEYS[number : number + 1], [number])
+    engine.step()
+    listened = []
+    monkeypatch.setattr(engine.tier.link, "receive", lambda: listened.append(1) or [])
+    for _ in range(2):
+        for name in names:
+            assert not engine.tier.await_chunks(name, SOON)
+    assert len(listened) == 1
+    os.kill(engine.tier.link.pid, signal.SIGCONT)
 
 
 def test_a_store_that_is_not_there_is_a_miss(engines: Any) -> None:

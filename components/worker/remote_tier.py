@@ -209,6 +209,7 @@ class RemoteTier(SecondaryTierManager):
         self._load_rows = 0
         self._promised_rows = 0  # looked up as there, not submitted yet
         self._waited_seconds = 0.0  # in this step
+        self._listened = False  # in this step
         self._states: dict[str, _RequestState] = {}
         self._by_number: dict[int, _RequestState] = {}
         self._requests = 0
@@ -300,15 +301,16 @@ class RemoteTier(SecondaryTierManager):
 
     def await_chunks(self, req_id: str, spare_seconds: float) -> bool:
         """The engine is about to look the request up: let what is fetched for it come first if it comes within so many
-        seconds. The request is computed in this step then, and not in the next one. Whether anything may have come."""
-        state = self._states.get(req_id)
-        if state is None or not state.loads:
-            return False
-        self._step()  # what has come since the last one is not waited for
-        left_bytes = self.row_bytes * sum(len(load.keys) for load in state.loads.values())
-        if left_bytes <= (spare_seconds - self._waited_seconds) * self._store_bytes_per_second:
-            self._await(lambda: not state.loads or self._gave_up(state), spare_seconds)
-        return True
+        seconds. The request is computed in this step then, and not in the next one. Whether there are finished jobs
+        that nobody has asked for."""
+        state, left_seconds = self._states.get(req_id), spare_seconds - self._waited_seconds
+        if state is not None and state.loads and left_seconds > 0:
+            if not self._listened:  # once a step: it looks at whatever is under way
+                self._step()
+            left_bytes = self.row_bytes * sum(len(load.keys) for load in state.loads.values())
+            if left_bytes <= left_seconds * self._store_bytes_per_second:
+                self._await(lambda: not state.loads or self._gave_up(state), spare_seconds)
+        return bool(self._finished)
 
     def _await(self, done: Callable[[], bool], seconds: float) -> None:
         """Hear what the mover says until that is so, or so many seconds of this step were spent on waiting."""
@@ -484,6 +486,7 @@ class RemoteTier(SecondaryTierManager):
     def on_schedule_end(self, context: object) -> None:
         self._promised_rows = 0  # those that were promoted were submitted just before
         self._waited_seconds = 0.0
+        self._listened = False
 
     def has_pending_work(self) -> bool:
         return bool(self._loads or self._puts or self._finished)
@@ -512,6 +515,7 @@ class RemoteTier(SecondaryTierManager):
 
     def _step(self) -> None:
         """Take in what the mover said, look after it, and give up what is not worth waiting for."""
+        self._listened = True
         for report in self.link.receive():
             match report:
                 case Loaded():
