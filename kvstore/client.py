@@ -36,8 +36,8 @@ SILENT_SECONDS = 0.5
 
 
 def good_connections() -> int:
-    """How many connections to a target bring most on this host. Out of a target's memory, over a UNIX socket: with 16
-    cores 8 bring half as much again as 4 (15 and 11 GB/s), and 12 less; with 2 cores 4 are as good as any."""
+    """How many connections to a target bring most on this host. Out of a target's memory, over a UNIX socket, 8 bring
+    more than 4 or 12 where there are 16 cores; with 2 cores 4 are as good as any."""
     return min(8, max(4, len(os.sched_getaffinity(0)) // 2))
 
 

@@ -17,9 +17,8 @@ from kvstore.wire import HEADER_BYTES, Header, decode_header
 # 1 MiB of socket buffer lets one wake-up move one MiB; the default of 200 KiB halves the speed on loopback.
 SOCKET_BUFFER_BYTES = 1 << 20
 # On one host what is sent is better received while it is still in the processor's cache: over TCP 128 KiB carry half as
-# much again as 1 MiB. A UNIX socket copies less and gains from fewer wake-ups: with 16 cores and 8 connections 512 KiB
-# carry a fifth more than 256 KiB, and 1 MiB no more than that; with 2 cores all three are alike. A network needs more
-# for its delay.
+# much again as 1 MiB. A UNIX socket copies less and gains from fewer wake-ups: where cores are many 512 KiB carry more
+# than 256 KiB, and 1 MiB no more than that; where they are few all three are alike. A network needs more for its delay.
 _NEAR_TCP_BUFFER_BYTES = 128 << 10
 _UNIX_BUFFER_BYTES = 512 << 10
 Bytes = bytes | bytearray | memoryview

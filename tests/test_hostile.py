@@ -352,6 +352,7 @@ def test_accepting_goes_on_when_threads_run_out(start_target, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", no_thread)
         assert is_closed(transport.connect(running.address, soon()))
+        eventually(lambda: not running.target._connections)
     assert_served(running, [0])
 
 

@@ -196,15 +196,22 @@ def launched(clock: StepClock, steps: int, ahead: float, *, under_way: int = 1, 
 
 def test_the_scheduler_may_wait_for_as_long_as_steps_are_launched_ahead() -> None:
     clock = StepClock()
-    launched(clock, 15, 0.5)
+    launched(clock, 15, 0.02)
     assert clock.spare_seconds() == 0.0  # not known yet
     clock = StepClock()
-    launched(clock, 40, 0.5)
-    assert clock.spare_seconds() == pytest.approx(0.45)
-    assert clock.spare_seconds(0.2) == pytest.approx(0.3)  # what the copies do not take
-    assert clock.spare_seconds(0.7) < 0
+    launched(clock, 40, 0.02)
+    assert clock.spare_seconds() == pytest.approx(0.018)
+    assert clock.spare_seconds(0.015) == pytest.approx(0.005)  # what the copies do not take
+    assert clock.spare_seconds(0.03) < 0
     clock.end(41.0)
     assert clock.spare_seconds() == 0.0  # no step is under way
+
+
+def test_after_long_steps_it_does_not_wait_for_long_in_a_short_one() -> None:
+    clock = StepClock()
+    launched(clock, 40, 0.5)
+    assert clock.spare_seconds() == clock.spare_seconds(0.3) == 0.02
+    assert clock.spare_seconds(0.49) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("how", [{"ahead": -0.2}, {"under_way": 2}, {"offset": -1e6}, {"offset": 1e6}], ids=str)

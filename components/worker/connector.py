@@ -110,12 +110,12 @@ class KvtierConnector(OffloadingConnector):
         # With a chunk or less to compute there is nothing to load.
         beyond = request.num_tokens - num_computed_tokens > min(group.tokens_per_chunk for group in self._groups)
         speed = self._clock.dram_bytes_per_second
+        copy_seconds = self._in_step.seconds(request.num_tokens - num_computed_tokens, speed)
         for tier in self._tiers:
             tier.hurry(request.request_id)
             if not beyond:
                 continue
             tier.await_answer(request.request_id, self._clock.spare_seconds())
-            copy_seconds = self._in_step.seconds(request.num_tokens - num_computed_tokens, speed)
             if tier.await_chunks(request.request_id, self._clock.spare_seconds(copy_seconds)):
                 self._manager.take_in()
         found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)

@@ -77,16 +77,16 @@ class InStepLoads:
         """Whether the load of so many tokens should be made in the step that is being scheduled, which computes the
         rest. `bytes_per_second` from DRAM to one rank's HBM; 0: not known yet."""
         self._admitted.pop(request.request_id, None)  # there was no room in HBM when it was admitted before
-        if not self.possible or not bytes_per_second:
-            return False
         seconds = self.seconds(load_tokens, bytes_per_second)
+        if not seconds:
+            return False
         if sum(self._admitted.values()) + seconds > IN_STEP_SECONDS or self._between_steps():
             return False
         self._admitted[request.request_id] = seconds
         return True
 
     def seconds(self, tokens: int, bytes_per_second: float) -> float:
-        """What their copy to HBM takes; 0 where that is not known."""
+        """What their copy to HBM takes; 0 where that is not known, or not in a step."""
         if not bytes_per_second or not self.possible:
             return 0.0
         chunks = tokens / self.scheduler.config.kv_group_configs[0].tokens_per_chunk

@@ -17,6 +17,9 @@ _PREFILL_TOKENS_MIN = 64
 # How long before they are needed the last steps were launched, and what of that the scheduler may use up.
 _AHEAD_SAMPLES = 16
 _AHEAD_SHARE = 0.9
+# No more than that, however far ahead: after long steps a short one comes, and the GPU waits for the scheduler after
+# all. It is as much as a step may begin with copies (in_step.py).
+_SPARE_SECONDS_MAX = 0.02
 
 
 def prefilled(output: SchedulerOutput) -> tuple[int, float]:
@@ -68,7 +71,7 @@ class StepClock:
         if not self._steps or len(self._ahead) < _AHEAD_SAMPLES:
             return 0.0
         ahead = sorted(self._ahead)[_AHEAD_SAMPLES // 4]
-        return min(_AHEAD_SHARE * ahead, ahead - copy_seconds)
+        return min(_AHEAD_SHARE * ahead, ahead - copy_seconds, _SPARE_SECONDS_MAX)
 
     def note_worker(self, meta: object) -> None:
         """What the ranks say of the step that is about to end."""
