@@ -4,7 +4,7 @@ import argparse
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from kvstore import bus
+from kvstore.bus import messages
 
 DEFAULT_ENDPOINT = "dynamo.backend.generate"  # of the workers, as in stock Dynamo
 
@@ -16,7 +16,7 @@ class CommonOptions(BaseModel):
 
     endpoint: str = DEFAULT_ENDPOINT
     namespace: str = "default"
-    nats: str = bus.DEFAULT_NATS
+    nats: str = messages.DEFAULT_NATS
     deadline_ms: int = Field(2000, ge=1, le=600_000)
 
     @field_validator("endpoint")
@@ -30,5 +30,5 @@ class CommonOptions(BaseModel):
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", help=f"the workers' Dynamo endpoint; default {DEFAULT_ENDPOINT}")
     parser.add_argument("--namespace", help="the store's namespace; default 'default'")
-    parser.add_argument("--nats", help=f"where store, workers and routers meet; default {bus.DEFAULT_NATS}")
+    parser.add_argument("--nats", help=f"where store, workers and routers meet; default {messages.DEFAULT_NATS}")
     parser.add_argument("--deadline-ms", help="longest that a request may wait for the store; default 2000")

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import kvstore.__main__ as store
-from components.router import explain
+from components.router.view import explain
 from graphs import serve, size, top
 from graphs.render import PLACES, render
 from graphs.service import load_deployment

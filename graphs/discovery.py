@@ -5,7 +5,7 @@ import json
 import socket
 from pathlib import Path
 
-from kvstore.transport import split_address
+from kvstore.net.transport import split_address
 
 _CONNECT_SECONDS = 1.0
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from crc32c import crc32c
 
-from kvstore import record
-from kvstore.record import Entry
+from kvstore.disk import record
+from kvstore.disk.record import Entry
 
 
 class Record(NamedTuple):

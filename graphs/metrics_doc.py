@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import yaml
 from prometheus_client import CollectorRegistry
 
-from components.router.cost import Speeds
+from components.pricing.cost import Speeds
 from components.router.decisions import Decisions
 from components.router.speeds import LiveSpeeds
 from kvstore.__main__ import Metrics
-from kvstore.log import Log
-from kvstore.residency import Mirror
-from kvstore.shelf import Shelf
-from kvstore.target import Target
+from kvstore.bus.residency import Mirror
+from kvstore.disk.log import Log
+from kvstore.disk.shelf import Shelf
+from kvstore.net.target import Target
 
 _ROOT = Path(__file__).parent.parent
 PAGE = _ROOT / "docs" / "metrics.md"

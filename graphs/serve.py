@@ -20,7 +20,7 @@ from graphs.board import STARTING, Board
 from graphs.discovery import forget_dead
 from graphs.service import Deployment, Process, Service
 from kvstore.errors import FailedError, UnavailableError
-from kvstore.transport import split_address
+from kvstore.net.transport import split_address
 
 # A 70B model loads in minutes; a worker that says nothing for longer will not come.
 READY_SECONDS = 900.0

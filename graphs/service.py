@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvstore.errors import ConfigError, validated
-from kvstore.transport import split_address
+from kvstore.net.transport import split_address
 
 Setting = str | int | float | bool
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from graphs.service import Deployment, Place, Process, Service, Setting, Settings, as_flags, replicas
 from kvstore.errors import ConfigError, validated
-from kvstore.membership import checked_address
-from kvstore.transport import split_address
+from kvstore.net.membership import checked_address
+from kvstore.net.transport import split_address
 
 _PORT_MAX = 32_767
 _chance = random.SystemRandom()  # vLLM seeds the other one: processes would draw the same ports at the same time

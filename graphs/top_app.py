@@ -13,8 +13,8 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import DataTable, Footer, Static
 from textual.widgets.data_table import RowDoesNotExist
 
-from graphs import top
-from graphs.top import EVERY_SECONDS_MAX, EVERY_SECONDS_MIN, Frame, Observer, Options
+from graphs import observer
+from graphs.observer import EVERY_SECONDS_MAX, EVERY_SECONDS_MIN, Frame, Observer, Options
 
 _WIDTHS = {
     "workers": (17, 8, 5, 5, 6, 5, 5, 7, 5, 12),
@@ -70,7 +70,11 @@ class TopApp(App[None]):
     def compose(self) -> ComposeResult:
         yield Static("looking ...", id="head", markup=False)
         yield Static("", id="alarms", markup=False)
-        for name, titles in (("workers", top.WORKERS), ("targets", top.TARGETS), ("decisions", top.DECISIONS)):
+        for name, titles in (
+            ("workers", observer.WORKERS),
+            ("targets", observer.TARGETS),
+            ("decisions", observer.DECISIONS),
+        ):
             table: DataTable[Text] = DataTable(id=name, cell_padding=0, cursor_type="row", zebra_stripes=False)
             for title, width in zip(titles, _WIDTHS[name], strict=True):
                 table.add_column(_cell(title, title), width=width)
@@ -96,11 +100,11 @@ class TopApp(App[None]):
         if frame is None:
             return
         how = "paused" if self._paused else f"every {self._every:g} s"
-        self._below.query_one("#head", Static).update("\n".join(top.headlines(frame)) + f"   [{how}]")
-        self._below.query_one("#alarms", Static).update("\n".join(top.alarm_lines(frame)))
-        self._fill("workers", top.WORKERS, top.worker_rows(frame))
-        self._fill("targets", top.TARGETS, top.target_rows(frame))
-        self._fill("decisions", top.DECISIONS, [top.decision_row(one) for one in frame.decisions])
+        self._below.query_one("#head", Static).update("\n".join(observer.headlines(frame)) + f"   [{how}]")
+        self._below.query_one("#alarms", Static).update("\n".join(observer.alarm_lines(frame)))
+        self._fill("workers", observer.WORKERS, observer.worker_rows(frame))
+        self._fill("targets", observer.TARGETS, observer.target_rows(frame))
+        self._fill("decisions", observer.DECISIONS, [observer.decision_row(one) for one in frame.decisions])
 
     def _fill(self, name: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """The cursor stays on what it was on, wherever that is now."""

@@ -24,12 +24,13 @@ from graphs.serve import Child, Supervisor
 from graphs.service import load_deployment
 from graphs.services import free_port, frontend_url, page_address, runtime_env, vllm_workers
 from graphs.tiny_model import make_tiny_model
-from kvstore import residency, wire
-from kvstore.bus import Bus, WorkerReport, subject
-from kvstore.client import StoreClient
+from kvstore.bus import residency
+from kvstore.bus.messages import Bus, WorkerReport, subject
+from kvstore.bus.residency import Mirror
 from kvstore.keys import sequence_hashes
-from kvstore.membership import StaticMembership
-from kvstore.residency import Mirror
+from kvstore.net import wire
+from kvstore.net.client import StoreClient
+from kvstore.net.membership import StaticMembership
 
 MODEL, REFERENCE = "tiny", "tiny-reference"
 BLOCK_TOKENS = 128  # of vLLM's CPU engine

@@ -19,14 +19,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from kvstore import bus, membership, residency, tools, transport
-from kvstore.bus import Bus, TargetReport
+from kvstore import tools
+from kvstore.bus import messages, residency
+from kvstore.bus.messages import Bus, TargetReport
+from kvstore.bus.residency import Announcer
+from kvstore.disk.log import Log
+from kvstore.disk.shelf import Shelf
 from kvstore.errors import ConfigError, UnavailableError, run_command, validated
-from kvstore.log import Log
-from kvstore.residency import Announcer
-from kvstore.shelf import Shelf
-from kvstore.target import Target
-from kvstore.wire import Outcome
+from kvstore.net import membership, transport
+from kvstore.net.target import Target
+from kvstore.net.wire import Outcome
 
 logger = logging.getLogger("kvstore")
 
@@ -62,7 +64,7 @@ class Options(BaseModel):
     advertise: str | None = None
     unix_socket: str | None = None
     namespace: str = "default"
-    nats: str = bus.DEFAULT_NATS
+    nats: str = messages.DEFAULT_NATS
     etcd: str | None = None
     buffers: ByteSize = ByteSize(256 << 20)
     connections: int = Field(512, ge=1)
@@ -90,7 +92,7 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--advertise", help="host:port under which clients reach it; default: --listen")
     parser.add_argument("--unix-socket", help="path for clients on this host; default: DIR/target.sock, '' for none")
     parser.add_argument("--namespace", help="whose chunks these are; clients must name the same; default 'default'")
-    parser.add_argument("--nats", help=f"where residency is announced; '' for nowhere; default {bus.DEFAULT_NATS}")
+    parser.add_argument("--nats", help=f"where residency is announced; '' for nowhere; default {messages.DEFAULT_NATS}")
     parser.add_argument("--etcd", help="host:port of an etcd server to register with; default: not registered")
     parser.add_argument("--buffers", help="memory for payloads in flight; default 256MiB")
     parser.add_argument("--connections", help="how many clients may be connected at once; default 512")
@@ -161,7 +163,7 @@ class Metrics(Collector):
 
 async def serve(options: Options) -> None:
     """Run a target until SIGTERM or SIGINT, then let requests finish, seal, and leave."""
-    namespace = bus.checked_namespace(options.namespace)
+    namespace = messages.checked_namespace(options.namespace)
     listener = _listen("listen", options.listen)
     name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
     shelf = _open_shelf(options, namespace)
@@ -220,7 +222,7 @@ async def _report(target: Target, line: Bus, namespace: str) -> None:
     """Tell the routers once a second how busy the target is, until cancelled."""
     before, then = target.status(), time.monotonic()
     while True:
-        await asyncio.sleep(bus.HEARTBEAT_SECONDS)
+        await asyncio.sleep(messages.HEARTBEAT_SECONDS)
         status, now = target.status(), time.monotonic()
         report = TargetReport(
             target=status.target,
@@ -238,7 +240,7 @@ async def _report(target: Target, line: Bus, namespace: str) -> None:
             corrupt_chunks=status.corrupt_entries,
             failed_writes=status.failed_writes,
         )
-        await line.publish(bus.subject(namespace, "speed.target", target.name), report)
+        await line.publish(messages.subject(namespace, "speed.target", target.name), report)
         before, then = status, now
 
 

@@ -47,7 +47,8 @@ class SequenceHasher:
 
     `local[i] = xxh3_64(u32-LE tokens of block i, seed)`, `seq[0] = local[0]`,
     `seq[i] = xxh3_64(LE u64 seq[i-1] || LE u64 local[i], 1337)`; a LoRA name and a cache namespace are added to the
-    seed of the local hashes. Equal to `dynamo.llm.compute_block_hash_for_seq` plus its chaining (tests/test_keys.py).
+    seed of the local hashes. Equal to `dynamo.llm.compute_block_hash_for_seq` plus its chaining
+    (tests/kvstore/test_keys.py).
     """
 
     def __init__(self, block_tokens: int, *, lora_name: str | None = None, cache_namespace: str | None = None):

@@ -21,14 +21,14 @@ import pytest
 from crc32c import crc32c
 
 from graphs.services import free_port
-from kvstore import transport
-from kvstore.buffers import aligned
-from kvstore.client import Item, StoreClient
-from kvstore.files import Files
-from kvstore.log import Log, Value
-from kvstore.membership import StaticMembership
-from kvstore.shelf import Shelf
-from kvstore.target import Target
+from kvstore.disk.buffers import aligned
+from kvstore.disk.files import Files
+from kvstore.disk.log import Log, Value
+from kvstore.disk.shelf import Shelf
+from kvstore.net import transport
+from kvstore.net.client import Item, StoreClient
+from kvstore.net.membership import StaticMembership
+from kvstore.net.target import Target
 
 MIB = 1 << 20
 

@@ -24,12 +24,12 @@ from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorCont
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 from pydantic import BaseModel, Field, field_validator
 
-from kvstore.bus import checked_namespace
-from kvstore.client import Item, StoreClient
+from kvstore.bus.messages import checked_namespace
 from kvstore.errors import ConfigError, validated
 from kvstore.keys import chunk_key, fingerprint, layout_digest
-from kvstore.membership import open_membership
-from kvstore.wire import VALUE_BYTES_MAX, Outcome
+from kvstore.net.client import Item, StoreClient
+from kvstore.net.membership import open_membership
+from kvstore.net.wire import VALUE_BYTES_MAX, Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -13,17 +13,17 @@ import uvloop
 from pydantic import Field
 
 from components.options import CommonOptions, add_common_arguments
-from components.router.cost import Policy, Speeds
-from components.router.feed import Feed
-from components.router.page import open_page
-from components.router.question import explain_handler
+from components.pricing.cost import Policy, Speeds
 from components.router.router import Router
 from components.router.speeds import LiveSpeeds
+from components.router.view.feed import Feed
+from components.router.view.page import open_page
+from components.router.view.question import explain_handler
 from components.router.workers import Workers
-from kvstore import bus, residency
-from kvstore.bus import Bus, TargetReport, WorkerReport
+from kvstore.bus import messages, residency
+from kvstore.bus.messages import Bus, TargetReport, WorkerReport
+from kvstore.bus.residency import Mirror
 from kvstore.errors import ConfigError, UnavailableError, fail, run_command, validated
-from kvstore.residency import Mirror
 
 logger = logging.getLogger("components.router")
 
@@ -112,7 +112,7 @@ async def serve(runtime: Any, options: Options) -> None:
         register_model,
     )
 
-    namespace = bus.checked_namespace(options.namespace)
+    namespace = messages.checked_namespace(options.namespace)
     line = await Bus.connect(options.nats, f"kvtier router {options.model_name}")
     workers = Workers(options.endpoint)
     mirror = Mirror()
@@ -126,8 +126,8 @@ async def serve(runtime: Any, options: Options) -> None:
     async def heard_target(report: TargetReport) -> None:
         speeds.heard_target(report, time.monotonic())
 
-    await line.subscribe(bus.subject(namespace, "speed.worker"), WorkerReport, heard)
-    await line.subscribe(bus.subject(namespace, "speed.target"), TargetReport, heard_target)
+    await line.subscribe(messages.subject(namespace, "speed.worker"), WorkerReport, heard)
+    await line.subscribe(messages.subject(namespace, "speed.target"), TargetReport, heard_target)
     worker_endpoint = runtime.endpoint(options.endpoint)
     cards = FpmEventSubscriber(worker_endpoint)
     cards.start_tracking()

@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from components.router.cost import Choice, Choices
+from components.pricing.cost import Choice, Choices
 from components.router.speeds import LiveSpeeds
-from kvstore.residency import Mirror
+from kvstore.bus.residency import Mirror
 
 logger = logging.getLogger(__name__)
 

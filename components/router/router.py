@@ -16,16 +16,16 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import msgspec
 
-from components.router import cost
+from components.pricing import cost
+from components.pricing.cost import Candidate, Choice, Choices, Policy
 from components.router.constraints import Constraints
-from components.router.cost import Candidate, Choice, Choices, Policy
 from components.router.decisions import Decision, Decisions, explained, label
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Card, Workers
+from kvstore.bus.plan import FIELD, Plan, make_plan
+from kvstore.bus.residency import Mirror
 from kvstore.keys import sequence_hashes
-from kvstore.plan import FIELD, Plan, make_plan
-from kvstore.residency import Mirror
 
 logger = logging.getLogger(__name__)
 

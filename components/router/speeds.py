@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from components.router.cost import Speeds
-from kvstore.bus import TargetReport, WorkerReport
-from kvstore.wire import Outcome
+from components.pricing.cost import Speeds
+from kvstore.bus.messages import TargetReport, WorkerReport
+from kvstore.net.wire import Outcome
 
 SAMPLES_MIN = 3
 _SAMPLES = 7

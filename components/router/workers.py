@@ -7,7 +7,7 @@ import json
 import logging
 from dataclasses import dataclass
 
-from kvstore.bus import WorkerReport
+from kvstore.bus.messages import WorkerReport
 
 logger = logging.getLogger(__name__)
 

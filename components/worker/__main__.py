@@ -16,10 +16,10 @@ from typing import Literal
 from pydantic import ByteSize, Field, field_validator
 
 from components.options import CommonOptions, add_common_arguments
-from kvstore import bus
-from kvstore.bus import Bus
+from kvstore.bus import messages
+from kvstore.bus.messages import Bus
 from kvstore.errors import ConfigError, run_command, validated
-from kvstore.membership import checked_address
+from kvstore.net.membership import checked_address
 
 HELP = """Start a stock dynamo.vllm worker with the kvtier offload tier: HBM -> host DRAM -> remote NVMe store.
 
@@ -73,7 +73,7 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
     tier = {
         "type": "kvtier",
         "store": options.store,
-        "namespace": bus.checked_namespace(options.namespace),
+        "namespace": messages.checked_namespace(options.namespace),
         "deadline_ms": options.deadline_ms,
         "nats": options.nats,
         "endpoint": options.endpoint,

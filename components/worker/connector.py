@@ -40,8 +40,8 @@ from components.worker.layout import check_layers, engine_layout, layers_togethe
 from components.worker.manager import GuardedTieringManager
 from components.worker.remote_tier import TIER_TYPE, RemoteTier
 from components.worker.step_clock import StepClock, prefilled
+from kvstore.bus.plan import FIELD
 from kvstore.keys import layout_digest
-from kvstore.plan import FIELD
 
 # Of an answer, what is stored at once while it grows. A worker that dies loses as much of it.
 ANSWER_PIECE_TOKENS = 128
@@ -50,7 +50,7 @@ ANSWER_PIECE_TOKENS = 128
 class KvtierConnector(OffloadingConnector):
     """One in the scheduler's process, one in each rank's. The methods here run on the scheduler's thread and must not
     block, but for as long as the GPU is busy without them (step_clock.py); the tier's I/O is in a process of its own
-    (mover.py)."""
+    (mover/)."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         self._layers_together = layers_together(vllm_config, kv_cache_config)

@@ -1,7 +1,7 @@
 """The store as a tier of the engine: what is asked of it, what is under way, and what is no longer waited for.
 
 A state machine on the scheduler's thread. It takes no lock, and blocks only where it is told for how long (`await_*`,
-`wait`): whatever touches the network is done by the mover, a process of its own (mover.py), under a deadline. What
+`wait`): whatever touches the network is done by the mover, a process of its own (mover/), under a deadline. What
 fails, is late or does not check out is reported as missing, and the engine computes it.
 
 One rule stands above speed: a load is reported as finished only when nobody can write into its rows any more. Either
@@ -18,7 +18,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from components.worker import frames
+from components.pricing.patience import due_seconds, worth_waiting_for
+from components.pricing.prefill import Prefill
 from components.worker.compat import (
     JobId,
     JobMetadata,
@@ -39,13 +40,26 @@ from components.worker.compat import (
     job_rows,
     region_fd,
 )
-from components.worker.frames import Ask, Cancel, Forget, Found, Hurry, Load, Loaded, Pace, Put, Setup, Stored, Tokens
 from components.worker.manager import PartialResult
-from components.worker.mover_link import MoverLink
-from components.worker.speeds import Prefill, due_seconds, worth_waiting_for
-from kvstore.client import good_connections
-from kvstore.plan import Plan, read_plan
-from kvstore.wire import Outcome
+from components.worker.mover import frames
+from components.worker.mover.frames import (
+    Ask,
+    Cancel,
+    Forget,
+    Found,
+    Hurry,
+    Load,
+    Loaded,
+    Pace,
+    Put,
+    Setup,
+    Stored,
+    Tokens,
+)
+from components.worker.mover.link import MoverLink
+from kvstore.bus.plan import Plan, read_plan
+from kvstore.net.client import good_connections
+from kvstore.net.wire import Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,9 @@ On the scheduler's thread; plain bookkeeping, the fit once a second.
 
 from collections import deque
 
+from components.pricing.prefill import Prefill, PrefillFit
+from components.pricing.throughput import Throughput
 from components.worker.compat import LaunchedMetadata, OffloadingWorkerMetadata, SchedulerOutput
-from components.worker.speeds import Prefill, PrefillFit, Throughput
 
 _TELL_SECONDS = 1.0
 # With asynchronous scheduling a step is scheduled while the one before runs; more than a few are never under way.

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import msgspec
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from kvstore import bus
+from kvstore.bus import messages
+from kvstore.disk.record import PAGE_BYTES
 from kvstore.errors import ConfigError, validated
-from kvstore.record import PAGE_BYTES
+from kvstore.net.wire import VALUE_BYTES_MAX
 from kvstore.tools import speeds, words
 from kvstore.tools.speeds import Speed, StoreSpeeds
-from kvstore.wire import VALUE_BYTES_MAX
 
 HELP = """Measure how fast a target here would be, and say how many workers it feeds as fast as they compute.
 
@@ -89,9 +89,11 @@ class Result(msgspec.Struct):
 def main(argv: list[str]) -> int:
     options = _parse(argv)
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
-    logging.getLogger("kvstore.files").setLevel(logging.WARNING)  # direct I/O may not be had, which changes the figures
+    logging.getLogger("kvstore.disk.files").setLevel(
+        logging.WARNING
+    )  # direct I/O may not be had, which changes the figures
     models = _models(options)
-    bus.checked_namespace(options.namespace)
+    messages.checked_namespace(options.namespace)
     if options.dir is None and options.store is None:
         raise ConfigError("dir", "", "a directory on the device to measure, or --store with a target")
     if options.dir is not None and not options.dir.is_dir():

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from crc32c import crc32c
 
-from kvstore import record
-from kvstore.buffers import aligned
-from kvstore.files import Files
-from kvstore.queues import BATCH_BYTES
-from kvstore.record import ENTRY_BYTES, PAGE_BYTES, Entry, SegmentHeader, Stamp, Trailer
-from kvstore.space import Place, StoppedStore
+from kvstore.disk import record
+from kvstore.disk.buffers import aligned
+from kvstore.disk.files import Files
+from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, SegmentHeader, Stamp, Trailer
+from kvstore.disk.space import Place, StoppedStore
+from kvstore.net.queues import BATCH_BYTES
 from kvstore.tools.reports import Flaw, Report
 
 _PROBES = 8  # records that are looked for to tell whose a footer is

@@ -17,16 +17,16 @@ from pathlib import Path
 import msgspec
 from crc32c import crc32c
 
-from kvstore import transport, wire
-from kvstore.buffers import aligned
-from kvstore.client import Item, StoreClient, good_connections
+from kvstore.disk.buffers import aligned
+from kvstore.disk.files import Files
+from kvstore.disk.record import record_bytes
 from kvstore.errors import ConfigError, UnavailableError
-from kvstore.files import Files
-from kvstore.membership import open_membership
-from kvstore.queues import READERS, WRITERS
-from kvstore.record import record_bytes
-from kvstore.transport import Stream
-from kvstore.wire import Header, Op, Outcome
+from kvstore.net import transport, wire
+from kvstore.net.client import Item, StoreClient, good_connections
+from kvstore.net.membership import open_membership
+from kvstore.net.queues import READERS, WRITERS
+from kvstore.net.transport import Stream
+from kvstore.net.wire import Header, Op, Outcome
 
 RUNS = 5
 # Larger than the cache of most devices' controllers, small enough to be gone soon.

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvstore import bus, membership, transport
-from kvstore.client import StoreClient
+from kvstore.bus import messages
 from kvstore.errors import validated
-from kvstore.membership import Membership, StaticMembership
+from kvstore.net import membership, transport
+from kvstore.net.client import StoreClient
+from kvstore.net.membership import Membership, StaticMembership
+from kvstore.net.wire import Outcome, Status
 from kvstore.tools import words
-from kvstore.wire import Outcome, Status
 
 HELP = """Show how targets are doing: what they hold, and what they did since their start. With --watch again and again;
 from the second time on, counts are per second since the time before. The exit code is 1 if a target does not answer.
@@ -89,7 +90,7 @@ def _parse(argv: list[str]) -> Options:
 
 
 def _membership(options: Options) -> Membership:
-    bus.checked_namespace(options.namespace)
+    messages.checked_namespace(options.namespace)
     if not options.address.startswith("etcd://"):
         addresses = [part.strip() for part in options.address.split(",")]
         return StaticMembership([membership.checked_address("address", address) for address in addresses])

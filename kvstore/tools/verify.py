@@ -15,10 +15,11 @@ from pathlib import Path
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
-from kvstore import bus, record
+from kvstore.bus import messages
+from kvstore.disk import record
+from kvstore.disk.files import Files
+from kvstore.disk.space import StoppedStore
 from kvstore.errors import validated
-from kvstore.files import Files
-from kvstore.space import StoppedStore
 from kvstore.tools import words
 from kvstore.tools.reports import TITLES, Total, as_lines, summary
 from kvstore.tools.scrub import Scrub
@@ -49,7 +50,9 @@ class Options(BaseModel):
 def main(argv: list[str]) -> int:
     options = _parse(argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    namespace = None if options.namespace is None else record.namespace_id(bus.checked_namespace(options.namespace))
+    namespace = (
+        None if options.namespace is None else record.namespace_id(messages.checked_namespace(options.namespace))
+    )
     total = Total()
     with contextlib.ExitStack() as stack:
         files, stores = Files(), []

@@ -15,7 +15,7 @@ import pytest
 from graphs.demo import OPENING
 from graphs.services import runtime_env
 from graphs.trial import BLOCK_TOKENS, CONFIG, MODEL, Trial
-from kvstore.plan import FIELD, make_plan
+from kvstore.bus.plan import FIELD, make_plan
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -88,7 +88,7 @@ async def prefill_by_plan(trial: Trial, *, prompt_chunks: int, planned_chunks: i
     }
     worker = str(await trial.worker_id(PREFILL))
     client = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.stock_client", "dynamo.prefill.generate", worker),
+        *(sys.executable, "-m", "tests.engine.stock_client", "dynamo.prefill.generate", worker),
         stdin=asyncio.subprocess.PIPE,
         env={**os.environ, **runtime_env(trial.deployment), "DYN_LOG": "off"},
     )

@@ -16,21 +16,21 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from benchmarks.multi_turn import ENGINE_ENVIRONMENT
+from benchmarks.chat.__main__ import ENGINE_ENVIRONMENT
 from components.worker.__main__ import Options, compose
 from graphs.services import free_port
 from graphs.tiny_model import ALPHABET, make_tiny_model
 from graphs.trial import BLOCK_TOKENS
-from kvstore import transport, wire
+from kvstore.bus.plan import FIELD, make_plan
+from kvstore.disk.log import Log
+from kvstore.disk.shelf import Shelf
 from kvstore.errors import validated
-from kvstore.log import Log
-from kvstore.plan import FIELD, make_plan
-from kvstore.shelf import Shelf
-from kvstore.target import Target
-from kvstore.transport import Stream
-from kvstore.wire import Header, Op
+from kvstore.net import transport, wire
+from kvstore.net.target import Target
+from kvstore.net.transport import Stream
+from kvstore.net.wire import Header, Op
 from tests.conftest import MIB, eventually, soon
-from tests.test_client import Impostor, value
+from tests.kvstore.test_client import Impostor, value
 
 pytestmark = pytest.mark.engine
 

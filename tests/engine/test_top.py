@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.router.state import SOURCES
+from components.router.view.state import SOURCES
 from graphs.trial import Trial
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]

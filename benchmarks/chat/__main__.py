@@ -1,0 +1,543 @@
+"""Multi-turn chat against one engine: what a tier under its KV cache gives, beside the engine without and its own.
+
+    python -m benchmarks.chat --model DIR --hbm-tokens N --dram SIZE --dir DIR --json FILE [--plot FILE.svg]
+    python -m benchmarks.chat --url http://HOST:PORT --model NAME --json FILE
+
+Closed loop: N clients each play a turn of one conversation after the other, from a pool whose KV exceeds HBM several
+times; a conversation's next turn comes when all others have had one. Before a mode is measured, every conversation is
+played once, which fills its tiers. Each mode is a fresh engine with the same HBM, DRAM and pool:
+
+    plain      vLLM's prefix cache alone
+    dram       vLLM's own offloading to DRAM
+    files      vLLM's own file tier under that DRAM
+    store      this project: that DRAM, and a target on the same disk, without a hot cache
+    store-hot  the same engine, and the target started again with a hot cache (--hot; as large as the pool's KV)
+
+With --rounds N all of it is done N times, every other time in the opposite order, and figures are medians over rounds.
+What the store holds stays for the rounds that follow. --with FILE counts in the points of an earlier run's --json, made
+on the same machine. With --fresh N each engine also has N prompts that nobody goes on with, the same for all: what the
+tier costs where it cannot help. With --first-token N prompts of that length are asked for one at a time, from each
+place where they can be.
+With --url a server that runs already is measured.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import aiohttp
+import msgspec
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+from benchmarks.chat.load import (
+    CHAT,
+    FRESH,
+    Endpoint,
+    FirstToken,
+    Point,
+    Pool,
+    Shape,
+    ask_again,
+    first_tokens,
+    measure,
+    measure_all,
+    settled,
+    warm_up,
+)
+from benchmarks.chat.plot import plot
+from benchmarks.chat.results import OverPlain, Spread, best, medians, over_plain
+from components.worker.__main__ import MODEL_RUNNER, compose
+from components.worker.__main__ import Options as WorkerOptions
+from graphs.services import free_port
+from kvstore.errors import ConfigError, FailedError, run_command, validated
+
+MODES = ("plain", "dram", "files", "store", "store-hot")
+MEDIA = {
+    "plain": ("cold", "hbm"),
+    "dram": ("cold", "hbm", "dram"),
+    "files": ("cold", "hbm", "dram", "store"),
+    "store": ("cold", "hbm", "dram", "store"),
+    "store-hot": ("cold", "hbm", "dram", "store"),
+}
+START_SECONDS = 400.0
+SETTLE_SECONDS = 3.0  # without another write: what is written behind the warm-up is written
+SETTLE_SECONDS_MAX = 30.0
+TARGET_FOUND_SECONDS = 5.0  # in which workers try a target again that was away
+_CPU_THREADS = "VLLM_CPU_OMP_THREADS_BIND"
+ENGINE_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "VLLM_SERVER_DEV_MODE": "1",
+    "HF_HUB_OFFLINE": "1",
+    MODEL_RUNNER: os.environ.get(MODEL_RUNNER, "0"),  # a tier of whatever kind is faster on it
+    # On the CPU as many threads with a connector as without: vLLM gives one less to an engine without.
+    _CPU_THREADS: os.environ.get(_CPU_THREADS, ",".join(map(str, sorted(os.sched_getaffinity(0))))),
+}
+ROOT = Path(__file__).parents[2]
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Options(BaseModel):
+    """The command line, checked."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str
+    url: str = ""
+    modes: list[str] = list(MODES)
+    clients: list[Positive] = [8, 16, 32]
+    pool: Positive = 80
+    scale: float = Field(1.0, gt=0, le=10)
+    seconds: float = Field(30.0, gt=0)
+    ramp: float = Field(12.0, ge=0)
+    seed: int = 1
+    fresh: int = Field(0, ge=0)
+    fills: Positive = 1
+    rounds: Positive = 1
+    earlier: list[Path] = []
+    first_token: list[Positive] = []
+    repeats: Positive = 5
+    hbm_tokens: int = Field(0, ge=0)
+    block_tokens: Positive = 16
+    blocks_per_chunk: Positive = 1
+    max_model_len: Positive = 8192
+    kv_dtype: str = "auto"
+    load_format: str = "auto"
+    tensor_parallel: Positive = 1
+    dram: ByteSize = ByteSize(8 << 30)
+    dir: Path = Path(tempfile.gettempdir())
+    capacity: ByteSize = ByteSize(64 << 30)
+    hot: ByteSize = ByteSize(16 << 30)
+    engine: str = ""
+    json_file: Path | None = None
+    plot: Path | None = None
+
+
+class Report(msgspec.Struct):
+    command: str
+    pool_tokens: int
+    points: list[Point] = []
+    first_tokens: list[FirstToken] = []
+    failed: dict[str, str] = {}
+    warm_ups: dict[str, dict[str, float]] = {}  # mode -> what the tier counted before the first point
+    # mode -> the most requests per second with a mean TPOT of at most so many ms, between the numbers of clients
+    best: dict[str, dict[str, float]] = {}
+    over_plain: list[OverPlain] = []
+
+
+class EngineError(FailedError):
+    """An engine or a target that does not come up; its last words."""
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="folder of the model; with --url the name that the server knows it by")
+    add("--hbm-tokens", help="KV cache of the engine; default what it finds room for")
+    add("--block-tokens", help="default 16; the CPU engine has 128")
+    add("--blocks-per-chunk", help="KV blocks that a tier moves at once; default 1")
+    add("--max-model-len", help="default 8192")
+    add("--kv-dtype", help="auto or fp8")
+    add("--load-format", help="auto, or dummy for a folder without weights")
+    add("--tensor-parallel", help="default 1")
+    add("--dram", help="of the DRAM tier; default 8GiB")
+    add("--dir", help="where the file tier and the target keep their files; default: that of temporary files")
+    add("--capacity", help="of the target; default 64GiB")
+    add("--engine", help="more arguments for the engine, as one string")
+
+
+def parse(argv: list[str]) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.chat",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--url", help="measure this server instead of starting engines")
+    add("--modes", help=f"default {','.join(MODES)}")
+    add("--clients", help="numbers of clients; default 8,16,32")
+    add("--pool", help="conversations; default 80")
+    add("--fills", help="how often the pool is asked for before: again if the disk writes too slowly; default 1")
+    add("--scale", help="of all lengths, for small models; default 1")
+    add("--seconds", help="of each measurement; default 30")
+    add("--ramp", help="seconds before each, in which its clients begin: longer than a request takes; default 12")
+    add("--seed")
+    add("--fresh", help="then also so many prompts that share nothing, with the fewest clients; default 0")
+    add("--rounds", help="default 1")
+    add("--with", dest="earlier", help="JSON of earlier runs, to be counted in: FILE,FILE")
+    add("--first-token", help="prompt lengths to time one by one, such as 2200,8000")
+    add("--repeats", help="of these; default 5")
+    add_engine_arguments(parser)
+    add("--hot", help="cache in the target's memory, in store-hot; default 16GiB")
+    add("--json", dest="json_file", help="where to write the result, after every point")
+    add("--plot", help="where to draw it, as SVG")
+    values = vars(parser.parse_args(argv))
+    for name in ("modes", "clients", "first_token", "earlier"):
+        if values[name] is not None:
+            values[name] = values[name].split(",")
+    options = validated(Options, values)
+    for mode in options.modes:
+        if mode not in MODES:
+            raise ConfigError("modes", mode, f"some of {','.join(MODES)}")
+    for path in options.earlier:
+        if not path.is_file():
+            raise ConfigError("with", path, "a file that --json wrote")
+    check_folders(options)
+    return options
+
+
+def check_folders(options: Options) -> None:
+    if not options.dir.is_dir():
+        raise ConfigError("dir", options.dir, "a folder that exists")
+    if not options.url and not (Path(options.model) / "config.json").is_file():
+        raise ConfigError("model", options.model, "a folder with a config.json")
+
+
+# ---- engines
+
+
+@contextlib.contextmanager
+def running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, in a group of its own that ends with the block."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def leave_on_sigterm() -> None:
+    """So that what was started is stopped. From the main thread."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def last_words(log: Path) -> str:
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return " | ".join((errors or lines)[-3:])[-600:]
+
+
+async def until_ready(endpoint: Endpoint, session: aiohttp.ClientSession, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with session.get(f"{endpoint.url}/health", timeout=aiohttp.ClientTimeout(2)) as reply:
+                if reply.status == 200:
+                    return
+        await asyncio.sleep(0.5)
+    raise EngineError(f"not ready after {START_SECONDS:.0f} s" if process.poll() is None else "it ended")
+
+
+def transfer_config(options: Options, mode: str, store: str, files: Path) -> dict[str, object] | None:
+    """What goes into --kv-transfer-config; the same DRAM and the same chunks for all that have any."""
+    stock = {
+        "cpu_bytes_to_use": int(options.dram),
+        "blocks_per_chunk": options.blocks_per_chunk,
+    }
+    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    match mode:
+        case "dram":
+            return {**connector, "kv_connector_extra_config": {**stock, "offload_prompt_only": False}}
+        case "files":
+            tier = {"type": "fs", "root_dir": str(files)}
+            # With offload_prompt_only false, stock 0.26 ends under load: a finished request's last chunks.
+            spec = {"spec_name": "TieringOffloadingSpec", "offload_prompt_only": True, "secondary_tiers": [tier]}
+            return {**connector, "kv_connector_extra_config": {**stock, **spec}}
+        case "store" | "store-hot":
+            worker = validated(
+                WorkerOptions,
+                {
+                    "model": options.model,
+                    "store": store,
+                    "dram": int(options.dram),
+                    "blocks_per_chunk": options.blocks_per_chunk,
+                    "nats": "",
+                },
+            )
+            command, _ = compose(worker, [])
+            ours: dict[str, object] = json.loads(command[command.index("--kv-transfer-config") + 1])
+            return ours
+    return None
+
+
+def engine_command(options: Options, port: int, transfer: dict[str, object] | None) -> list[str]:
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    return server + engine_arguments(options, transfer)
+
+
+def engine_arguments(options: Options, transfer: dict[str, object] | None) -> list[str]:
+    arguments = ["--model", options.model, "--max-model-len", str(options.max_model_len)]
+    arguments += ["--load-format", options.load_format, "--kv-cache-dtype", options.kv_dtype]
+    arguments += ["--tensor-parallel-size", str(options.tensor_parallel), "--block-size", str(options.block_tokens)]
+    arguments += ["--prefix-caching-hash-algo", "sha256_cbor", "--enable-prefix-caching"]
+    if options.hbm_tokens:
+        arguments += ["--num-gpu-blocks-override", str(-(-options.hbm_tokens // options.block_tokens))]
+    if transfer is not None:
+        arguments += ["--kv-transfer-config", json.dumps(transfer)]
+    return arguments + shlex.split(options.engine)
+
+
+@contextlib.contextmanager
+def target_running(options: Options, mode: str, folder: Path, address: str, log: Path) -> Iterator[None]:
+    """A target that listens, until the block ends."""
+    hot = int(options.hot) if mode == "store-hot" else 0
+    command = [sys.executable, "-m", "kvstore", "--dir", str(folder), "--capacity", str(int(options.capacity))]
+    with running([*command, "--listen", address, "--nats", "", "--hot", str(hot)], {}, log) as target:
+        deadline = time.monotonic() + START_SECONDS
+        while not listens(address):
+            if target.poll() is not None or time.monotonic() > deadline:
+                raise EngineError(f"the target does not come up: {last_words(log)}")
+            time.sleep(0.1)
+        yield
+
+
+# ---- measuring
+
+
+class Bench:
+    def __init__(self, options: Options, logs: Path):
+        self.options = options
+        self.logs = logs
+        self._round = 0
+        self._of_store: Pool | None = None  # as far as it was played
+        pool = self._pool(CHAT)
+        self.report = Report(shlex.join(["python", "-m", "benchmarks.chat", *sys.argv[1:]]), pool.prompt_tokens)
+        for path in options.earlier:
+            self.report.points += msgspec.json.decode(path.read_bytes(), type=Report).points
+
+    def _pool(self, shape: Shape, number: int = 0) -> Pool:
+        return Pool(self.options.pool, self.options.seed + number, shape, scale=self.options.scale)
+
+    async def run(self) -> None:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+        # A connection that the server is about to close is not taken again: vLLM's closes them after five seconds.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            if self.options.url:
+                endpoint, pool = Endpoint(session, self.options.url, self.options.model), self._pool(CHAT)
+                await self._fill(endpoint, "url", pool)
+                for number in range(self.options.rounds):
+                    self._round = number
+                    await self._measure(endpoint, "url", pool)
+                    await self._measure_first_tokens(endpoint, "url")
+                    if self.options.fresh:
+                        await self._measure_fresh(endpoint, "url")
+                return
+            with tempfile.TemporaryDirectory(prefix="kvtier-turns-", dir=self.options.dir) as folder:
+                engines = by_engine(self.options.modes)
+                for number in range(self.options.rounds):
+                    self._round = number
+                    for modes in engines if self._round % 2 == 0 else reversed(engines):
+                        await self._try(session, modes, Path(folder))
+
+    async def _try(self, session: aiohttp.ClientSession, modes: list[str], folder: Path) -> None:
+        try:
+            await self._run_engine(session, modes, folder)
+        except (EngineError, ConnectionError, TimeoutError) as error:
+            words = last_words(self.logs / "engine.log")
+            for mode in modes:
+                self.report.failed[mode] = f"{error}: {words}"
+            say(f"{modes[0]}: {error}: {words}")
+            self.write()
+
+    async def _run_engine(self, session: aiohttp.ClientSession, modes: list[str], folder: Path) -> None:
+        options, mode, port = self.options, modes[0], free_port()
+        endpoint = Endpoint(session, f"http://127.0.0.1:{port}", options.model)
+        address = f"127.0.0.1:{free_port()}"
+        with ExitStack() as stack:
+            own = folder / "store"
+            if mode.startswith("store"):
+                own.mkdir(exist_ok=True)
+            else:
+                own = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+            target = stack.enter_context(self._target(mode, own, address))
+            begun = time.monotonic()
+            command = engine_command(options, port, transfer_config(options, mode, address, own))
+            engine = stack.enter_context(running(command, ENGINE_ENVIRONMENT, self.logs / "engine.log"))
+            await until_ready(endpoint, session, engine)
+            say(f"{mode}: up after {time.monotonic() - begun:.0f} s")
+            pool = self._of_store if mode.startswith("store") else None
+            if pool is None:
+                pool = self._pool(CHAT)
+                await self._fill(endpoint, mode, pool)
+            elif mode == "store-hot":
+                await ask_again(endpoint, pool, max(options.clients))
+            if mode.startswith("store"):
+                self._of_store = pool
+            serving = mode
+
+            async def served_by(wanted: str) -> None:
+                nonlocal serving, target
+                if wanted != serving:
+                    target.close()
+                    target = stack.enter_context(self._target(wanted, own, address))
+                    await asyncio.sleep(TARGET_FOUND_SECONDS)
+                    serving = wanted
+
+            for mode in modes:
+                await served_by(mode)
+                await self._measure(endpoint, mode, pool)
+            # Last what pushes the pool out of a store that has room for little more.
+            for mode in reversed(modes) if options.first_token else ():
+                await served_by(mode)
+                await self._measure_first_tokens(endpoint, mode)
+            if options.fresh:
+                await served_by(modes[0])
+                await self._measure_fresh(endpoint, modes[0])
+
+    def _target(self, mode: str, folder: Path, address: str) -> ExitStack:
+        """The target that the mode needs, if any."""
+        stack = ExitStack()
+        if mode.startswith("store"):
+            stack.enter_context(target_running(self.options, mode, folder, address, self.logs / "target.log"))
+        return stack
+
+    async def _fill(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
+        begun, clients = time.monotonic(), max(self.options.clients)
+        await warm_up(endpoint, pool, clients)
+        counted = await settled(endpoint, SETTLE_SECONDS, SETTLE_SECONDS_MAX)
+        for _ in range(1, self.options.fills):
+            await ask_again(endpoint, pool, clients)
+            counted = await settled(endpoint, SETTLE_SECONDS, SETTLE_SECONDS_MAX)
+        self.report.warm_ups[mode] = {name: value for name, value in counted.items() if name.startswith("kvtier_")}
+        stored = {name: round(value) for name, value in counted.items() if name.startswith("kvtier_stored_chunks")}
+        say(f"{mode}: warm after {time.monotonic() - begun:.0f} s {stored or ''}")
+
+    async def _measure(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
+        options = self.options
+        for clients in options.clients if self._round % 2 == 0 else reversed(options.clients):
+            point = await measure(endpoint, pool, mode, clients, seconds=options.seconds, ramp_seconds=options.ramp)
+            self._add(point)
+
+    async def _measure_first_tokens(self, endpoint: Endpoint, mode: str) -> None:
+        options = self.options
+        known = {(one.mode, one.prompt_tokens) for one in self.report.first_tokens}
+        for tokens in options.first_token:
+            if (mode, tokens) in known:
+                continue  # in an earlier round
+            media = MEDIA.get(mode, ("cold", "hbm"))
+            found = await first_tokens(endpoint, mode, tokens, options.repeats, options.seed + tokens, media)
+            self.report.first_tokens += found
+            say(f"{mode}: {tokens} tokens: " + ", ".join(f"{one.medium} {one.ttft_ms_median:.0f} ms" for one in found))
+            self.write()
+
+    async def _measure_fresh(self, endpoint: Endpoint, mode: str) -> None:
+        pool, clients = self._pool(FRESH, 1 + self._round), min(self.options.clients)
+        self._add(await measure_all(endpoint, pool, f"{mode}, fresh", clients, self.options.fresh))
+
+    def _add(self, point: Point) -> None:
+        self.report.points.append(point)
+        say(line(point))
+        self.write()
+
+    def write(self) -> None:
+        self.report.best = best(medians(self.report.points))
+        self.report.over_plain = over_plain(self.report.points)
+        if self.options.json_file:
+            content = msgspec.json.format(msgspec.json.encode(self.report), indent=2)
+            self.options.json_file.write_bytes(content + b"\n")
+
+
+def by_engine(modes: list[str]) -> list[list[str]]:
+    """Modes that one engine serves, one after the other: the store's, the hot cache first, which the filling fills."""
+    store = [mode for mode in reversed(MODES) if mode in modes and mode.startswith("store")]
+    found = [[mode] for mode in modes if mode not in store]
+    return [*found, store] if store else found
+
+
+def listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+        return True
+    return False
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+HEADER = (
+    f"{'mode':<10}{'clients':>8}{'requests/s':>12}{'TTFT ms':>9}{'p50':>8}{'p99':>8}{'TPOT ms':>9}{'gap p99':>9}"
+    f"{'out tok/s':>11}{'HBM':>6}{'tiers':>7}{'store GB/s':>12}{'failed':>8}"
+)
+
+
+def line(point: Point) -> str:
+    return (
+        f"{point.mode:<10}{point.clients:>8}{point.requests_per_second:>12.2f}{point.ttft_ms_mean:>9.0f}"
+        f"{point.ttft_ms_p50:>8.0f}{point.ttft_ms_p99:>8.0f}{point.tpot_ms_mean:>9.1f}{point.gap_ms_p99:>9.0f}"
+        f"{point.output_tokens_per_second:>11.0f}{point.hbm_hit_share:>6.0%}{point.external_hit_share:>7.0%}"
+        f"{point.store_bytes_per_second / 1e9:>12.2f}{point.failed:>8}"
+    )
+
+
+def spread(of: Spread) -> str:
+    return f"{of[0]:.3f} ({of[1]:.3f} to {of[2]:.3f})"
+
+
+def table(report: Report) -> str:
+    lines = [report.command, f"the pool's prompts have {report.pool_tokens} tokens", ""]
+    if report.points:
+        points = medians(report.points)
+        lines += [HEADER, *map(line, points), ""]
+        lines += [
+            f"{one.mode}, {one.clients} clients: {one.failed} failed, the first: {one.first_failure}"
+            for one in points
+            if one.failed
+        ]
+    for mode, of_mode in report.best.items():
+        lines += [f"{mode}: {most:.2f} requests/s with TPOT <= {limit} ms" for limit, most in of_mode.items()]
+    lines += [
+        f"{one.mode}, {one.clients} clients, over plain: requests/s {spread(one.requests_per_second)},"
+        f" TTFT {spread(one.ttft)}"
+        for one in report.over_plain
+    ]
+    lines += [
+        f"{one.mode}: first token of {one.prompt_tokens} tokens, {one.medium}: {one.ttft_ms_median:.0f} ms"
+        f" ({one.ttft_ms[0]:.0f} to {one.ttft_ms[-1]:.0f}), {one.computed_share:.0%} computed"
+        for one in report.first_tokens
+    ]
+    lines += [f"{mode}: NOT MEASURED: {reason}" for mode, reason in report.failed.items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    leave_on_sigterm()
+    options = parse(sys.argv[1:])
+    logs = Path(tempfile.mkdtemp(prefix="kvtier-turns-logs-"))
+    bench = Bench(options, logs)
+    try:
+        asyncio.run(bench.run())
+    finally:
+        bench.write()
+        shutil.rmtree(logs, ignore_errors=True)
+    print(table(bench.report))
+    if options.plot:
+        options.plot.write_text(plot(medians(bench.report.points)))
+    return 1 if bench.report.failed else 0
+
+
+if __name__ == "__main__":
+    run_command("benchmarks.chat", main)

@@ -1,0 +1,88 @@
+"""What the multi-turn benchmark's points say, over rounds and beside each other. Plain arithmetic."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from benchmarks.chat.load import Point
+
+TPOT_LIMITS_MS = (40, 60)
+Spread = tuple[float, float, float]  # median, lowest, highest
+
+
+class OverPlain(msgspec.Struct):
+    """A mode's figures over those of `plain` in the same round with as many clients, over all rounds."""
+
+    mode: str
+    clients: int
+    requests_per_second: Spread
+    ttft: Spread
+
+
+def by_mode_and_clients(points: Sequence[Point]) -> dict[tuple[str, int], list[Point]]:
+    found: dict[tuple[str, int], list[Point]] = {}
+    for point in points:
+        found.setdefault((point.mode, point.clients), []).append(point)
+    return found
+
+
+def medians(points: Sequence[Point]) -> list[Point]:
+    """One point for all rounds: of every number the median, of requests, failures and what the tier counted the sum."""
+    found = []
+    for of_one in by_mode_and_clients(points).values():
+        values = {
+            name: statistics.median(getattr(point, name) for point in of_one)
+            for name, kind in Point.__annotations__.items()
+            if kind is float
+        }
+        tier = {name: sum(point.tier.get(name, 0.0) for point in of_one) for name in of_one[0].tier}
+        totals = {name: sum(getattr(point, name) for point in of_one) for name in ("requests", "failed")}
+        failure = next((point.first_failure for point in of_one if point.failed), "")
+        found.append(msgspec.structs.replace(of_one[0], **values, **totals, tier=tier, first_failure=failure))
+    return found
+
+
+def best(points: Sequence[Point]) -> dict[str, dict[str, float]]:
+    """The most requests per second of each mode with a mean TPOT within each limit. Between two numbers of clients of
+    which only one is within it, on the line from one to the other."""
+    found: dict[str, dict[str, float]] = {}
+    for mode in dict.fromkeys(point.mode for point in points):
+        line = sorted((point for point in points if point.mode == mode), key=lambda point: point.clients)
+        for limit in TPOT_LIMITS_MS:
+            within = [point.requests_per_second for point in line if point.tpot_ms_mean <= limit]
+            within += [_at(limit, *pair) for pair in itertools.pairwise(line) if _crosses(limit, *pair)]
+            if within:
+                found.setdefault(mode, {})[str(limit)] = round(max(within), 3)
+    return found
+
+
+def _crosses(limit: float, one: Point, other: Point) -> bool:
+    return (one.tpot_ms_mean <= limit) is not (other.tpot_ms_mean <= limit)
+
+
+def _at(limit: float, one: Point, other: Point) -> float:
+    share = (limit - one.tpot_ms_mean) / (other.tpot_ms_mean - one.tpot_ms_mean)
+    return one.requests_per_second + share * (other.requests_per_second - one.requests_per_second)
+
+
+def over_plain(points: Sequence[Point]) -> list[OverPlain]:
+    """Round by round. Prompts without reuse are compared with plain's."""
+    grouped = by_mode_and_clients(points)
+    found = []
+    for (mode, clients), of_one in grouped.items():
+        _, comma, kind = mode.partition(", ")
+        plain = grouped.get((f"plain{comma}{kind}", clients), [])
+        if mode.startswith("plain") or not plain:
+            continue
+        pairs = list(zip(of_one, plain, strict=False))
+
+        def ratios(value: Callable[[Point], float], pairs: list[tuple[Point, Point]] = pairs) -> Spread:
+            values = sorted(value(one) / (value(other) or math.nan) for one, other in pairs)
+            return round(statistics.median(values), 3), round(values[0], 3), round(values[-1], 3)
+
+        requests = ratios(lambda point: point.requests_per_second)
+        found.append(OverPlain(mode, clients, requests, ratios(lambda point: point.ttft_ms_mean)))
+    return found

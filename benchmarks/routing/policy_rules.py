@@ -1,0 +1,182 @@
+"""The routing policies that policy.py compares, each a function of the simulator's state and a request."""
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+
+import msgspec
+
+from benchmarks.routing.engine_model import Hardware
+from benchmarks.routing.policy_sim import (
+    BLOCK_TOKENS,
+    CHUNK_TOKENS,
+    Policy,
+    Request,
+    Simulation,
+    Worker,
+)
+from components.pricing import cost
+
+GPU_PRICE, STALL_PRICE, PRESSURE_SECONDS = 0.5, 0.2, 0.2  # the router's defaults
+# With more workers than this, kvtier's policy looks at those that hold some of the prompt and at this many of the least
+# loaded ones alone: of two that hold nothing, the one with the longer queue is hardly ever the cheaper one.
+MANY_WORKERS = 16
+
+
+def round_robin() -> Policy:
+    numbers = itertools.count()
+    return lambda sim, request: (next(numbers) % len(sim.workers), request.conversation.prompt_tokens)
+
+
+def dynamo(external_credit: float) -> Policy:
+    """Dynamo's KV router: the fewest blocks to prefill and to keep, hits credited 1 in HBM, 0.75 in DRAM and
+    `external_credit` in the store; the engine fetches whatever is there."""
+
+    def decide(sim: Simulation, request: Request) -> tuple[int, int]:
+        prompt = request.conversation.prompt_tokens
+        best = (float("inf"), 0)
+        for worker, seen in zip(sim.workers, sim.seen_by_all(request.conversation), strict=True):
+            credit = seen.hbm + 0.75 * (seen.dram - seen.hbm) + external_credit * max(0, seen.store - seen.dram)
+            # Dynamo's books have no fetches: what others fetch is to prefill, too.
+            prefill = worker.prefill_tokens + worker.fetching_tokens + prompt - credit
+            waiting = sum(one.tokens for one in worker.ready)
+            best = min(best, ((prefill + worker.running_tokens + waiting + prompt) / BLOCK_TOKENS, worker.number))
+        return best[1], prompt
+
+    return decide
+
+
+def ours(seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRICE, noise: float = 0.1) -> Policy:
+    """This project's router, its speeds off by some 10 %."""
+    chance = random.Random(seed)
+    speeds: dict[int, cost.Speeds] = {}
+
+    def decide(sim: Simulation, request: Request) -> tuple[int, int]:
+        for number in range(len(speeds), len(sim.workers)):
+            prefill, dram, store = (chance.lognormvariate(0, noise) for _ in range(3))
+            speeds[number] = known_speeds(sim.hardware, prefill, dram, store)
+        return wanted(choose(sim, request, speeds.__getitem__, gpu_price, stall_price))
+
+    return decide
+
+
+def known_speeds(hardware: Hardware, prefill: float = 1.0, dram: float = 1.0, store: float = 1.0) -> cost.Speeds:
+    """The hardware's, off by these factors."""
+    return cost.Speeds(
+        prefill_base_seconds=hardware.prefill_base_seconds * prefill,
+        prefill_seconds_per_token=hardware.prefill_seconds_per_token * prefill,
+        prefill_seconds_per_token_squared=hardware.prefill_seconds_per_token_squared * prefill,
+        dram_bytes_per_second=hardware.dram_bytes_per_second * dram,
+        store_bytes_per_second=hardware.worker_bytes_per_second * store,
+        store_latency_seconds=hardware.store_latency_seconds,
+    )
+
+
+def wanted(choice: cost.Choice) -> tuple[int, int]:
+    local = choice.hbm_tokens + choice.dram_tokens
+    return choice.candidate.worker, local + choice.store_tokens if choice.fetch_chunks else 0
+
+
+def choose(
+    sim: Simulation,
+    request: Request,
+    speeds: Callable[[int], cost.Speeds],
+    gpu_price: float = GPU_PRICE,
+    stall_price: float = STALL_PRICE,
+) -> cost.Choice:
+    """The router's own choice, with these speeds of each worker."""
+    random.seed(request.conversation.key)  # of the ties that cost.choose leaves to chance
+    one, hardware = request.conversation, sim.hardware
+    seen = sim.seen_by_all(one)
+    workers = sim.workers
+    if len(workers) > 2 * MANY_WORKERS:
+        least = heapq.nsmallest(MANY_WORKERS, workers, key=lambda each: (each.prefill_tokens, each.running_tokens))
+        holding = (each for each in workers if seen[each.number].dram)
+        workers = list({each.number: each for each in (*least, *holding)}.values())
+    located = ["t"] * (seen[0].store // CHUNK_TOKENS)
+    candidates = [
+        cost.Candidate(
+            worker=worker.number,
+            speeds=speeds(worker.number),
+            hbm_blocks=seen[worker.number].hbm // BLOCK_TOKENS,
+            dram_blocks=seen[worker.number].dram // BLOCK_TOKENS,
+            queued_prefill_tokens=worker.prefill_tokens,
+            fetching_bytes=worker.fetching_tokens * hardware.kv_bytes_per_token,
+            running_requests=len(worker.running),
+            memory_used=min(1.0, worker.running_tokens / hardware.hbm_tokens),
+            blocks_per_chunk=CHUNK_TOKENS // BLOCK_TOKENS,
+            chunk_bytes=CHUNK_TOKENS * hardware.kv_bytes_per_token,
+            located=located,
+            target_share=1.0,  # all targets are one
+            target_fetching_bytes=int(max(0.0, sim.pool_free - sim.now) * sim.pool_rate),
+            target_bytes_per_second=sim.pool_rate,
+        )
+        for worker in workers
+    ]
+    # The share of workers that are busy is that of all of them.
+    among = _busy(sim.workers) / (_busy(workers) or 1.0)
+    policy = cost.Policy(gpu_price * among, PRESSURE_SECONDS, stall_price)
+    return cost.choose(candidates, one.prompt_tokens, BLOCK_TOKENS, policy)[0]
+
+
+def _busy(workers: list[Worker]) -> float:
+    return sum(worker.prefill_tokens > 0 for worker in workers) / len(workers)
+
+
+class Prices(msgspec.Struct, frozen=True):
+    """What an oracle charges for each second: of a prefill for each request that it holds up, of the store's link for
+    each request that fetches."""
+
+    stall: float
+    link: float
+
+
+# policy.py takes whichever turns out best, which only one who knows the future could have known.
+ORACLES = (Prices(10.0, 0.0), Prices(1.0, 0.0), Prices(1.0, 1.0), Prices(0.3, 0.3), Prices(0.1, 0.0))
+
+
+def oracle(prices: Prices) -> Policy:
+    """Knows every queue, link and speed exactly, when each running request will end, how long the answer will be."""
+
+    def decide(sim: Simulation, request: Request) -> tuple[int, int]:
+        one, hardware = request.conversation, sim.hardware
+        best = (float("inf"), 0, 0)
+        fetching = sum(worker.fetching for worker in sim.workers)
+        for worker, seen in zip(sim.workers, sim.seen_by_all(one), strict=True):
+            batch = len(worker.running) + len(worker.ready) + (worker.prefilling is not None)
+            wait = _wait_seconds(sim, worker, request)
+            slower = (
+                (hardware.step_seconds(batch + 1) - hardware.step_seconds(max(1, batch)))
+                * one.answer_tokens
+                * (1 + batch)
+            )
+            chunks = max(0, seen.store - seen.dram) // CHUNK_TOKENS
+            for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+                fetched = max(0, seen.store - seen.dram) if share == 1.0 else int(chunks * share) * CHUNK_TOKENS
+                loaded = seen.dram + fetched
+                copy = (loaded - seen.hbm) * hardware.kv_bytes_per_token / hardware.dram_bytes_per_second
+                fetch = sim.fetch_ends(worker, fetched) - sim.now if fetched else 0.0
+                link = fetched * hardware.kv_bytes_per_token / min(hardware.worker_bytes_per_second, sim.pool_rate)
+                prefill = hardware.prefill_seconds(one.prompt_tokens - loaded, loaded)
+                price = max(wait, fetch + copy) + prefill * (1 + prices.stall * batch) + slower
+                price += prices.link * fetching * link
+                best = min(best, (price, worker.number, loaded if fetched else 0))
+        return best[1], best[2]
+
+    return decide
+
+
+def _wait_seconds(sim: Simulation, worker: Worker, request: Request) -> float:
+    """Until the prompts before this one are computed and there is room for it in HBM."""
+    hardware = sim.hardware
+    wait = max(0.0, worker.prefill_ends - sim.now) if worker.prefilling else 0.0
+    wait += sum(hardware.prefill_seconds(queued.prefill_tokens, queued.loaded_tokens) for queued in worker.ready)
+    tokens = worker.running_tokens + sum(queued.tokens for queued in worker.ready) + request.tokens
+    if tokens <= hardware.hbm_tokens:
+        return wait
+    for ends_at_step, _, running in sorted(worker.running):
+        tokens -= running.tokens
+        if tokens <= hardware.hbm_tokens:
+            return wait + (ends_at_step - worker.steps) * hardware.step_seconds(len(worker.running))
+    return wait + request.conversation.answer_tokens * hardware.step_seconds(max(1, len(worker.running)))

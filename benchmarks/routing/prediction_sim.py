@@ -1,0 +1,134 @@
+"""How well the router predicts the time to first token in the simulator of policies. Every figure is simulated.
+
+    python -m benchmarks.routing.prediction_sim --json FILE [--noise N] [--seconds N]
+
+The router's own prices and live speeds: it begins with priors that are wrong by a factor of two, hears each worker's
+report once a second, and corrects itself by first tokens. What a prefill and a fetch take, and what is reported of
+them, is off by `--noise`, in logarithms. The figure is the error |predicted / actual - 1|, for the first 50 requests
+and for those after. `python -m benchmarks.routing.prediction` measures the same on a real cluster.
+"""
+
+import argparse
+import random
+import statistics
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.routing import policy_rules
+from benchmarks.routing.engine_model import Hardware
+from benchmarks.routing.policy_sim import BLOCK_TOKENS, CHAT, CHUNK_TOKENS, Request, Simulation
+from components.router.speeds import LiveSpeeds
+from kvstore.bus.messages import WorkerReport
+
+LEARNING = 50
+WORKERS, POOL = 2, 160
+CLIENTS = (2, 4, 8, 12, 16, 20, 24)  # a worker; with 24 they wait for HBM
+PRIOR_FACTOR = 2.0
+
+
+class Result(msgspec.Struct):
+    kind: str
+    clients: int
+    noise: float
+    requests: int
+    error_median_first: float  # of the first 50
+    error_median: float  # of those after
+    error_quartiles: tuple[float, float]
+    ratio_median: float  # actual over predicted
+
+
+class Predicting:
+    """The router, as a policy of the simulator, with speeds that it learns."""
+
+    def __init__(self, hardware: Hardware, noise: float, seed: int):
+        self._noise, self._chance = noise, random.Random(seed)
+        slow = 1 / PRIOR_FACTOR
+        self._speeds = LiveSpeeds(policy_rules.known_speeds(hardware, PRIOR_FACTOR, slow, slow))
+        self._reported = 0
+        self.errors: list[float] = []
+        self.ratios: list[float] = []
+
+    def decide(self, sim: Simulation, request: Request) -> tuple[int, int]:
+        while self._reported < sim.now:
+            self._reported += 1
+            for worker in sim.workers:
+                self._speeds.heard_worker(self._report(sim.hardware, worker.number))
+        choice = policy_rules.choose(sim, request, self._speeds.of_worker)
+        request.predicted_seconds = choice.ttft_seconds
+        return policy_rules.wanted(choice)
+
+    def observe(self, request: Request) -> None:
+        took = request.first - request.arrived
+        self.ratios.append(took / request.predicted_seconds)
+        self.errors.append(abs(request.predicted_seconds / took - 1))
+        if not request.fetch_tokens:
+            self._speeds.observed(request.worker, request.predicted_seconds, took)
+
+    def _report(self, hardware: Hardware, worker: int) -> WorkerReport:
+        off = [self._chance.lognormvariate(0, self._noise) for _ in range(3)]
+        speeds = policy_rules.known_speeds(hardware, *off)
+        return WorkerReport(
+            worker=str(worker),
+            endpoint="",
+            fingerprint=0,
+            block_tokens=BLOCK_TOKENS,
+            blocks_per_chunk=CHUNK_TOKENS // BLOCK_TOKENS,
+            chunk_bytes=CHUNK_TOKENS * hardware.kv_bytes_per_token,
+            ts_ms=1000 * self._reported,
+            prefill_base_seconds=speeds.prefill_base_seconds,
+            prefill_seconds_per_token=speeds.prefill_seconds_per_token,
+            prefill_seconds_per_token_squared=speeds.prefill_seconds_per_token_squared,
+            dram_bytes_per_second=speeds.dram_bytes_per_second,
+            store_bytes_per_second=speeds.store_bytes_per_second,
+        )
+
+
+def predict(clients: int, noise: float, seconds: float, seed: int) -> Result:
+    """With so many clients a worker, over so many simulated seconds."""
+    hardware = Hardware()
+    router = Predicting(hardware, noise, seed)
+    sim = Simulation(
+        hardware, WORKERS, clients * WORKERS, POOL, CHAT, router.decide,
+        store=True, seed=seed, noise=noise, observe=router.observe,
+    )  # fmt: skip
+    sim.run(seconds, 0)
+    after = router.errors[LEARNING:]
+    low, _, high = statistics.quantiles(after, n=4)
+    return Result(
+        kind="simulated",
+        clients=clients,
+        noise=noise,
+        requests=len(router.errors),
+        error_median_first=round(statistics.median(router.errors[:LEARNING]), 3),
+        error_median=round(statistics.median(after), 3),
+        error_quartiles=(round(low, 3), round(high, 3)),
+        ratio_median=round(statistics.median(router.ratios[LEARNING:]), 3),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.routing.prediction_sim", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--seconds", type=int, default=300, help="simulated")
+    parser.add_argument("--noise", type=float, default=0.2, help="deviation of durations and reports, in logarithms")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    if options.seconds < 100:
+        parser.error(f"argument --seconds: {options.seconds}: expected at least 100")
+    results = [predict(clients, options.noise, options.seconds, options.seed) for clients in CLIENTS]
+    print("simulated: clients a worker | error of the first 50, after (quartiles) | actual over predicted")
+    for one in results:
+        low, high = one.error_quartiles
+        print(
+            f"{one.clients:3} | {one.error_median_first:.0%}, {one.error_median:.0%} ({low:.0%} to {high:.0%}) | "
+            f"{one.ratio_median:.2f}"
+        )
+    if options.json:
+        options.json.write_text(msgspec.json.format(msgspec.json.encode(results), indent=2).decode() + "\n")
+
+
+if __name__ == "__main__":
+    main()

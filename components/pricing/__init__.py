@@ -1,0 +1,1 @@
+"""What a hit costs and what it saves: pure functions that worker and router share."""

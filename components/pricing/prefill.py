@@ -1,0 +1,81 @@
+"""How long it takes to compute a prompt, fitted to the steps of an engine.
+
+Plain arithmetic: no I/O, no clock of its own, no engine.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+# Steps that the prefill model is fitted to. At one prefill a step that is the last minute or so.
+_SAMPLES_MAX = 256
+_SAMPLES_MIN = 12
+_REWEIGHTINGS = 4
+
+
+class Prefill(NamedTuple):
+    """`base + per_token * m + per_token_squared * m * (c + m / 2)` seconds to compute m tokens that follow c."""
+
+    base_seconds: float = 0.0
+    seconds_per_token: float = 0.0
+    seconds_per_token_squared: float = 0.0
+
+    def seconds(self, tokens: int, context_tokens: int) -> float:
+        return self.base_seconds + self.saved_seconds(tokens, context_tokens)
+
+    def saved_seconds(self, tokens: int, context_tokens: int) -> float:
+        """What it saves to have them: a prefill's base is paid anyway, since the last token is always computed."""
+        attended = tokens * (context_tokens + tokens / 2)
+        return self.seconds_per_token * tokens + self.seconds_per_token_squared * attended
+
+    @property
+    def known(self) -> bool:
+        return self.seconds_per_token > 0 or self.seconds_per_token_squared > 0
+
+
+class PrefillFit:
+    """Fits the model to engine steps. A step that was slow for another reason counts little: least absolute deviation,
+    by reweighted least squares, with no coefficient below zero."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, float, float]] = deque(maxlen=_SAMPLES_MAX)
+
+    def add(self, tokens: int, attended: float, seconds: float) -> None:
+        """A step that computed `tokens` prompt tokens; `attended` is the sum of m * (c + m / 2) over its requests."""
+        if tokens > 0 and seconds > 0:
+            self._samples.append((float(tokens), attended, seconds))
+
+    def fit(self) -> Prefill:
+        """The model; all zeros until enough was seen."""
+        if len(self._samples) < _SAMPLES_MIN:
+            return Prefill()
+        data = np.array(self._samples)
+        columns = np.column_stack([np.ones(len(data)), data[:, 0], data[:, 1]])
+        seconds = data[:, 2]
+        # Errors count in relation to the step, or long prompts alone would decide.
+        weights = 1 / seconds
+        for _ in range(_REWEIGHTINGS):
+            coefficients = _non_negative(columns, seconds, weights)
+            misses = np.abs(columns @ coefficients - seconds) / seconds
+            weights = 1 / seconds / np.sqrt(np.maximum(misses, 0.02))
+        return Prefill(*(float(one) for one in coefficients))
+
+
+def _non_negative(columns: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted least squares, the best over all choices of columns whose coefficients come out non-negative. Three
+    columns make seven choices."""
+    count = columns.shape[1]
+    best, best_error = np.zeros(count), np.inf
+    scales = np.maximum(np.abs(columns).max(axis=0), 1e-30)
+    rows, right = columns / scales * weights[:, None], values * weights
+    for choice in range(1, 1 << count):
+        chosen = [column for column in range(count) if choice >> column & 1]
+        found, *_ = np.linalg.lstsq(rows[:, chosen], right, rcond=None)
+        if (found < 0).any():
+            continue
+        error = float(((rows[:, chosen] @ found - right) ** 2).sum())
+        if error < best_error * (1 - 1e-9):
+            best, best_error = np.zeros(count), error
+            best[chosen] = found / scales[chosen]
+    return best

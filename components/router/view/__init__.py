@@ -1,0 +1,1 @@
+"""The router's page: what it shows, and what feeds it."""

@@ -1,0 +1,307 @@
+"""What the page shows, made once a second: totals, a window of the last minute, lanes of workers and targets, alarms.
+
+Reads the router's state and changes none of it; nothing here runs on the path of a request. What is seen of single
+prompts is a sample, bounded however many are decided: so many a second for the distributions, the newest few for the
+table. Totals are the counters that Prometheus gets, and complete.
+"""
+
+import asyncio
+import itertools
+import random
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from components.router.decisions import KEPT, Considered, Decision, Decisions, Totals
+from components.router.speeds import LiveSpeeds, prefill_tokens_per_second
+from components.router.view import state as states
+from components.router.view.alarms import alarms
+from components.router.view.state import SOURCES, Point, Sample, State, Summary, TargetLane, Update, WorkerLane
+from components.router.workers import Workers
+from kvstore.bus.residency import Mirror
+
+TICK_SECONDS = 1.0
+WINDOW_SECONDS = 60
+FAULT_WINDOW_SECONDS = 600
+# A p99 stands on 19 of the window's samples at worst; the scatter is not a blot yet.
+SAMPLES_PER_SECOND = 32
+POINTS_KEPT = 900
+_SAMPLES_KEPT = 2048
+# Rows that a viewer gets, at first and in each tick: more than can be read would only scroll.
+ROWS_FIRST, ROWS = 50, 10
+# Of the queue and the memory of a worker, the last decision says nothing of now when it is older.
+_FRESH_SECONDS = 10.0
+
+Item = TypeVar("Item")
+
+
+class Growth:
+    """By how much counters grew in the last ticks, whichever of their owners start anew meanwhile."""
+
+    def __init__(self, ticks: int):
+        self._seen: dict[str, dict[str, int]] = {}
+        self._grown: deque[Counter[str]] = deque(maxlen=ticks)
+
+    def take(self, counters: dict[str, dict[str, int]]) -> None:
+        """The counters now, by owner and name. Of an owner that was not there before they count from here on."""
+        grown: Counter[str] = Counter()
+        for owner, values in counters.items():
+            before = self._seen.get(owner, values)
+            for name, value in values.items():
+                known = before.get(name, 0)
+                grown[name] += value - known if value >= known else value
+        self._seen = counters
+        self._grown.append(grown)
+
+    def total(self) -> dict[str, int]:
+        return dict(sum(self._grown, Counter()))
+
+
+class Feed:
+    """Keeps the last quarter of an hour. For one event loop."""
+
+    def __init__(
+        self,
+        decisions: Decisions,
+        workers: Workers,
+        speeds: LiveSpeeds,
+        mirror: Mirror,
+        *,
+        model: str = "",
+        connected: Callable[[], bool] = lambda: True,
+    ):
+        self.decisions = decisions
+        self.points: deque[Point] = deque(maxlen=POINTS_KEPT)
+        self.points_made = 0
+        self.samples: deque[Sample] = deque(maxlen=_SAMPLES_KEPT)
+        self.samples_made = 0
+        self._workers = workers
+        self._speeds = speeds
+        self._mirror = mirror
+        self._model = model
+        self._connected = connected
+        self._started = time.time()
+        self._ticked = time.monotonic()
+        self._totals = decisions.totals()
+        self._fetched = Growth(WINDOW_SECONDS)
+        self._outcomes = Growth(WINDOW_SECONDS)
+        self._faults = Growth(FAULT_WINDOW_SECONDS)
+        # What viewers were shown can be asked for, when the last thousand are long others.
+        self._shown: OrderedDict[str, Decision] = OrderedDict()
+        self._next = asyncio.Event()
+        self.tick()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.tick()
+
+    async def next_tick(self) -> None:
+        await self._next.wait()
+
+    def tick(self) -> None:
+        now, wall = time.monotonic(), time.time()
+        passed = max(now - self._ticked, 1e-3)
+        before, totals = self._totals, self.decisions.totals()
+        self._ticked, self._totals = now, totals
+        answered = list(self.decisions.answered_lately)
+        self.decisions.answered_lately.clear()
+        for decision in random.sample(answered, min(len(answered), SAMPLES_PER_SECOND)):
+            self.samples.append(_sample(decision, wall))
+            self.samples_made += 1
+        recent = [one for one in self.samples if one.time > wall - WINDOW_SECONDS]
+        decided = sum(totals.decisions.values()) - sum(before.decisions.values())
+        rates = {name: (totals.tokens.get(name, 0) - before.tokens.get(name, 0)) / passed for name in SOURCES}
+        point = Point(wall, decided / passed, rates, states.ttft(recent), states.tpot(recent))
+        self.points.append(point)
+        self.points_made += 1
+        each = (totals.decision_seconds - before.decision_seconds) / decided if decided else None
+        self.state = self._state(totals, point, recent, each, now)
+        self.state.alarms = alarms(self.state)
+        self._next.set()
+        self._next = asyncio.Event()
+
+    def find(self, decision_id: str) -> Decision | None:
+        return self.decisions.find(decision_id) or self._shown.get(decision_id)
+
+    def show(self, decision: Decision) -> Summary:
+        self._shown[decision.id] = self.decisions.find(decision.id) or decision
+        if len(self._shown) > KEPT:
+            self._shown.popitem(last=False)
+        return summary(decision)
+
+    def _state(
+        self, totals: Totals, point: Point, recent: list[Sample], decision_seconds: float | None, now: float
+    ) -> State:
+        workers, targets = self._worker_lanes(totals, point.time, now), self._target_lanes(now)
+        self._fetched.take({lane.worker: lane.fetched_chunks for lane in workers if lane.heard_seconds is not None})
+        self._outcomes.take({"": totals.outcomes})
+        self._faults.take({lane.target: {name: getattr(lane, name) for name in _FAULTS} for lane in targets})
+        return State(
+            time=point.time,
+            started=self._started,
+            model=self._model,
+            block_tokens=self.decisions.block_tokens,
+            decisions=sum(totals.decisions.values()),
+            tokens={name: totals.tokens.get(name, 0) for name in SOURCES},
+            outcomes=totals.outcomes,
+            fallbacks=totals.fallbacks,
+            output_tokens=totals.output_tokens,
+            open=totals.open,
+            decisions_per_second=point.decisions,
+            tokens_per_second=point.tokens,
+            decision_seconds=decision_seconds,
+            window_seconds=WINDOW_SECONDS,
+            samples_per_second=SAMPLES_PER_SECOND,
+            ttft=point.ttft,
+            tpot=point.tpot,
+            prediction=states.spread(recent),
+            fetched_chunks=self._fetched.total(),
+            recent_outcomes=self._outcomes.total(),
+            recent_faults=self._faults.total(),
+            fault_window_seconds=FAULT_WINDOW_SECONDS,
+            connected=self._connected(),
+            workers=workers,
+            targets=targets,
+            alarms=[],
+        )
+
+    def _worker_lanes(self, totals: Totals, wall: float, now: float) -> list[WorkerLane]:
+        last = next(iter(self.decisions.last(1)), None)
+        considered: dict[str, Considered] = {}
+        if last is not None:
+            considered = {one.worker: one for one in last.candidates}
+        fresh = last is not None and wall - last.time <= _FRESH_SECONDS
+        reports = self._workers.reports(now)
+        open_ = self.decisions.open_by_worker()
+        lanes = []
+        for worker in sorted(self._workers.cards):
+            name = format(worker, "x")
+            ranks = [one for one in considered if one.partition(".")[0] == name] or [name]
+            for label in sorted(ranks):
+                blocks = totals.blocks.get(label, {})
+                seen = considered.get(label) if fresh else None
+                lane = WorkerLane(
+                    worker=label,
+                    decisions=totals.decisions.get(label, 0),
+                    tokens={
+                        name: self.decisions.block_tokens * blocks.get("missing" if name == "computed" else name, 0)
+                        for name in SOURCES
+                    },
+                    open=open_.get(label, 0),
+                    queued_tokens=seen.queued_tokens if seen else None,
+                    memory_used=seen.memory_used if seen else None,
+                    prefill_tokens_per_second=prefill_tokens_per_second(self._speeds.of_worker(worker)),
+                )
+                if worker in reports:
+                    report, lane.heard_seconds = reports[worker]
+                    lane.queue, lane.bytes_in_flight = report.queue, report.bytes_in_flight
+                    lane.dram_bytes_per_second = report.dram_bytes_per_second
+                    lane.store_bytes_per_second = report.store_bytes_per_second
+                    lane.fetched_chunks = report.fetched_chunks if label == sorted(ranks)[0] else {}
+                lanes.append(lane)
+        return lanes
+
+    def _target_lanes(self, now: float) -> list[TargetLane]:
+        chunks, reports = self._mirror.counts(now), self._speeds.targets(now)
+        lanes = []
+        for target, age in sorted(self._mirror.ages(now).items()):
+            lane = TargetLane(target, age, chunks.get(target, 0))
+            if target in reports:
+                report, _ = reports[target]
+                for name in _REPORTED:
+                    setattr(lane, name, getattr(report, name))
+            lanes.append(lane)
+        return lanes
+
+
+_FAULTS = ("corrupt_chunks", "failed_writes")
+_REPORTED = [name for name in TargetLane.__struct_fields__ if name not in ("target", "heard_seconds", "chunks")]
+
+
+class Viewer:
+    """One who looks: what was sent already, and which decisions are wanted. A slow one skips what it missed."""
+
+    def __init__(self, feed: Feed, worker: str = "", source: str = ""):
+        self._feed = feed
+        self._worker = worker
+        self._source = source
+        self._decided: int | None = None
+        self._points = 0
+        self._samples = 0
+        self._open: dict[str, Decision] = {}  # shown, and not ended then
+
+    def update(self) -> Update:
+        feed, fresh = self._feed, self._decided is None
+        points = _newest(feed.points, feed.points_made - self._points)
+        samples = _newest(feed.samples, feed.samples_made - self._samples)
+        self._points, self._samples = feed.points_made, feed.samples_made
+        ended = [self._open.pop(one.id) for one in list(self._open.values()) if one.outcome != "open"]
+        rows = [feed.show(decision) for decision in [*ended, *self._new()]]
+        return Update(fresh, feed.state, points, samples, rows)
+
+    def _new(self) -> list[Decision]:
+        """A few of the new decisions that are wanted, by chance; at first the newest. The oldest comes first."""
+        decisions = self._feed.decisions
+        missed = KEPT if self._decided is None else min(KEPT, decisions.count - self._decided)
+        new = [one for one in decisions.newest(missed) if self._wants(one)]
+        if self._decided is None:
+            picked = new[ROWS_FIRST - 1 :: -1]
+        else:
+            # The same for all viewers, since what a row shows is made when it is first looked at.
+            chance = random.Random(decisions.count)
+            picked = [new[index] for index in sorted(chance.sample(range(len(new)), min(ROWS, len(new))), reverse=True)]
+        self._decided = decisions.count
+        self._open |= {one.id: one for one in picked if one.outcome == "open"}
+        for forgotten in list(self._open)[:-KEPT]:
+            del self._open[forgotten]
+        return picked
+
+    def _wants(self, decision: Decision) -> bool:
+        if self._worker not in ("", decision.chosen):
+            return False
+        return not self._source or tokens_of(decision)[self._source] > 0
+
+
+def summary(decision: Decision) -> Summary:
+    chosen = _chosen(decision)
+    return Summary(
+        decision.id,
+        decision.time,
+        decision.prompt_tokens,
+        decision.chosen,
+        chosen.tokens,
+        decision.fetch_chunks,
+        chosen.price_seconds,
+        decision.predicted_ttft_seconds,
+        decision.ttft_seconds,
+        decision.tpot_seconds,
+        decision.output_tokens,
+        decision.outcome,
+    )
+
+
+def tokens_of(decision: Decision) -> dict[str, int]:
+    return _chosen(decision).tokens
+
+
+def _chosen(decision: Decision) -> Considered:
+    return next(one for one in decision.candidates if one.worker == decision.chosen)
+
+
+def _sample(decision: Decision, wall: float) -> Sample:
+    assert decision.ttft_seconds is not None
+    return Sample(
+        wall,
+        decision.chosen,
+        tokens_of(decision),
+        decision.predicted_ttft_seconds,
+        decision.ttft_seconds,
+        decision.tpot_seconds,
+    )
+
+
+def _newest(items: deque[Item], count: int) -> list[Item]:
+    return list(itertools.islice(items, max(0, len(items) - count), None))

@@ -1,0 +1,395 @@
+"""The mover: the process that moves chunks between the DRAM tier's rows and the targets, one for each engine.
+
+It maps the engine's shared memory and does what the tier in the engine (remote_tier.py) tells it over a socket, so that
+the scheduler never shares its interpreter with a transfer. It knows neither the engine nor torch, starts in a fraction
+of a second, and ends with the engine, however that ends.
+
+    python -m components.worker.mover SOCKET_FD ENGINE_PID SETUP_JSON    # started by link.py, not by hand
+"""
+
+import contextlib
+import ctypes
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from components.pricing.throughput import Throughput
+from components.worker.mover import frames
+from components.worker.mover.frames import (
+    Ask,
+    Cancel,
+    Forget,
+    Found,
+    Hurry,
+    Load,
+    Loaded,
+    Pace,
+    Put,
+    Setup,
+    Stored,
+    Tokens,
+)
+from components.worker.mover.report import Reporter
+from kvstore.bus.messages import WorkerReport
+from kvstore.errors import UnavailableError
+from kvstore.keys import SequenceHasher, chunk_key, fingerprint
+from kvstore.net.carrier import borrower
+from kvstore.net.client import Item, StoreClient
+from kvstore.net.membership import open_membership, place
+from kvstore.net.wire import Outcome
+
+logger = logging.getLogger(__name__)
+
+# Several chunks go in one put, to spare round trips; between puts, loads may go first.
+PUT_BYTES = 8 << 20
+PUT_SECONDS = 10.0
+# Before each such part a put gives way to loads, but no longer than this: under steady load there always is one, and
+# what is not put in time is lost to the next turn. Two threads still put some 300 MB/s, twice what a busy engine makes.
+PUT_PATIENCE_SECONDS = 0.05
+# A speed measured on less would be a latency; one that is older says nothing of a store that may have recovered.
+SAMPLE_BYTES = 4 << 20
+SAMPLE_SECONDS = 0.5
+SAMPLE_VALID_SECONDS = 10.0
+# The pages of the rows are mapped ahead of use, in steps that hold the interpreter for a few milliseconds each.
+_MAP_BYTES = 16 << 20
+_MADV_POPULATE_WRITE = 23
+_PR_SET_PDEATHSIG = 1
+EXIT_UNAVAILABLE = 3
+
+
+@dataclass
+class _Prompt:
+    """The tokens of a request, as far as the engine sent them, and their hashes."""
+
+    hasher: SequenceHasher
+    tokens: "array[int]" = field(default_factory=lambda: array("I"))
+
+
+class Mover:
+    """Takes commands on the caller's thread (`run`); transfers run on threads of their own, each under a deadline."""
+
+    def __init__(self, link: socket.socket, setup: Setup):
+        self._link = link
+        self._setup = setup
+        self._digest = bytes.fromhex(setup.digest)
+        self._fingerprint = fingerprint(self._digest)
+        self._region = mmap.mmap(setup.region_fd, setup.region_bytes, flags=mmap.MAP_SHARED)
+        self._memory = memoryview(self._region)
+        self._membership = open_membership(setup.store, setup.namespace)
+        self._client = StoreClient(
+            self._membership,
+            namespace=setup.namespace,
+            name="worker",
+            connections_per_target=setup.connections_per_target,
+            carrier=borrower(setup.carrier) if setup.carrier else None,
+        )
+        # Connections and threads of their own, so that a put that stalls is never in the way of a load, and loads are
+        # not in the way of a question.
+        self._put_client = StoreClient(
+            self._membership, namespace=setup.namespace, name="writer", connections_per_target=setup.put_threads
+        )
+        self._ask_client = StoreClient(
+            self._membership, namespace=setup.namespace, name="asker", connections_per_target=1
+        )
+        self._lock = threading.Condition()
+        self._send_lock = threading.Lock()
+        # All bounded by the tier: loads by rows, puts by a share of rows, questions and prompts by requests.
+        self._loads: list[Load] = []
+        self._puts: deque[tuple[Put, list[int]]] = deque()
+        self._questions: deque[Ask] = deque()
+        self._prompts: dict[int, _Prompt] = {}
+        self._hurried: set[int] = set()
+        self._loading: set[int] = set()
+        self._cancelled: set[int] = set()
+        self._throughput = Throughput()
+        self._measured_until = 0.0
+        self._moved_bytes = 0
+        self._moving_seconds = 0.0
+        self._sampled = -SAMPLE_VALID_SECONDS
+        self._pace = Pace(0, 0, 0, 0, 0, 0, 0)
+        self._fetched: Counter[str] = Counter()  # chunks by outcome, without loads that were called off
+        self._reporter: Reporter | None = None
+
+    def run(self) -> None:
+        """Until the engine closes the socket."""
+        setup = self._setup
+        loops = [(self._load_next, setup.fetch_threads), (self._put_next, setup.put_threads), (self._answer_next, 1)]
+        for step, count in loops:
+            for _ in range(count):
+                threading.Thread(target=self._repeat, args=(step,), name=step.__name__, daemon=True).start()
+        threading.Thread(target=self._map_rows, name="map", daemon=True).start()
+        if setup.nats:
+            self._reporter = Reporter(setup.nats, setup.namespace, f"{os.getppid()}-{os.getpid()}", self._report)
+        self._send(frames.Ready())
+        with contextlib.suppress(ConnectionError):  # the engine left without hearing all that was said to it
+            while packet := self._link.recv(frames.FRAME_BYTES_MAX):
+                self._take(frames.decode_command(packet))
+
+    def _take(self, command: frames.Command) -> None:
+        match command:
+            case Load():
+                with self._lock:
+                    self._loads.append(command)
+                    self._lock.notify_all()
+            case Put():
+                hashes = self._router_hashes(command)
+                with self._lock:
+                    self._puts.append((command, hashes))
+                    self._lock.notify_all()
+            case Ask():
+                with self._lock:
+                    self._questions.append(command)
+                    self._lock.notify_all()
+            case Tokens():
+                self._add_tokens(command)
+            case Hurry(request):
+                with self._lock:
+                    self._hurried.add(request)
+            case Forget(request):
+                self._prompts.pop(request, None)
+                with self._lock:
+                    self._hurried.discard(request)
+            case Cancel(job):
+                self._cancel(job)
+            case Pace():
+                self._pace = command
+
+    def _cancel(self, job: int) -> None:
+        with self._lock:
+            queued = next((load for load in self._loads if load.job == job), None)
+            if queued is not None:
+                self._loads.remove(queued)
+            elif job in self._loading:
+                self._cancelled.add(job)
+        if queued is not None:
+            self._loaded(queued, [Outcome.LATE] * len(queued.names))
+
+    def _repeat(self, step: Callable[[], None]) -> None:
+        while True:
+            try:
+                step()
+            except Exception:
+                logger.exception("kvtier mover: a transfer failed in an unforeseen way")
+
+    def _send(self, report: frames.Report) -> None:
+        """Blocks while the engine does not listen, which stalls this thread and nothing else; ends with the engine."""
+        with self._send_lock:
+            try:
+                self._link.send(frames.encode(report))
+            except OSError:
+                os._exit(0)
+
+    # ---- loads
+
+    def _load_next(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._loads)
+            load = min(self._loads, key=lambda one: (one.request not in self._hurried, one.due))
+            self._loads.remove(load)
+            self._measure()
+            self._loading.add(load.job)
+        outcomes = [Outcome.UNREACHABLE] * len(load.names)
+        try:
+            outcomes = self._client.get(
+                [self._key(name) for name in load.names],
+                [self._row(row) for row in load.rows],
+                load.deadline,
+                targets=load.targets,
+                cancelled=lambda: load.job in self._cancelled,
+            )
+        finally:
+            with self._lock:
+                moved_bytes = outcomes.count(Outcome.HIT) * self._setup.row_bytes
+                called_off = load.job in self._cancelled and time.monotonic() < load.deadline
+                self._measure(None if called_off else moved_bytes)
+                self._loading.remove(load.job)
+                if load.job not in self._cancelled:
+                    self._fetched.update(outcome.name.lower() for outcome in outcomes)
+                self._cancelled.discard(load.job)
+                self._lock.notify_all()
+            self._loaded(load, outcomes)
+
+    def _measure(self, moved_bytes: int | None = 0) -> None:
+        """Count the time since the last call as time of loading, if anything was. Called with the lock held.
+
+        None: a load was called off, and what had come of it is not known. It would make for too low a speed, for which
+        the next loads would be called off, too, and so on: the sample is thrown away.
+        """
+        now = time.monotonic()
+        if moved_bytes is None:
+            self._moved_bytes, self._moving_seconds = 0, 0.0
+        elif self._loading:
+            self._moved_bytes += moved_bytes
+            self._moving_seconds += now - self._measured_until
+        self._measured_until = now
+        if self._moved_bytes >= SAMPLE_BYTES or self._moving_seconds >= SAMPLE_SECONDS:
+            if now >= self._sampled + SAMPLE_VALID_SECONDS:
+                self._throughput = Throughput()  # what was too old to be reported is too old to count
+            self._throughput.add(self._moved_bytes, self._moving_seconds)
+            self._moved_bytes, self._moving_seconds, self._sampled = 0, 0.0, now
+
+    def _bytes_per_second(self) -> float:
+        """From the store into DRAM; 0 if that was not measured lately."""
+        return self._throughput.bytes_per_second if time.monotonic() < self._sampled + SAMPLE_VALID_SECONDS else 0.0
+
+    def _loaded(self, load: Load, outcomes: list[Outcome]) -> None:
+        self._send(Loaded(load.job, bytes(outcomes), self._bytes_per_second()))
+
+    # ---- puts
+
+    def _put_next(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._puts)
+            put, hashes = self._puts.popleft()
+        outcomes = [Outcome.UNREACHABLE.name.lower()] * len(put.names)
+        try:
+            self._store(put, hashes, outcomes)
+        finally:
+            self._send(Stored(put.job, outcomes))
+
+    def _store(self, put: Put, hashes: list[int], outcomes: list[str]) -> None:
+        """Put what the store does not hold yet."""
+        self._give_way()
+        deadline = time.monotonic() + PUT_SECONDS
+        keys = [self._key(name) for name in put.names]
+        missing: list[int] = []
+        for index, outcome in enumerate(self._put_client.exists(keys, deadline)):
+            outcomes[index] = "known" if outcome is Outcome.HIT else outcome.name.lower()
+            if outcome is Outcome.MISS:
+                missing.append(index)
+        per_put = max(1, PUT_BYTES // self._setup.row_bytes)
+        for start in range(0, len(missing), per_put):
+            part = missing[start : start + per_put]
+            items = [
+                Item(
+                    keys[index],
+                    self._row(put.rows[index]),
+                    hashes[index],
+                    self._fingerprint,
+                    self._setup.blocks_per_chunk,
+                    put.saved_seconds,
+                )
+                for index in part
+            ]
+            self._give_way()
+            for index, outcome in zip(part, self._put_client.put(items, deadline), strict=True):
+                outcomes[index] = outcome.name.lower()
+
+    def _give_way(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: not self._loads and not self._loading, PUT_PATIENCE_SECONDS)
+
+    def _router_hashes(self, put: Put) -> list[int]:
+        """0, not announced, for groups but the first: they are stored beside it, and one announcement is enough."""
+        prompt = self._prompts.get(put.request)
+        known = prompt.hasher.hashes if prompt else []
+        blocks = self._setup.blocks_per_chunk
+        return [
+            known[(chunk + 1) * blocks - 1] if group == 0 and chunk >= 0 and (chunk + 1) * blocks <= len(known) else 0
+            for (_, group), chunk in zip(put.names, put.chunks, strict=True)
+        ]
+
+    def _add_tokens(self, more: Tokens) -> None:
+        prompt = self._prompts.get(more.request)
+        if prompt is None:
+            hasher = SequenceHasher(self._setup.block_tokens, lora_name=more.lora, cache_namespace=more.salt)
+            prompt = self._prompts[more.request] = _Prompt(hasher)
+        if more.first == len(prompt.tokens):
+            prompt.tokens.frombytes(more.tokens)
+            prompt.hasher.extend(prompt.tokens)
+
+    # ---- questions
+
+    def _answer_next(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._questions)
+            ask = self._questions.popleft()
+        found: list[str | None] = []
+        try:
+            keys = [self._key(name) for name in ask.names]
+            live = self._membership.targets()
+            outcomes = self._ask_client.exists(keys, ask.deadline)
+            found += [
+                place(key, live) if outcome is Outcome.HIT else None
+                for key, outcome in zip(keys, outcomes, strict=True)
+            ]
+        finally:
+            self._send(Found(ask.request, found))
+
+    # ---- the rest
+
+    def _key(self, name: frames.Name) -> bytes:
+        return chunk_key(self._digest, *name)
+
+    def _row(self, row: int) -> memoryview:
+        return self._memory[row * self._setup.row_bytes : (row + 1) * self._setup.row_bytes]
+
+    def _map_rows(self) -> None:
+        """Map the rows' pages, which the engine has in memory already: in a transfer that costs a third."""
+        for start in range(0, self._setup.region_bytes, _MAP_BYTES):
+            with contextlib.suppress(OSError):  # before Linux 5.14
+                length = min(_MAP_BYTES, self._setup.region_bytes - start)
+                self._region.madvise(_MADV_POPULATE_WRITE, start, length)
+            time.sleep(0.001)
+
+    def _report(self) -> WorkerReport:
+        setup, pace = self._setup, self._pace
+        with self._lock:
+            fetched = dict(self._fetched)
+        return WorkerReport(
+            worker=setup.worker,
+            endpoint=setup.endpoint,
+            fingerprint=self._fingerprint,
+            block_tokens=setup.block_tokens,
+            blocks_per_chunk=setup.blocks_per_chunk,
+            chunk_bytes=setup.row_bytes,
+            ts_ms=time.time_ns() // 1_000_000,
+            prefill_base_seconds=pace.prefill_base_seconds,
+            prefill_seconds_per_token=pace.prefill_seconds_per_token,
+            prefill_seconds_per_token_squared=pace.prefill_seconds_per_token_squared,
+            dram_bytes_per_second=pace.dram_bytes_per_second,
+            store_bytes_per_second=self._bytes_per_second(),
+            bytes_in_flight=pace.bytes_in_flight,
+            queue=pace.queue,
+            bytes_per_token=pace.bytes_per_token,
+            fetched_chunks=fetched,
+        )
+
+
+def end_with_the_engine(engine: int) -> None:
+    """Be killed when the thread that started this process ends, even while stopped or stuck; exit if it has already."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != engine:
+        os._exit(0)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    fd, engine, setup = int(sys.argv[1]), int(sys.argv[2]), msgspec.json.decode(sys.argv[3], type=Setup)
+    end_with_the_engine(engine)
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # meant for the engine, which says when it is done
+        signal.signal(interrupt, signal.SIG_IGN)
+    try:
+        Mover(socket.socket(fileno=fd), setup).run()
+    except UnavailableError as error:
+        logger.error("kvtier mover: %s", error)
+        os._exit(EXIT_UNAVAILABLE)
+    except Exception:
+        logger.exception("kvtier mover: ended")
+        os._exit(1)
+    os._exit(0)  # here and above: threads may be in the middle of a transfer, and nobody waits for it
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Values on a device."""

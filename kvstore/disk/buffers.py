@@ -1,0 +1,203 @@
+"""Memory for values on their way between disk and socket, which is also the cache of what was there last.
+
+A buffer holds a record as it lies on disk (record.py): a page for the header, then the payload. One that still holds a
+value when it is given back stays findable under its key until its memory is wanted: the hot cache costs no copy.
+
+All buffers are cut from one arena in huge pages. The first touch of a page costs more than filling it (0.3 to 1.5 GB/s
+against 6), so that a thread touches the arena ahead of use.
+"""
+
+import bisect
+import mmap
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from kvstore.disk.record import PAGE_BYTES, record_bytes
+
+_TOUCH_BYTES = 8 << 20
+# As much as is left when two dozen clients take nothing any more (net/queues.py): what holds more is worth a closer
+# look.
+_SHORT = 1 / 4
+
+
+class Buffer:
+    """Page-aligned memory of `record_bytes(length)`, in use by one or more holders or kept as cache."""
+
+    __slots__ = ("crc", "holders", "key", "length", "offset", "view")
+
+    def __init__(self, view: memoryview, offset: int, length: int):
+        self.view = view
+        self.offset = offset  # in the arena
+        self.length = length
+        self.holders = 1
+        self.key = b""  # of the value it is kept for
+        self.crc = 0
+
+    @property
+    def record(self) -> memoryview:
+        """Header and payload, padded to whole pages."""
+        return self.view
+
+    @property
+    def payload(self) -> memoryview:
+        return self.view[PAGE_BYTES : PAGE_BYTES + self.length]
+
+
+def aligned(length: int) -> Buffer:
+    """A buffer of no pool."""
+    return Buffer(memoryview(mmap.mmap(-1, record_bytes(length))), 0, length)
+
+
+class Arena:
+    """One piece of memory, cut into extents that are joined again when they come back. Not thread-safe.
+
+    Extents are pages; the first that is long enough is taken. With chunks of one model all have one length, and nothing
+    is ever split.
+    """
+
+    def __init__(self, total_bytes: int):
+        self.total_bytes = total_bytes
+        self._memory = mmap.mmap(-1, total_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(self._memory)
+        self._starts: list[int] = []  # of the free extents, sorted
+        self._ends: dict[int, int] = {}  # start -> end
+
+    def __getitem__(self, extent: slice) -> memoryview:
+        return self._view[extent]
+
+    def take(self, size: int) -> int | None:
+        """The offset of `size` bytes, or None if there is no extent that long."""
+        for place, start in enumerate(self._starts):
+            end = self._ends[start]
+            if end - start >= size:
+                del self._starts[place], self._ends[start]
+                if end - start > size:
+                    self._starts.insert(place, start + size)
+                    self._ends[start + size] = end
+                return start
+        return None
+
+    def give_back(self, start: int, size: int) -> None:
+        end = start + size
+        place = bisect.bisect(self._starts, start)
+        if end in self._ends:  # joins the one behind it
+            end = self._ends.pop(end)
+            del self._starts[place]
+        if place and self._ends[self._starts[place - 1]] == start:  # and the one before it
+            self._ends[self._starts[place - 1]] = end
+            return
+        self._starts.insert(place, start)
+        self._ends[start] = end
+
+
+class BufferPool:
+    """Hands out buffers and finds values in those that came back. Thread-safe."""
+
+    def __init__(self, total_bytes: int, *, keeps_values: bool = False):
+        self._keeps_values = keeps_values
+        self.arena = Arena(-(-total_bytes // PAGE_BYTES) * PAGE_BYTES)
+        self._values: OrderedDict[bytes, Buffer] = OrderedDict()  # least recently used first
+        self._kept_bytes = 0
+        self._held_bytes = 0  # by those who are filling or sending it
+        self._returned = threading.Condition()
+        threading.Thread(target=self._touch, name="kvtier-touch", daemon=True).start()
+
+    @property
+    def available_bytes(self) -> int:
+        """What nobody holds: free, or kept as cache."""
+        return self.arena.total_bytes - self._held_bytes
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._held_bytes
+
+    @property
+    def is_short(self) -> bool:
+        return self.available_bytes < _SHORT * self.arena.total_bytes
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many values are findable, and their bytes."""
+        return len(self._values), self._kept_bytes
+
+    def take(self, length: int, deadline: float) -> Buffer | None:
+        """A buffer for a payload of `length` bytes, held by the caller; None if there was no memory for it before
+        `deadline` (time.monotonic())."""
+        with self._returned:
+            return self._take(length, deadline)
+
+    def take_all(self, lengths: Sequence[int], deadline: float) -> list[Buffer | None]:
+        """The same for several."""
+        with self._returned:
+            return [self._take(length, deadline) for length in lengths]
+
+    def _take(self, length: int, deadline: float) -> Buffer | None:
+        size = record_bytes(length)
+        if size > self.arena.total_bytes:
+            return None
+        while (offset := self.arena.take(size)) is None:
+            if not self._drop_oldest() and not self._returned.wait(deadline - time.monotonic()):
+                return None
+        self._held_bytes += size
+        return Buffer(self.arena[offset : offset + size], offset, length)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._values
+
+    def find(self, key: bytes, length: int) -> Buffer | None:
+        """The buffer that holds the value of `key`, held by the caller now; None if there is none of that length."""
+        with self._returned:
+            buffer = self._values.get(key)
+            if buffer is None or buffer.length != length:
+                return None
+            self._values.move_to_end(key)
+            if not buffer.holders:
+                self._held_bytes += len(buffer.view)
+            buffer.holders += 1
+            return buffer
+
+    def keep(self, key: bytes, buffer: Buffer, crc: int) -> None:
+        """From now on `buffer`, which the caller holds and nobody may write to any more, is found under `key`."""
+        if not self._keeps_values:
+            return
+        with self._returned:
+            if key not in self._values and not buffer.key:
+                buffer.key, buffer.crc = key, crc
+                self._values[key] = buffer
+                self._kept_bytes += buffer.length
+
+    def give_back(self, *buffers: Buffer) -> None:
+        with self._returned:
+            for buffer in buffers:
+                buffer.holders -= 1
+                if not buffer.holders:
+                    self._held_bytes -= len(buffer.view)
+                    if not buffer.key:
+                        self.arena.give_back(buffer.offset, len(buffer.view))
+            self._returned.notify_all()  # who comes first may want more than this, another one less
+
+    def _drop_oldest(self) -> bool:
+        """Forget the value that was not asked for for the longest time. Those that somebody holds are passed over."""
+        for key, buffer in self._values.items():
+            if not buffer.holders:
+                del self._values[key]
+                self._kept_bytes -= buffer.length
+                self.arena.give_back(buffer.offset, len(buffer.view))
+                return True
+        return False
+
+    def _touch(self) -> None:
+        """Make the arena's memory available piece by piece, touched. Reading zeros touches it without the interpreter's
+        lock."""
+        zeros = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+        for start in range(0, self.arena.total_bytes, _TOUCH_BYTES):
+            piece = self.arena[start : start + _TOUCH_BYTES]
+            os.preadv(zeros, [piece], 0)
+            with self._returned:
+                self.arena.give_back(start, len(piece))
+                self._returned.notify_all()
+        os.close(zeros)

@@ -1,0 +1,773 @@
+"""The store engine: a segmented append-only log, with its index in memory.
+
+Two segments are written at a time, one with values that are new and one with those that are kept (eviction.py). A full
+one is sealed with a footer and synced. Slots are emptied ahead of need: their chunks are unpublished well before their
+space is written over, and not while a reader is still at it, so that neither a reader nor a router's mirror is ever
+pointed at a reused place.
+
+Start-up reads the footers in parallel, and scans what was not sealed: a record counts if its header and its payload
+check out, and past a torn one the scan goes on page by page. A chunk becomes visible when its write has returned. So
+kill -9 loses nothing acknowledged; a power cut loses at most what was not synced: the segments that are being written,
+or, with `sync_seconds`, what came since.
+
+Any thread may call any method. No lock is held during I/O.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+from crc32c import crc32c
+
+from kvstore.disk import record
+from kvstore.disk.buffers import Buffer, aligned
+from kvstore.disk.eviction import SLOTS_MIN, Eviction, Queue
+from kvstore.disk.files import Files
+from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, SegmentHeader, Stamp, Trailer
+from kvstore.disk.space import Place, open_space
+from kvstore.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_Stamped = TypeVar("_Stamped", SegmentHeader, Trailer)
+
+GIB = 1 << 30
+_INDEX_BITS = 24  # an index value is slot << 24 | number of the entry in its segment
+_NUMBER_MASK = (1 << _INDEX_BITS) - 1
+# Device writes over payload accepted. What headers and footers leave of it goes to writing reused chunks again.
+WRITE_AMPLIFICATION_MAX = 1.1
+_RECOVERY_THREADS = 8
+_RECOVERY_SHARE = 64  # segments that a thread loads while others are made visible
+_PIECE_BYTES = 1 << 20  # of what recovery reads at once
+_TAIL_BYTES = 32 << 10  # of a segment: the footer of up to 595 entries
+_PROBES = 16  # records that are asked whether a footer is theirs
+# Evicted keys that are remembered: 100 bytes each.
+_GHOSTS_MAX = 100_000
+# A reader holds a place for one read of a device. Whoever waits longer for one is refused.
+_READERS_SECONDS = 10.0
+
+
+def default_segment_bytes(capacity_bytes: int) -> int:
+    """256 MiB, as flash likes to be written; 64 MiB in small stores, where eviction by segment would be coarse."""
+    return 256 << 20 if capacity_bytes >= 200 * GIB else 64 << 20
+
+
+class Ledger(Protocol):
+    """Who is told what becomes visible and what goes; called with the log's lock held, so it must only take notes."""
+
+    def stored(self, entry: Entry) -> None: ...
+    def removed(self, entry: Entry) -> None: ...
+
+
+class NoLedger:
+    def stored(self, entry: Entry) -> None: ...
+    def removed(self, entry: Entry) -> None: ...
+
+
+class Value(NamedTuple):
+    """A chunk to store. The caller holds `buffer`, filled with the payload, and has checked `crc`; the log writes the
+    record's header and padding around it."""
+
+    key: bytes
+    buffer: Buffer
+    crc: int
+    router_hash: int
+    fingerprint: int
+    blocks_per_chunk: int
+
+
+class Found(NamedTuple):
+    """What a read found. If it is not intact, it was forgotten, and the buffer's content means nothing."""
+
+    entry: Entry
+    intact: bool
+
+
+@dataclass
+class LogStats:
+    entries: int = 0
+    payload_bytes: int = 0
+    evicted_entries: int = 0
+    evicted_segments: int = 0
+    evicted_age_seconds: float = 0.0  # of the segment evicted last, from its opening
+    corrupt_entries: int = 0
+    failed_writes: int = 0
+    accepted_bytes: int = 0  # payload stored since the start
+    device_written_bytes: int = 0
+    rewritten_bytes: int = 0  # of these, chunks that were kept by writing them again
+
+
+@dataclass
+class _Segment:
+    slot: int
+    stamp: Stamp
+    place: Place
+    queue: Queue
+    opened: float = field(default_factory=time.monotonic)
+    next_page: int = 1
+    table: bytearray = field(default_factory=bytearray)  # packed entries, in the order in which they became visible
+    readers: int = 0
+    writers: int = 0
+    full: bool = False  # takes no more records; sealed once its writers are done
+    sealed: bool = False
+    dirty: bool = False  # written since the last sync
+
+    def entry(self, number: int) -> Entry:
+        return record.unpack_entry(self.table, number)
+
+    def __len__(self) -> int:
+        return len(self.table) // ENTRY_BYTES
+
+
+class _Record(NamedTuple):
+    """A record in a segment; those that lie side by side are read and written at once."""
+
+    number: int  # of the chunk in the caller's list
+    segment: _Segment
+    entry: Entry
+
+
+class Log:
+    """A bounded map from key to immutable payload, in a directory or on a device.
+
+    `capacity_bytes` bounds the segments together. `namespace` is stamped on every record. With `sync_seconds` what was
+    written is synced so often, otherwise when a segment is sealed. Raises ConfigError if the place cannot hold this
+    store.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        capacity_bytes: int,
+        *,
+        namespace: str = "default",
+        segment_bytes: int | None = None,
+        sync_seconds: float = 0.0,
+        files: Files | None = None,
+    ):
+        self.path = path
+        self.segment_bytes = int(segment_bytes or default_segment_bytes(capacity_bytes))
+        self.stats = LogStats()
+        self.ledger: Ledger = NoLedger()  # what recovery finds is not told: it is in `entries`
+        self._namespace = record.namespace_id(namespace)
+        self._files = files or Files()
+        self._changed = threading.Condition()
+        self._rolling = threading.RLock()
+        self._index: dict[bytes, int] = {}
+        self._writing: set[bytes] = set()
+        self._segments: dict[int, _Segment] = {}
+        self._heads: dict[Queue, _Segment] = {}
+        self._emptied: deque[int] = deque()
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()  # evicted keys, the oldest first
+        self._generation = 0
+        _check_size(capacity_bytes, self.segment_bytes)
+        self._space = open_space(path, capacity_bytes, self.segment_bytes, self._files)
+        self.slots = self._space.slots
+        # One slot to write to while another is emptied; where chunks are written again, one for those, too.
+        self._ahead = 1 if self.slots < SLOTS_MIN else 2
+        self._eviction = Eviction(self.slots)
+        try:
+            _check_slots(self.slots, capacity_bytes, self.segment_bytes)
+            block = self._space.begin()
+            self.store_id, self.epoch = block.store, block.epoch
+            self._recover()
+        except BaseException:
+            self._space.close()
+            raise
+        self._closed = threading.Event()
+        if sync_seconds:
+            threading.Thread(target=self._sync_often, args=(sync_seconds,), name="kvtier-sync", daemon=True).start()
+
+    # ---- what callers do
+
+    @property
+    def value_bytes_max(self) -> int:
+        """The largest payload that fits a segment."""
+        return self.segment_bytes - PAGE_BYTES - record.footer_bytes(1) - PAGE_BYTES
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def entries(self) -> list[Entry]:
+        """Everything that is visible now."""
+        with self._changed:
+            return [entry for segment in self._segments.values() for _, entry in self._live(segment)]
+
+    def find(self, key: bytes) -> Entry | None:
+        """What is known of a visible chunk."""
+        with self._changed:
+            where = self._index.get(key)
+            return None if where is None else self._segments[where >> _INDEX_BITS].entry(where & _NUMBER_MASK)
+
+    def locate(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[int | None]:
+        """A number for each chunk that is there and so long, by which reads are put into the order of the device."""
+        with self._changed:
+            return [self._where(key, length) for key, length in zip(keys, lengths, strict=True)]
+
+    def _where(self, key: bytes, length: int) -> int | None:
+        where = self._index.get(key)
+        if where is None:
+            return None
+        found = record.entry_length(self._segments[where >> _INDEX_BITS].table, where & _NUMBER_MASK)
+        return where if found == length else None
+
+    def was_evicted(self, key: bytes) -> bool:
+        """Whether the chunk was here not long ago."""
+        return key in self._ghosts
+
+    def used(self, key: bytes) -> None:
+        """The chunk was asked for, and served from elsewhere: it is as useful as one that is read."""
+        with self._changed:
+            where = self._index.get(key)
+            if where is not None:
+                self._eviction.hit(where >> _INDEX_BITS, where & _NUMBER_MASK)
+
+    def read(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Found | None]:
+        """Read each chunk into the buffer at its place; None for those that are not there, or not as long as their
+        buffers. Neighbours on the device are read at once."""
+        with self._changed:
+            places = [self._pin(key, buffer.length) for key, buffer in zip(keys, buffers, strict=True)]
+        found: list[Found | None] = [None] * len(keys)
+        try:
+            for run in _runs(_Record(number, *place) for number, place in enumerate(places) if place is not None):
+                self._read_run(run, buffers, found)
+        finally:
+            with self._changed:
+                for place in places:
+                    if place is not None:
+                        place[0].readers -= 1
+                self._changed.notify_all()
+        return found
+
+    def append(self, values: Sequence[Value]) -> list[bool]:
+        """Write chunks; True for each that is stored now, by this call or before. Neighbours are written at once."""
+        return self._append(values, rewrite=False)
+
+    def close(self) -> None:
+        """Wait for writes under way, seal what is being written, and give the space back."""
+        self._closed.set()
+        with self._rolling:
+            with self._changed:
+                heads = list(self._heads.values())
+                self._heads.clear()
+                for head in heads:
+                    head.full = True
+                self._changed.wait_for(lambda: not any(head.writers for head in heads))
+            for head in heads:
+                if len(head):
+                    self._seal(head)
+        self._close_files()
+
+    # ---- reading
+
+    def _pin(self, key: bytes, length: int) -> tuple[_Segment, Entry] | None:
+        """Keep the chunk's place from being reused until `readers` is counted down."""
+        where = self._index.get(key)
+        if where is None:
+            return None
+        slot, number = where >> _INDEX_BITS, where & _NUMBER_MASK
+        segment = self._segments[slot]
+        entry = segment.entry(number)
+        if entry.length != length:
+            return None
+        self._eviction.hit(slot, number)
+        segment.readers += 1
+        return segment, entry
+
+    def _read_run(self, run: list[_Record], buffers: Sequence[Buffer], found: list[Found | None]) -> None:
+        segment, first = run[0].segment, run[0].entry
+        parts = [buffers[number].record for number, _, _ in run]
+        try:
+            self._files.read(segment.place.fd, parts, segment.place.offset + first.page * PAGE_BYTES)
+            failed = False
+        except OSError as error:
+            logger.error("%s, segment %d: %s", self.path, segment.slot, error)
+            failed = True
+        if failed and len(run) > 1:  # one bad page must not cost its neighbours
+            for one in run:
+                self._read_run([one], buffers, found)
+            return
+        for number, _, entry in run:
+            intact = not failed and bool(crc32c(buffers[number].payload) == entry.crc)
+            if not intact:
+                self._forget(segment, entry)
+            found[number] = Found(entry, intact)
+
+    def _forget(self, segment: _Segment, entry: Entry) -> None:
+        """Stop serving an entry that turned out corrupt."""
+        with self._changed:
+            where = self._index.get(entry.key)
+            if where is None or self._segments[where >> _INDEX_BITS] is not segment:
+                return
+            self._unpublish(entry)
+            self.stats.corrupt_entries += 1
+        logger.warning("chunk %s is corrupt, page %d of segment %d", entry.key.hex(), entry.page, segment.slot)
+
+    # ---- writing
+
+    def _append(self, values: Sequence[Value], *, rewrite: bool) -> list[bool]:
+        stored = [False] * len(values)
+        waiting = deque(range(len(values)))
+        while waiting:
+            reserved, queue, full = self._reserve(values, waiting, stored, rewrite)
+            for run in _runs(reserved):
+                written = self._write_run(run, values, rewrite)
+                for index, _, _ in run:
+                    stored[index] = written
+            if waiting and not self._roll(queue, full, rewrite):
+                break
+        return stored
+
+    def _reserve(
+        self, values: Sequence[Value], waiting: deque[int], stored: list[bool], rewrite: bool
+    ) -> tuple[list[_Record], Queue, _Segment | None]:
+        """Places for the first of the `waiting` values, which are taken off, as far as there is room; and the queue and
+        the segment that have no more."""
+        reserved: list[_Record] = []
+        queue = Queue.MAIN if rewrite else Queue.PROBATION
+        with self._changed:
+            head = self._heads.get(queue)
+            while waiting:
+                value = values[waiting[0]]
+                length = value.buffer.length
+                known = not rewrite and value.key in self._index
+                if known or value.key in self._writing or not 0 < length <= self.value_bytes_max:
+                    stored[waiting.popleft()] = known
+                    continue
+                if head is None or not self._fits(head, length):
+                    break
+                _, _, crc, router_hash, fingerprint, blocks = value
+                entry = Entry(value.key, router_hash, fingerprint, head.next_page, length, crc, blocks)
+                reserved.append(_Record(waiting.popleft(), head, entry))
+                head.next_page += record.record_bytes(length) // PAGE_BYTES
+                head.writers += 1
+                self._writing.add(value.key)
+        return reserved, queue, head
+
+    def _fits(self, head: _Segment, length: int) -> bool:
+        end = head.next_page * PAGE_BYTES + record.record_bytes(length)
+        entries = len(head) + head.writers + 1
+        return not head.full and end + record.footer_bytes(entries) <= self.segment_bytes
+
+    def _write_run(self, run: list[_Record], values: Sequence[Value], rewrite: bool) -> bool:
+        """Write neighbouring records at once and make them visible."""
+        segment, first = run[0].segment, run[0].entry
+        parts = [values[index].buffer.record for index, _, _ in run]
+        for part, (_, _, entry) in zip(parts, run, strict=True):
+            part[:PAGE_BYTES] = record.pack_record_header(entry, segment.stamp, self._namespace)
+            part[PAGE_BYTES + entry.length :] = bytes(len(part) - PAGE_BYTES - entry.length)
+        written = self._write(segment, parts, first.page * PAGE_BYTES)
+        with self._changed:
+            for _, _, entry in run:
+                self._writing.discard(entry.key)
+                segment.writers -= 1
+                if not written:
+                    self.stats.failed_writes += 1
+                    continue
+                self._publish(segment, entry)
+                if rewrite:
+                    self.stats.rewritten_bytes += entry.length
+                else:
+                    self.stats.accepted_bytes += entry.length
+            last = segment.full and segment.writers == 0
+            self._changed.notify_all()
+        if last:
+            self._seal(segment)
+        return written
+
+    def _write(self, segment: _Segment, parts: Sequence[memoryview], offset: int) -> bool:
+        size = sum(map(len, parts))
+        try:
+            self._files.write(segment.place.fd, parts, segment.place.offset + offset)
+        except OSError as error:
+            logger.error("%s: write of %d bytes to segment %d failed: %s", self.path, size, segment.slot, error)
+            return False
+        segment.dirty = True
+        with self._changed:
+            self.stats.device_written_bytes += size
+        return True
+
+    def _publish(self, segment: _Segment, entry: Entry) -> None:
+        """Make an entry visible, or, if it was written again, point to its new place. With the lock held."""
+        known = entry.key in self._index
+        self._index[entry.key] = segment.slot << _INDEX_BITS | len(segment)
+        segment.table += record.pack_entry(entry)
+        if not known:
+            self.stats.entries += 1
+            self.stats.payload_bytes += entry.length
+            self.ledger.stored(entry)
+
+    def _unpublish(self, entry: Entry) -> None:
+        del self._index[entry.key]
+        self.stats.entries -= 1
+        self.stats.payload_bytes -= entry.length
+        self.ledger.removed(entry)
+
+    # ---- segments
+
+    def _roll(self, queue: Queue, full: _Segment | None, rewrite: bool) -> bool:
+        """Begin a segment of `queue` in place of the `full` one, and empty another ahead of need. False if there is no
+        slot to be had. A rewrite takes what there is: it is made to empty a slot, so that there is one again."""
+        with self._rolling:
+            if self._heads.get(queue) is not full:
+                return True  # another thread was quicker
+            slot = self._unread_slot(wait=not rewrite)
+            if slot is None:
+                return False
+            try:
+                opened = self._open_slot(slot, queue)
+            except OSError as error:
+                logger.error("%s: cannot begin segment %d: %s", self.path, slot, error)
+                self.stats.failed_writes += 1
+                self._emptied.append(slot)
+                return False
+            with self._changed:
+                self._segments[slot] = opened
+                self._heads[queue] = opened
+                self._eviction.opened(slot)
+                if full is not None:
+                    full.full = True
+            if full is not None and full.writers == 0:
+                self._seal(full)
+            if not rewrite:
+                self._make_room(self._ahead)
+            return True
+
+    def _unread_slot(self, *, wait: bool) -> int | None:
+        """An emptied slot that nobody reads any more; with `wait`, segments are emptied as long as there is none."""
+        deadline = time.monotonic() + _READERS_SECONDS
+        while True:
+            with self._changed:
+                for slot in self._emptied:
+                    last = self._segments.get(slot)
+                    if last is None or last.readers == last.writers == 0:
+                        self._emptied.remove(slot)
+                        return slot
+                if not wait:
+                    return None
+                victim = self._choose()
+                if victim is None and not self._changed.wait(deadline - time.monotonic()):
+                    logger.error("%s: no segment could be emptied", self.path)
+                    return None
+            if victim is not None:
+                self._clear(*victim)
+
+    def _open_slot(self, slot: int, queue: Queue) -> _Segment:
+        segment = self._begin_use(slot, self._space.place(slot), queue)
+        if segment is None:
+            raise OSError("its header was not written")
+        # A power cut that takes the header and leaves the records would show the slot's last use, overwritten.
+        self._files.sync(segment.place.fd)
+        return segment
+
+    def _begin_use(self, slot: int, place: Place, queue: Queue | None) -> _Segment | None:
+        """Write the header of a slot's next use; with no queue, that it is empty. Called with `_rolling` held."""
+        self._generation += 1
+        segment = _Segment(slot, Stamp(self.store_id, self._generation), place, queue or Queue.PROBATION)
+        header = SegmentHeader(slot, segment.stamp, self.segment_bytes, record.EMPTY if queue is None else queue)
+        return segment if self._write(segment, [_page_aligned(record.pack_segment_header(header))], 0) else None
+
+    def _make_room(self, ahead: int) -> None:
+        """Empty slots until there are `ahead` of them. Called with `_rolling` held."""
+        while True:
+            with self._changed:
+                victim = self._choose() if len(self._emptied) < ahead else None
+            if victim is None:
+                return
+            self._clear(*victim)
+
+    def _choose(self) -> tuple[_Segment, list[int]] | None:
+        """The segment to empty next, and which of its entries to keep. With the lock held, in which whoever asks has
+        seen that it is needed: a reader's end may change that."""
+        slot = self._eviction.choose()
+        if slot is None:
+            return None
+        segment = self._segments[slot]
+        live = [(number, entry.length) for number, entry in self._live(segment)]
+        budget = WRITE_AMPLIFICATION_MAX * self.stats.accepted_bytes - self.stats.device_written_bytes
+        return segment, self._eviction.emptied(slot, live, max(0, int(budget)))
+
+    def _clear(self, segment: _Segment, keep: list[int]) -> None:
+        if keep:
+            self._rewrite(segment, [segment.entry(number) for number in keep])
+        with self._changed:
+            self._empty(segment)
+        self._begin_use(segment.slot, segment.place, None)  # or a restart would find it all again
+
+    def _rewrite(self, segment: _Segment, entries: list[Entry]) -> None:
+        """Write chunks of a segment that is to be emptied once more, elsewhere."""
+        for entry in entries:
+            buffer = aligned(entry.length)
+            found: list[Found | None] = [None]
+            self._read_run([_Record(0, segment, entry)], [buffer], found)
+            if found[0] is None or not found[0].intact:
+                continue
+            key, router_hash, fingerprint, _, _, crc, blocks = entry
+            if not self._append([Value(key, buffer, crc, router_hash, fingerprint, blocks)], rewrite=True)[0]:
+                return
+
+    def _empty(self, segment: _Segment) -> None:
+        """Unpublish what is left in a segment. With the lock held."""
+        entries = [entry for _, entry in self._live(segment)]
+        for entry in entries:
+            self._unpublish(entry)
+            self._ghosts[entry.key] = None
+        while len(self._ghosts) > _GHOSTS_MAX:
+            self._ghosts.popitem(last=False)
+        self._emptied.append(segment.slot)
+        if entries:
+            self.stats.evicted_entries += len(entries)
+            self.stats.evicted_segments += 1
+            self.stats.evicted_age_seconds = time.monotonic() - segment.opened
+        self._changed.notify_all()
+
+    def _live(self, segment: _Segment) -> Iterator[tuple[int, Entry]]:
+        """The segment's entries that are visible, by number. With the lock held."""
+        base = segment.slot << _INDEX_BITS
+        for number in range(len(segment)):
+            entry = segment.entry(number)
+            if self._index.get(entry.key) == base | number:
+                yield number, entry
+
+    def _seal(self, segment: _Segment) -> None:
+        """Write the footer and sync: a full segment without writers no longer changes its table."""
+        with self._changed:
+            if segment.sealed:
+                return
+            segment.sealed = True
+        offset, footer = record.pack_footer(bytes(segment.table), segment.stamp, self.segment_bytes)
+        # Writes that failed, and were there after all when it was scanned, may have left no room: it is scanned again.
+        if segment.next_page * PAGE_BYTES <= offset:
+            self._write(segment, [_page_aligned(footer)], offset)
+        self._sync(segment)
+        with self._changed:
+            self._eviction.sealed(segment.slot, len(segment))
+            self._changed.notify_all()
+
+    def _sync(self, segment: _Segment) -> None:
+        segment.dirty = False
+        try:
+            self._files.sync(segment.place.fd)
+        except OSError as error:
+            logger.error("%s: segment %d is not synced: %s", self.path, segment.slot, error)
+
+    def _sync_often(self, seconds: float) -> None:
+        while not self._closed.wait(seconds):
+            for head in list(self._heads.values()):
+                if head.dirty:
+                    self._sync(head)
+
+    # ---- start and end
+
+    def _recover(self) -> None:
+        scanning = threading.Lock()  # a scan holds a whole segment in memory: one at a time
+        slots = self._space.used_slots()
+        shares = [slots[start : start + _RECOVERY_SHARE] for start in range(0, len(slots), _RECOVERY_SHARE)]
+        found: list[_Segment] = []
+        with ThreadPoolExecutor(_RECOVERY_THREADS, thread_name_prefix="kvtier-recovery") as pool:
+            for segment in chain.from_iterable(pool.map(lambda share: self._load(share, scanning), shares)):
+                self._adopt(segment)
+                found.append(segment)
+        found.sort(key=lambda segment: segment.stamp.generation)
+        if self.stats.entries > len(self._index):
+            self._adopt_again(found)
+        for segment in found:
+            self._eviction.opened(segment.slot)
+        unsealed = [one for one in found if not one.sealed and one.queue is Queue.PROBATION]
+        if unsealed and self._unseal(unsealed[-1]):
+            self._heads[Queue.PROBATION] = unsealed[-1]
+        for segment in found:
+            if segment.sealed:
+                segment.full = True
+                self._eviction.sealed(segment.slot, len(segment))
+            elif segment not in self._heads.values():
+                segment.full = True
+                self._seal(segment)
+        self._emptied.extend(slot for slot in range(self.slots) if slot not in self._segments)
+        with self._rolling:
+            self._make_room(self._ahead)
+        if found:
+            logger.info("%s: %d chunks in %d segments", self.path, len(self), len(found))
+
+    def _unseal(self, segment: _Segment) -> bool:
+        """Make sure that a segment has no footer before it is written to again: if it was misread now and is sound at
+        the next start, it would hide what came after it."""
+        return self._write(segment, [_page_aligned(bytes(PAGE_BYTES))], self.segment_bytes - PAGE_BYTES)
+
+    def _load(self, slots: Iterable[int], scanning: threading.Lock) -> list[_Segment]:
+        """The segments of this store in these slots, their tables filled but not adopted yet."""
+        ends = aligned(_TAIL_BYTES).view  # taking memory for each of them costs more than reading it
+        loaded = (self._load_slot(slot, ends[:PAGE_BYTES], ends[PAGE_BYTES:], scanning) for slot in slots)
+        return [segment for segment in loaded if segment is not None]
+
+    def _load_slot(self, slot: int, head: memoryview, tail: memoryview, scanning: threading.Lock) -> _Segment | None:
+        try:
+            place = self._space.place(slot)
+        except OSError as error:
+            logger.error("%s, segment %d cannot be opened, its chunks are lost: %s", self.path, slot, error)
+            return None
+        self._fill(place, head, 0)
+        self._fill(place, tail, self.segment_bytes - len(tail))
+        header = self._own(record.unpack_segment_header(head))
+        trailer = self._own(record.unpack_trailer(tail[-PAGE_BYTES:], self.segment_bytes))
+        segment = None
+        if header is not None and header.slot == slot:
+            queue = Queue.PROBATION if header.queue == record.EMPTY else Queue(header.queue)
+            segment = _Segment(slot, header.stamp, place, queue)
+        if trailer is not None:
+            if segment is not None and trailer.stamp == segment.stamp:
+                segment.sealed = self._read_table(segment, trailer, tail)
+            elif segment is None or trailer.stamp.generation > segment.stamp.generation:
+                segment = self._without_header(slot, place, trailer, tail) or segment
+        if segment is None or (header is not None and header.queue == record.EMPTY and segment.stamp == header.stamp):
+            return None
+        if not segment.sealed:
+            with scanning:
+                self._scan(segment)
+        return segment
+
+    def _own(self, stamped: _Stamped | None) -> _Stamped | None:
+        """A header or trailer if it is this store's. Its generation is never used again: it may have left something."""
+        if stamped is None or stamped.stamp.store != self.store_id:
+            return None
+        with self._changed:
+            self._generation = max(self._generation, stamped.stamp.generation)
+        return stamped
+
+    def _without_header(self, slot: int, place: Place, trailer: Trailer, tail: memoryview) -> _Segment | None:
+        """The sealed segment whose header's write the device lost; None if it is the footer that went astray."""
+        segment = _Segment(slot, trailer.stamp, place, Queue.MAIN)
+        segment.sealed = self._read_table(segment, trailer, tail)
+        found = (self._record_at(segment, segment.entry(number).page) for number in range(min(len(segment), _PROBES)))
+        return segment if segment.sealed and any(found) else None
+
+    def _record_at(self, segment: _Segment, page: int) -> Entry | None:
+        header = self._read_at(segment.place, page * PAGE_BYTES, PAGE_BYTES)
+        return record.unpack_record_header(header, stamp=segment.stamp, page_number=page, namespace=self._namespace)
+
+    def _adopt(self, segment: _Segment) -> None:
+        """Make a recovered segment's entries visible."""
+        self._segments[segment.slot] = segment
+        base = segment.slot << _INDEX_BITS
+        self._index.update(zip(record.keys(segment.table), range(base, base + len(segment)), strict=True))
+        self.stats.entries += len(segment)
+        self.stats.payload_bytes += sum(record.lengths(segment.table))
+
+    def _adopt_again(self, found: Iterable[_Segment]) -> None:
+        """In the order of their generations: a key that is in several segments belongs to the youngest."""
+        for segment in found:
+            self._adopt(segment)
+        self.stats.entries = len(self._index)
+        self.stats.payload_bytes = 0
+        for segment in found:
+            entries = zip(record.keys(segment.table), record.lengths(segment.table), strict=True)
+            places = enumerate(entries, segment.slot << _INDEX_BITS)
+            self.stats.payload_bytes += sum(length for place, (key, length) in places if self._index[key] == place)
+
+    def _read_table(self, segment: _Segment, trailer: Trailer, tail: memoryview) -> bool:
+        """Take in the entries of a sealed segment, of which the `tail` was read; False if they are damaged."""
+        start = trailer.offset - (self.segment_bytes - len(tail))
+        if start < 0:
+            tail, start = self._read_at(segment.place, trailer.offset, self.segment_bytes - trailer.offset), 0
+        table = tail[start : start + trailer.table_bytes]
+        if crc32c(table) != trailer.crc:
+            logger.error("%s, segment %d: its footer is damaged, scanning its records", self.path, segment.slot)
+            return False
+        segment.table = bytearray(table)
+        return True
+
+    def _scan(self, segment: _Segment) -> None:
+        """Take in the intact records of an unsealed segment; `next_page` moves past the last of them."""
+        content = self._read_at(segment.place, 0, self.segment_bytes)
+        number, last = 1, self.segment_bytes // PAGE_BYTES
+        while number < last:
+            start = number * PAGE_BYTES
+            entry = record.unpack_record_header(
+                content[start : start + PAGE_BYTES], stamp=segment.stamp, page_number=number, namespace=self._namespace
+            )
+            number += 1
+            if entry is None:
+                continue
+            payload = content[entry.payload_offset : entry.payload_offset + entry.length]
+            if len(payload) == entry.length and crc32c(payload) == entry.crc:
+                number = entry.page + record.record_bytes(entry.length) // PAGE_BYTES
+                segment.next_page = number
+                segment.table += record.pack_entry(entry)
+
+    def _read_at(self, place: Place, offset: int, length: int) -> memoryview:
+        """Whole pages of a segment, with zeros in place of those that cannot be read."""
+        content = aligned(length - PAGE_BYTES).view
+        for start in range(0, length, _PIECE_BYTES):
+            self._fill(place, content[start : start + _PIECE_BYTES], offset + start)
+        return content
+
+    def _fill(self, place: Place, into: memoryview, offset: int) -> None:
+        try:
+            self._files.read(place.fd, [into], place.offset + offset)
+        except OSError as error:
+            half = len(into) // PAGE_BYTES // 2 * PAGE_BYTES
+            if half:  # one bad page must not cost its neighbours
+                self._fill(place, into[:half], offset)
+                self._fill(place, into[half:], offset + half)
+            else:
+                logger.error("%s: the page at %d of a segment cannot be read: %s", self.path, offset, error)
+                into[:] = bytes(len(into))
+
+    def _close_files(self) -> None:
+        self._space.close()
+        self._segments.clear()
+        self._index.clear()
+
+
+def _runs(records: Iterable[_Record]) -> Iterator[list[_Record]]:
+    """Group records that lie next to each other."""
+    by_segment: defaultdict[int, list[_Record]] = defaultdict(list)
+    for one in records:
+        by_segment[one.segment.slot].append(one)
+    for neighbours in by_segment.values():
+        neighbours.sort(key=lambda one: one.entry.page)
+        run: list[_Record] = []
+        end = 0
+        for one in neighbours:
+            if run and one.entry.page != end:
+                yield run
+                run = []
+            run.append(one)
+            end = one.entry.page + record.record_bytes(one.entry.length) // PAGE_BYTES
+        yield run
+
+
+def _page_aligned(content: bytes) -> memoryview:
+    """A copy in memory that may be written with direct I/O; whole pages."""
+    memory = aligned(len(content) - PAGE_BYTES).view
+    memory[:] = content
+    return memory
+
+
+def _check_size(capacity_bytes: int, segment_bytes: int) -> None:
+    if segment_bytes % PAGE_BYTES or segment_bytes < 64 * PAGE_BYTES:
+        raise ConfigError("segment-size", segment_bytes, f"a multiple of {PAGE_BYTES}, at least 256 KiB")
+    if capacity_bytes // segment_bytes >> 30:
+        raise ConfigError("segment-size", segment_bytes, "a larger segment: the capacity makes too many of them")
+    if segment_bytes // PAGE_BYTES >> _INDEX_BITS:
+        raise ConfigError("segment-size", segment_bytes, "a smaller segment: it could hold too many chunks")
+
+
+def _check_slots(slots: int, capacity_bytes: int, segment_bytes: int) -> None:
+    if slots < 2:
+        raise ConfigError(
+            "capacity",
+            capacity_bytes,
+            f"at least two segments of {segment_bytes} bytes (one is written while one is emptied); "
+            "give more, or a smaller --segment-size",
+        )

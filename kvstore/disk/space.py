@@ -1,0 +1,375 @@
+"""Where segments lie: in files of a directory, or side by side on a block device or in one preallocated file.
+
+A space also keeps the superblock, which says what must not change while it holds a store, and keeps others out.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import resource
+import secrets
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from crc32c import crc32c
+
+from kvstore.disk import record
+from kvstore.disk.buffers import aligned
+from kvstore.disk.files import Files
+from kvstore.disk.record import PAGE_BYTES
+from kvstore.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Of a device, before its first segment: two superblocks, of which the later sound one counts.
+_RESERVED_BYTES = 1 << 20
+# Open files of a process besides its segments, at least.
+_OTHER_FILES = 64
+
+
+class Superblock(msgspec.Struct):
+    version: int
+    store: int  # random id, stamped on every header
+    segment_bytes: int
+    epoch: int  # how often the store was opened
+
+
+class Place(NamedTuple):
+    """A segment's own: a file and where in it the segment begins."""
+
+    fd: int
+    offset: int
+
+
+class Space(ABC):
+    """`slots` segments of `segment_bytes`. Any thread may call `place`; the rest is for start and end."""
+
+    def __init__(self, path: Path, slots: int, segment_bytes: int, files: Files):
+        self.path = path
+        self.slots = slots
+        self.segment_bytes = segment_bytes
+        self.files = files
+
+    @abstractmethod
+    def place(self, slot: int) -> Place:
+        """The slot's place, its space allocated. Raises OSError."""
+
+    @abstractmethod
+    def used_slots(self) -> list[int]:
+        """Slots that may hold a segment."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    @abstractmethod
+    def _read_superblock(self) -> Superblock | None: ...
+
+    @abstractmethod
+    def _write_superblock(self, block: Superblock) -> None:
+        """Durable when it returns; a crash leaves the old one or the new one."""
+
+    def begin(self) -> Superblock:
+        """The superblock of this start, its epoch counted up. Raises ConfigError if it is of another store, or if it
+        cannot be read or written."""
+        with _oserror_in_words(self.path):
+            block = self._read_superblock()
+        block = block or Superblock(record.VERSION, secrets.randbits(63), self.segment_bytes, 0)
+        _check_version(self.path, block)
+        if block.segment_bytes != self.segment_bytes:
+            expected = f"{block.segment_bytes}, with which this store was made"
+            raise ConfigError("segment-size", self.segment_bytes, expected)
+        block.epoch += 1
+        with _oserror_in_words(self.path):
+            self._write_superblock(block)
+        return block
+
+
+def open_space(path: Path, capacity_bytes: int, segment_bytes: int, files: Files) -> Space:
+    """A directory's space or a device's, locked. Raises ConfigError if it cannot hold this store."""
+    with _oserror_in_words(path):
+        if path.is_dir():
+            return _DirectorySpace(path, capacity_bytes, segment_bytes, files)
+        if path.is_block_device() or path.is_file():
+            return _DeviceSpace(path, capacity_bytes, segment_bytes, files)
+    raise ConfigError("dir", path, "a directory that exists or a block device: create it, or mount the device there")
+
+
+class _DirectorySpace(Space):
+    def __init__(self, path: Path, capacity_bytes: int, segment_bytes: int, files: Files):
+        super().__init__(path, capacity_bytes // segment_bytes, segment_bytes, files)
+        self._fds: dict[int, int] = {}
+        self._guard = _locked(path, path / "LOCK")
+        try:
+            self._check_room(capacity_bytes)
+            _allow_open_files(self.slots, segment_bytes)
+        except BaseException:
+            os.close(self._guard)
+            raise
+
+    def place(self, slot: int) -> Place:
+        if slot not in self._fds:
+            self._fds[slot] = self.files.open(_segment_file(self.path, slot), self.segment_bytes)
+        return Place(self._fds[slot], 0)
+
+    def used_slots(self) -> list[int]:
+        return sorted(_slot(path) for path in self.path.glob("segment-*.kvt"))
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            self.files.close(fd)
+        self._fds.clear()
+        os.close(self._guard)
+
+    def _read_superblock(self) -> Superblock | None:
+        return _directory_superblock(self.path)
+
+    def _write_superblock(self, block: Superblock) -> None:
+        temporary = self.path / "store.new"
+        with temporary.open("wb") as file:
+            file.write(msgspec.json.encode(block))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path / "store.json")
+        directory = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _check_room(self, capacity_bytes: int) -> None:
+        """A capacity that the file system does not have is refused now, not when the disk is full."""
+        for path in self.path.glob("segment-*.kvt"):
+            if _slot(path) >= self.slots:
+                logger.info("%s is beyond the capacity now: deleted", path)
+                path.unlink()
+        held = sum(os.stat(path).st_blocks * 512 for path in self.path.glob("segment-*.kvt"))
+        disk = os.statvfs(self.path)
+        free = disk.f_bavail * disk.f_frsize
+        if self.slots * self.segment_bytes > held + free:
+            raise ConfigError("capacity", capacity_bytes, f"at most the {held + free} bytes that {self.path} has")
+
+
+class _DeviceSpace(Space):
+    def __init__(self, path: Path, capacity_bytes: int, segment_bytes: int, files: Files):
+        super().__init__(path, (capacity_bytes - _RESERVED_BYTES) // segment_bytes, segment_bytes, files)
+        self._guard = _locked(path, path)
+        try:
+            size = os.lseek(self._guard, 0, os.SEEK_END)
+            if capacity_bytes > size:
+                raise ConfigError("capacity", capacity_bytes, f"at most the {size} bytes of {path}")
+            self._fd = files.open(path, size)
+        except BaseException:
+            os.close(self._guard)
+            raise
+
+    def place(self, slot: int) -> Place:
+        return Place(self._fd, _RESERVED_BYTES + slot * self.segment_bytes)
+
+    def used_slots(self) -> list[int]:
+        return list(range(self.slots))
+
+    def close(self) -> None:
+        self.files.close(self._fd)
+        os.close(self._guard)
+
+    def _read_superblock(self) -> Superblock | None:
+        block = _latest_superblock(_superblock_pages(self._fd, self.files))
+        if block is None and not self._is_blank():
+            raise ConfigError("dir", self.path, "a kvtier store or a device that begins with 1 MiB of zeros: wipe it")
+        return block
+
+    def _is_blank(self) -> bool:
+        """Whether nobody's data is here: most file systems and partition tables leave the first bytes free."""
+        content = aligned(_RESERVED_BYTES - PAGE_BYTES).view
+        self.files.read(self._fd, [content], 0)
+        return not any(content)
+
+    def _write_superblock(self, block: Superblock) -> None:
+        content = msgspec.json.encode(block)
+        page = aligned(PAGE_BYTES).payload
+        head = _MAGIC + len(content).to_bytes(4, "little") + crc32c(content).to_bytes(4, "little")
+        page[: len(head) + len(content)] = head + content
+        for copy in (0, 1) if block.epoch == 1 else (block.epoch % 2,):  # a new store has both
+            self.files.write(self._fd, [page], copy * PAGE_BYTES)
+        self.files.sync(self._fd)
+
+
+class StoppedStore:
+    """A store that no target is using, to be looked at: nothing here writes, and until `close` no target starts on it.
+
+    Raises ConfigError if there is none, or if it is in use.
+    """
+
+    def __init__(self, path: Path, files: Files):
+        self.path = path
+        self._in_directory = path.is_dir()
+        if not (self._in_directory or path.is_block_device() or path.is_file()):
+            raise ConfigError("dir", path, "a directory or a device that holds a store")
+        self._guard = _kept_from_targets(path, path / "LOCK" if self._in_directory else path)
+        try:
+            self.superblock = self._read_superblock(files)
+        except BaseException:
+            self.close()
+            raise
+
+    def slots(self) -> list[int]:
+        """Slots that may hold a segment."""
+        if self._in_directory:
+            return sorted(_slot(path) for path in self.path.glob("segment-*.kvt"))
+        with self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+        return list(range((size - _RESERVED_BYTES) // self.superblock.segment_bytes))
+
+    def file(self, slot: int) -> Path:
+        return _segment_file(self.path, slot) if self._in_directory else self.path
+
+    def offset(self, slot: int) -> int:
+        """Where in that file the segment begins."""
+        return 0 if self._in_directory else _RESERVED_BYTES + slot * self.superblock.segment_bytes
+
+    @contextlib.contextmanager
+    def place(self, slot: int) -> Iterator[Place]:
+        """The slot's place, open for reading. Raises OSError."""
+        fd = _open_read_only(self.file(slot))
+        try:
+            yield Place(fd, self.offset(slot))
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        if self._guard is not None:
+            os.close(self._guard)
+
+    def _read_superblock(self, files: Files) -> Superblock:
+        block = _directory_superblock(self.path) if self._in_directory else self._read_device_superblock(files)
+        if block is None:
+            raise ConfigError("dir", self.path, "a directory or a device that holds a store")
+        _check_version(self.path, block)
+        if block.segment_bytes < PAGE_BYTES or block.segment_bytes % PAGE_BYTES:
+            raise ConfigError("dir", self.path, f"a store of whole pages, not segments of {block.segment_bytes} bytes")
+        return block
+
+    def _read_device_superblock(self, files: Files) -> Superblock | None:
+        try:
+            fd = _open_read_only(self.path)
+            try:
+                return _latest_superblock(_superblock_pages(fd, files))
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise ConfigError("dir", self.path, f"a device that holds a store and can be read ({error})") from None
+
+
+_MAGIC = b"KVTIERSB"
+
+
+def _directory_superblock(path: Path) -> Superblock | None:
+    try:
+        return msgspec.json.decode((path / "store.json").read_bytes(), type=Superblock)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise ConfigError("dir", path, f"a store whose store.json is readable ({error})") from None
+
+
+def _superblock_pages(fd: int, files: Files) -> list[memoryview]:
+    """The copies on a device, without one that cannot be read. Raises OSError if that is both."""
+    pages = []
+    for copy in range(2):
+        page = aligned(PAGE_BYTES).payload
+        try:
+            files.read(fd, [page], copy * PAGE_BYTES)
+            pages.append(page)
+        except OSError as error:
+            logger.error("superblock %d cannot be read: %s", copy, error)
+            if copy and not pages:
+                raise
+    return pages
+
+
+def _latest_superblock(pages: list[memoryview]) -> Superblock | None:
+    blocks = []
+    for page in pages:
+        length, crc = int.from_bytes(page[8:12], "little"), int.from_bytes(page[12:16], "little")
+        if bytes(page[:8]) == _MAGIC and length <= PAGE_BYTES - 16 and crc32c(page[16 : 16 + length]) == crc:
+            with contextlib.suppress(msgspec.DecodeError):
+                blocks.append(msgspec.json.decode(page[16 : 16 + length], type=Superblock))
+    return max(blocks, key=lambda block: block.epoch, default=None)
+
+
+@contextlib.contextmanager
+def _oserror_in_words(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError("dir", path, f"a place that can be read and written ({error.strerror})") from error
+
+
+def _check_version(path: Path, block: Superblock) -> None:
+    if block.version != record.VERSION:
+        raise ConfigError("dir", path, f"a store of format {record.VERSION}, this one has {block.version}")
+
+
+def _segment_file(directory: Path, slot: int) -> Path:
+    return directory / f"segment-{slot:06d}.kvt"
+
+
+def _allow_open_files(segments: int, segment_bytes: int) -> None:
+    """Every segment is an open file. Without this, those beyond the usual limit of 1,024 could not be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and segments + _OTHER_FILES > hard:
+        expected = f"a larger one: {segments} segments are as many open files, and this user may have {hard}"
+        raise ConfigError("segment-size", segment_bytes, expected)
+
+
+def _slot(path: Path) -> int:
+    return int(path.stem.removeprefix("segment-"))
+
+
+def _locked(space: Path, path: Path) -> int:
+    """A descriptor of `path` with an exclusive lock that ends with this process."""
+    try:
+        create = 0 if stat.S_ISBLK(os.stat(space).st_mode) else os.O_CREAT
+        guard = os.open(path, os.O_RDWR | create | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise ConfigError("dir", space, f"one that this user can write to ({error})") from error
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(guard)
+        raise ConfigError("dir", space, "one that no other target is using") from None
+    return guard
+
+
+def _kept_from_targets(space: Path, path: Path) -> int | None:
+    """A descriptor of `path` with a lock that whoever else looks may share; None if there is nothing to lock."""
+    try:
+        guard = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError("dir", space, f"one that this user can read ({error})") from None
+    try:
+        fcntl.flock(guard, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        os.close(guard)
+        raise ConfigError("dir", space, "a stopped store: a target is using this one") from None
+    return guard
+
+
+def _open_read_only(path: Path) -> int:
+    """For direct I/O, where the file system has it."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,196 @@
+"""Another way for payloads than the stream that carries the frames: the client fetches them from the target's memory.
+
+A target that lends a payload says where it lies (PLACED), keeps it there until the client has TAKEN it or is gone, and
+never writes to a client's memory. A client copies it into memory of its own first, so that nothing can arrive at a
+destination after the call that named it has returned; the checksum tells if the target's memory was reused meanwhile.
+
+NIXL (UCX: RDMA where there is a device for it, shared memory and TCP elsewhere) is the one implementation. Between
+processes of a host the UNIX socket is faster (`python -m benchmarks.store`), so nobody uses this without asking.
+"""
+
+import ctypes
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
+
+from kvstore.disk.buffers import Arena, Buffer, BufferPool
+from kvstore.errors import ConfigError
+from kvstore.net.transport import Cancelled
+
+NAMES = ("nixl",)
+_PLACE = struct.Struct("<QQ")  # address, length
+_POLL_SECONDS = 50e-6
+_MODULES = ("nixl_cu13", "nixl_cu12", "nixl")
+
+
+class Lender(Protocol):
+    """A target's side. Thread-safe; must not block for long."""
+
+    name: str
+
+    def greeting(self) -> bytes:
+        """What a client needs to reach this target's memory."""
+
+    def place(self, buffer: Buffer) -> bytes:
+        """Where the payload lies that `buffer` holds."""
+
+
+class Borrower(Protocol):
+    """A client's side. Thread-safe."""
+
+    name: str
+
+    def connect(self, greeting: bytes) -> str:
+        """The name of the target that greets so. Raises ConnectionError."""
+
+    def fetch(
+        self, target: str, place: bytes, into: memoryview, deadline: float, cancelled: Callable[[], bool] | None
+    ) -> None:
+        """Fill `into`. Raises TimeoutError, Cancelled and ConnectionError; then nothing arrives in `into` any more."""
+
+
+class NixlLender:
+    """Lends the arena of a target's buffers."""
+
+    name = "nixl"
+
+    def __init__(self, arena: Arena):
+        self._agent, self._lock = _agent("target"), threading.Lock()
+        _register(self._agent, arena[0 : arena.total_bytes])
+
+    def greeting(self) -> bytes:
+        with self._lock:
+            return bytes(self._agent.get_agent_metadata())
+
+    def place(self, buffer: Buffer) -> bytes:
+        payload = buffer.payload
+        return _PLACE.pack(_address(payload), len(payload))
+
+
+class NixlBorrower:
+    """Fetches into staging memory of `staging_bytes`, and copies from there."""
+
+    name = "nixl"
+
+    def __init__(self, staging_bytes: int = 256 << 20):
+        self._agent, self._lock = _agent("client"), threading.Lock()
+        self._staging = BufferPool(staging_bytes)
+        self._transfers: list[_Transfer] = []  # done or given up, and not freed yet
+        _register(self._agent, self._staging.arena[0 : self._staging.arena.total_bytes])
+
+    def connect(self, greeting: bytes) -> str:
+        with self._lock:
+            try:
+                name = self._agent.add_remote_agent(greeting)
+            except Exception as error:
+                raise ConnectionError(f"nixl: {error}") from None
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    def fetch(
+        self, target: str, place: bytes, into: memoryview, deadline: float, cancelled: Callable[[], bool] | None
+    ) -> None:
+        address, length = _PLACE.unpack(place)
+        if length != len(into):
+            raise ConnectionError(f"nixl: a place of {length} bytes, {len(into)} were asked for")
+        self._sweep()
+        buffer = self._staging.take(length, deadline)
+        if buffer is None:
+            raise TimeoutError
+        transfer = self._begin(target, buffer, address)
+        try:
+            while (state := self._state(transfer)) == "PROC":
+                if cancelled is not None and cancelled():
+                    raise Cancelled
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                time.sleep(_POLL_SECONDS)
+            if state != "DONE":
+                raise ConnectionError(f"nixl: the transfer ended as {state}")
+            _copy(buffer.payload, into)
+        finally:
+            with self._lock:
+                self._transfers.append(transfer)
+            self._sweep()
+
+    def _begin(self, target: str, buffer: Buffer, address: int) -> "_Transfer":
+        try:
+            with self._lock:
+                here = self._agent.get_xfer_descs([(_address(buffer.payload), buffer.length, 0)], "DRAM")
+                there = self._agent.get_xfer_descs([(address, buffer.length, 0)], "DRAM")
+                handle = self._agent.initialize_xfer("READ", here, there, target)
+                self._agent.transfer(handle)
+                return _Transfer(handle, buffer)
+        except Exception as error:
+            self._staging.give_back(buffer)
+            raise ConnectionError(f"nixl: {error}") from None
+
+    def _state(self, transfer: "_Transfer") -> str:
+        with self._lock:
+            try:
+                return str(self._agent.check_xfer_state(transfer.handle))
+            except Exception as error:
+                return repr(error)
+
+    def _sweep(self) -> None:
+        """Free what belongs to transfers that are over. Into the memory of one that was given up on something may still
+        arrive: it is kept until the transfer has ended."""
+        with self._lock:
+            transfers, self._transfers = self._transfers, []
+        for transfer in transfers:
+            if self._state(transfer) == "PROC":
+                with self._lock:
+                    self._transfers.append(transfer)
+                continue
+            with self._lock:
+                self._agent.release_xfer_handle(transfer.handle)
+            self._staging.give_back(transfer.buffer)
+
+
+class _Transfer(NamedTuple):
+    handle: Any
+    buffer: Buffer  # of the staging memory
+
+
+def lender(name: str, arena: Arena) -> Lender:
+    """The target's side of the carrier `name`. Raises ConfigError."""
+    _checked(name)
+    return NixlLender(arena)
+
+
+def borrower(name: str) -> Borrower:
+    """The client's side of the carrier `name`. Raises ConfigError."""
+    _checked(name)
+    return NixlBorrower()
+
+
+def _checked(name: str) -> None:
+    if name not in NAMES:
+        raise ConfigError("carrier", name, f"one of {', '.join(NAMES)}")
+
+
+def _agent(role: str) -> Any:
+    for module in _MODULES:
+        try:
+            api = import_module(f"{module}._api")
+        except ImportError:
+            continue
+        config = api.nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
+        return api.nixl_agent(f"kvtier-{role}-{secrets.token_hex(8)}", config)
+    raise ConfigError("carrier", "nixl", "the package nixl-cu12 (pip install nixl-cu12)")
+
+
+def _register(agent: Any, memory: memoryview) -> None:
+    agent.register_memory([(_address(memory), len(memory), 0, "")], "DRAM")
+
+
+def _address(memory: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _copy(source: memoryview, into: memoryview) -> None:
+    """Copy without the interpreter's lock."""
+    ctypes.memmove(_address(into), _address(source), len(into))

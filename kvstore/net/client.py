@@ -1,0 +1,458 @@
+"""The client: batched get and put with a deadline, straight into and out of the caller's memory.
+
+Threads are the caller's own plus a small pool that moves large batches over several connections at once. Nothing here
+raises for a store that fails: every key has an Outcome. When a call returns, nobody writes to its destinations any
+more: a transfer that was not finished has had its connection closed.
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from crc32c import crc32c
+
+from kvstore.net import transport, wire
+from kvstore.net.carrier import Borrower
+from kvstore.net.membership import Membership, place
+from kvstore.net.transport import Cancelled, Stream
+from kvstore.net.wire import Header, Op, Outcome, ProtocolError, PutItem
+
+logger = logging.getLogger(__name__)
+
+# A batch is split over connections once each gets this much: below it, the second connection costs more than it moves.
+SLICE_BYTES = 8 << 20
+# A target that did not answer is left alone, first for this long, then for twice as long, up to the second figure.
+BACKOFF_SECONDS = (0.5, 15.0)
+# One that says nothing at all for so long, over as many requests as that takes, did not answer.
+SILENT_SECONDS = 0.5
+
+
+def good_connections() -> int:
+    """How many connections to a target bring most on this host. Out of a target's memory, over a UNIX socket, 8 bring
+    more than 4 or 12 where there are 16 cores; with 2 cores 4 are as good as any."""
+    return min(8, max(4, len(os.sched_getaffinity(0)) // 2))
+
+
+class Item(NamedTuple):
+    """A chunk to put: `payload` is read while the call lasts."""
+
+    key: bytes
+    payload: memoryview
+    router_hash: int
+    fingerprint: int
+    blocks_per_chunk: int
+    saved_seconds: float = 0.0  # of GPU time, each time that it is found
+
+
+class StoreClient:
+    """Talks to all live targets of a namespace. Thread-safe. Every `deadline` is a time.monotonic() value."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        *,
+        namespace: str = "default",
+        name: str = "client",
+        connections_per_target: int | None = None,
+        carrier: Borrower | None = None,
+    ):
+        self._membership = membership
+        self._carrier = carrier
+        # The random part tells one client's connections from another's: clients take turns at a target.
+        self._hello = wire.Hello(
+            namespace, f"{name}-{secrets.token_hex(4)}", transport.boot_id(), carrier.name if carrier else ""
+        )
+        self._connections_per_target = connections_per_target or good_connections()
+        self._targets: dict[str, _TargetLine] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(2 * self._connections_per_target, thread_name_prefix="kvtier-store")
+
+    def get(
+        self,
+        keys: Sequence[bytes],
+        destinations: Sequence[memoryview],
+        deadline: float,
+        *,
+        targets: Sequence[str | None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Outcome]:
+        """Fill each destination (1-D, bytes, exactly as long as the chunk) whose outcome is HIT; the content of the
+        others is undefined. `targets` says where to look, by default where the key is placed; a target that is not a
+        live member is not asked. `cancelled` is polled: once true, what is not there yet is LATE.
+        """
+        return self._spread(
+            keys,
+            [len(destination) for destination in destinations],
+            targets,
+            lambda line, part: line.get(
+                [keys[index] for index in part], [destinations[index] for index in part], deadline, cancelled
+            ),
+        )
+
+    def put(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
+        """STORED for each chunk that is in the store when the call returns."""
+        return self._spread(
+            [item.key for item in items],
+            [len(item.payload) for item in items],
+            None,
+            lambda line, part: line.put([items[index] for index in part], deadline),
+        )
+
+    def exists(self, keys: Sequence[bytes], deadline: float) -> list[Outcome]:
+        """HIT or MISS for each key, at the target where it is placed."""
+        return self._spread(
+            keys, [0] * len(keys), None, lambda line, part: line.exists([keys[index] for index in part], deadline)
+        )
+
+    def stat(self, deadline: float) -> dict[str, wire.Status]:
+        """What each live target says of itself; one that does not answer is missing."""
+        answers: dict[str, wire.Status] = {}
+        for target in self._membership.targets():
+            with contextlib.suppress(*_FAILURES):
+                answers[target] = self._line(target).stat(deadline)
+        return answers
+
+    def close(self) -> None:
+        """Close every connection; calls under way end as unreachable."""
+        with self._lock:
+            lines = list(self._targets.values())
+        for line in lines:
+            line.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._membership.close()
+
+    def _spread(
+        self,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        targets: Sequence[str | None] | None,
+        call: Callable[["_TargetLine", Sequence[int]], list[Outcome]],
+    ) -> list[Outcome]:
+        """Group the keys by target, cut the groups into slices, call them side by side; `call` gets indices of keys."""
+        live = self._membership.targets()
+        by_target: defaultdict[str, list[int]] = defaultdict(list)
+        for index, key in enumerate(keys):
+            target = place(key, live) if targets is None else targets[index]
+            if target is not None and target in live:
+                by_target[target].append(index)
+        slices = [
+            (self._line(target), part)
+            for target, indices in by_target.items()
+            for part in _slices(indices, sizes, self._connections_per_target)
+        ]
+        outcomes = [Outcome.UNREACHABLE] * len(keys)
+
+        def run(line: _TargetLine, part: Sequence[int]) -> None:
+            for index, outcome in zip(part, call(line, part), strict=True):
+                outcomes[index] = outcome
+
+        others = [self._pool.submit(run, line, part) for line, part in slices[1:]]
+        if slices:
+            run(*slices[0])
+        for future in others:
+            future.result()
+        return outcomes
+
+    def _line(self, target: str) -> "_TargetLine":
+        with self._lock:
+            line = self._targets.get(target)
+            if line is None:
+                line = _TargetLine(target, self._hello, self._connections_per_target, self._carrier)
+                self._targets[target] = line
+            return line
+
+
+def _slices(indices: Sequence[int], sizes: Sequence[int], slices_max: int) -> Iterator[list[int]]:
+    """Cut into runs of about equal bytes, each worth a connection of its own."""
+    share = max(SLICE_BYTES, -(-sum(sizes[index] for index in indices) // slices_max))
+    run: list[int] = []
+    run_bytes = 0
+    for index in indices:
+        if run and (run_bytes + sizes[index] > share or len(run) == wire.KEYS_MAX):
+            yield run
+            run, run_bytes = [], 0
+        run.append(index)
+        run_bytes += sizes[index]
+    if run:
+        yield run
+
+
+_FAILURES = (OSError, ProtocolError)  # TimeoutError and ConnectionError are OSErrors
+
+
+class _TargetLine:
+    """The connections to one target, and whether it is worth trying."""
+
+    def __init__(self, target: str, hello: wire.Hello, connections_max: int, carrier: Borrower | None):
+        self._target = target
+        self._carrier = carrier
+        self._carrier_greeting = b""
+        self._carrier_target = ""
+        self._hello = hello
+        self._address = target
+        self._free: list[Stream] = []
+        self._busy: set[Stream] = set()
+        self._room = threading.BoundedSemaphore(connections_max)
+        self._lock = threading.Lock()
+        self._requests = itertools.count(1)
+        self._failures = 0
+        self._silent_seconds = 0.0  # waited for since the target last said something
+        self._retry_at = 0.0
+        self._closed = False
+        self._value_bytes_max = wire.VALUE_BYTES_MAX
+
+    def get(
+        self,
+        keys: Sequence[bytes],
+        destinations: Sequence[memoryview],
+        deadline: float,
+        cancelled: Callable[[], bool] | None,
+    ) -> list[Outcome]:
+        outcomes: list[Outcome | None] = [None] * len(keys)
+
+        def exchange(stream: Stream, request: int) -> None:
+            left_ms = max(1, int((deadline - time.monotonic()) * 1000))
+            ask = wire.Get(list(keys), [len(destination) for destination in destinations], left_ms)
+            stream.send([wire.encode(Header(Op.GET, request), ask)], deadline)
+            for _ in keys:
+                header = _expect(stream, (Op.VALUE, Op.PLACED), request, deadline, cancelled)
+                if header.number >= len(keys) or outcomes[header.number] is not None:
+                    raise ProtocolError(f"VALUE for key {header.number}, which was not asked for or came before")
+                destination = destinations[header.number]
+                receive = _receive_value if header.op is Op.VALUE else self._fetch_value
+                outcomes[header.number] = receive(stream, header, destination, deadline, cancelled)
+
+        failure = self._exchange(exchange, deadline)
+        return [failure if outcome is None else outcome for outcome in outcomes]
+
+    def _fetch_value(
+        self,
+        stream: Stream,
+        header: Header,
+        destination: memoryview,
+        deadline: float,
+        cancelled: Callable[[], bool] | None,
+    ) -> Outcome:
+        """Take a value that the target has placed."""
+        place = wire.decode_control(stream.receive_control(header, deadline), wire.Placed).place
+        if self._carrier is None:
+            raise ProtocolError("PLACED, and no carrier was agreed on")
+        self._carrier.fetch(self._carrier_target, place, destination, deadline, cancelled)
+        stream.send([wire.encode(Header(Op.TAKEN, header.request), wire.Taken(header.number))], deadline)
+        return Outcome.HIT if crc32c(destination) == header.crc else Outcome.CORRUPT
+
+    def put(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
+        if any(len(item.payload) > self._value_bytes_max for item in items):
+            return [Outcome.REFUSED] * len(items)
+        answer: list[Outcome] = []
+
+        def exchange(stream: Stream, request: int) -> None:
+            described = [
+                PutItem(key, len(payload), crc32c(payload), router_hash, layout, blocks, _microseconds(saved))
+                for key, payload, router_hash, layout, blocks, saved in items
+            ]
+            total = sum(item.length for item in described)
+            frame = wire.encode(Header(Op.PUT, request, data_bytes=total), wire.Put(described))
+            stream.send([frame, *(item.payload for item in items)], deadline)
+            answer.extend(_receive(stream, Op.STORED, request, deadline, wire.Outcomes, len(items)).outcomes)
+
+        failure = self._exchange(exchange, deadline)
+        return answer or [failure] * len(items)
+
+    def exists(self, keys: Sequence[bytes], deadline: float) -> list[Outcome]:
+        answer: list[Outcome] = []
+
+        def exchange(stream: Stream, request: int) -> None:
+            stream.send([wire.encode(Header(Op.EXISTS, request), wire.Exists(list(keys)))], deadline)
+            answer.extend(_receive(stream, Op.FOUND, request, deadline, wire.Outcomes, len(keys)).outcomes)
+
+        failure = self._exchange(exchange, deadline)
+        return answer or [failure] * len(keys)
+
+    def stat(self, deadline: float) -> wire.Status:
+        answer: list[wire.Status] = []
+
+        def exchange(stream: Stream, request: int) -> None:
+            stream.send([wire.encode(Header(Op.STAT, request))], deadline)
+            header = _expect(stream, (Op.STATUS,), request, deadline)
+            answer.append(wire.decode_control(stream.receive_control(header, deadline), wire.Status))
+
+        failure = self._exchange(exchange, deadline)
+        if not answer:
+            raise ConnectionError(f"{self._target}: {failure.name.lower()}")
+        return answer[0]
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            free, self._free = self._free, []
+            busy = list(self._busy)
+        for stream in free:
+            stream.close()
+        for stream in busy:
+            stream.abort()
+
+    def _exchange(self, exchange: Callable[[Stream, int], None], deadline: float) -> Outcome:
+        """Run one request and its answer on a connection; what keys without an outcome of their own get."""
+        now = time.monotonic()
+        if self._closed or now < self._retry_at:
+            return Outcome.UNREACHABLE
+        if now >= deadline:
+            return Outcome.LATE
+        if not self._room.acquire(timeout=max(0.0, deadline - now)):
+            return Outcome.LATE
+        stream, heard_bytes, done, began = None, 0, False, time.monotonic()
+        try:
+            stream = self._take(deadline)
+            heard_bytes = stream.received_bytes
+            with self._abortable(stream):
+                exchange(stream, next(self._requests) & 0xFFFFFFFF)
+            done = True
+        except Cancelled:
+            return Outcome.LATE
+        except TimeoutError:
+            if stream is None or stream.received_bytes == heard_bytes:
+                # A deadline may be a few milliseconds away: that says nothing of a target that is busy.
+                self._silent_seconds += time.monotonic() - began
+                if self._silent_seconds >= SILENT_SECONDS:
+                    self._failed("not a byte before the deadline")
+            return Outcome.LATE
+        except _FAILURES as error:
+            self._failed(str(error) or type(error).__name__)
+            return Outcome.UNREACHABLE
+        finally:
+            if done and stream is not None:
+                self._failures, self._silent_seconds = 0, 0.0
+                self._keep(stream)
+            elif stream is not None:
+                stream.close()
+            self._room.release()
+        return Outcome.MISS
+
+    def _take(self, deadline: float) -> Stream:
+        """A connection that waited, if it still stands, or a new one: to the UNIX socket where the target is near."""
+        while True:
+            with self._lock:
+                stream = self._free.pop() if self._free else None
+            if stream is None:
+                break
+            if stream.is_idle():
+                return stream
+            stream.close()
+        address = self._address
+        try:
+            stream = transport.connect(address, deadline)
+        except OSError:
+            self._address = self._target  # a UNIX socket that is gone: greet anew over TCP next time
+            raise
+        try:
+            welcome = self._greet(stream, deadline)
+            if welcome.unix_path and address == self._target:
+                with contextlib.suppress(OSError):
+                    near = transport.connect(welcome.unix_path, deadline)
+                    stream.close()
+                    stream = near
+                    self._greet(stream, deadline)
+                    self._address = welcome.unix_path
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    @contextlib.contextmanager
+    def _abortable(self, stream: Stream) -> Iterator[None]:
+        """What waits for the stream ends when the client is closed."""
+        with self._lock:
+            if self._closed:
+                raise ConnectionError("closed")
+            self._busy.add(stream)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.discard(stream)
+
+    def _greet(self, stream: Stream, deadline: float) -> wire.Welcome:
+        with self._abortable(stream):
+            stream.send([wire.encode(Header(Op.HELLO), self._hello)], deadline)
+            header = _expect(stream, (Op.WELCOME,), 0, deadline)
+            welcome = wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
+        self._value_bytes_max = welcome.value_bytes_max
+        if self._carrier is not None and welcome.carrier_greeting:
+            with self._lock:
+                if welcome.carrier_greeting != self._carrier_greeting:
+                    self._carrier_target = self._carrier.connect(welcome.carrier_greeting)
+                    self._carrier_greeting = welcome.carrier_greeting
+        return welcome
+
+    def _keep(self, stream: Stream) -> None:
+        with self._lock:
+            if not self._closed:
+                self._free.append(stream)
+                return
+        stream.close()
+
+    def _failed(self, reason: str) -> None:
+        with self._lock:
+            free, self._free = self._free, []
+            first, longest = BACKOFF_SECONDS
+            pause = min(longest, first * 2**self._failures)
+            self._failures += 1
+            self._retry_at = time.monotonic() + pause
+        for stream in free:
+            stream.close()
+        logger.warning("%s: %s; next try in %.1f s", self._target, reason, pause)
+
+
+def _microseconds(seconds: float) -> int:
+    return min(int(1e6 * seconds), 0xFFFFFFFF)
+
+
+def _expect(
+    stream: Stream,
+    ops: Sequence[Op],
+    request: int,
+    deadline: float,
+    cancelled: Callable[[], bool] | None = None,
+) -> Header:
+    """The header of the answer to `request`. Raises ProtocolError if it is another one."""
+    header = stream.receive_header(deadline, cancelled)
+    if header.op is Op.ERROR:
+        failure = wire.decode_control(stream.receive_control(header, deadline), wire.Failure)
+        raise ProtocolError(f"the target says: {failure.message}")
+    if header.op not in ops or header.request != request:
+        raise ProtocolError(f"{header.op.name} {header.request} where {ops[0].name} {request} was expected")
+    return header
+
+
+def _receive_value(
+    stream: Stream, header: Header, destination: memoryview, deadline: float, cancelled: Callable[[], bool] | None
+) -> Outcome:
+    try:
+        outcome = Outcome(header.flags)
+    except ValueError:
+        raise ProtocolError(f"unknown outcome {header.flags}") from None
+    if outcome is not Outcome.HIT:
+        return outcome
+    if header.data_bytes != len(destination):
+        raise ProtocolError(f"VALUE of {header.data_bytes} bytes, {len(destination)} were asked for")
+    intact = stream.receive_checksum(destination, deadline, cancelled) == header.crc
+    return Outcome.HIT if intact else Outcome.CORRUPT
+
+
+def _receive(
+    stream: Stream, op: Op, request: int, deadline: float, kind: type[wire.Outcomes], count: int
+) -> wire.Outcomes:
+    header = _expect(stream, (op,), request, deadline)
+    answer = wire.decode_control(stream.receive_control(header, deadline), kind)
+    if len(answer.outcomes) != count:
+        raise ProtocolError(f"{len(answer.outcomes)} outcomes for {count} keys")
+    return answer

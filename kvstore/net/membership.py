@@ -1,0 +1,204 @@
+"""Which targets there are: a fixed list, or those that hold a lease in etcd. Also where each key belongs.
+
+A target is known by its address everywhere: in the list, in plans, on the bus. `python -m kvstore.net.membership`
+prints the live targets as they change; a process that must not import etcd3 (see `_etcd`) reads them from there.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import xxhash
+
+from kvstore.errors import ConfigError, UnavailableError, run_command
+from kvstore.net.transport import split_address
+
+logger = logging.getLogger(__name__)
+
+# Long enough for a stalled machine to come back, short enough that a dead target is not asked for many requests.
+LEASE_SECONDS = 10
+POLL_SECONDS = 1.0
+
+
+class Membership(Protocol):
+    """The live targets. `targets` may be called from any thread, at any time, and does not block."""
+
+    def targets(self) -> Sequence[str]: ...
+    def close(self) -> None: ...
+
+
+class StaticMembership:
+    """A fixed list of addresses."""
+
+    def __init__(self, addresses: Iterable[str]):
+        self._addresses = tuple(dict.fromkeys(addresses))
+        for address in self._addresses:
+            checked_address("store", address)
+
+    def targets(self) -> Sequence[str]:
+        return self._addresses
+
+    def close(self) -> None:
+        pass
+
+
+class EtcdMembership:
+    """The targets registered under a namespace in etcd; the last known ones while etcd does not answer."""
+
+    def __init__(self, endpoint: str, namespace: str):
+        self._client = _etcd(endpoint)
+        self._prefix = _prefix(namespace)
+        self._targets: tuple[str, ...] = ()
+        self._closed = threading.Event()
+        try:
+            self._targets = self._read()
+        except Exception as error:
+            raise _etcd_unavailable(endpoint, error) from None
+        threading.Thread(target=self._poll, name="kvtier-etcd", daemon=True).start()
+
+    def targets(self) -> Sequence[str]:
+        return self._targets
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _poll(self) -> None:
+        while not self._closed.wait(POLL_SECONDS):
+            try:
+                self._targets = self._read()
+            except Exception as error:
+                logger.warning("etcd does not answer, keeping the targets known: %r", error)
+
+    def _read(self) -> tuple[str, ...]:
+        return tuple(sorted(value.decode() for value, _ in self._client.get_prefix(self._prefix)))
+
+
+class ChildMembership:
+    """EtcdMembership in a process of its own: one JSON list a line comes through its standard output."""
+
+    def __init__(self, endpoint: str, namespace: str):
+        self._targets: tuple[str, ...] = ()
+        command = [sys.executable, "-m", "kvstore.net.membership", "--etcd", endpoint, "--namespace", namespace]
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        threading.Thread(target=self._read, name="kvtier-membership", daemon=True).start()
+
+    def targets(self) -> Sequence[str]:
+        return self._targets
+
+    def close(self) -> None:
+        self._child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(2)
+
+    def _read(self) -> None:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            self._targets = tuple(msgspec.json.decode(line, type=list[str]))
+        logger.warning("the membership process ended with %s, keeping the targets known", self._child.wait())
+
+
+class Registration:
+    """A target's own lease. `epoch` is the etcd revision of its registration, so a later start has a higher one."""
+
+    def __init__(self, endpoint: str, namespace: str, target: str):
+        self._client = _etcd(endpoint)
+        self._key = _prefix(namespace) + target
+        self._target = target
+        self._closed = threading.Event()
+        try:
+            self._lease, self.epoch = self._register()
+        except Exception as error:
+            raise _etcd_unavailable(endpoint, error) from None
+        self._thread = threading.Thread(target=self._keep, name="kvtier-lease", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Leave at once, rather than when the lease runs out."""
+        self._closed.set()
+        self._thread.join(LEASE_SECONDS)
+        with contextlib.suppress(Exception):
+            self._lease.revoke()
+
+    def _register(self) -> tuple[Any, int]:
+        lease = self._client.lease(LEASE_SECONDS)
+        answer = self._client.put(self._key, self._target, lease=lease)
+        return lease, int(answer.header.revision)
+
+    def _keep(self) -> None:
+        while not self._closed.wait(LEASE_SECONDS / 3):
+            try:
+                (answer,) = self._lease.refresh()
+                if answer.TTL <= 0:
+                    self._lease, _ = self._register()
+            except Exception as error:
+                logger.warning("etcd does not answer, the lease of %s may run out: %r", self._target, error)
+
+
+def open_membership(stores: str, namespace: str, *, isolated: bool = False) -> Membership:
+    """The membership that `stores` describes: `host:port,host:port`, or `etcd://host:port`. With `isolated`, etcd3 is
+    not imported into this process. Raises ConfigError and UnavailableError."""
+    if stores.startswith("etcd://"):
+        endpoint = stores.removeprefix("etcd://").rstrip("/")
+        checked_address("store", endpoint)
+        return ChildMembership(endpoint, namespace) if isolated else EtcdMembership(endpoint, namespace)
+    return StaticMembership(part.strip() for part in stores.split(",") if part.strip())
+
+
+def checked_address(field: str, address: str) -> str:
+    """The address, if it is host:port. Raises ConfigError."""
+    try:
+        split_address(address)
+    except ValueError:
+        raise ConfigError(field, address, "host:port") from None
+    return address
+
+
+def place(key: bytes, targets: Sequence[str]) -> str | None:
+    """The target that keeps `key`, by rendezvous hashing (Thaler and Ravishankar, 1998): when a target comes or goes,
+    only its share moves."""
+    return max(targets, key=lambda target: xxhash.xxh3_64_intdigest(key + target.encode()), default=None)
+
+
+def _prefix(namespace: str) -> str:
+    return f"/kvtier/{namespace}/targets/"
+
+
+def _etcd(endpoint: str) -> Any:
+    """A client of etcd3 0.12. Its generated code predates protobuf 4 and needs protobuf's Python implementation, which
+    is chosen once a process: so never in the engine's."""
+    os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
+    import etcd3
+
+    host, port = split_address(endpoint)
+    return etcd3.client(host=host, port=port, timeout=3)
+
+
+def _etcd_unavailable(endpoint: str, error: Exception) -> UnavailableError:
+    reason = str(error) or type(error).__name__
+    return UnavailableError(f"etcd: no server answers at {endpoint} ({reason}): start one there, or name another")
+
+
+def main() -> None:
+    """Print the live targets, one JSON list a line, when they change; end when standard input does."""
+    parser = argparse.ArgumentParser(prog="python -m kvstore.net.membership", description=main.__doc__)
+    parser.add_argument("--etcd", required=True, help="host:port of an etcd server")
+    parser.add_argument("--namespace", default="default")
+    options = parser.parse_args()
+    membership = EtcdMembership(checked_address("etcd", options.etcd), options.namespace)
+    shown: Sequence[str] | None = None
+    while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
+        if membership.targets() != shown:
+            shown = membership.targets()
+            print(msgspec.json.encode(list(shown)).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    run_command("kvstore.net.membership", main)

@@ -1,0 +1,616 @@
+"""A target's data plane: it listens, and serves a shelf of logs to many clients.
+
+A connection has two threads. One takes requests in, answers what memory can answer, and queues the rest for the device,
+for which it never waits. The other sends what comes back, in whatever order. Payloads pass through one bounded pool of
+buffers, which is also the hot cache.
+"""
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import Counter as PrometheusCounter
+
+from kvstore.disk.buffers import Buffer, BufferPool
+from kvstore.disk.log import Log, Value
+from kvstore.disk.shelf import Shelf
+from kvstore.net import transport, wire
+from kvstore.net.carrier import Lender, lender
+from kvstore.net.queues import BATCH_BYTES, Answer, Read, Reader, ReadQueue, Want, Write, WriteQueue
+from kvstore.net.transport import Bytes, Stream
+from kvstore.net.wire import Header, Op, Outcome, ProtocolError
+
+logger = logging.getLogger(__name__)
+
+# A peer that stalls in the middle of a frame holds two threads and some buffers: a slow network is forgiven, not a dead
+# one. If memory is short, a second in which it takes nothing is enough.
+STALL_SECONDS = 30.0
+# Answers owed to one connection; its next request is not looked at before some were taken.
+OWED_MAX = 2 * wire.KEYS_MAX
+# Nor while more than this of them waits, payloads aside: an answer to EXISTS has 4 KiB.
+OWED_BYTES_MAX = 1 << 20
+# What is sent at once: an answer that comes meanwhile overtakes the payloads behind.
+_SEND_BYTES = 1 << 20
+_SHORT_MAX = 256
+_LENT_LOOK_SECONDS = 1.0
+# Where the device falls behind, a PUT is taken in at its speed: for so long in all, then what finds no room is refused.
+_PUT_PATIENCE_SECONDS = 1.0
+_ERROR_SECONDS = 1.0
+_COMPLAIN_SECONDS = 1.0
+# Chunks from memory go out in portions of this: the first is on its way while the next is looked up.
+_HOT_BYTES = 1 << 20
+_SCRATCH_BYTES = 256 << 10
+# A chunk that was evicted, and is computed and offered again, proved that it is wanted: it counts this much more than
+# one that nobody has asked for twice.
+_RETURNED = 4.0
+_LATENCIES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+
+
+class Target:
+    """Serves `shelf` on listening sockets until `stop`. `name` is the address under which clients know it.
+
+    `buffer_bytes` of memory are for payloads on their way, and with `hot_bytes` as much more for those that were there
+    last.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        *,
+        name: str,
+        epoch: int,
+        namespace: str = "default",
+        buffer_bytes: int = 256 << 20,
+        hot_bytes: int = 0,
+        connections_max: int = 512,
+        unix_path: str = "",
+        carrier: str = "",
+    ):
+        self.shelf = shelf
+        self.name = name
+        self.epoch = epoch
+        self.registry = CollectorRegistry()
+        self.pool = BufferPool(buffer_bytes + hot_bytes, keeps_values=hot_bytes > 0)
+        self._lender = lender(carrier, self.pool.arena) if carrier else None
+        self._namespace = namespace
+        self._unix_path = unix_path
+        self._boot_id = transport.boot_id()
+        # Where memory is scarce, what is read at once is a small part of it, too.
+        self._batch_bytes = min(BATCH_BYTES, self.pool.arena.total_bytes // 64)
+        self._connections_max = connections_max
+        self._reads = {log: ReadQueue(log, self.pool) for log in shelf.logs}
+        share = buffer_bytes // 2 // len(shelf.logs)
+        self._writes = {log: WriteQueue(log, self.pool, share) for log in shelf.logs}
+        self._listeners: list[socket.socket] = []
+        self._connections: dict[_Connection, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._complaints = 0  # since the last one that was logged
+        self._complain_at = 0.0
+        self._operations: Counter[tuple[str, str]] = Counter()  # (operation, outcome) -> keys
+        self._counts: Counter[str] = Counter()
+        seconds = Histogram(
+            "kvtier_target_get_seconds",
+            "From a request's arrival until a chunk of it was read, by where it was",
+            ["medium"],
+            buckets=_LATENCIES,
+            registry=self.registry,
+        )
+        self._memory_seconds, self._device_seconds = seconds.labels("memory"), seconds.labels("device")
+        self._returned = PrometheusCounter(
+            "kvtier_target_returned_chunks",
+            "Chunks that were evicted, computed and offered again: a larger store would have had them",
+            registry=self.registry,
+        )
+
+    def serve(self, listener: socket.socket) -> None:
+        """Accept clients on `listener` in a thread of its own."""
+        self._listeners.append(listener)
+        threading.Thread(target=self._accept, args=(listener,), name="kvtier-accept", daemon=True).start()
+
+    def stop(self, drain_seconds: float = 5.0) -> None:
+        """Stop accepting, let every request under way finish, and close. The shelf is the caller's to close."""
+        self._stopping = True
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        with self._lock:
+            connections = dict(self._connections)
+        for connection in connections:
+            connection.drain()
+        deadline = time.monotonic() + drain_seconds
+        for connection, thread in connections.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            connection.abort()
+        for writes in self._writes.values():
+            writes.stop()
+        for reads in self._reads.values():
+            reads.stop()
+
+    # ---- connections
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._stopping:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                if not self._stopping:
+                    time.sleep(0.1)  # out of descriptors, most likely: others will close theirs
+                continue
+            with self._lock:
+                if len(self._connections) >= self._connections_max:
+                    sock.close()
+                    continue
+                try:
+                    self._begin(sock)
+                except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
+                    logger.error("a client cannot be served: %s", error)
+                    sock.close()
+
+    def _begin(self, sock: socket.socket) -> None:
+        """Start a connection's session; with the lock held."""
+        connection = _Connection(Stream(sock), self.pool, self._made_room)
+        thread = threading.Thread(target=self._session, args=(connection,), name="kvtier-session", daemon=True)
+        self._connections[connection] = thread
+        try:
+            thread.start()
+        except RuntimeError:
+            del self._connections[connection]
+            connection.close()
+            raise
+
+    def _session(self, connection: "_Connection") -> None:
+        stream = connection.incoming
+        try:
+            connection.reader.client = self._greet(connection)
+            while not self._stopping and stream.wait_for_frame():
+                deadline = time.monotonic() + STALL_SECONDS
+                header = stream.receive_header(deadline)
+                self._answer(connection, header, stream.receive_control(header, deadline))
+            if self._stopping:
+                connection.flush()
+        except ProtocolError as error:
+            self._complain(error)
+            with contextlib.suppress(OSError):
+                connection.owe(1)
+                connection.send([_Message([wire.encode(Header(Op.ERROR), wire.Failure(str(error)))])])
+            connection.flush(_ERROR_SECONDS)
+        except OSError as error:
+            logger.debug("connection ended: %r", error)
+        except Exception:
+            logger.exception("a request failed; closing its connection")
+        finally:
+            for reads in self._reads.values():
+                reads.drop(connection.reader)
+            connection.close()
+            with self._lock:
+                del self._connections[connection]
+
+    def _complain(self, error: ProtocolError) -> None:
+        """Log it, but not so often that it would fill a disk."""
+        with self._lock:
+            self._complaints += 1
+            if time.monotonic() < self._complain_at:
+                return
+            count, self._complaints = self._complaints, 0
+            self._complain_at = time.monotonic() + _COMPLAIN_SECONDS
+        logger.warning("closing a connection: %s%s", error, f"; and {count - 1} more" if count > 1 else "")
+
+    def _greet(self, connection: "_Connection") -> str:
+        stream, deadline = connection.incoming, time.monotonic() + STALL_SECONDS
+        header = stream.receive_header(deadline)
+        if header.op is not Op.HELLO:
+            raise ProtocolError(f"the first frame must be HELLO, not {header.op.name}")
+        hello = wire.decode_control(stream.receive_control(header, deadline), wire.Hello)
+        if hello.namespace != self._namespace:
+            raise ProtocolError(f"namespace {hello.namespace!r} is not served here")
+        near = self._unix_path if hello.boot_id == self._boot_id else ""
+        limit = min(wire.VALUE_BYTES_MAX, self.shelf.value_bytes_max)
+        if self._lender is not None and hello.carrier == self._lender.name:
+            connection.lender = self._lender
+        greeting = connection.lender.greeting() if connection.lender else b""
+        welcome = wire.Welcome(self.name, self.epoch, limit, near, greeting)
+        connection.owe(1)
+        connection.send([_Message([wire.encode(Header(Op.WELCOME, header.request), welcome)])])
+        return hello.client
+
+    def _answer(self, connection: "_Connection", header: Header, control: bytearray) -> None:
+        match header.op:
+            case Op.GET:
+                self._get(connection, header.request, wire.decode_control(control, wire.Get))
+            case Op.PUT:
+                self._put(connection, header, wire.decode_control(control, wire.Put))
+            case Op.EXISTS:
+                keys = wire.decode_control(control, wire.Exists).keys
+                outcomes = [Outcome.HIT if key in self.shelf else Outcome.MISS for key in keys]
+                connection.owe(1)
+                connection.send([_Message([wire.encode(Header(Op.FOUND, header.request), wire.Outcomes(outcomes))])])
+            case Op.STAT:
+                connection.owe(1)
+                connection.send([_Message([wire.encode(Header(Op.STATUS, header.request), self.status())])])
+            case Op.TAKEN:
+                connection.taken(header.request, wire.decode_control(control, wire.Taken).number)
+            case _:
+                raise ProtocolError(f"{header.op.name} is not a request")
+
+    def _made_room(self) -> None:
+        for reads in self._reads.values():
+            reads.wake()
+
+    # ---- get
+
+    def _get(self, connection: "_Connection", request: int, get: wire.Get) -> None:
+        """Queue what has to be read, in order of place for each log, so that neighbours are read at once; meanwhile
+        answer what memory knows."""
+        arrived = time.monotonic()
+        deadline = arrived + get.deadline_ms / 1000
+        connection.owe(len(get.keys))
+        missing: list[Answer] = []
+        hot: list[Want] = []
+        of_log: dict[Log, list[Want]] = {}
+        for number, (key, size) in enumerate(zip(get.keys, get.sizes, strict=True)):
+            of_log.setdefault(self.shelf.of(key), []).append(Want(number, key, size))
+
+        def done(answers: list[Answer]) -> None:
+            self._device_seconds.observe(time.monotonic() - arrived)
+            self._send_values(connection, request, answers)
+
+        def read(log: Log, wants: Sequence[Want]) -> None:
+            self._reads[log].submit(
+                [Read(connection.reader, part, deadline, done) for part in _parts(wants, self._batch_bytes)]
+            )
+
+        for log, wants in of_log.items():
+            places = log.locate([want.key for want in wants], [want.length for want in wants])
+            cold: list[tuple[int, Want]] = []
+            for want, place in zip(wants, places, strict=True):
+                if place is None:
+                    missing.append(Answer(want, Outcome.MISS))
+                elif want.key in self.pool and connection.lender is None:
+                    hot.append(want)
+                else:
+                    cold.append((place, want))
+            read(log, [want for _, want in sorted(cold)])
+        self._send_values(connection, request, missing)
+        for part in _parts(hot, _HOT_BYTES):
+            answers = self._from_memory(connection, part)
+            self._memory_seconds.observe(time.monotonic() - arrived)
+            self._send_values(connection, request, answers, hot=True)
+            for want in part[len(answers) :]:  # pushed out meanwhile, or for later
+                read(self.shelf.of(want.key), [want])
+
+    def _from_memory(self, connection: "_Connection", wants: list[Want]) -> list[Answer]:
+        """Answers to the first of `wants`, as many as are in the hot cache one after the other; none if the client has
+        not taken what it was sent."""
+        answers: list[Answer] = []
+        if not connection.reader.has_room(sum(want.length for want in wants)):
+            return answers
+        for want in wants:
+            buffer = self.pool.find(want.key, want.length)
+            if buffer is None:
+                break
+            self.shelf.of(want.key).used(want.key)
+            answers.append(Answer(want, Outcome.HIT, buffer, buffer.crc))
+        connection.reader.hold(sum(answer.want.length for answer in answers))
+        return answers
+
+    def _send_values(
+        self, connection: "_Connection", request: int, answers: Sequence[Answer], *, hot: bool = False
+    ) -> None:
+        if not answers:
+            return
+        outcomes = Counter(answer.outcome for answer in answers)
+        with self._lock:
+            for outcome, count in outcomes.items():
+                self._operations["get", outcome.name.lower()] += count
+            self._counts["sent_bytes"] += sum(answer.want.length for answer in answers if answer.buffer is not None)
+            self._counts["hot_hits" if hot else "device_hits"] += outcomes[Outcome.HIT]
+        connection.send([self._message(connection, request, answer) for answer in answers])
+
+    def _message(self, connection: "_Connection", request: int, answer: Answer) -> "_Message":
+        want, outcome, buffer, crc = answer
+        if buffer is None:
+            return _Message([wire.encode(Header(Op.VALUE, request, outcome, want.number, crc))])
+        if connection.lender is None:
+            header = Header(Op.VALUE, request, outcome, want.number, crc, data_bytes=buffer.length)
+            return _Message([wire.encode(header), buffer.payload], buffer)
+        place = wire.Placed(connection.lender.place(buffer))
+        connection.lend(request, want.number, buffer)
+        return _Message([wire.encode(Header(Op.PLACED, request, outcome, want.number, crc), place)])
+
+    # ---- put
+
+    def _put(self, connection: "_Connection", header: Header, request: wire.Put) -> None:
+        """Take the payloads in and queue them; the answer goes when the last one is written or shed."""
+        if sum(item.length for item in request.items) != header.data_bytes:
+            raise ProtocolError("PUT: the data part is not as long as its items together")
+        connection.owe(1)
+        batch = _PutBatch(len(request.items), lambda outcomes: self._stored(connection, header.request, outcomes))
+        with self._lock:
+            self._counts["received_bytes"] += header.data_bytes
+        patient_until = time.monotonic() + _PUT_PATIENCE_SECONDS
+        for number, item in enumerate(request.items):
+            self._store(connection.incoming, item, patient_until, batch.at(number))
+
+    def _stored(self, connection: "_Connection", request: int, outcomes: list[Outcome]) -> None:
+        with self._lock:
+            for outcome in outcomes:
+                self._operations["put", outcome.name.lower()] += 1
+        connection.send([_Message([wire.encode(Header(Op.STORED, request), wire.Outcomes(outcomes))])])
+
+    def _store(self, stream: Stream, item: wire.PutItem, patient_until: float, done: Callable[[Outcome], None]) -> None:
+        """Take one payload in, or read past it; `done` is called now or once it is written."""
+        deadline = time.monotonic() + STALL_SECONDS
+        log = self.shelf.of(item.key)
+        writes = self._writes[log]
+        joined = item.key not in log and writes.join(item.key, done)
+        returned = log.was_evicted(item.key)
+        benefit = max(item.saved_us, 1) / item.length * (_RETURNED if returned else 1.0)
+        wanted = not joined and item.key not in log and item.length <= log.value_bytes_max
+        if wanted and returned:
+            self._returned.inc()
+        buffer = None
+        if wanted and writes.expect(item.length, benefit, patient_until):
+            buffer = self.pool.take(item.length, patient_until)
+            if buffer is None:
+                writes.give_up(item.length)
+        if buffer is None:
+            self._skip(stream, item.length, deadline)
+            if not joined:
+                done(Outcome.STORED if item.key in log else Outcome.REFUSED)
+            return
+        try:
+            intact = stream.receive_checksum(buffer.payload, deadline) == item.crc
+        except BaseException:
+            self.pool.give_back(buffer)
+            writes.give_up(item.length)
+            raise
+        if intact:
+            value = Value(item.key, buffer, item.crc, item.router_hash, item.fingerprint, item.blocks_per_chunk)
+            writes.offer(Write(value, benefit, [done]))
+        else:
+            self.pool.give_back(buffer)
+            writes.give_up(item.length)
+            done(Outcome.CORRUPT)
+
+    def _skip(self, stream: Stream, length: int, deadline: float) -> None:
+        """Read a payload that is not wanted: the rest of the frame comes after it."""
+        scratch = memoryview(bytearray(min(length, _SCRATCH_BYTES)))
+        for start in range(0, length, _SCRATCH_BYTES):
+            stream.receive(scratch[: min(_SCRATCH_BYTES, length - start)], deadline)
+
+    @property
+    def device_bytes_per_second(self) -> float:
+        """What the devices read together when they were busy; 0 if they were not lately."""
+        return sum(reads.bytes_per_second for reads in self._reads.values())
+
+    def status(self) -> wire.Status:
+        stats = self.shelf.stats()
+        hot_entries, hot_bytes = self.pool.kept
+        with self._lock:
+            operations: dict[str, dict[str, int]] = {}
+            for (operation, outcome), keys in self._operations.items():
+                operations.setdefault(operation, {})[outcome] = keys
+            return wire.Status(
+                target=self.name,
+                epoch=self.epoch,
+                capacity_bytes=self.shelf.capacity_bytes,
+                payload_bytes=stats.payload_bytes,
+                entries=stats.entries,
+                evicted_entries=stats.evicted_entries,
+                evicted_segments=stats.evicted_segments,
+                evicted_age_seconds=stats.evicted_age_seconds,
+                corrupt_entries=stats.corrupt_entries,
+                failed_writes=stats.failed_writes,
+                accepted_bytes=stats.accepted_bytes,
+                device_written_bytes=stats.device_written_bytes,
+                rewritten_bytes=stats.rewritten_bytes,
+                connections=len(self._connections),
+                sent_bytes=self._counts["sent_bytes"],
+                received_bytes=self._counts["received_bytes"],
+                hot_entries=hot_entries,
+                hot_bytes=hot_bytes,
+                hot_hits=self._counts["hot_hits"],
+                device_hits=self._counts["device_hits"],
+                waiting_read_bytes=sum(reads.waiting_bytes for reads in self._reads.values()),
+                waiting_write_bytes=sum(writes.waiting_bytes for writes in self._writes.values()),
+                operations=operations,
+            )
+
+
+class _Message(NamedTuple):
+    """What is sent at once; the buffer, if its payload lies in one, is given back then."""
+
+    parts: Sequence[Bytes]
+    buffer: Buffer | None = None
+
+
+class _Connection:
+    """A client's connection: what comes in is its session's to read, what goes out is sent by a thread of its own."""
+
+    def __init__(self, stream: Stream, pool: BufferPool, made_room: Callable[[], None]):
+        self.incoming = stream
+        self.reader = Reader("", pool)
+        self.lender: Lender | None = None  # if the client fetches its data by a carrier
+        self._lent: dict[tuple[int, int], Buffer] = {}  # (request, number) -> what the client is fetching
+        self._took_at = 0.0  # when it last did, or could begin to
+        self._outgoing = stream.twin()
+        self._pool = pool
+        self._made_room = made_room
+        self._outbox: deque[_Message] = deque()  # those with a payload
+        self._short: deque[_Message] = deque()  # those without, which overtake them
+        self._short_bytes = 0
+        self._owed = 0  # answers that are still to be sent
+        self._closed = False
+        self._changed = threading.Condition()
+        self._sender = threading.Thread(target=self._send_all, name="kvtier-sender", daemon=True)
+        self._sender.start()
+
+    def owe(self, answers: int) -> None:
+        """Promise so many messages. Waits while too many are owed already; raises TimeoutError if the client does not
+        take them."""
+        with self._changed:
+            if not self._changed.wait_for(
+                lambda: self._closed or not self._owed or self._may_owe(answers), STALL_SECONDS
+            ):
+                raise TimeoutError
+            self._owed += answers
+
+    def _may_owe(self, answers: int) -> bool:
+        return self._owed + answers <= OWED_MAX and self._short_bytes <= OWED_BYTES_MAX
+
+    def send(self, messages: Sequence[_Message]) -> None:
+        """Queue messages that were owed. Any thread."""
+        with self._changed:
+            if not self._closed:
+                for message in messages:
+                    if message.buffer is None:
+                        self._short.append(message)
+                        self._short_bytes += len(message.parts[0])
+                    else:
+                        self._outbox.append(message)
+                self._changed.notify_all()
+                return
+        self._sent(messages)
+
+    def lend(self, request: int, number: int, buffer: Buffer) -> None:
+        """Keep a buffer until the client has taken its content, or is gone."""
+        with self._changed:
+            if not self._closed and (request, number) not in self._lent:
+                if not self._lent:
+                    self._took_at = time.monotonic()
+                self._lent[request, number] = buffer
+                return
+        self._returned([buffer])
+
+    def taken(self, request: int, number: int) -> None:
+        with self._changed:
+            buffer = self._lent.pop((request, number), None)
+            self._took_at = time.monotonic()
+        if buffer is not None:
+            self._returned([buffer])
+
+    def flush(self, seconds: float = STALL_SECONDS) -> None:
+        """Wait until everything owed was sent."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self._owed, seconds)
+
+    def drain(self) -> None:
+        """From another thread: take no more requests in."""
+        self.incoming.stop_receiving()
+
+    def abort(self) -> None:
+        """From another thread: end at once."""
+        self.incoming.abort()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            rest = [*self._short, *self._outbox]
+            self._short.clear()
+            self._outbox.clear()
+            self._changed.notify_all()
+        self.incoming.abort()  # in case something is being sent
+        self._sender.join()
+        self._sent(rest)
+        self._returned(list(self._lent.values()))
+        self.incoming.close()
+        self._outgoing.close()
+
+    def _send_all(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._short or self._outbox or self._closed):
+                    self._changed.wait(_LENT_LOOK_SECONDS if self._lent else None)
+                    if self._keeps_what_was_lent():
+                        self.incoming.abort()
+                        return
+                if self._closed:
+                    return
+                messages = list(self._some())
+            try:
+                parts = [part for message in messages for part in message.parts]
+                begin = time.monotonic()
+                self._outgoing.send(parts, begin + STALL_SECONDS, lambda: self._pool.is_short)
+                if payload_bytes := sum(message.buffer.length for message in messages if message.buffer):
+                    self.reader.sent(payload_bytes, time.monotonic() - begin)
+            except OSError as error:
+                logger.debug("connection ended: %r", error)
+                self.incoming.abort()
+            finally:
+                self._sent(messages)
+
+    def _keeps_what_was_lent(self) -> bool:
+        """Whether the client fetches nothing: as with one that does not read."""
+        patience = _LENT_LOOK_SECONDS if self._pool.is_short else STALL_SECONDS
+        return bool(self._lent) and time.monotonic() > self._took_at + patience
+
+    def _some(self) -> Iterator[_Message]:
+        """The next messages, about as much as is worth one system call."""
+        for _ in range(min(len(self._short), _SHORT_MAX)):
+            message = self._short.popleft()
+            self._short_bytes -= len(message.parts[0])
+            yield message
+        size = 0
+        while self._outbox and size < _SEND_BYTES:
+            message = self._outbox.popleft()
+            size += len(message.parts[-1])
+            yield message
+
+    def _sent(self, messages: Sequence[_Message]) -> None:
+        self._returned([message.buffer for message in messages if message.buffer is not None])
+        with self._changed:
+            self._owed -= len(messages)
+            self._changed.notify_all()
+
+    def _returned(self, buffers: Sequence[Buffer]) -> None:
+        """The client has these."""
+        if not buffers:
+            return
+        self._pool.give_back(*buffers)
+        self.reader.hold(-sum(buffer.length for buffer in buffers))
+        self._made_room()
+
+
+class _PutBatch:
+    """Collects the outcomes of one PUT, whichever order they come in, and calls `finished` with all of them."""
+
+    def __init__(self, count: int, finished: Callable[[list[Outcome]], None]):
+        self._outcomes: list[Outcome] = [Outcome.REFUSED] * count
+        self._left = count
+        self._finished = finished
+        self._lock = threading.Lock()
+        if not count:
+            finished([])
+
+    def at(self, number: int) -> Callable[[Outcome], None]:
+        def done(outcome: Outcome) -> None:
+            with self._lock:
+                self._outcomes[number] = outcome
+                self._left -= 1
+                last = not self._left
+            if last:
+                self._finished(self._outcomes)
+
+        return done
+
+
+def _parts(wants: Sequence[Want], part_bytes: int) -> Iterator[list[Want]]:
+    """Cut into runs of up to `part_bytes`, at least one."""
+    run: list[Want] = []
+    size = 0
+    for want in wants:
+        if run and size + want.length > part_bytes:
+            yield run
+            run, size = [], 0
+        run.append(want)
+        size += want.length
+    if run:
+        yield run

@@ -1,0 +1,207 @@
+"""Frames over a socket, with a deadline on every byte. Both sides of the protocol stand on this.
+
+Blocking sockets and one thread a connection: with values of 256 KiB and more the interpreter is idle in the system
+call, and a plain sendmsg/recv_into loop reaches what the loopback device can carry (benchmarks/store/).
+"""
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from crc32c import crc32c
+
+from kvstore.net.wire import HEADER_BYTES, Header, decode_header
+
+# 1 MiB of socket buffer lets one wake-up move one MiB; the default of 200 KiB halves the speed on loopback.
+SOCKET_BUFFER_BYTES = 1 << 20
+# On one host what is sent is better received while it is still in the processor's cache: over TCP 128 KiB carry half as
+# much again as 1 MiB. A UNIX socket copies less and gains from fewer wake-ups: where cores are many 512 KiB carry more
+# than 256 KiB, and 1 MiB no more than that; where they are few all three are alike. A network needs more for its delay.
+_NEAR_TCP_BUFFER_BYTES = 128 << 10
+_UNIX_BUFFER_BYTES = 512 << 10
+Bytes = bytes | bytearray | memoryview
+_SEND_PARTS_MAX = 512  # below IOV_MAX
+_PATIENCE_SECONDS = 3600.0
+_STALL_LOOK_SECONDS = 1.0
+
+
+class Cancelled(Exception):
+    """The caller no longer wants what it waits for."""
+
+
+class Stream:
+    """A connected socket that carries frames. Every `deadline` is a time.monotonic() value. Not thread-safe; `twin`
+    gives another thread a stream of its own on the same connection.
+
+    Raises TimeoutError when a deadline passes, ConnectionError when the peer is gone, wire.ProtocolError for nonsense.
+    After any of them the stream is in the middle of something and must be closed.
+    """
+
+    def __init__(self, sock: socket.socket):
+        self._socket = sock
+        self._header = bytearray(HEADER_BYTES)
+        self.received_bytes = 0
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _send_buffer_bytes(sock))
+
+    def send(self, parts: Sequence[Bytes], deadline: float, given_up: Callable[[], bool] | None = None) -> None:
+        """Send the parts one after the other, without joining them. `given_up` is asked when the peer has taken nothing
+        for a second: if so, that is a TimeoutError before the deadline."""
+        rest = [memoryview(part).cast("B") for part in parts if len(part)]
+        while rest:
+            self._arm(deadline if given_up is None else min(deadline, time.monotonic() + _STALL_LOOK_SECONDS))
+            try:
+                sent = self._socket.sendmsg(rest[:_SEND_PARTS_MAX])
+            except TimeoutError:
+                if given_up is None or given_up() or time.monotonic() >= deadline:
+                    raise
+                continue
+            while rest and sent >= len(rest[0]):
+                sent -= len(rest.pop(0))
+            if sent:
+                rest[0] = rest[0][sent:]
+
+    def receive(self, into: memoryview, deadline: float, cancelled: Callable[[], bool] | None = None) -> None:
+        """Fill `into` (bytes) straight from the socket. `cancelled` is asked between reads."""
+        for _ in self._pieces(into, deadline, cancelled):
+            pass
+
+    def receive_checksum(self, into: memoryview, deadline: float, cancelled: Callable[[], bool] | None = None) -> int:
+        """Like `receive`; returns the crc32c, computed while the data is still in the processor's cache."""
+        crc = 0
+        for piece in self._pieces(into, deadline, cancelled):
+            crc = crc32c(piece, crc)
+        return crc
+
+    def _pieces(self, into: memoryview, deadline: float, cancelled: Callable[[], bool] | None) -> Iterator[memoryview]:
+        done = 0
+        while done < len(into):
+            if cancelled is not None and cancelled():
+                raise Cancelled
+            self._arm(deadline)
+            count = self._socket.recv_into(into[done:])
+            if count == 0:
+                raise ConnectionResetError("the peer closed the connection")
+            yield into[done : done + count]
+            done += count
+            self.received_bytes += count
+
+    def receive_header(self, deadline: float, cancelled: Callable[[], bool] | None = None) -> Header:
+        self.receive(memoryview(self._header), deadline, cancelled)
+        return decode_header(self._header)
+
+    def receive_control(self, header: Header, deadline: float) -> bytearray:
+        control = bytearray(header.control_bytes)
+        self.receive(memoryview(control), deadline)
+        return control
+
+    def twin(self) -> "Stream":
+        return Stream(self._socket.dup())
+
+    def wait_for_frame(self) -> bool:
+        """Block, without a deadline, until a frame begins; False if the peer closed the connection instead."""
+        # Never without a timeout: that would make the socket a blocking one for its twin, too.
+        self._socket.settimeout(_PATIENCE_SECONDS)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return bool(self._socket.recv(1, socket.MSG_PEEK))
+
+    def is_idle(self) -> bool:
+        """Whether the peer is still there and has nothing to say; for a connection that waited in a pool."""
+        self._socket.settimeout(0)
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def stop_receiving(self) -> None:
+        """From another thread: the stream's next read finds the end, what is being sent is still sent."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+
+    def abort(self) -> None:
+        """From another thread: whoever sends or receives finds the connection broken."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+    def _arm(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+
+
+def _send_buffer_bytes(sock: socket.socket) -> int:
+    if sock.family == socket.AF_UNIX:
+        return _UNIX_BUFFER_BYTES
+    near = sock.getsockname()[0] == sock.getpeername()[0]
+    return _NEAR_TCP_BUFFER_BYTES if near else SOCKET_BUFFER_BYTES
+
+
+def connect(address: str, deadline: float) -> Stream:
+    """Open a stream to `host:port`, `[v6]:port` or the path of a UNIX socket (anything with a slash)."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    if "/" in address:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(left)
+            sock.connect(address)
+        except BaseException:
+            sock.close()
+            raise
+        return Stream(sock)
+    return Stream(socket.create_connection(split_address(address), timeout=left))
+
+
+def listen(address: str) -> socket.socket:
+    """A listening socket on `host:port` or on a UNIX socket path, which is replaced if nobody listens there."""
+    if "/" in address:
+        return _listen_unix(address)
+    host, port = split_address(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=128)
+
+
+def _listen_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            sock.bind(path)
+        except OSError:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise  # somebody answers: it is theirs
+            Path(path).unlink(missing_ok=True)
+            sock.bind(path)
+        sock.listen(128)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port`. Raises ValueError that says what is expected."""
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{address!r} is not host:port")
+    return host, int(port)
+
+
+def boot_id() -> str:
+    """The kernel's own id: two processes that read the same one are on the same host."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

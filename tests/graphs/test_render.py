@@ -1,0 +1,263 @@
+"""What is rendered is what is committed, has the shape its readers ask for, and runs the commands that exist."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dynamo.frontend.frontend_args import FrontendArgGroup
+
+from components.router.__main__ import parse as parse_router
+from components.worker.__main__ import parse as parse_worker
+from graphs.render import IMAGES, PLACES, render
+from graphs.serve import dry_run
+from graphs.service import load_deployment
+from kvstore.__main__ import parse as parse_store
+from kvstore.errors import ConfigError
+from tests.graphs import manifests
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "graphs" / "configs"
+ROUTED = "graphs.agg_router:Frontend"
+GRAPHS = [
+    ("graphs.agg:Frontend", "agg"),
+    (ROUTED, "quickstart"),
+    (ROUTED, "single_gpu"),
+    (ROUTED, "two_gpu"),
+    (ROUTED, "eight_gpu"),
+    (ROUTED, "external_store"),
+    ("graphs.disagg_router:Frontend", "disagg"),
+    ("graphs.disagg_router:Frontend", "disagg_quickstart"),
+    ("graphs.store_only:Store", "store"),
+]
+COMMITTED = [
+    ("compose.yaml", "compose", ["--Store.ServiceArgs.workers=2"], "quickstart"),
+    ("compose.gpu.yaml", "compose", [], "two_gpu"),
+    ("prometheus/prometheus.yml", "prometheus", ["--Store.ServiceArgs.workers=2"], "quickstart"),
+    ("k8s.yaml", "k8s", [], "two_gpu"),
+]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of a compose file's own services, as the containers get them."""
+    services = yaml.safe_load(text)["services"].values()
+    return [[word.replace("$$", "$") for word in s["command"]] for s in services if "build" in s]
+
+
+def parse_frontend(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    FrontendArgGroup().add_arguments(parser)
+    parser.parse_args(arguments)
+
+
+def parsed(command: list[str]) -> None:
+    """Raises if the command's own parser does not take its arguments. Those of dynamo.vllm: tests/engine."""
+    parsers = {
+        "kvstore": parse_store,
+        "components.router": parse_router,
+        "components.worker": parse_worker,
+        "dynamo.frontend": parse_frontend,
+    }
+    assert command[:2] == ["python", "-m"]
+    if command[2] != "dynamo.vllm":
+        parsers[command[2]](command[3:])
+
+
+@pytest.mark.parametrize(("file", "target", "overrides", "config"), COMMITTED, ids=lambda value: str(value))
+def test_what_is_committed_is_up_to_date(file: str, target: str, overrides: list[str], config: str) -> None:
+    text = render(target, ROUTED, CONFIGS / f"{config}.yaml", overrides, Path("docker"))
+    assert (ROOT / "docker" / file).read_text() == text
+
+
+@pytest.mark.parametrize(("graph", "config"), GRAPHS)
+def test_every_graph_runs_and_renders(graph: str, config: str, tmp_path: Path) -> None:
+    """Compose files are read by Docker Compose itself, manifests by Kubernetes' own types and Dynamo's."""
+    path = CONFIGS / f"{config}.yaml"
+    assert dry_run(load_deployment(graph, path, [], tmp_path))
+    text = render("compose", graph, path, [], Path("docker"))
+    for command in commands(text):
+        parsed(command)
+    compose_accepts(text, tmp_path)
+    documents = list(yaml.safe_load_all(render("k8s", graph, path, [], Path("docker"))))
+    for document in documents:
+        manifests.read(document)
+    assert "DynamoGraphDeployment" in {document["kind"] for document in documents} or config == "store"
+
+
+def compose_accepts(text: str, tmp_path: Path) -> None:
+    (tmp_path / "compose.yaml").write_text(text)
+    program = str(Path(sys.executable).parent / "docker-compose")
+    command = [program, "-f", str(tmp_path / "compose.yaml"), "config", "--quiet"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert not ended.stderr, ended.stderr
+    assert ended.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("capacities: 3", "services.nats.capacities false schema"),
+        ("ports: true", "services.nats.ports must be a array"),
+        ("depends_on: [nobody]", "depends on undefined service"),
+    ],
+)
+def test_compose_would_refuse_what_is_wrong(tmp_path: Path, wrong: str, says: str) -> None:
+    text = (ROOT / "docker" / "compose.yaml").read_text().replace("  nats:\n", f"  nats:\n    {wrong}\n", 1)
+    with pytest.raises(AssertionError, match=says):
+        compose_accepts(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("replicas: 2\n    sharedM", "replicas: two\n    sharedM", r"spec.components\[0\].replicas: 'two' given"),
+        ("sharedMemorySize:", "sharedMemory:", r"components\[0\].sharedMemory: no such field"),
+        ("readOnlyRootFilesystem", "readonlyRootFilesystem", "securityContext.readonlyRootFilesystem: no such field"),
+        ("type: frontend", "type: front", "expected frontend"),
+        ("name: main", "name: mine", "no container main"),
+        (
+            "serviceName: kvtier-store",
+            "podManagementPolicy: Parallel",
+            "StatefulSet.spec: Invalid value for `service_name`",
+        ),
+    ],
+)
+def test_manifests_that_are_wrong_are_noticed(old: str, new: str, says: str) -> None:
+    text = (ROOT / "docker" / "k8s.yaml").read_text()
+    assert old in text
+    documents = list(yaml.safe_load_all(text.replace(old, new)))
+    with pytest.raises(ValueError, match=says):
+        list(map(manifests.read, documents))
+
+
+def test_the_graph_without_a_router_shows_its_workers(tmp_path: Path) -> None:
+    overrides = ["--VllmWorker.model=a/b"]
+    processes = load_deployment("graphs.agg:Frontend", None, overrides, tmp_path).processes()
+    worker = next(process for process in processes if process.service == "VllmWorker")
+    assert list(worker.command[-2:]) == ["--endpoint-types", "chat,completions"]
+
+
+def test_prefill_workers_have_the_tier_beside_nixl(tmp_path: Path) -> None:
+    deployment = load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", [], tmp_path)
+    processes = {process.name: process for process in deployment.processes()}
+    prefill, decode = processes["PrefillWorker-0"], processes["DecodeWorker-0"]
+    assert any("MultiConnector" in word for word in prefill.command)
+    assert any("KvtierConnector" in word for word in prefill.command)
+    assert " --endpoint dynamo.prefill.generate" in " ".join(prefill.command)
+    ports = [process.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] for process in (prefill, decode)]
+    assert len(set(ports)) == 2
+    assert not any("Kvtier" in word for word in decode.command)
+    assert (prefill.env["CUDA_VISIBLE_DEVICES"], decode.env["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
+
+
+def test_prefill_workers_are_found_by_their_router_alone(tmp_path: Path) -> None:
+    overrides = ["--PrefillWorker.endpoint=dynamo.readers.generate", "--PrefillWorker.namespace=ours"]
+    deployment = load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", overrides, tmp_path)
+    shown = {process.name: " ".join(process.command) for process in deployment.processes()}
+    names = ["Nats", "Store-0", "PrefillWorker-0", "Router-0", "DecodeWorker-0", "Frontend-0"]
+    assert list(shown) == names
+    router = shown["Router-0"]
+    assert "--model-name llama-8b --model-path meta-llama/Llama-3.1-8B-Instruct" in router
+    assert "--endpoint dynamo.readers.generate --worker-type prefill --namespace ours" in router
+    assert "--served-model-name llama-8b-prefill" in shown["PrefillWorker-0"]
+    assert "--served-model-name llama-8b " in shown["DecodeWorker-0"]
+    assert "--router-mode" not in shown["Frontend-0"]
+
+
+def test_gpus_are_taken_from_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    deployment = load_deployment(ROUTED, CONFIGS / "two_gpu.yaml", [], tmp_path)
+    seen = [p.env["CUDA_VISIBLE_DEVICES"] for p in deployment.processes() if p.service == "VllmWorker"]
+    assert seen == ["5", "7"]
+    with pytest.raises(ConfigError, match="at most the GPUs of CUDA_VISIBLE_DEVICES=5,7"):
+        load_deployment(ROUTED, CONFIGS / "eight_gpu.yaml", [], tmp_path).processes()
+
+
+def test_cores_are_given_out_in_turn() -> None:
+    text = render("compose", "graphs.disagg_router:Frontend", CONFIGS / "disagg_quickstart.yaml", [], Path("docker"))
+    services = yaml.safe_load(text)["services"]
+    for name, core in (("prefillworker-0", "0"), ("decodeworker-0", "1")):
+        assert services[name]["cpuset"] == services[name]["environment"]["VLLM_CPU_OMP_THREADS_BIND"] == core
+
+
+def test_compose_hangs_together() -> None:
+    content = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    services: dict[str, Any] = content["services"]
+    assert {"nats", "etcd", "store-0", "store-1", "prometheus", "grafana"} <= set(services)
+    for name, service in services.items():
+        assert {"image", "healthcheck", "restart", "cap_drop"} <= set(service), name
+        assert set(service.get("depends_on", {})) <= set(services)
+        for volume in service.get("volumes", []):
+            source = volume.partition(":")[0]
+            assert source.startswith((".", "/")) or source in content["volumes"]
+        for use in service.get("configs", []):
+            assert use["source"] in content["configs"]
+        if "build" in service:
+            assert (ROOT / service["build"]["dockerfile"]).is_file()
+    scraped = yaml.safe_load(content["configs"]["prometheus"]["content"])["scrape_configs"]
+    hosts = {target.partition(":")[0] for job in scraped for target in job["static_configs"][0]["targets"]}
+    assert hosts <= set(services)
+
+
+def test_manifests_run_the_commands_that_exist() -> None:
+    documents = list(yaml.safe_load_all((ROOT / "docker" / "k8s.yaml").read_text()))
+    graph = documents[-1]["spec"]["components"]
+    mains = {component["name"]: component["podTemplate"]["spec"]["containers"][0] for component in graph}
+    for main in mains.values():
+        parsed([*main["command"], *main["args"]])
+    assert mains["VllmWorker"]["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
+    stateful = next(document for document in documents if document["kind"] == "StatefulSet")
+    container = stateful["spec"]["template"]["spec"]["containers"][0]
+    parse_store(container["command"][3:])
+    assert "$(POD_NAME).kvtier-store:7600" in container["command"]
+
+
+def test_images_have_what_their_services_use() -> None:
+    """Folders that are mounted are the user's own; ports are declared; and nobody is root."""
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    processes = load_deployment(ROUTED, CONFIGS / "quickstart.yaml", [], Path("/data"), PLACES["compose"]).processes()
+    ports = {process.name.lower(): {process.port, process.metrics_port} - {0} for process in processes}
+    for name, service in services.items():
+        if "build" not in service:
+            continue
+        image = (ROOT / service["build"]["dockerfile"]).read_text()
+        for volume in service["volumes"]:
+            folder = volume.split(":")[1]
+            assert re.search(rf"install -d -o (1000|kvtier) .*{folder if folder.count('/') == 1 else '/models'}", image)
+        exposed = {int(port) for line in re.findall(r"^EXPOSE (.*)$", image, re.MULTILINE) for port in line.split()}
+        assert ports.get(name, set()) <= exposed, name
+
+
+def test_one_setting_changes_everywhere(tmp_path: Path) -> None:
+    config = tmp_path / "changed.yaml"
+    config.write_text((CONFIGS / "two_gpu.yaml").read_text().replace("dram: 32GiB", "dram: 48GiB"))
+    served = "\n".join(dry_run(load_deployment(ROUTED, config, [], tmp_path)))
+    for text in (served, *(render(target, ROUTED, config, [], Path("docker")) for target in ("compose", "k8s"))):
+        assert "48GiB" in text
+        assert "32GiB" not in text
+
+
+def test_images_run_without_root() -> None:
+    for file in IMAGES.values():
+        lines = (ROOT / "docker" / file).read_text().splitlines()
+        assert [line for line in lines if line.startswith("USER ")][-1] == "USER 1000"
+        for line in lines:
+            if line.startswith("COPY ") and "--from" not in line:
+                assert all((ROOT / source).exists() for source in line.split()[1:-1]), line
+
+
+def test_bad_input_is_told() -> None:
+    command = [sys.executable, "-m", "graphs.cli", "render", "compose", ROUTED, "-f", "/nowhere.yaml"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert "config: '/nowhere.yaml' given" in ended.stderr

@@ -1,0 +1,559 @@
+"""Graph files, their YAML, and the supervisor: order, readiness, endings, and words for bad input."""
+
+import asyncio
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from graphs import serve, services
+from graphs.board import STARTING, Board
+from graphs.discovery import forget_dead
+from graphs.serve import Supervisor, dry_run
+from graphs.service import Deployment, Process, Service, as_flags, load_deployment
+from graphs.services import etcd_address, free_port, page_address, runtime_env, target_addresses
+from kvstore.errors import ConfigError, UnavailableError
+from kvstore.net.client import StoreClient
+from kvstore.net.membership import EtcdMembership
+
+ROOT = Path(__file__).parents[2]
+GRAPH = "graphs.agg_router:Frontend"
+QUICKSTART = ROOT / "graphs" / "configs" / "quickstart.yaml"
+
+
+def commands(deployment: Deployment) -> dict[str, str]:
+    return {process.name: " ".join(process.command[1:]) for process in deployment.processes()}
+
+
+def test_no_port_is_given_twice_before_anybody_can_listen_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = free_port(), free_port()
+    drawn = iter([first, first, first, second])
+    monkeypatch.setattr(services, "_chance", SimpleNamespace(randrange=lambda low, high: next(drawn)))
+    monkeypatch.setattr(services, "_given", deque(maxlen=256))
+    assert [free_port(), free_port()] == [first, second]
+
+
+def test_the_quickstart_is_what_it_says(tmp_path: Path) -> None:
+    deployment = load_deployment(GRAPH, QUICKSTART, [], tmp_path)
+    assert [service.name for service in deployment.services] == [
+        "Nats",
+        "Etcd",
+        "Store",
+        "VllmWorker",
+        "Router",
+        "Frontend",
+    ]
+    shown = commands(deployment)
+    assert list(shown) == ["Nats", "Store-0", "VllmWorker-0", "VllmWorker-1", "Router-0", "Frontend-0"]
+    ours, _, theirs = shown["VllmWorker-0"].partition(" -- ")
+    assert "-m components.worker --store 127.0.0.1:7600 --nats nats://127.0.0.1:4222" in ours
+    assert "--dram 256MiB" in ours
+    assert "--enforce-eager" in theirs
+    assert "--model-name tiny --model-path .kvtier/model" in shown["Router-0"]
+    env = {process.name: process.env for process in deployment.processes()}
+    assert env["VllmWorker-0"]["VLLM_CPU_OMP_THREADS_BIND"] == env["VllmWorker-0"]["KVTIER_CORES"]
+    assert env["Router-0"]["DYN_FILE_KV"] == env["Frontend-0"]["DYN_FILE_KV"]
+
+
+def test_each_router_has_a_page(tmp_path: Path) -> None:
+    overrides = ["--Router.ServiceArgs.workers=2", "--Router.page='[::1]:8300'"]
+    deployment = load_deployment(GRAPH, QUICKSTART, overrides, tmp_path)
+    shown = commands(deployment)
+    assert shown["Router-0"].endswith("--page [::1]:8300")
+    assert shown["Router-1"].endswith("--page [::1]:8301")
+    assert page_address(load_deployment(GRAPH, QUICKSTART, [], tmp_path)) == "127.0.0.1:8300"
+    with pytest.raises(ConfigError, match="page"):
+        load_deployment(GRAPH, QUICKSTART, ["--Router.page=8300"], tmp_path).processes()
+
+
+def test_overrides_replicas_and_gpus(tmp_path: Path) -> None:
+    overrides = [
+        "--VllmWorker.ServiceArgs.workers=3",
+        "--VllmWorker.ServiceArgs.resources.gpu=2",
+        "--Store.ServiceArgs.workers=2",
+        "--VllmWorker.system-port=9100",
+        "--VllmWorker.tier=false",
+        "--Nats.ServiceArgs.workers=0",
+        "--Nats.listen=10.0.0.1:4222",
+    ]
+    deployment = load_deployment(GRAPH, QUICKSTART, overrides, tmp_path)
+    shown = commands(deployment)
+    assert "Nats" not in shown
+    assert "--listen 127.0.0.1:7601" in shown["Store-1"]
+    assert "--dir " + str(tmp_path / "store" / "1") in shown["Store-1"]
+    assert "--nats nats://10.0.0.1:4222" in shown["Router-0"]
+    assert shown["VllmWorker-2"].startswith("-m dynamo.vllm")
+    assert "--dram" not in shown["VllmWorker-2"]
+    env = {process.name: process.env for process in deployment.processes()}
+    assert env["VllmWorker-2"]["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert env["VllmWorker-2"]["DYN_SYSTEM_PORT"] == "9102"
+    assert any("DYN_SYSTEM_PORT=9102" in line for line in dry_run(deployment))
+    # Each engine looks for free ports from a place of its own, below those that the kernel hands out.
+    ports = [int(env[name]["VLLM_PORT"]) for name in env if name.startswith("VllmWorker")]
+    assert len(set(ports)) == len(ports) > 1
+    assert max(ports) < 32_768
+
+
+def test_flags() -> None:
+    assert as_flags({"a": 1, "b": True, "c": False, "d": "x y"}) == ["--a", "1", "--b", "--d", "x y"]
+
+
+# What is wrong, and what is printed; docs/operations.md shows the same.
+BROKEN = [
+    (
+        "VllmWorker: {model: a/b}\nStore: {capacity: 1G",
+        "my.yaml:2: 'Store: {capacity: 1G' given, expected YAML (expected ',' or '}', but got '<stream end>')",
+    ),
+    (
+        "Stroe: {capacity: 1G}",
+        "my.yaml:1: Stroe: 'Stroe' given, expected Common or a service of the graph: Etcd, Frontend, Nats, Router, "
+        "Store, VllmWorker",
+    ),
+    (
+        "Router:\n  model-name: m\nRouter:\n  page: 127.0.0.1:8300",
+        "my.yaml:3: Router: 'twice' given, expected once: see line 1",
+    ),
+    ("Store:\n  capacity: lots", "my.yaml:2: Store.capacity: 'lots' given, expected a size such as 500G or 1.5TiB"),
+    (
+        "VllmWorker: {model: a/b}\nFrontend:\n  rooter-mode: kv",
+        "my.yaml:3: Frontend.rooter-mode: 'kv' given, expected a setting of Frontend: router-mode",
+    ),
+    (
+        "Store:\n  ServiceArgs: {worker: 2}",
+        "my.yaml:2: Store.ServiceArgs.worker: '2' given, expected one of workers, resources",
+    ),
+    (
+        "VllmWorker:\n  ServiceArgs:\n    resources: {gpus: 1}",
+        "my.yaml:3: VllmWorker.ServiceArgs.resources.gpus: '1' given, expected one of gpu, cpu",
+    ),
+    (
+        "Common: {model: a/b}\nVllmWorker:\n  common-configs: [modle]",
+        "my.yaml:3: VllmWorker.common-configs: 'modle' given, expected a key of Common: model",
+    ),
+    (
+        "VllmWorker:\n  ServiceArgs: {workers: 2}",
+        "my.yaml:1: VllmWorker.model: 'nothing' given, expected a folder with a config.json, or a name on the hub "
+        "(owner/model)",
+    ),
+    (
+        "VllmWorker: {model: a/b}\nFrontend: {port: 99999}",
+        "my.yaml:2: Frontend.port: '99999' given, expected a port number up to 32767",
+    ),
+    (
+        "VllmWorker: {model: a/b, system-port: 8000}\nFrontend: {port: 8000}",
+        "my.yaml:2: Frontend-0: 'port 8000' given, expected one that VllmWorker-0 does not have",
+    ),
+    (
+        "VllmWorker: {model: a/b}\nStore:\n  addresses: 10.0.0.7",
+        "my.yaml:3: Store.addresses: '10.0.0.7' given, expected host:port",
+    ),
+    (
+        "VllmWorker:\n  model: a/b\n  ServiceArgs: {workers: 3, resources: {gpu: 1}}",
+        "my.yaml:3: VllmWorker.ServiceArgs.resources.gpu: '1' given, expected at most the GPUs of "
+        "CUDA_VISIBLE_DEVICES=0,1",
+    ),
+]
+
+
+def broken(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said of a configuration."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_deployment(GRAPH, Path("my.yaml"), [], tmp_path).processes()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("text", "says"), BROKEN)
+def test_a_broken_configuration_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str) -> None:
+    assert broken(tmp_path, text, monkeypatch) == says
+    assert says in (ROOT / "docs" / "operations.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- 1", "a mapping of services"),
+        ("Store: 5", "my.yaml:1: Store: '5' given, expected a mapping"),
+        ("Store: {ServiceArgs: {workers: many}}", "workers: 'many' given, expected a whole number"),
+        ("Store: {ServiceArgs: {workers: -1}}", "greater than or equal to 0"),
+        ("Store: {ServiceArgs: [1]}", "my.yaml:1: Store.ServiceArgs: '[1]' given, expected a mapping"),
+        ("Store: {env: [1]}", "my.yaml:1: Store.env: '[1]' given, expected a mapping"),
+        ("Store: {common-configs: model}", "my.yaml:1: Store.common-configs: 'model' given, expected a list"),
+        (
+            "Store: {ServiceArgs: {workers: 0}}",
+            "Store.ServiceArgs.workers: '0' given, expected 1 or more, or Store.addr",
+        ),
+        ("Store: {capacity: [1]}", "Store.capacity: '[1]' given"),
+        (
+            "Store: {capacity: 1G, sise: 2}",
+            "my.yaml:1: Store.sise: '2' given, expected a setting of Store: ServiceArgs",
+        ),
+        ("Store: {common-configs: [model]}", "Store.common-configs: 'model' given, expected a key of Common"),
+        ("Nats: {listen: 4222}", "my.yaml:1: Nats.listen: '4222' given, expected host:port"),
+    ],
+)
+def test_bad_yaml_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str) -> None:
+    assert says in broken(tmp_path, text, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("graph", "overrides", "says"),
+    [
+        ("graphs.agg_router", [], "expected module:Service"),
+        ("graphs.nothing:Frontend", [], "No module named"),
+        ("graphs.agg_router:Nothing", [], "has no attribute"),
+        ("graphs.serve:serve", [], "serve is a function"),
+        (GRAPH, ["--Store"], "override: '--Store' given, expected --Service.key=value"),
+        (GRAPH, ["--Store.a.b=1", "--Store.a.b.c=1"], "b to be a mapping"),
+    ],
+)
+def test_a_bad_graph_or_override_is_told(tmp_path: Path, graph: str, overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_deployment(graph, None, overrides, tmp_path)
+    assert says in str(raised.value)
+
+
+def test_circles_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import graphs.agg_router
+
+    one, other = Service("One", lambda *_: []), Service("Other", lambda *_: [])
+    one.link(other).link(one)
+    monkeypatch.setattr(graphs.agg_router, "One", one, raising=False)
+    with pytest.raises(ConfigError, match="One -> Other -> One"):
+        load_deployment("graphs.agg_router:One", None, [], tmp_path)
+
+
+def script(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+def deployment(tmp_path: Path, *processes: Process, links: dict[str, list[str]] | None = None) -> Deployment:
+    services = {p.service: Service(p.service, lambda *_, p=p: [p]) for p in processes}
+    for name, needed in (links or {}).items():
+        for other in needed:
+            services[name].link(services[other])
+    return Deployment(list(services.values()), {}, tmp_path)
+
+
+WAIT = "import time; print('up', flush=True); time.sleep(60)"
+
+
+async def test_services_start_when_those_they_need_are_ready(tmp_path: Path) -> None:
+    slow = "import time; time.sleep(0.5); " + WAIT
+    seen: list[str] = []
+    processes = [
+        Process("base", "Base", script(slow), {}, ready_line="up"),
+        Process("top", "Top", script(WAIT), {}, ready_line="up"),
+    ]
+    supervisor = Supervisor(
+        deployment(tmp_path, *processes, links={"Top": ["Base"]}),
+        lambda name, line: seen.append(f"{name} {line}"),
+        restart=False,
+    )
+    await supervisor.start()
+    assert seen.index("base up") < seen.index("top up")
+    pids = [child.pid for child in supervisor.children.values()]
+    await supervisor.stop()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert (tmp_path / "logs" / "base.log").read_text() == "up\n"
+
+
+async def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
+    grandchild = (
+        "import subprocess, sys, time; "
+        f"p = subprocess.Popen([sys.executable, '-c', {WAIT!r}], stdout=subprocess.DEVNULL); "
+        "print('up', p.pid, flush=True); time.sleep(60)"
+    )
+    lines: list[str] = []
+    supervisor = Supervisor(
+        deployment(tmp_path, Process("a", "A", script(grandchild), {}, ready_line="up")),
+        lambda name, line: lines.append(line),
+        restart=False,
+    )
+    await supervisor.start()
+    pid = int(next(line for line in lines if line.startswith("up")).split()[1])
+    child = supervisor.children["a"]
+    assert pid in child.group()
+    await supervisor.end(child, signal.SIGKILL)
+    assert child.group() == []
+
+
+async def test_a_child_that_does_not_come_up_stops_the_start(tmp_path: Path) -> None:
+    bad = "import sys; print('thing: error: port: it is taken'); sys.exit(2)"
+    processes = [
+        Process("good", "Good", script(WAIT), {}, ready_line="up"),
+        Process("bad", "Bad", script(bad), {}, ready_line="up"),
+    ]
+    supervisor = Supervisor(deployment(tmp_path, *processes), lambda *_: None)
+    with pytest.raises(UnavailableError, match="bad: thing: error: port: it is taken"):
+        await supervisor.start()
+    assert not supervisor.children
+
+
+async def test_a_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "LOG_BYTES_MAX", 1000)
+    talk = "[print('x' * 99) for _ in range(60)]; print('up', flush=True); import time; time.sleep(60)"
+    process = Process("a", "A", script(talk), {}, ready_line="up")
+    supervisor = Supervisor(deployment(tmp_path, process), lambda *_: None, logs=tmp_path / "elsewhere")
+    await supervisor.start()
+    await supervisor.stop()
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "elsewhere").iterdir()}
+    assert sizes.keys() == {"a.log", "a.log.1"}
+    assert max(sizes.values()) < 1200
+
+
+def test_a_service_that_fails_ends_the_command_with_1_and_its_last_words(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "graphs.cli", "serve", "graphs.store_only:Store", "--Store.capacity=1K"]
+    command += [f"--Nats.listen=127.0.0.1:{free_port()}", "--state-dir", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+    assert "error: Store-0: kvstore: error: capacity: " in ended.stderr
+
+
+async def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
+    supervisor = Supervisor(deployment(tmp_path, Process("a", "A", script(WAIT), {}, ready_line="up")), lambda *_: None)
+    await supervisor.start()
+    first = supervisor.children["a"].pid
+    os.kill(first, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while supervisor.children["a"].pid == first or not supervisor.children["a"].saw_ready_line:
+            await asyncio.sleep(0.05)
+    await supervisor.stop()
+
+
+async def test_a_child_whose_own_children_live_on_is_started_again(tmp_path: Path) -> None:
+    """As an engine does that outlives its worker, they hold its output open."""
+    grandchild = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {WAIT!r}]); " + WAIT
+    process = Process("a", "A", script(grandchild), {}, ready_line="up")
+    told: list[str] = []
+    supervisor = Supervisor(deployment(tmp_path, process), lambda *_: None, status=lambda _, text: told.append(text))
+    await supervisor.start()
+    first = supervisor.children["a"]
+    os.kill(first.pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while supervisor.children["a"] is first or not supervisor.children["a"].ready:
+            await asyncio.sleep(0.05)
+    assert first.group() == []
+    assert told[2] == "ended with -9; starting it again in 1 s"
+    supervisor.unwatch()
+    await supervisor.end(supervisor.children["a"], signal.SIGKILL)
+
+
+async def test_a_child_that_does_not_come_back_is_tried_again_ever_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "RESTART_SECONDS", (0.05, 10.0))
+    once = f"import os, sys; os.path.exists('{tmp_path}/ran') and sys.exit(3); open('{tmp_path}/ran', 'w'); " + WAIT
+    told: list[str] = []
+    process = Process("a", "A", script(once), {}, ready_line="up")
+    supervisor = Supervisor(deployment(tmp_path, process), lambda *_: None, status=lambda _, text: told.append(text))
+    await supervisor.start()
+    os.kill(supervisor.children["a"].pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while sum(text.startswith("did not start: a: ended with 3 before") for text in told) < 2:
+            await asyncio.sleep(0.05)
+    pauses = [float(text.split()[-2]) for text in told if text.startswith("ended with")]
+    assert pauses == sorted(pauses)
+    await supervisor.stop()
+
+
+def test_where_the_dead_were_reached_is_forgotten(tmp_path: Path) -> None:
+    instances = tmp_path / "v1" / "instances"
+    instances.mkdir(parents=True)
+    with socket.socket() as alive:
+        alive.bind(("127.0.0.1", 0))
+        alive.listen()
+        for name, port in (("living", alive.getsockname()[1]), ("dead", free_port())):
+            content = {"transport": {"tcp": f"127.0.0.1:{port}/{name}/generate"}}
+            (instances / f"dynamo%2Fbackend%2Fgenerate%2F{name}").write_text(json.dumps(content))
+        (instances / "half-written").write_text("{")
+        forget_dead(tmp_path)
+    assert {path.name for path in instances.iterdir()} == {"dynamo%2Fbackend%2Fgenerate%2Fliving", "half-written"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+async def test_on_a_terminal_there_is_a_line_a_process_that_is_kept_up_to_date() -> None:
+    out = Terminal()
+    board = Board(["Nats", "Store-0"], out=out)
+    board.status("Nats", STARTING)
+    board.output("Nats", "\033[32mlistening\033[0m")
+    drawing = asyncio.create_task(board.keep_drawing())
+    async with asyncio.timeout(10):
+        while "listening" not in out.getvalue():
+            await asyncio.sleep(0.01)
+    board.status("Nats", "ready after 0.2 s")
+    board.settle()
+    drawing.cancel()
+    drawn = out.getvalue().split("\033[2A")[-1]
+    assert [line.strip() for line in drawn.replace("\033[2K", "").splitlines()] == [
+        "Nats  ready after 0.2 s",
+        "Store-0  waiting",
+    ]
+    board.status("Store-0", "ended with 1; starting it again in 1 s")
+    assert out.getvalue().endswith("ended with 1; starting it again in 1 s\n")
+
+
+def test_elsewhere_there_is_a_line_a_change(capsys: pytest.CaptureFixture[str]) -> None:
+    for verbose in (False, True):
+        board = Board(["Nats"], verbose=verbose)
+        board.status("Nats", STARTING)
+        board.output("Nats", "hello")
+        said = capsys.readouterr().out.splitlines()
+        assert said == ["          Nats | starting"] + ["          Nats | hello"] * verbose
+
+
+async def test_targets_and_dynamo_meet_in_etcd_if_asked_to(tmp_path: Path) -> None:
+    """NATS, etcd, a target that registers there, and a stock frontend that is found there."""
+    overrides = [f"--{name}.listen=127.0.0.1:{free_port()}" for name in ("Nats", "Etcd", "Store")]
+    one = load_deployment("graphs.store_only:Store", None, [*overrides, "--Etcd.ServiceArgs.workers=1"], tmp_path)
+    port = free_port()
+    command = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
+    frontend = Process("F", "F", command, runtime_env(one), ready_url=f"http://127.0.0.1:{port}/health")
+    supervisor = Supervisor(one, lambda *_: None, restart=False)
+    await supervisor.start()
+    try:
+        await supervisor.launch(frontend)
+        membership = await asyncio.to_thread(EtcdMembership, etcd_address(one), "default")
+        client = StoreClient(membership)
+        async with asyncio.timeout(20):
+            while not await asyncio.to_thread(client.stat, time.monotonic() + 2):
+                await asyncio.sleep(0.05)
+        assert list(await asyncio.to_thread(client.stat, time.monotonic() + 2)) == target_addresses(one)
+        client.close()
+        await supervisor.end(supervisor.children["F"])
+    finally:
+        await supervisor.stop()
+
+
+def test_where_dynamo_has_a_command_of_that_name_ours_stands_aside(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text("import sys\ndef main():\n    print('theirs', sys.argv[1:])\n    return 7\n")
+    info = tmp_path / "ai_dynamo_next-9.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ai-dynamo-next\nVersion: 9.0\n")
+    (info / "entry_points.txt").write_text("[console_scripts]\ndynamo = theirs:main\n")
+    for name, code, says in (
+        ("dynamo", 7, "dynamo: this is the command of ai-dynamo-next 9.0; that of kvtier is kvtier serve"),
+        ("kvtier", 0, "usage: kvtier serve"),
+    ):
+        run = f"import sys; sys.argv = ['{name}', 'serve', '--help']; from graphs.cli import main; main()"
+        ended = subprocess.run(
+            [sys.executable, "-c", run],
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert ended.returncode == code, ended.stderr
+        assert says in ended.stdout + ended.stderr
+        assert ("theirs ['serve', '--help']" in ended.stdout) == (name == "dynamo")
+
+
+async def test_a_port_that_is_taken_is_told_before_anything_runs(tmp_path: Path) -> None:
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    process = Process("a", "A", script("print('ran')"), {}, ready_line="up", listens=[address])
+    supervisor = Supervisor(deployment(tmp_path, process), lambda *_: None)
+    with pytest.raises(UnavailableError, match=f"A: cannot listen on {address}"):
+        await supervisor.start()
+    server.close()
+    assert not (tmp_path / "logs").exists()
+
+
+def test_killing_the_supervisor_ends_its_children(tmp_path: Path) -> None:
+    port = free_port()
+    overrides = [f"--Nats.listen=127.0.0.1:{port}", "--VllmWorker.model=/nowhere"]
+    command = [sys.executable, "-m", "graphs.cli", "serve", "graphs.services:Nats", *overrides[:1]]
+    served = subprocess.Popen(
+        [*command, "--state-dir", str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    assert served.stdout is not None
+    for line in served.stdout:
+        if "everything is up" in line:
+            break
+    served.kill()
+    served.wait()
+    deadline = time.monotonic() + 20
+    while socket.socket().connect_ex(("127.0.0.1", port)) == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 2, "usage:"),
+        (["--help"], 0, "serve"),
+        (["fly"], 2, "usage:"),
+        (["serve", "graphs.nothing:X"], 2, "error: graph: 'graphs.nothing:X' given"),
+        (["serve", GRAPH, "-f", "/nowhere.yaml"], 2, "error: config: '/nowhere.yaml' given"),
+        (["store", "--dir", "/nowhere", "--capacity", "1G"], 2, "error: dir: '/nowhere' given"),
+        (["serve", GRAPH, "-f", str(QUICKSTART), "--dry-run"], 0, "-m components.router"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_the_command_line(arguments: list[str], code: int, says: str) -> None:
+    command = [sys.executable, "-m", "graphs.cli", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert ended.returncode == code, ended.stderr
+    assert says in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "says"),
+    [
+        ("components.worker", ["--model", "/nowhere", "--store", "a:1"], "model: '/nowhere' given"),
+        ("components.worker", ["--model", "nobody", "--store", "a:1"], "model: 'nobody' given"),
+        ("components.worker", ["--model", "a/b", "--store", "nowhere"], "store: 'nowhere' given, expected host:port"),
+        ("components.worker", ["--model", "a/b", "--store", "a:1", "--dram", "x"], "dram: 'x' given"),
+        ("components.worker", ["--model", "a/b", "--store", "a:1", "--endpoint", "x"], "endpoint: 'x' given"),
+        ("components.worker", ["--model", "a/b", "--store", "a:1", "--nats", "nats://127.0.0.1:9"], "nats: no server"),
+        ("components.router", ["--model-name", "m", "--model-path", "/nowhere"], "model-path: '/nowhere' given"),
+        ("components.router", ["--model-name", "m", "--block-size", "0"], "block-size: '0' given"),
+        ("components.router", ["--model-name", "m", "--gpu-price", "x"], "gpu-price: 'x' given, expected a number"),
+        ("components.router", ["--model-name", "m", "--nats", "nats://127.0.0.1:9"], "nats: no server answers"),
+    ],
+)
+def test_components_tell_bad_input_in_one_line(module: str, arguments: list[str], says: str) -> None:
+    command = [sys.executable, "-m", module, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert f"{module}: error: {says}" in ended.stderr
+
+
+def test_the_worker_shows_what_it_would_run() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "components.worker",
+        "--model",
+        "a/b",
+        "--store",
+        "a:1,b:2",
+        "--print",
+        "--",
+        "--x",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=True)
+    assert "export PYTHONHASHSEED=0" in ended.stdout
+    assert "export VLLM_USE_V2_MODEL_RUNNER=0" in ended.stdout
+    assert '"kv_load_failure_policy": "recompute"' in ended.stdout
+    assert ended.stdout.rstrip().endswith("--x")

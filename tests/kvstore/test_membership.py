@@ -1,0 +1,85 @@
+"""Who is there: a fixed list or etcd, and which keys belong to whom."""
+
+import os
+import time
+from collections import Counter
+
+import pytest
+
+from kvstore.errors import ConfigError, UnavailableError
+from kvstore.net.membership import EtcdMembership, Registration, open_membership, place
+from tests.conftest import eventually, key
+
+TARGETS = [f"10.0.0.{number}:7600" for number in range(5)]
+
+
+def test_a_static_list() -> None:
+    membership = open_membership("a:1, b:2,a:1", "default")
+    assert list(membership.targets()) == ["a:1", "b:2"]
+
+
+@pytest.mark.parametrize("stores", ["nowhere", "a:1,b", "etcd://nowhere"])
+def test_an_address_that_is_none_is_refused(stores: str) -> None:
+    with pytest.raises(ConfigError, match="given, expected host:port"):
+        open_membership(stores, "default")
+
+
+def test_keys_are_shared_out_evenly_and_stay_where_they_are() -> None:
+    keys = [key(number) for number in range(5000)]
+    before = {one: place(one, TARGETS) for one in keys}
+    assert all(800 < count < 1200 for count in Counter(before.values()).values())
+    for one in keys:
+        if before[one] != TARGETS[2]:
+            assert place(one, TARGETS[:2] + TARGETS[3:]) == before[one]
+    assert place(keys[0], []) is None
+
+
+def test_etcd_shows_who_comes_and_goes(etcd_address: str) -> None:
+    namespace = f"come-{os.getpid()}"
+    first = Registration(etcd_address, namespace, "a:1")
+    membership = open_membership(f"etcd://{etcd_address}", namespace)
+    assert list(membership.targets()) == ["a:1"]
+    second = Registration(etcd_address, namespace, "b:2")
+    assert second.epoch > first.epoch
+    eventually(lambda: list(membership.targets()) == ["a:1", "b:2"])
+    first.close()
+    eventually(lambda: list(membership.targets()) == ["b:2"])
+    again = Registration(etcd_address, namespace, "a:1")
+    assert again.epoch > second.epoch
+    eventually(lambda: list(membership.targets()) == ["a:1", "b:2"])
+    for one in (second, again, membership):
+        one.close()
+
+
+def test_another_process_watches_etcd_for_the_engine(etcd_address: str) -> None:
+    """The engine's process must not import etcd3; what it sees is the same."""
+    namespace = f"child-{os.getpid()}"
+    registration = Registration(etcd_address, namespace, "a:1")
+    membership = open_membership(f"etcd://{etcd_address}", namespace, isolated=True)
+    eventually(lambda: list(membership.targets()) == ["a:1"], 15)
+    child = membership._child
+    registration.close()
+    eventually(lambda: list(membership.targets()) == [])
+    membership.close()
+    assert child.wait(20) is not None
+
+
+def test_the_last_known_targets_outlive_etcd(etcd_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace = f"last-{os.getpid()}"
+    registration = Registration(etcd_address, namespace, "a:1")
+    membership = open_membership(f"etcd://{etcd_address}", namespace)
+    assert isinstance(membership, EtcdMembership)
+
+    def down() -> tuple[str, ...]:
+        raise ConnectionError("etcd is away")
+
+    monkeypatch.setattr(membership, "_read", down)
+    time.sleep(1.5)
+    assert list(membership.targets()) == ["a:1"]
+    membership.close()
+    registration.close()
+
+
+def test_an_etcd_that_is_not_there_is_said_to_be() -> None:
+    with pytest.raises(UnavailableError, match=r"etcd: no server answers at 127\.0\.0\.1:9"):
+        open_membership("etcd://127.0.0.1:9", "default")

@@ -1,0 +1,356 @@
+"""Announcer and mirror: whatever is lost, reordered or restarted, the mirror ends up with what the target holds."""
+
+import asyncio
+import random
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from kvstore.bus import residency
+from kvstore.bus.messages import Bus, Residency, SnapshotPage, SnapshotRequest
+from kvstore.bus.residency import Announcer, Mirror
+from kvstore.disk.record import Entry
+
+
+def entry(router_hash: int, fingerprint: int = 7) -> Entry:
+    return Entry(router_hash.to_bytes(16, "big"), router_hash, fingerprint, 1, 10, 0, 2)
+
+
+class Holdings:
+    """What a target holds, with an announcer that hears of every change."""
+
+    def __init__(self, target: str = "t", epoch: int = 1, held: Iterable[int] = ()):
+        self.held: dict[int, Entry] = {router_hash: entry(router_hash) for router_hash in held}
+        self.announcer = Announcer(target, epoch, lambda: list(self.held.values()))
+
+    def store(self, router_hash: int) -> None:
+        self.held[router_hash] = entry(router_hash)
+        self.announcer.stored(self.held[router_hash])
+
+    def remove(self, router_hash: int) -> None:
+        if gone := self.held.pop(router_hash, None):
+            self.announcer.removed(gone)
+
+    def snapshot(self) -> list[SnapshotPage]:
+        pages = [self.announcer.snapshot_page(SnapshotRequest(0, 0))]
+        while len(pages) < pages[0].pages:
+            pages.append(self.announcer.snapshot_page(SnapshotRequest(pages[0].token, len(pages))))
+        return pages
+
+
+def known(mirror: Mirror, hashes: Iterable[int], now: float = 0.0) -> set[int]:
+    hashes = list(hashes)
+    return {h for h, target in zip(hashes, mirror.locate(7, hashes, now), strict=True) if target}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("srdaq"), st.integers(1, 12)), max_size=60),
+    st.integers(1, 4),
+    st.sets(st.integers(1, 12)),
+)
+def test_a_mirror_ends_up_with_what_is_held(steps: list[tuple[str, int]], page: int, held: set[int]) -> None:
+    """Steps: store, remove, announce and drop, announce and deliver, restart in a new epoch. Snapshots arrive late."""
+    whole = residency.PAGE_HASHES
+    residency.PAGE_HASHES = page
+    try:
+        holdings, mirror = Holdings(held=held), Mirror()
+        epoch = 1
+        asked: list[list[SnapshotPage]] = []
+
+        def deliver(message: Residency) -> None:
+            if mirror.apply(message, 0.0):
+                asked.append(holdings.snapshot())
+
+        for step, router_hash in steps:
+            match step:
+                case "s":
+                    holdings.store(router_hash)
+                case "r":
+                    holdings.remove(router_hash)
+                case "d":
+                    holdings.announcer.announcements()
+                case "a":
+                    for message in holdings.announcer.announcements():
+                        deliver(message)
+                    if asked and router_hash % 2:
+                        mirror.apply_snapshot(asked.pop(0))
+                case "q":
+                    epoch += 1
+                    holdings = Holdings(epoch=epoch, held=holdings.held)
+        for _ in range(3):  # heartbeats; at most one gap, one snapshot, one confirmation
+            for message in holdings.announcer.announcements():
+                deliver(message)
+            while asked:
+                if not mirror.apply_snapshot(asked.pop(0)):
+                    mirror.give_up_snapshot("t")
+        assert known(mirror, range(1, 13)) == set(holdings.held)
+    finally:
+        residency.PAGE_HASHES = whole
+
+
+def test_a_gap_asks_once() -> None:
+    holdings, mirror = Holdings(held=[1]), Mirror()
+    messages = []
+    for router_hash in (2, 3, 4, 5):
+        holdings.store(router_hash)
+        messages += holdings.announcer.announcements()
+    assert mirror.apply(messages[0], 0.0)
+    assert mirror.apply_snapshot(holdings.snapshot())
+    assert not mirror.apply(messages[1], 0.0)  # the snapshot knew it already
+    holdings.store(6)
+    (lost,) = holdings.announcer.announcements()
+    holdings.store(7)
+    (after,) = holdings.announcer.announcements()
+    assert lost.seq + 1 == after.seq
+    assert mirror.apply(after, 0.0)
+    holdings.store(8)
+    (later,) = holdings.announcer.announcements()
+    assert not mirror.apply(later, 0.0)  # a snapshot is under way
+    assert known(mirror, range(9)) == set()  # and until it is there, nothing is claimed
+    assert mirror.apply_snapshot(holdings.snapshot())
+    assert known(mirror, range(9)) == set(range(1, 9))
+
+
+def test_a_snapshot_that_is_too_old_to_join_is_refused() -> None:
+    holdings, mirror = Holdings(held=[1]), Mirror()
+    old = holdings.snapshot()
+    for router_hash in range(2, 6):
+        holdings.store(router_hash)
+        messages = holdings.announcer.announcements()
+    assert mirror.apply(messages[0], 0.0)
+    assert not mirror.apply_snapshot(old)
+    holdings.store(6)
+    assert mirror.apply(holdings.announcer.announcements()[0], 0.0)  # asks again
+
+
+def test_a_silent_target_is_left_out_and_forgotten() -> None:
+    holdings, mirror = Holdings(held=[1]), Mirror(max_age_seconds=10)
+    mirror.apply(holdings.announcer.announcements()[0], 100.0)
+    mirror.apply_snapshot(holdings.snapshot())
+    assert known(mirror, [1], 105.0) == {1}
+    assert known(mirror, [1], 111.0) == set()
+    assert mirror.counts(105.0) == {"t": 1}
+    mirror.forget_silent(200.0)
+    assert mirror.counts(100.0) == {}
+
+
+def test_layouts_do_not_mix() -> None:
+    mirror = Mirror()
+    announcer = Announcer("t", 1, lambda: [entry(1, fingerprint=7), entry(2, fingerprint=8)])
+    mirror.apply(announcer.announcements()[0], 0.0)
+    first = announcer.snapshot_page(SnapshotRequest(0, 0))
+    mirror.apply_snapshot([first, announcer.snapshot_page(SnapshotRequest(first.token, 1))])
+    assert mirror.locate(7, [1, 2], 0.0) == ["t", None]
+    assert mirror.locate(8, [1, 2], 0.0) == [None, "t"]
+    assert mirror.locate(9, [1, 2], 0.0) == [None, None]
+
+
+def test_chunks_without_a_router_hash_are_not_announced() -> None:
+    announcer = Announcer("t", 1, lambda: [entry(0)])
+    announcer.stored(entry(0))
+    (heartbeat,) = announcer.announcements()
+    assert heartbeat.stored == []
+    assert announcer.snapshot_page(SnapshotRequest(0, 0)).hashes == b""
+
+
+def test_changes_beyond_the_bound_become_a_gap() -> None:
+    holdings = Holdings()
+    bound, residency.PENDING_MAX = residency.PENDING_MAX, 10
+    try:
+        (first,) = holdings.announcer.announcements()
+        for router_hash in range(1, 30):
+            holdings.store(router_hash)
+        (message,) = holdings.announcer.announcements()
+    finally:
+        residency.PENDING_MAX = bound
+    assert message.seq > first.seq + 1
+
+
+def test_an_expired_token_has_no_pages() -> None:
+    announcer = Holdings(held=[1]).announcer
+    assert announcer.snapshot_page(SnapshotRequest(12345, 0)).pages == 0
+    page = announcer.snapshot_page(SnapshotRequest(0, 0))
+    assert announcer.snapshot_page(SnapshotRequest(page.token, 1)).pages == 0
+
+
+TARGETS = st.sampled_from(["a", "b", "c"])
+LAYOUTS = st.sampled_from([7, 8])
+# Few different ones, so that they meet again; the ends of the range among them.
+HASHES = st.lists(st.one_of(st.integers(1, 40), st.integers((1 << 64) - 5, (1 << 64) - 1)), max_size=30)
+
+
+class MirrorMachine(RuleBasedStateMachine):
+    """A mirror of three targets against plain sets, with tables so small that they are made anew all the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots, residency._SLOTS_MIN = residency._SLOTS_MIN, 4
+        self.mirror = Mirror()
+        self.held: defaultdict[str, defaultdict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+        self.seqs: dict[str, tuple[int, int]] = {}
+
+    def teardown(self) -> None:
+        residency._SLOTS_MIN = self.slots
+
+    @rule(name=TARGETS, layout=LAYOUTS, stored=HASHES, removed=HASHES)
+    def change(self, name: str, layout: int, stored: list[int], removed: list[int]) -> None:
+        epoch, seq = self.seqs.get(name, (1, 0))
+        asked = self.mirror.apply(Residency(name, epoch, seq + 1, layout, 2, stored, removed, 0), 0.0)
+        assert asked == (name not in self.seqs)
+        if asked:
+            self.mirror.give_up_snapshot(name)
+        else:
+            self.seqs[name] = epoch, seq + 1
+            self.held[name][layout] -= set(removed)
+            self.held[name][layout] |= set(stored)
+
+    @rule(name=TARGETS, held=st.lists(st.tuples(LAYOUTS, HASHES), min_size=1, max_size=4))
+    def restart(self, name: str, held: list[tuple[int, list[int]]]) -> None:
+        epoch = self.seqs.get(name, (1, 0))[0] + 1
+        assert self.mirror.apply(Residency(name, epoch, 3, 7, 2, [99], [], 0), 0.0)
+        pages = [SnapshotPage(name, epoch, 3, 5, len(held), of, array("Q", hashes).tobytes()) for of, hashes in held]
+        assert self.mirror.apply_snapshot(pages)
+        self.seqs[name] = epoch, 3
+        self.held[name] = defaultdict(set)
+        for of, hashes in held:
+            self.held[name][of] |= set(hashes)
+
+    @rule(name=TARGETS)
+    def lose(self, name: str) -> None:
+        for other in self.seqs.keys() - {name}:
+            epoch, seq = self.seqs[other]
+            self.mirror.apply(Residency(other, epoch, seq, 7, 2, [], [], 0), 100.0)
+        self.mirror.forget_silent(100.0)
+        self.seqs.pop(name, None)
+        self.held.pop(name, None)
+        for view in self.mirror._views.values():
+            view.heard = 0.0
+
+    @invariant()
+    def says_what_is_held(self) -> None:
+        asked = [*range(1, 41), 99, *range((1 << 64) - 5, 1 << 64)]
+        for layout in (7, 8):
+            for router_hash, target in zip(asked, self.mirror.locate(layout, asked, 0.0), strict=True):
+                holders = {one for one, held in self.held.items() if router_hash in held[layout]}
+                assert target in holders if holders else target is None
+        counts = self.mirror.counts(0.0)
+        for target, held in self.held.items():
+            assert counts.get(target, 0) == sum(map(len, held.values()))
+
+
+TestMirrorMachine = MirrorMachine.TestCase
+TestMirrorMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def mirrored(held: Iterable[int], **options: int) -> tuple[Holdings, Mirror]:
+    holdings, mirror = Holdings(epoch=5, held=held), Mirror(**options)  # type: ignore[arg-type]
+    mirror.apply(holdings.announcer.announcements()[0], 0.0)
+    assert mirror.apply_snapshot(holdings.snapshot())
+    return holdings, mirror
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (Residency("t", 5, -1, 7, 2, [2], [], 0), "number out of range"),
+        (Residency("t", 5, 2, 1 << 64, 2, [2], [], 0), "number out of range"),
+        (Residency("t", 5, 2, 7, -2, [2], [], 0), "number out of range"),
+        (Residency("t", 4, 2, 7, 2, [2], [1], 0), "old epoch"),
+        (Residency("t", 5, 2, 7, 2, [2] * 70_000, [], 0), "too many changes"),
+        (Residency("t" * 300, 5, 2, 7, 2, [2], [], 0), "name too long"),
+        (Residency("t", 5, 2, 7, 2, [2, -3], [1], 0), "hash out of range"),
+        (Residency("t", 5, 2, 7, 2, [2], [1 << 64], 0), "hash out of range"),
+    ],
+)
+def test_what_cannot_be_right_is_ignored_and_counted(message: Residency, reason: str) -> None:
+    _, mirror = mirrored([1])
+    assert not mirror.apply(message, 1.0)
+    assert mirror.ignored == {reason: 1}
+    assert known(mirror, [1, 2]) == {1}
+
+
+def test_a_hash_out_of_range_leaves_a_gap() -> None:
+    holdings, mirror = mirrored([1])
+    holdings.announcer.announcements()
+    mirror.apply(Residency("t", 5, 2, 7, 2, [-1], [], 0), 0.0)
+    assert mirror.apply(holdings.announcer.announcements()[0], 0.0)
+    assert mirror.apply_snapshot(holdings.snapshot())
+    assert mirror.resyncs == 2
+
+
+def test_snapshots_that_cannot_be_right_are_ignored() -> None:
+    _, mirror = mirrored([1])
+    page = SnapshotPage("t", 5, 1, 9, 1, 7, bytes(8))
+    assert not mirror.apply_snapshot([SnapshotPage("t", 5, 1, 9, 1, 7, b"odd")])
+    assert not mirror.apply_snapshot([page, SnapshotPage("u", 5, 1, 9, 1, 7, b"")])
+    assert not mirror.apply_snapshot([SnapshotPage("t", 4, 1, 9, 1, 7, bytes(8))])
+    assert not mirror.apply_snapshot([SnapshotPage("nobody", 5, 1, 9, 1, 7, bytes(8))])
+    assert mirror.ignored == {"snapshot": 2, "old epoch": 1}
+    assert known(mirror, [1]) == {1}
+
+
+def test_a_target_whose_epochs_begin_anew_is_believed_after_a_silence() -> None:
+    _, mirror = mirrored([1])
+    again = Holdings(epoch=1, held=[2])
+    assert not mirror.apply(again.announcer.announcements()[0], 100.0)
+    mirror.forget_silent(100.0)
+    assert mirror.apply(again.announcer.announcements()[0], 100.0)
+    assert mirror.apply_snapshot(again.snapshot())
+    assert known(mirror, [1, 2], 100.0) == {2}
+
+
+def test_entries_are_bounded() -> None:
+    holdings, mirror = mirrored(range(1, 9), max_entries=10)
+    for router_hash in range(5, 15):
+        holdings.store(router_hash)
+    mirror.apply(holdings.announcer.announcements()[0], 0.0)
+    assert mirror.counts(0.0) == {"t": 10}
+    assert mirror.ignored == {"no room": 4}
+    assert len(known(mirror, range(1, 15))) == 10
+    holdings.remove(1)
+    holdings.store(20)
+    mirror.apply(holdings.announcer.announcements()[0], 0.0)
+    assert known(mirror, [1, 20]) == {20}
+
+
+def test_targets_and_layouts_are_bounded() -> None:
+    mirror = Mirror()
+    for number in range(70):
+        mirror.apply(Residency(f"t{number}", 1, 1, 7, 2, [], [], 0), 0.0)
+        mirror.apply_snapshot([SnapshotPage(f"t{number}", 1, 1, 9, 1, number, b"1" * 8)])
+    assert mirror.ignored == {"too many targets": 6}
+    for number in range(70, 80):
+        mirror.apply(Residency("t0", 1, number - 68, number, 2, [1], [], 0), 0.0)
+    assert mirror.ignored["too many layouts"] == 10
+    assert mirror.ages(3.0)["t0"] == 3.0
+
+
+async def test_over_nats_two_mirrors_follow_two_targets(nats_url: str, seed: int) -> None:
+    chance = random.Random(seed)
+    line = await Bus.connect(nats_url, "test")
+    mirrors = [Mirror(), Mirror()]
+    targets = [Holdings("10.0.0.1:7600", held=range(1, 50)), Holdings("10.0.0.2:7600", epoch=9, held=range(50, 60))]
+    tasks = [asyncio.create_task(residency.announce(one.announcer, line, "test")) for one in targets]
+    tasks.append(asyncio.create_task(residency.follow(mirrors[0], line, "test")))
+    for _ in range(200):
+        target = chance.choice(targets)
+        (target.store if chance.random() < 0.7 else target.remove)(chance.randrange(1, 100))
+        if chance.random() < 0.1:
+            await asyncio.sleep(0.02)
+    tasks.append(asyncio.create_task(residency.follow(mirrors[1], line, "test")))  # late to the party
+    held = set(targets[0].held) | set(targets[1].held)
+    clock = asyncio.get_running_loop().time
+    for mirror in mirrors:
+        deadline = clock() + 20
+        while (found := known(mirror, range(1, 101), clock())) != held and clock() < deadline:
+            await asyncio.sleep(0.05)
+        assert found == held
+    for task in tasks:
+        task.cancel()
+    await line.close()

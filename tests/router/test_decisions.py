@@ -1,0 +1,52 @@
+"""What is counted, logged and kept of decisions, and shown of the bus."""
+
+import time
+
+import pytest
+from prometheus_client import generate_latest
+
+from components.pricing.cost import Candidate, Policy, Speeds, choose
+from components.router.decisions import Decisions
+from components.router.speeds import LiveSpeeds
+from kvstore.bus.messages import Residency, WorkerReport
+from kvstore.bus.residency import Mirror
+
+SPEEDS = Speeds(0.04, 1e-4, 0.0, 25e9, 10e9, 0.002)
+POLICY = Policy(gpu_price=0.5, pressure_seconds=0.2)
+
+
+def test_regret_is_what_another_worker_would_have_saved() -> None:
+    decisions = Decisions(16)
+    fast, slow = Candidate(1, SPEEDS), Candidate(2, SPEEDS, queued_prefill_tokens=1000)
+    chosen, choices = choose([fast, slow], 2200, 16, POLICY)
+    other = choices[1].ttft_seconds
+    for name, took in (("stands", other / 2), ("regretted", other + 0.3)):
+        decisions.decided(name, 2200, chosen, choices)
+        decisions.first_token(name, chosen, took)
+    decisions.decided("alone", 2200, *choose([fast], 2200, 16, POLICY))
+    decisions.first_token("alone", chosen, 9.0)
+    shown = generate_latest(decisions.registry).decode()
+    assert 'kvtier_router_regret_seconds_bucket{le="0.0"} 1.0' in shown
+    assert "kvtier_router_regret_seconds_count 2.0" in shown
+    assert float(shown.partition("kvtier_router_regret_seconds_sum ")[2].split()[0]) == pytest.approx(0.3)
+    found = decisions.find("stands")
+    assert found is not None
+    assert found.other_ttft_seconds == pytest.approx(other)
+
+
+def test_what_came_over_the_bus_is_shown() -> None:
+    decisions, live, mirror = Decisions(16), LiveSpeeds(SPEEDS), Mirror()
+    decisions.watch(live, mirror, {"Residency": 3})
+    live.heard_worker(WorkerReport("26", "d.b.g", 7, 16, 1, 1000, 0, fetched_chunks={"hit": 5, "miss": 2}))
+    live.heard_worker(WorkerReport("x", "d.b.g", 7, 16, 1, 1000, 0))
+    mirror.apply(Residency("t:1", 5, 1, 0, 0, [], [], 0), time.monotonic())
+    mirror.apply(Residency("t:2", -1, 1, 0, 0, [], [], 0), time.monotonic())
+    shown = generate_latest(decisions.registry).decode()
+    for line in (
+        'kvtier_router_messages_undecoded_total{kind="Residency"} 3.0',
+        'kvtier_router_fetched_chunks_total{outcome="miss",worker="1a"} 2.0',
+        'kvtier_router_reports_ignored_total{reason="worker id"} 1.0',
+        'kvtier_router_mirror_ignored_total{reason="number out of range"} 1.0',
+        'kvtier_router_mirror_age_seconds{target="t:1"}',
+    ):
+        assert line in shown
