@@ -338,6 +338,8 @@ class Router:
             if not choice.fetch_chunks:
                 self._speeds.observed(worker, choice.ttft_seconds, took)
             begun, tokens = self._clock(), 0
+            # It names the worker. To the frontend that is this router: it would log an error for each answer.
+            first.pop("routing_data", None)
             yield first
             while (output := await client.next_of(outputs)) is not None:
                 tokens += _tokens(output)

@@ -89,7 +89,7 @@ class KvRouter:
             if worker in self.silent:
                 await asyncio.sleep(60)
             for number in range(5):
-                yield {"token_ids": [number]}
+                yield {"token_ids": [number], **({} if number else {"routing_data": {"worker_id": worker}})}
                 await asyncio.sleep(0)
         finally:
             self.closed.append(worker)
@@ -152,7 +152,8 @@ async def test_the_chosen_worker_is_pinned_and_given_the_plan() -> None:
             "sampling_options": {"extra_args": {"kv_transfer_params": {"theirs": 1}, FIELD: {"v": 1}}},
         },
     }
-    assert len(await serve(router, request)) == 5
+    outputs = await serve(router, request)
+    assert outputs == [{"token_ids": [number]} for number in range(5)]  # to the frontend, the router is the worker
     (sent,) = kv_router.sent
     assert sent["routing"] == {"priority": 3, "backend_instance_id": 1, "dp_rank": 0}
     assert sent["extra_args"]["nvext"] == {"a": 1}
