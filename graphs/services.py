@@ -234,6 +234,8 @@ def _disaggregated(mode: str, tier: Mapping[str, Setting] | None, *, on_gpu: boo
         options = validated(Options, {key.replace("-", "_"): value for key, value in tier.items()})
         command, _ = compose(options, [])
         ours = json.loads(command[command.index("--kv-transfer-config") + 1])
+        # MultiConnector refuses two different wishes for the layout, and NIXL has one.
+        ours["kv_connector_extra_config"]["kv_cache_layout"] = None
         transfer = {
             "kv_connector": "MultiConnector",
             "kv_role": "kv_both",
@@ -270,9 +272,7 @@ def _router(workers: str, worker_type: str, settings: Settings, deployment: Depl
         port = _port(settings, "system-port", replica, place)
         page = page_address(deployment, replica)
         command = [place.python, "-m", "components.router", *as_flags({**flags, **({"page": page} if page else {})})]
-        # Without it /health of a process that is no engine stays at 503.
-        health = {"DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS": '["generate"]'}
-        env = {**runtime_env(deployment), **health, **env, "DYN_SYSTEM_PORT": str(port)}
+        env = {**runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)}
         processes.append(
             Process(
                 f"Router-{replica}",
@@ -283,6 +283,7 @@ def _router(workers: str, worker_type: str, settings: Settings, deployment: Depl
                 port,
                 ready_line="components.router: ready",
                 ready_url=f"http://127.0.0.1:{port}/health",
+                ready_text='"generate":"ready"',
                 listens=[f"127.0.0.1:{port}", *([page] if page else [])],
             )
         )
@@ -479,7 +480,7 @@ def _port(settings: Settings, key: str, replica: int, place: Place, default: int
 
 def free_port() -> int:
     """A port that nobody listens on now, and that was not given lately, below those that the kernel gives to outgoing
-    connections. Dynamo 1.4.2 reads its system port as 16 bits with a sign, so higher ones would not do for every use
+    connections. Dynamo reads its system port as 16 bits with a sign, so higher ones would not do for every use
     anyway."""
     while True:
         port = _chance.randrange(10_000, _PORT_MAX)

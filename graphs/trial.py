@@ -184,7 +184,7 @@ class Trial:
             "stream_options": {"include_usage": True},
         }
         if worker:
-            body["nvext"] = {"backend_instance_id": await self.worker_id(worker)}
+            body["nvext"] = {"prefill_worker_id": await self.worker_id(worker)}
         answer = Answer("", [], 0, 0.0)
         started = time.perf_counter()
         async with aclosing(self.stream(body)) as parts:

@@ -9,7 +9,6 @@
       remote_storage_plugin.kvtier.namespace: default
       remote_storage_plugin.kvtier.deadline_ms: 2000
 
-and PYTHONHASHSEED, the same for every worker, in the environment. `store` may be `etcd://host:port`, too; several
-stores are `kvtier.NAME` each. LMCache does not say which weights it runs, only their name: workers that share a store
-must give one name to one checkpoint.
+`store` may be `etcd://host:port`, too; several stores are `kvtier.NAME` each. LMCache does not say which weights it
+runs, only their name: workers that share a store must give one name to one checkpoint.
 """

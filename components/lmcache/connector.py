@@ -211,7 +211,7 @@ class KvtierConnector(RemoteConnector):
         """What decides the meaning of a chunk's bytes, beside what its key says."""
         return {
             "engine": f"lmcache {lmcache.__version__}",
-            "hash": [context.config.pre_caching_hash_algorithm, os.environ["PYTHONHASHSEED"]],
+            "hash": context.config.pre_caching_hash_algorithm,
             "chunk_tokens": context.metadata.chunk_size,
             "kv": [list(context.metadata.kv_shape), str(context.metadata.kv_dtype)],
             "format": self.meta_fmt.name,
@@ -263,18 +263,17 @@ def read_options(plugin: str, extra: Mapping[str, object]) -> Options:
 
 def _check(config: LMCacheEngineConfig) -> None:
     """Raises ConfigError for what the store cannot keep or share, and warns of what it keeps less well."""
-    seed = os.environ.get("PYTHONHASHSEED", "")
+    algorithm = config.pre_caching_hash_algorithm
     for name, value, accepted, expected in (
         ("use_layerwise", config.use_layerwise, not config.use_layerwise, "False: the store keeps whole chunks"),
         ("remote_serde", config.remote_serde, config.remote_serde == "naive", "naive: others vary in length"),
-        ("PYTHONHASHSEED", seed, seed.isdigit(), "a number, the same on every worker, or they share no chunks"),
+        # Others begin with a seed of each process, and two prompts may share a hash.
+        ("pre_caching_hash_algorithm", algorithm, algorithm.startswith("sha256"), "sha256_cbor or sha256"),
     ):
         if not accepted:
             raise ConfigError(name, value, expected)
     if config.save_unfull_chunk:
         logger.warning("save_unfull_chunk: the unfull chunk at the end of a prompt is not kept in the store")
-    if config.pre_caching_hash_algorithm == "builtin":
-        logger.warning("pre_caching_hash_algorithm: two prompts may share a builtin hash; sha256_cbor is stronger")
 
 
 def _drop(fetch: Future[Found]) -> None:

@@ -133,6 +133,9 @@ async def serve(runtime: Any, options: Options) -> None:
     cards.start_tracking()
     block_tokens = await _first_card(cards, workers, options)
 
+    prefill = options.worker_type == "prefill"
+    component = "kvtier-prefill-router" if prefill else "kvtier-router"
+    public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.{component}.generate")
     kv_router = KvRouter(worker_endpoint, block_tokens, KvRouterConfig())
     router = Router(
         kv_router,
@@ -143,6 +146,7 @@ async def serve(runtime: Any, options: Options) -> None:
         policy=Policy(options.gpu_price, options.pressure_ms / 1e3, options.stall_price),
         deadline_ms=(min(100, options.deadline_ms), options.deadline_ms),
         session_idle_seconds=options.session_affinity_seconds,
+        own_id=public.connection_id(),
     )
     tasks = [
         asyncio.create_task(residency.follow(mirror, line, namespace)),
@@ -154,9 +158,6 @@ async def serve(runtime: Any, options: Options) -> None:
     page = await open_page(options.page, feed, explain)
     if page is not None:
         tasks.append(asyncio.create_task(feed.run()))
-    prefill = options.worker_type == "prefill"
-    component = "kvtier-prefill-router" if prefill else "kvtier-router"
-    public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.{component}.generate")
     # With the labels of Dynamo's own series.
     register_engine_metrics_callback(
         endpoint=public,
@@ -177,6 +178,7 @@ async def serve(runtime: Any, options: Options) -> None:
         needs=[[WorkerType.Decode]] if prefill else None,
     )
     gc.freeze()  # of all that was imported a full collection takes 10 to 20 ms, in which nothing is decided
+    runtime.set_health_status(True)  # /health of a process that is no engine stays at 503 otherwise
     print(f"components.router: ready for {options.model_name}, blocks of {block_tokens} tokens", flush=True)
     try:
         await public.serve_endpoint(router.generate, graceful_shutdown=True)

@@ -16,12 +16,14 @@ class Constraints(msgspec.Struct, frozen=True):
     required_taints: frozenset[str]
 
     @classmethod
-    def of(cls, routing: Mapping[str, Any]) -> Self:
+    def of(cls, routing: Mapping[str, Any], own_id: int | None = None) -> Self:
+        """To a frontend this router, `own_id`, is a worker: it may say that it chose it, and refuses a client's
+        backend_instance_id that is none of its own. It passes prefill_worker_id on: so a client names a worker."""
         allowed = routing.get("allowed_worker_ids")
         constraints = routing.get("routing_constraints") or {}
         return cls(
-            routing.get("backend_instance_id"),
-            routing.get("dp_rank"),
+            _first(routing, ("prefill_worker_id", "backend_instance_id"), own_id),
+            _first(routing, ("prefill_dp_rank", "dp_rank")),
             None if allowed is None else frozenset(allowed),
             frozenset(constraints.get("required_taints") or ()),
         )
@@ -33,3 +35,7 @@ class Constraints(msgspec.Struct, frozen=True):
             and (self.allowed_workers is None or worker in self.allowed_workers)
             and self.required_taints <= taints
         )
+
+
+def _first(routing: Mapping[str, Any], names: tuple[str, ...], but: int | None = None) -> int | None:
+    return next((routing[name] for name in names if routing.get(name) not in (None, but)), None)

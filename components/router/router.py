@@ -34,6 +34,9 @@ ATTEMPTS = 3
 # A worker that failed is not chosen for this long, unless there is no other: discovery takes seconds to notice.
 SUSPECT_SECONDS = 10.0
 
+# How the text of an error in Dynamo's stream begins.
+_INVALID, _GONE = "InvalidRequest: ", "Unavailable: "
+
 Request = dict[str, Any]
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -73,10 +76,15 @@ class WorkerError(Exception):
     """The worker answered with an error: its own fault, or the request's."""
 
 
+class WorkerGone(Exception):
+    """The worker ended before its answer did."""
+
+
 class Router:
     """Serves `generate` for one model. For one event loop.
 
-    `kv_router` is a dynamo.llm.KvRouter on the workers' endpoint with `block_tokens`.
+    `kv_router` is a dynamo.llm.KvRouter on the workers' endpoint with `block_tokens`; `own_id` is the router's own
+    instance id, as frontends know it.
     """
 
     def __init__(
@@ -90,6 +98,7 @@ class Router:
         policy: Policy,
         deadline_ms: tuple[int, int] = (100, 2000),
         session_idle_seconds: float = 0.0,
+        own_id: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._kv_router = kv_router
@@ -100,6 +109,7 @@ class Router:
         self._policy = policy
         self._deadline_ms = deadline_ms
         self._sessions = Sessions(session_idle_seconds)
+        self._own_id = own_id
         self._clock = clock
         self._suspects: dict[int, float] = {}
         # By worker, for prompts whose first token is still to come: what they fetch, which Dynamo's books on load
@@ -128,8 +138,12 @@ class Router:
     async def generate(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Dynamo's handler: a preprocessed request in, the worker's outputs out."""
         failed: set[int] = set()
+        last: Exception | None = None
         for attempt in range(1, ATTEMPTS + 1):
-            decided = await self.decide(request, failed)
+            try:
+                decided = await self.decide(request, failed)
+            except NoWorker as error:
+                raise _for_the_client(last or error) from None
             choice, decision_id = decided.chosen, decided.id
             started, outcome = False, "left"  # what a caller that drops this generator leaves behind
             try:
@@ -147,8 +161,9 @@ class Router:
             except Exception as error:
                 outcome = "failed"
                 if started or attempt == ATTEMPTS:
-                    raise
+                    raise _for_the_client(error) from None
                 logger.warning("decision %s: worker %s failed: %s", decision_id, label(choice), error)
+                last = error
                 failed.add(choice.candidate.worker)
                 if not isinstance(error, WorkerError):
                     self._suspect({choice.candidate.worker})
@@ -188,7 +203,7 @@ class Router:
             logger.warning("Dynamo's router does not say what workers hold: %s", error)
             overlaps, loads = self._nothing_known(), []
         asked = time.perf_counter()
-        candidates = self._candidates(overlaps, loads, hashes, Constraints.of(routing), failed, fell_back)
+        candidates = self._candidates(overlaps, loads, hashes, Constraints.of(routing, self._own_id), failed, fell_back)
         located = time.perf_counter()
         now = self._clock()
         self._suspects = {worker: until for worker, until in self._suspects.items() if until > now}
@@ -323,6 +338,8 @@ class Router:
             if not choice.fetch_chunks:
                 self._speeds.observed(worker, choice.ttft_seconds, took)
             begun, tokens = self._clock(), 0
+            # It names the worker. To the frontend that is this router: it would log an error for each answer.
+            first.pop("routing_data", None)
             yield first
             while (output := await client.next_of(outputs)) is not None:
                 tokens += _tokens(output)
@@ -385,6 +402,17 @@ def _added(amounts: defaultdict[Key, int], key: Key, amount: int) -> Iterator[No
             del amounts[key]
 
 
+def _for_the_client(error: Exception) -> Exception:
+    """The frontend makes 400 of InvalidArgument, with its text, and 500 of others. Do not raise Dynamo's errors for a
+    worker that is not reached: the frontend would take this router for dead."""
+    text = str(error)
+    if isinstance(error, WorkerError) and text.startswith(_INVALID):
+        from dynamo.llm.exceptions import InvalidArgument
+
+        return InvalidArgument(text.removeprefix(_INVALID))
+    return error
+
+
 def _tokens(output: dict[str, Any]) -> int:
     return len(output.get("token_ids") or ())
 
@@ -403,16 +431,16 @@ class _Client:
     def __exit__(self, *_: object) -> None:
         self._gone.cancel()
 
-    async def next_of(self, outputs: AsyncIterator[dict[str, Any] | None]) -> dict[str, Any] | None:
-        """None at the end. Raises WorkerError."""
+    async def next_of(self, outputs: AsyncIterator[dict[str, Any]]) -> dict[str, Any] | None:
+        """None at the end. Raises WorkerError and WorkerGone."""
         try:
             # Not anext(): of Dynamo's stream this is a future already, which needs no task around it for each token.
-            output = await self.waits_for(outputs.__anext__())
+            return await self.waits_for(outputs.__anext__())
         except StopAsyncIteration:
             return None
-        if output is None:  # how Dynamo's router passes on an error; its text is in the worker's log
-            raise WorkerError("it answered with an error")
-        return output
+        except ValueError as error:  # how Dynamo's stream passes an error on: "Internal: what the worker says"
+            text = str(error)
+            raise (WorkerGone if text.startswith(_GONE) else WorkerError)(text) from None
 
     async def waits_for(self, result: Awaitable[Result]) -> Result:
         """Raises Disconnected as soon as the client is gone: no output need come that would show it."""

@@ -46,7 +46,7 @@ class Asker:
         """The answer's tokens; pinned to `worker`, if one is named."""
         body: dict[str, Any] = {"model": MODEL, "prompt": tokens, "max_tokens": answer, "ignore_eos": True}
         if worker:
-            body["nvext"] = {"backend_instance_id": int(worker, 16)}
+            body["nvext"] = {"prefill_worker_id": int(worker, 16)}
         async with self.cluster.http.post(f"{self.cluster.url}/v1/completions", json=body) as reply:
             assert reply.status == 200, await reply.text()
             return int((await reply.json())["usage"]["completion_tokens"])

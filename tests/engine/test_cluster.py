@@ -72,7 +72,7 @@ async def test_tenants_do_not_share_chunks(trial: Trial) -> None:
             "messages": prompt,
             "max_tokens": 2,
             "stream": True,
-            "nvext": {"cache_salt": salt, "backend_instance_id": await trial.worker_id(worker)},
+            "nvext": {"cache_salt": salt, "prefill_worker_id": await trial.worker_id(worker)},
         }
         async for _ in trial.stream(body):
             pass

@@ -1,6 +1,7 @@
 """What is rendered is what is committed, has the shape its readers ask for, and runs the commands that exist."""
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -151,8 +152,11 @@ def test_prefill_workers_have_the_tier_beside_nixl(tmp_path: Path) -> None:
     deployment = load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", [], tmp_path)
     processes = {process.name: process for process in deployment.processes()}
     prefill, decode = processes["PrefillWorker-0"], processes["DecodeWorker-0"]
-    assert any("MultiConnector" in word for word in prefill.command)
-    assert any("KvtierConnector" in word for word in prefill.command)
+    transfer = json.loads(prefill.command[-1])
+    nixl, ours = transfer["kv_connector_extra_config"]["connectors"]
+    names = [one["kv_connector"] for one in (transfer, nixl, ours)]
+    assert names == ["MultiConnector", "NixlConnector", "KvtierConnector"]
+    assert ours["kv_connector_extra_config"]["kv_cache_layout"] is None  # NIXL asks for one, and they must agree
     assert " --endpoint dynamo.prefill.generate" in " ".join(prefill.command)
     ports = [process.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] for process in (prefill, decode)]
     assert len(set(ports)) == 2

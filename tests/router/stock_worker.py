@@ -1,10 +1,12 @@
 """A worker of Dynamo's own API without an engine: `python -m tests.router.stock_worker MODEL ENDPOINT [ROLE] [NAME]`.
 
 What an aggregated one does with a request is the first of its token ids, one of WAYS. A prefill worker hands something
-to a decode worker, which answers what it was given.
+to a decode worker, which answers what it was given. A showing one answers with what could reach the engine beside the
+prompt, as JSON in the small model's tokens.
 """
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -15,6 +17,7 @@ import uvloop
 # It answers; it raises before or after its first token; it never has a token, or never another one; it dies.
 WAYS = FINISH, FAIL_AT_ONCE, FAIL_LATER, SILENT, STUCK, DIE = range(6)
 BLOCK_TOKENS = 16
+SHOWN = ("extra_args", "sampling_options", "kv_hint", "prefill_result")
 
 
 async def generate(request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
@@ -46,6 +49,13 @@ async def decode(request: dict[str, Any], context: Any) -> AsyncIterator[dict[st
     yield {"token_ids": [computed], "finish_reason": "length"}
 
 
+async def show(request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
+    if len(request["token_ids"]) == 1:
+        raise ValueError("one token is too few")
+    shown = json.dumps({name: request.get(name) for name in SHOWN}, separators=(",", ":"))
+    yield {"token_ids": [ord(character) - ord("!") for character in shown], "finish_reason": "length"}
+
+
 def main() -> None:
     from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
     from dynamo.runtime import dynamo_worker
@@ -56,6 +66,7 @@ def main() -> None:
         role, name = [*sys.argv[3:], *("aggregated", "stock")[len(sys.argv) - 3 :]]
         surface, worker_type, needs, handler = {
             "aggregated": (ModelType.Chat, WorkerType.Aggregated, None, generate),
+            "showing": (ModelType.Chat, WorkerType.Aggregated, None, show),
             "prefill": (ModelType.Prefill, WorkerType.Prefill, [[WorkerType.Decode]], prefill),
             "decode": (ModelType.Completions, WorkerType.Decode, [[WorkerType.Prefill]], decode),
         }[role]

@@ -10,10 +10,11 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from dynamo.llm.exceptions import InvalidArgument
 from prometheus_client import generate_latest
 
 from components.pricing.cost import Policy, Speeds
-from components.router.router import NoWorker, Router, WorkerError
+from components.router.router import NoWorker, Router, WorkerError, WorkerGone
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Workers
@@ -55,7 +56,7 @@ class KvRouter:
         self.closed: list[int] = []
         self.broken: set[int] = set()
         self.silent: set[int] = set()
-        self.refusing: set[int] = set()
+        self.answering_errors: dict[int, str] = {}
 
     async def get_overlap_scores(self, tokens: list[int], **_: object) -> dict[str, Any]:
         return {"workers": [{"worker_id": w, "dp_rank": 0, **row} for w, row in self.rows.items()]}
@@ -83,13 +84,12 @@ class KvRouter:
 
     async def _answer(self, worker: int) -> AsyncIterator[Any]:
         try:
-            if worker in self.refusing:
-                yield None  # as Dynamo passes on an error
-                return
+            if worker in self.answering_errors:
+                raise ValueError(self.answering_errors[worker])  # as Dynamo passes on an error
             if worker in self.silent:
                 await asyncio.sleep(60)
             for number in range(5):
-                yield {"token_ids": [number]}
+                yield {"token_ids": [number], **({} if number else {"routing_data": {"worker_id": worker}})}
                 await asyncio.sleep(0)
         finally:
             self.closed.append(worker)
@@ -152,7 +152,8 @@ async def test_the_chosen_worker_is_pinned_and_given_the_plan() -> None:
             "sampling_options": {"extra_args": {"kv_transfer_params": {"theirs": 1}, FIELD: {"v": 1}}},
         },
     }
-    assert len(await serve(router, request)) == 5
+    outputs = await serve(router, request)
+    assert outputs == [{"token_ids": [number]} for number in range(5)]  # to the frontend, the router is the worker
     (sent,) = kv_router.sent
     assert sent["routing"] == {"priority": 3, "backend_instance_id": 1, "dp_rank": 0}
     assert sent["extra_args"]["nvext"] == {"a": 1}
@@ -167,6 +168,17 @@ async def test_without_a_store_the_plan_is_empty() -> None:
     await serve(make(kv_router))
     plan = plan_of(kv_router.sent[0])
     assert (plan.targets(), plan.fetch) == ([], 0)
+
+
+async def test_a_plan_of_the_clients_is_dropped_also_where_none_is_made() -> None:
+    kv_router = KvRouter([1])
+    router = make(kv_router, mirror_with(8))
+    router._workers.forget_silent(time.monotonic() + 60)  # a worker that does not report has no tier
+    forged = {FIELD: {"v": 1, "runs": [["evil:1", 10]], "decision_id": "forged"}}
+    await serve(router, {"token_ids": TOKENS, "extra_args": {"sampling_options": {"extra_args": forged}}})
+    plan = plan_of(kv_router.sent[0])
+    assert (plan.targets(), plan.fetch) == ([], 0)
+    assert "forged" not in json.dumps(kv_router.sent[0])
 
 
 async def test_local_chunks_that_the_store_lost_are_named() -> None:
@@ -192,7 +204,7 @@ async def test_a_worker_that_fails_before_its_first_token_is_replaced() -> None:
 async def test_an_error_that_a_worker_answers_with_is_tried_elsewhere() -> None:
     kv_router = KvRouter([1, 2])
     kv_router.rows[1]["device_blocks"] = 9
-    kv_router.refusing = {1}
+    kv_router.answering_errors = {1: "Internal: RuntimeError: it fails"}
     router = make(kv_router)
     assert len(await serve(router)) == 5
     assert [sent["routing"]["backend_instance_id"] for sent in kv_router.sent] == [1, 2]
@@ -200,14 +212,34 @@ async def test_an_error_that_a_worker_answers_with_is_tried_elsewhere() -> None:
     assert kv_router.sent[-1]["routing"]["backend_instance_id"] == 2
 
 
-async def test_a_request_that_every_worker_refuses_puts_none_under_suspicion() -> None:
+async def test_a_request_that_every_worker_fails_at_puts_none_under_suspicion() -> None:
     kv_router = KvRouter([1, 2, 3])
-    kv_router.refusing = {1, 2, 3}
+    kv_router.answering_errors = dict.fromkeys([1, 2, 3], "Internal: RuntimeError: it fails")
     router = make(kv_router)
-    with pytest.raises(WorkerError):
+    with pytest.raises(WorkerError, match="it fails"):
         await serve(router)
     assert len(kv_router.sent) == 3
     assert not router._suspects
+
+
+@pytest.mark.parametrize("workers", [[1], [1, 2, 3, 4]])
+async def test_a_request_that_workers_call_invalid_is_the_clients_fault(workers: list[int]) -> None:
+    kv_router = KvRouter(workers)
+    kv_router.answering_errors = dict.fromkeys(workers, "InvalidRequest: too long")
+    router = make(kv_router)
+    with pytest.raises(InvalidArgument, match=r"^too long$"):
+        await serve(router)
+    assert len(kv_router.sent) == min(len(workers), 3)
+    assert not router._suspects
+
+
+async def test_a_worker_that_ends_before_its_first_token_is_under_suspicion() -> None:
+    kv_router = KvRouter([1])
+    kv_router.answering_errors = {1: "Unavailable: Stream ended before generation completed"}
+    router = make(kv_router)
+    with pytest.raises(WorkerGone, match="Stream ended"):
+        await serve(router)
+    assert set(router._suspects) == {1}
 
 
 async def test_when_all_fail_the_client_hears_of_it() -> None:
@@ -226,11 +258,14 @@ async def test_without_workers_the_client_hears_of_it() -> None:
 async def test_a_client_may_name_the_worker() -> None:
     kv_router = KvRouter([1, 2])
     kv_router.rows[1]["device_blocks"] = 9
-    router = make(kv_router)
-    await serve(router, {"token_ids": TOKENS, "routing": {"backend_instance_id": 2}})
-    assert kv_router.sent[0]["routing"]["backend_instance_id"] == 2
-    with pytest.raises(NoWorker):
-        await serve(router, {"token_ids": TOKENS, "routing": {"backend_instance_id": 9}})
+    router = make(kv_router, own_id=77)
+    for name in ("backend_instance_id", "prefill_worker_id"):
+        await serve(router, {"token_ids": TOKENS, "routing": {name: 2}})
+        assert kv_router.sent[-1]["routing"]["backend_instance_id"] == 2
+        with pytest.raises(NoWorker):
+            await serve(router, {"token_ids": TOKENS, "routing": {name: 9}})
+        await serve(router, {"token_ids": TOKENS, "routing": {name: 77}})  # the frontend's word for this router
+        assert kv_router.sent[-1]["routing"]["backend_instance_id"] == 1
 
 
 @pytest.mark.parametrize(
@@ -244,6 +279,7 @@ async def test_a_client_may_name_the_worker() -> None:
         ({"allowed_worker_ids": [1], "backend_instance_id": 2}, set()),
         ({"dp_rank": 0}, {1, 2}),
         ({"dp_rank": 1}, set()),
+        ({"prefill_dp_rank": 1, "dp_rank": 0}, set()),
     ],
 )
 async def test_workers_that_dynamo_would_not_take_are_no_candidates(routing: dict[str, Any], workers: set[int]) -> None:

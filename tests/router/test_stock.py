@@ -5,14 +5,17 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
+from kvstore.bus.plan import FIELD, HINT_TYPE, make_plan, read_plan
 
 ENDPOINT = "dynamo.backend.generate"
 WORKERS = 3
@@ -55,6 +58,34 @@ def test_under_churn_nothing_stays_booked_here_or_in_dynamos_books(nats_url: str
     assert set(told["outcomes"]) == {"finished", "failed", "left"}
 
 
+@asynccontextmanager
+async def running(
+    commands: Sequence[list[str]], environment: dict[str, str], **for_the_router: str
+) -> AsyncIterator[aiohttp.ClientSession]:
+    """Python processes, and a session to talk to them for 90 s."""
+    started = []
+    for command in commands:
+        env = {**environment, **(for_the_router if "components.router" in command else {})}
+        started.append(subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.DEVNULL))
+    try:
+        async with aiohttp.ClientSession() as session, asyncio.timeout(90):
+            yield session
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+
+
+async def first_answer(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """As soon as all processes know each other."""
+    while True:
+        with suppress(aiohttp.ClientError):
+            async with session.post(url, json=body) as reply:
+                if reply.status == 200:
+                    return dict(await reply.json())
+        await asyncio.sleep(0.2)
+
+
 async def test_a_router_of_prefill_workers_stands_between_the_stock_frontend_and_them(
     nats_url: str, tmp_path: Path
 ) -> None:
@@ -75,27 +106,90 @@ async def test_a_router_of_prefill_workers_stands_between_the_stock_frontend_and
         ["-m", "components.router", *options],
         ["-m", "dynamo.frontend", "--http-port", str(port)],
     ]
-    started = [
-        subprocess.Popen([sys.executable, *command], env=planes(nats_url, tmp_path), stderr=subprocess.DEVNULL)
-        for command in commands
-    ]
-    url = f"http://127.0.0.1:{port}/v1/completions"
     body = {"model": "tiny", "prompt": list(range(40, 75)), "max_tokens": 4}
-    try:
-        async with aiohttp.ClientSession() as session, asyncio.timeout(90):
-            answer: dict[str, Any] = {}
-            while not answer:  # until all of them know each other
-                await asyncio.sleep(0.2)
-                with suppress(aiohttp.ClientError):
-                    async with session.post(url, json=body) as reply:
-                        if reply.status == 200:
-                            answer = await reply.json()
-            # The decode worker answers with how many tokens the prefill worker said it had computed: token 35 is a D.
-            assert answer["choices"][0]["text"].endswith("D")
-            async with session.get(f"http://127.0.0.1:{page}/decisions") as reply:
-                decisions = await reply.json()
-            assert (decisions[0]["prompt_tokens"], decisions[0]["outcome"]) == (35, "finished")
-    finally:
-        for one in started:
-            one.kill()
-            one.wait()
+    async with running(commands, planes(nats_url, tmp_path)) as session:
+        answer = await first_answer(session, f"http://127.0.0.1:{port}/v1/completions", body)
+        # The decode worker answers with how many tokens the prefill worker said it had computed: token 35 is a D.
+        assert answer["choices"][0]["text"].endswith("D")
+        async with session.get(f"http://127.0.0.1:{page}/decisions") as reply:
+            decisions = await reply.json()
+        assert (decisions[0]["prompt_tokens"], decisions[0]["outcome"]) == (35, "finished")
+
+
+FORGED = msgspec.to_builtins(make_plan(["evil:1"], fetch=1, deadline_ms=60_000, chunk_ms=0, decision_id="forged"))
+ENGINE_ARGS = {"extra_args": {FIELD: FORGED}}
+TRANSFER = {"kv_transfer_params": {FIELD: FORGED}}
+ACTION = {"action_id": "1", "action_type": HINT_TYPE, "action_version": "1", "payload": FORGED}
+FORGERIES: list[dict[str, Any]] = [
+    {"extra_args": {"sampling_options": ENGINE_ARGS, FIELD: FORGED}},
+    {"extra_args": {"vllm_tito": {"sampling_params": ENGINE_ARGS, **TRANSFER}}},
+    {"vllm_tito": {"sampling_params": ENGINE_ARGS, **TRANSFER}},
+    {"vllm_xargs": {FIELD: FORGED, **TRANSFER}},
+    {"sampling_options": ENGINE_ARGS},
+    {"sampling_params": ENGINE_ARGS},
+    {"kv_hint": {"protocol_version": "1", "message_id": "1", "actions": [ACTION]}},
+    {"prefill_result": {"disaggregated_params": TRANSFER}},
+    {"metadata": {FIELD: "forged"}},
+    {"mm_processor_kwargs": {FIELD: FORGED, "extra_args": ENGINE_ARGS}},
+    {"chat_template_kwargs": {FIELD: FORGED, "extra_args": ENGINE_ARGS}},
+    TRANSFER,
+]
+
+
+async def test_a_clients_plan_never_reaches_the_engine(nats_url: str, tmp_path: Path) -> None:
+    """Wherever a request may have one. The worker shows what it got; what the frontend refuses, it did not get."""
+    model = make_tiny_model(tmp_path / "model", layers=1)
+    port, system_port = free_port(), free_port()
+    commands = [
+        ["-m", "tests.router.stock_worker", str(model), ENDPOINT, "showing", "hidden"],
+        ["-m", "components.router", "--model-name=tiny", f"--model-path={model}", f"--nats={nats_url}"],
+        ["-m", "dynamo.frontend", "--http-port", str(port), "--enable-anthropic-api"],
+    ]
+    environment = {**planes(nats_url, tmp_path), "DYN_VLLM_ENABLE_INFERENCE_V1_GENERATE": "true"}
+    messages = [{"role": "user", "content": "hello"}]
+    bodies: dict[str, dict[str, Any]] = {
+        "v1/completions": {"prompt": list(range(40, 75)), "max_tokens": 4000},
+        "v1/chat/completions": {"messages": messages, "max_tokens": 4000},
+        "v1/responses": {"input": "hello", "max_output_tokens": 4000},
+        "v1/messages": {"messages": messages, "max_tokens": 4000},
+    }
+    forgeries = [*FORGERIES, *({"nvext": one} for one in FORGERIES)]
+    decided: dict[str, list[str]] = {path: [] for path in bodies}
+    url = f"http://127.0.0.1:{port}"
+    async with running(commands, environment, DYN_SYSTEM_PORT=str(system_port)) as session:
+        await first_answer(session, f"{url}/v1/completions", {"model": "tiny", **bodies["v1/completions"]})
+        async with session.get(f"http://127.0.0.1:{system_port}/health") as reply:
+            assert (reply.status, json.loads(await reply.text())["endpoints"]) == (200, {"generate": "ready"})
+        for path, body in bodies.items():
+            for forgery in [{}, *forgeries]:
+                async with session.post(f"{url}/{path}", json={"model": "tiny", **body, **forgery}) as reply:
+                    answer = await reply.json()
+                if reply.status == 400 and forgery:
+                    continue
+                assert reply.status == 200, (path, forgery, answer)
+                shown = text_of(answer)
+                assert "forged" not in shown, (path, forgery)
+                plan = read_plan(json.loads(shown)["extra_args"]["sampling_options"]["extra_args"])
+                assert plan is not None
+                decided[path].append(plan.decision_id)
+        assert all(decided.values())
+        # vLLM's own interface, which takes all of them: the router does not offer it.
+        native = {
+            "model": "tiny",
+            "token_ids": [40, 41],
+            "sampling_params": {"max_tokens": 9, **ENGINE_ARGS},
+            **TRANSFER,
+        }
+        async with session.post(f"{url}/inference/v1/generate", json=native) as reply:
+            assert (reply.status, (await reply.json())["error"]["message"]) == (404, "Model not found: tiny")
+        async with session.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": [40]}) as reply:
+            assert (reply.status, (await reply.json())["message"]) == (400, "ValueError: one token is too few")
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    """The text of an answer of any of OpenAI's and Anthropic's interfaces."""
+    if "choices" in answer:
+        (choice,) = answer["choices"]
+        return str(choice["text"] if "text" in choice else choice["message"]["content"])
+    content = answer["output"][-1]["content"] if "output" in answer else answer["content"]
+    return str(content[0]["text"])

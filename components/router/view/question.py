@@ -22,6 +22,8 @@ class Routing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     backend_instance_id: int | None = None
     dp_rank: int | None = None
+    prefill_worker_id: int | None = None
+    prefill_dp_rank: int | None = None
     allowed_worker_ids: list[int] | None = None
     routing_constraints: dict[str, list[str]] | None = None
     lora_name: str | None = None
