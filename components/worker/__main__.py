@@ -48,9 +48,6 @@ class Options(CommonOptions):
         return store
 
 
-MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-
-
 def parse(argv: list[str]) -> tuple[Options, bool, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m components.worker", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -110,10 +107,7 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
     ]
     if "--kv-events-config" not in rest:
         command += ["--kv-events-config", json.dumps(events)]
-    environment = {"PYTHONHASHSEED": "0", "NATS_SERVER": options.nats, "DYN_EVENT_PLANE": "nats"}
-    if "--kv-transfer-config" not in rest and MODEL_RUNNER not in os.environ:
-        # V2 keeps the KV of every layer apart: 80 copies of 32 KiB for a 70B model's block instead of one of 2.5 MiB.
-        environment[MODEL_RUNNER] = "0"
+    environment = {"NATS_SERVER": options.nats, "DYN_EVENT_PLANE": "nats"}
     return command + rest, environment
 
 

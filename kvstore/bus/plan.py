@@ -15,6 +15,8 @@ VERSION = 1
 # Of a request's sampling_params.extra_args. A stock prefill worker writes its own kv_transfer_params, and leaves the
 # other keys.
 FIELD = "kvtier"
+# A kv_hint action of this type carries a plan as its payload: how a router that is not this project's plans.
+HINT_TYPE = "kvtier.plan"
 
 
 class Run(msgspec.Struct, array_like=True, frozen=True):
