@@ -60,8 +60,8 @@ from benchmarks.chat.load import (
 )
 from benchmarks.chat.plot import plot
 from benchmarks.chat.results import OverPlain, Spread, best, medians, over_plain
-from components.worker.__main__ import compose
 from components.worker.__main__ import Options as WorkerOptions
+from components.worker.__main__ import compose
 from graphs.services import free_port
 from kvstore.errors import ConfigError, FailedError, run_command, validated
 

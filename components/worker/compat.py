@@ -55,6 +55,7 @@ from vllm.v1.kv_offload.base import (
     BlockIDsLoadStoreSpec,
     CanonicalKVCacheRef,
     CanonicalKVCaches,
+    CanonicalKVCacheTensor,
     CanonicalPageMapping,
     CopyRun,
     GPULoadStoreSpec,
@@ -76,6 +77,7 @@ from vllm.v1.kv_offload.base import (
     get_offload_group_idx,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.base import JobId, JobResult, SecondaryTierManager, TransferJob
@@ -161,7 +163,10 @@ __all__ = [
     "VLLM_VERSION",
     "BlockIDsLoadStoreSpec",
     "BlockPool",
+    "CPULoadStoreSpec",
     "CPUOffloadingWorker",
+    "CanonicalKVCacheRef",
+    "CanonicalKVCacheTensor",
     "CanonicalKVCaches",
     "CanonicalPageMapping",
     "ForwardContext",

@@ -72,6 +72,7 @@ class KvtierConnector(OffloadingConnector):
         # Requests whose fetch has not all begun: without a plan, the store has yet to say what it holds; and there may
         # be no row free. In order of arrival, which is that of scheduling.
         self._arriving: dict[str, RequestOffloadState] = {}
+        self._computed: list[str] = []  # requests of the last step that have something to store
         self._clock = StepClock()
         self._loads = Loads(self.connector_scheduler, self._tiers[0].row_bytes)
         self._events = ChunkEvents.replace(self.connector_scheduler)
@@ -149,10 +150,14 @@ class KvtierConnector(OffloadingConnector):
         return meta
 
     def start_load_kv(self, forward_context: ForwardContext, **options: object) -> None:
-        """In the rank's process, as the next method: before the step is computed, and when the GPU has been told to."""
+        """In the rank's process, as the next methods: before the step is computed if it has loads at its head."""
+        meta = self._connector_metadata
+        if meta.computed:  # stock copies what a step stores after the next one has begun: this is that one
+            self.connector_worker.prepare_store_kv(meta)
+            meta.store_jobs.clear()
         super().start_load_kv(forward_context, **options)
-        if self._connector_metadata.in_step:
-            compute_after_loads(self.connector_worker.worker, self._connector_metadata.in_step)
+        if meta.in_step:
+            compute_after_loads(self.connector_worker.worker, meta.in_step)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         meta = self._connector_metadata
@@ -227,12 +232,19 @@ class KvtierConnector(OffloadingConnector):
     def _build_store_jobs(self, output: SchedulerOutput) -> dict[int, object]:
         """The stores of prompts as they are computed, and of answers by the piece and at their end. Nobody needs an
         answer's chunks before it ends, and to look for them in each step of each request, to copy each by itself and to
-        put it by itself takes the engine's time."""
+        put it by itself takes the engine's time.
+
+        What a step computes is looked for when the next one is scheduled, while this one runs: a rank begins to copy
+        it then in any case, and a first token does not wait for the looking."""
+        statuses = self.connector_scheduler._req_status
         due = {
             req_id: tokens
             for req_id, tokens in output.num_scheduled_tokens.items()
-            if (status := self.connector_scheduler._req_status.get(req_id)) and _piece_ends(status.req, tokens)
+            if (status := statuses.get(req_id)) and _piece_ends(status.req, tokens)
         }
+        if self._loads.possible:
+            last, self._computed = self._computed, list(due)
+            due = {req_id: 0 for req_id in last if (one := statuses.get(req_id)) and not one.req.is_finished()}
         finished = [req_id for req_id in output.finished_req_ids if self._loads.stores(req_id)]
         if not due and not finished:
             return {}

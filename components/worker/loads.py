@@ -41,6 +41,7 @@ IN_STEP_SECONDS = 0.02
 @dataclass
 class InStepMetadata(OffloadingConnectorMetadata):
     in_step: frozenset[int] = frozenset()  # those of load_jobs that the step's computation comes after
+    computed: bool = False  # whether store_jobs are of steps before this one
 
 
 @dataclass(slots=True)
@@ -174,7 +175,7 @@ class Loads:
             status.transfer_jobs.add(job_id)
         new, self._new = frozenset(self._new), set()
         self._admitted.clear()
-        return InStepMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, new)
+        return InStepMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, new, self.possible)
 
     def stores(self, req_id: str) -> bool:
         """Whether the finished request may store what it has left: not while its load is under way."""

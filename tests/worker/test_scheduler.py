@@ -1,5 +1,5 @@
-"""vLLM's own scheduler over the tiers, stock and ours: what each stores, loads and tells. No model: what stands in for it
-is benchmarks/chat/scheduler.py's."""
+"""vLLM's own scheduler over the tiers, stock and ours: what each stores, loads and tells. No model: what stands in for
+it is benchmarks/chat/scheduler.py's."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -198,7 +198,7 @@ class Ahead:
         self.hasher = drive._hasher
         self.holds: dict[int, object] = {}
         self.under_way: list[tuple[Any, Any]] = []
-        self.in_step = self.between = self.preempted = self.aborted = 0
+        self.stored = self.in_step = self.between = self.preempted = self.aborted = 0
         self._between: dict[int, str] = {}  # loads that are reported a step later
 
     def arrive(self, name: str, prompts: list[list[int]]) -> None:
@@ -233,6 +233,10 @@ class Ahead:
         }
         for job in [*self._between, *meta.in_step, *meta.store_jobs]:
             done.mark_completed(job)
+        for job in meta.store_jobs.values():
+            for row, block in zip(job.dst_spec.block_ids, job.src_spec.block_ids, strict=True):
+                assert self.holds[int(block)] == get_offload_block_hash(rows[int(row)])
+                self.stored += 1
         for job in meta.load_jobs.values():
             for row, block in zip(job.src_spec.block_ids, job.dst_spec.block_ids, strict=True):
                 self.holds[int(block)] = get_offload_block_hash(rows[int(row)])
@@ -259,7 +263,7 @@ class Ahead:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_a_step_goes_on_from_is_in_hbm_when_it_runs(
+def test_whatever_a_step_goes_on_from_and_stores_is_in_hbm_when_it_runs(
     model: Path, tmp_path: Path, start: START, seed: int
 ) -> None:
     """Loads in their step and between steps, prompts that share beginnings, clients that leave, blocks that run out."""
@@ -281,6 +285,7 @@ def test_whatever_a_step_goes_on_from_is_in_hbm_when_it_runs(
             ahead.leave()
     while ahead.scheduler.has_requests():
         ahead.step()
+    assert ahead.stored > 100
     assert ahead.in_step > 10
     assert ahead.between > 10
     assert ahead.preempted > 5
