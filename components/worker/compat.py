@@ -12,9 +12,11 @@ callers of this module:
 """
 
 import contextlib
+import functools
 from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import vllm
 from vllm.config import VllmConfig
@@ -142,6 +144,19 @@ def compute_after_loads(worker: OffloadingWorker, job_ids: Collection[int]) -> N
         current_platform.current_stream().wait_event(events[job_id])
 
 
+@functools.cache
+def _idle_stream() -> Any:
+    return current_platform.Stream()
+
+
+def beside_computing() -> AbstractContextManager[object]:
+    """Where copies are begun that wait for nothing else that the calling thread's stream was given."""
+    if current_platform.is_cpu():
+        return contextlib.nullcontext()
+    stream: AbstractContextManager[object] = current_platform.stream(_idle_stream())
+    return stream
+
+
 def region_fd(spec: OffloadingSpec) -> int:
     """The file of the shared memory behind the DRAM tier, open in this process, while its secondary tiers are made."""
     return int(spec._scheduler_mmap.fd)
@@ -217,6 +232,7 @@ __all__ = [
     "TransferJob",
     "TransferResult",
     "VllmConfig",
+    "beside_computing",
     "beside_each_other",
     "build_offloading_config",
     "check_manager",

@@ -6,6 +6,7 @@ and hears of it two steps later, this one copies them at the head of the step th
 long as that does not hold up who decodes (loads.py).
 """
 
+import contextlib
 import time
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from components.worker.compat import (
     RequestOffloadState,
     SchedulerOutput,
     VllmConfig,
+    beside_computing,
     compute_after_loads,
     get_offload_group_idx,
     manager_lock,
@@ -61,6 +63,9 @@ class KvtierConnector(OffloadingConnector):
                 if tier.get("type") == TIER_TYPE:
                     tier["layout_digest"] = digest.hex()
         super().__init__(vllm_config, role, kv_cache_config)
+        # Stock loads begin after the step that runs, which may still zero their blocks; it does not write to them
+        # otherwise, since the scheduler does not give a block away that a step under way writes to.
+        self._zeroes = kv_cache_config.needs_kv_cache_zeroing
         if self.connector_scheduler is None:
             return
         manager = self.connector_scheduler.manager
@@ -155,7 +160,11 @@ class KvtierConnector(OffloadingConnector):
         if meta.computed:  # stock copies what a step stores after the next one has begun: this is that one
             self.connector_worker.prepare_store_kv(meta)
             meta.store_jobs.clear()
+        loads, meta.load_jobs = meta.load_jobs, {}
         super().start_load_kv(forward_context, **options)
+        meta.load_jobs = loads
+        with contextlib.nullcontext() if self._zeroes else beside_computing():
+            self.connector_worker.start_kv_transfers(meta)
         if meta.in_step:
             compute_after_loads(self.connector_worker.worker, meta.in_step)
 

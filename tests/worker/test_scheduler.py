@@ -2,6 +2,7 @@
 it is benchmarks/chat/scheduler.py's."""
 
 import random
+import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.bus.plan import FIELD, make_plan
 from kvstore.errors import validated
+from tests.conftest import eventually
 
 # An answer ends with a chunk, whose last token is sampled and never computed.
 OPTIONS = Options(prompt_tokens=50, answer_tokens=22, running=4, requests=12, block_tokens=4, events=True)
@@ -135,6 +137,31 @@ def test_what_the_gpu_does_not_wait_for_is_waited_for(
         assert not scheduler.has_unfinished_requests()
 
 
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="_note_load looks up a request that may be gone")
+def test_what_comes_for_a_client_that_left_meanwhile_is_taken_in(
+    model: Path, tmp_path: Path, start: START, start_target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mover had it when it was called off, and the scheduler has forgotten the request when it hears of it."""
+    target = start_target()
+    start(configured(model, "store", tmp_path, target.address)).play(1)
+    drive = start(configured(model, "store", tmp_path, target.address))
+    index, scheduler = Index(drive), drive._scheduler
+    (tier,) = scheduler.connector._tiers
+    prompt = random.Random(1).choices(range(40, 120), k=OPTIONS.prompt_tokens)  # the first that was played
+    sampling = SamplingParams(max_tokens=5, ignore_eos=True)
+    scheduler.add_request(Request("left", prompt, sampling, None, block_hasher=drive._hasher))
+    eventually(lambda: (drive.idle_step(), tier._loads)[1], SOON)
+    with monkeypatch.context() as deaf:
+        deaf.setattr(tier.link, "receive", list)
+        assert select.select([tier.link._socket], [], [], SOON)[0]
+        scheduler.finish_requests("left", RequestStatus.FINISHED_ABORTED)
+        drive.idle_step()
+    assert not scheduler.connector.connector_scheduler._req_status
+    eventually(lambda: (drive.idle_step(), not tier._loads)[1], SOON)
+    drive.idle_step()
+    assert index.fetched == len(scheduler.connector._manager.primary_tier._policy.chunks) == len(index.held["CPU"]) > 0
+
+
 class Index:
     """What a router knows by the engine's events."""
 
@@ -194,10 +221,12 @@ class Ahead:
 
     def __init__(self, drive: Drive, seed: int):
         self.scheduler = drive._scheduler
+        self.scheduler.defer_block_free = True  # as vLLM has it where steps overlap, which they do not on a CPU
         self.chance = random.Random(seed)
         self.hasher = drive._hasher
         self.holds: dict[int, object] = {}
         self.under_way: list[tuple[Any, Any]] = []
+        self._writes: list[set[int]] = []  # to blocks, by step under way
         self.stored = self.in_step = self.between = self.preempted = self.aborted = 0
         self._between: dict[int, str] = {}  # loads that are reported a step later
 
@@ -224,6 +253,7 @@ class Ahead:
         self.under_way.append((output, self._run(output)))
         if len(self.under_way) == 2 or not output.num_scheduled_tokens:
             self.scheduler.update_from_output(*self.under_way.pop(0))
+            self._writes.pop(0)
 
     def _run(self, output: Any) -> ModelRunnerOutput:
         meta, done = output.kv_connector_metadata, OffloadingWorkerMetadata()
@@ -240,19 +270,24 @@ class Ahead:
         for job in meta.load_jobs.values():
             for row, block in zip(job.src_spec.block_ids, job.dst_spec.block_ids, strict=True):
                 self.holds[int(block)] = get_offload_block_hash(rows[int(row)])
+        for job in meta.load_jobs.values():
+            into = job.dst_spec.block_ids.tolist()
+            assert not any(written.intersection(into) for written in self._writes), "a step under way writes there, too"
         self._between = {job: one.req_id for job, one in meta.load_jobs.items() if job not in meta.in_step}
         self.in_step += len(meta.in_step)
         self.between += len(self._between)
-        sampled = []
+        sampled, written = [], set()
         for name, tokens in output.num_scheduled_tokens.items():
             request = self.scheduler.requests[name]
             (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
             after = request.num_computed_tokens
+            written.update(blocks[(after - tokens) // OPTIONS.block_tokens : -(-after // OPTIONS.block_tokens)])
             for index, block_hash in enumerate(request.block_hashes[: after // OPTIONS.block_tokens]):
                 if (index + 1) * OPTIONS.block_tokens <= after - tokens:
                     assert self.holds[blocks[index]] == block_hash, f"{name}: block {index} of {after} tokens"
                 self.holds[blocks[index]] = block_hash
             sampled.append([7] if after >= request.num_tokens else [])
+        self._writes.append(written)
         names = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(
             names,
