@@ -60,8 +60,8 @@ from benchmarks.chat.load import (
 )
 from benchmarks.chat.plot import plot
 from benchmarks.chat.results import OverPlain, Spread, best, medians, over_plain
-from components.worker.__main__ import MODEL_RUNNER, compose
 from components.worker.__main__ import Options as WorkerOptions
+from components.worker.__main__ import compose
 from graphs.services import free_port
 from kvstore.errors import ConfigError, FailedError, run_command, validated
 
@@ -79,10 +79,8 @@ SETTLE_SECONDS_MAX = 30.0
 TARGET_FOUND_SECONDS = 5.0  # in which workers try a target again that was away
 _CPU_THREADS = "VLLM_CPU_OMP_THREADS_BIND"
 ENGINE_ENVIRONMENT = {
-    "PYTHONHASHSEED": "0",
     "VLLM_SERVER_DEV_MODE": "1",
     "HF_HUB_OFFLINE": "1",
-    MODEL_RUNNER: os.environ.get(MODEL_RUNNER, "0"),  # a tier of whatever kind is faster on it
     # On the CPU as many threads with a connector as without: vLLM gives one less to an engine without.
     _CPU_THREADS: os.environ.get(_CPU_THREADS, ",".join(map(str, sorted(os.sched_getaffinity(0))))),
 }
@@ -255,15 +253,15 @@ def transfer_config(options: Options, mode: str, store: str, files: Path) -> dic
     stock = {
         "cpu_bytes_to_use": int(options.dram),
         "blocks_per_chunk": options.blocks_per_chunk,
+        "offload_prompt_only": False,
     }
     connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
     match mode:
         case "dram":
-            return {**connector, "kv_connector_extra_config": {**stock, "offload_prompt_only": False}}
+            return {**connector, "kv_connector_extra_config": stock}
         case "files":
             tier = {"type": "fs", "root_dir": str(files)}
-            # With offload_prompt_only false, stock 0.26 ends under load: a finished request's last chunks.
-            spec = {"spec_name": "TieringOffloadingSpec", "offload_prompt_only": True, "secondary_tiers": [tier]}
+            spec = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [tier]}
             return {**connector, "kv_connector_extra_config": {**stock, **spec}}
         case "store" | "store-hot":
             worker = validated(

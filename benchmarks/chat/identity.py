@@ -2,20 +2,29 @@
 
     python -m benchmarks.chat.identity --dir DIR [--dtype bfloat16] [--tokens 2200,7000] --json FILE
     python -m benchmarks.chat.identity --dir DIR --dtype float32 --tokens 600,1500 --block-tokens 128   # the CPU engine
+    python -m benchmarks.chat.identity --dir DIR --tensor-parallel 2,1     # and one rank reads what two have written
 
 A small model with random weights of enough spread is served by an engine without and by one with the tier. Each prompt
 is asked for cold, from HBM, from DRAM and from the store. Cold answers must be equal between the engines, and so must
 all that come from a cache (a cold prefill and one that goes on from a cache add up in another order). Then the chunks
 on disk are made wrong under right checksums: a comparison that does not notice proves nothing.
+
+Engines of other tensor parallelism read from the store what the first one wrote. Their sums are rounded otherwise: an
+answer's first logprob may be as far from that of their own KV as a few times what the engines' own answers differ by.
 """
 
 import argparse
 import asyncio
+import math
+import os
 import random
+import subprocess
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -41,6 +50,8 @@ from kvstore.errors import run_command, validated
 
 ANSWER_TOKENS = 32
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB of "HBM", where the engine runs on the CPU
+# An answer from KV that the other engine made may be so many times as far off as the engines' own, or off by this.
+ROUNDING, ROUNDING_MIN = 4.0, 1e-4
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -51,14 +62,20 @@ class Answer(msgspec.Struct):
     logprobs: list[float]
     from_tiers: int  # of the prompt's tokens
     from_hbm: int
+    ranks: int = 1
 
     def equals(self, other: "Answer") -> bool:
         return self.tokens == other.tokens and self.logprobs == other.logprobs
+
+    def off(self, other: "Answer") -> float:
+        """By how much the first logprob differs; infinite if the token does."""
+        return abs(self.logprobs[0] - other.logprobs[0]) if self.tokens[0] == other.tokens[0] else math.inf
 
 
 class Report(msgspec.Struct):
     plain: list[Answer] = []
     store: list[Answer] = []
+    read: list[Answer] = []  # by engines of other tensor parallelism
     forged: list[Answer] = []
     faults: list[str] = []
 
@@ -99,50 +116,95 @@ async def from_tiers(endpoint: Endpoint, session: aiohttp.ClientSession, prompts
 def judge(report: Report) -> list[str]:
     """What does not hold."""
     faults = []
-    reference = {(one.prompt_tokens, one.medium): one for one in report.plain}
+    reference = {(one.ranks, one.prompt_tokens, one.medium): one for one in report.plain}
     for one in report.store:
         medium = "cold" if one.medium == "cold" else "hbm"
-        if not one.equals(reference[one.prompt_tokens, medium]):
+        if not one.equals(reference[one.ranks, one.prompt_tokens, medium]):
             faults.append(f"{one.prompt_tokens} tokens, {one.medium}: differs from the engine without the tier")
-        if one.medium in ("dram", "store") and one.from_tiers < one.prompt_tokens // 2:
-            faults.append(f"{one.prompt_tokens} tokens, {one.medium}: only {one.from_tiers} came from it")
-    unnoticed = [one for one in report.forged if one.equals(reference[one.prompt_tokens, "hbm"])]
+    for one in report.read:
+        own = reference[one.ranks, one.prompt_tokens, "hbm"]
+        others = reference[report.store[0].ranks, one.prompt_tokens, "hbm"]
+        if one.off(own) > max(ROUNDING * own.off(others), ROUNDING_MIN):
+            faults.append(f"{one.prompt_tokens} tokens, {one.ranks} ranks: off by {one.off(own)} with others' KV")
+    faults += [
+        f"{one.prompt_tokens} tokens, {one.medium}: only {one.from_tiers} came from it"
+        for one in report.store + report.read
+        if one.medium in ("dram", "store") and one.from_tiers < one.prompt_tokens // 2
+    ]
+    unnoticed = [one for one in report.forged if one.equals(reference[one.ranks, one.prompt_tokens, "hbm"])]
     return faults + [f"{one.prompt_tokens} tokens: wrong KV was not noticed" for one in unnoticed]
 
 
-async def measure(options: Options, prompts: list[list[int]], logs: Path, number_bytes: int) -> Report:
-    report, environment = Report(), {**CPU_ENVIRONMENT, **ENGINE_ENVIRONMENT}
+class Identity:
+    """The engines, one after the other, over one store."""
+
+    def __init__(self, options: Options, prompts: list[list[int]], logs: Path, session: aiohttp.ClientSession):
+        self.options, self.prompts, self.logs, self.session = options, prompts, logs, session
+        self.report = Report()
+        self.address = f"127.0.0.1:{free_port()}"
+
+    @contextmanager
+    def engine(self, mode: str, ranks: int, own: Path) -> Iterator[tuple[Endpoint, subprocess.Popen[bytes]]]:
+        options = self.options.model_copy(update={"tensor_parallel": ranks})
+        port = free_port()
+        environment = {**CPU_ENVIRONMENT, **ENGINE_ENVIRONMENT}
+        if ranks > 1:  # on the CPU: which cores belong to which rank
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, sorted(os.sched_getaffinity(0))[:ranks]))
+        transfer: Any = transfer_config(options, mode, self.address, own)
+        if transfer is not None:  # a machine that is slow is no reason to compute
+            transfer["kv_connector_extra_config"]["secondary_tiers"][0] |= {"deadline_ms": 60_000, "lookup_ms": 60_000}
+        command = engine_command(options, port, transfer)
+        with running(command, environment, self.logs / f"{mode}-{ranks}.log") as process:
+            yield Endpoint(self.session, f"http://127.0.0.1:{port}", options.model), process
+
+    def target(self, own: Path) -> AbstractContextManager[None]:
+        return target_running(self.options, "store", own, self.address, self.logs / "target.log")
+
+    async def run(self, own: Path, parallel: list[int], number_bytes: int) -> None:
+        for ranks in parallel:
+            with self.engine("plain", ranks, own) as (endpoint, process):
+                await until_ready(endpoint, self.session, process)
+                say(f"without the tier, {ranks} ranks: up")
+                self.report.plain += self.of(ranks, await answers(endpoint, self.session, self.prompts))
+            with ExitStack() as serving, self.engine("store", ranks, own) as (endpoint, process):
+                serving.enter_context(self.target(own))
+                await until_ready(endpoint, self.session, process)
+                say(f"with the tier, {ranks} ranks: up")
+                if ranks == parallel[0]:
+                    found = await answers(endpoint, self.session, self.prompts)
+                    found += await from_tiers(endpoint, self.session, self.prompts)
+                    self.report.store = self.of(ranks, found)
+                else:
+                    found = [await ask(endpoint, self.session, prompt, "store") for prompt in self.prompts]
+                    self.report.read += self.of(ranks, found)
+                serving.close()
+                if ranks == parallel[-1]:
+                    await self.forge(own, endpoint, ranks, number_bytes)
+        self.report.faults = judge(self.report)
+
+    async def forge(self, own: Path, endpoint: Endpoint, ranks: int, number_bytes: int) -> None:
+        for one in list(records(own)):
+            forge(one, number_bytes)
+        say("the chunks on disk are wrong now")
+        with self.target(own):
+            await asyncio.sleep(5)  # until the engine finds it again
+            for prompt in self.prompts:
+                await endpoint.forget(external=True)
+                self.report.forged += self.of(ranks, [await ask(endpoint, self.session, prompt, "forged")])
+
+    @staticmethod
+    def of(ranks: int, found: list[Answer]) -> list[Answer]:
+        return [msgspec.structs.replace(one, ranks=ranks) for one in found]
+
+
+async def measure(
+    options: Options, prompts: list[list[int]], logs: Path, number_bytes: int, parallel: list[int]
+) -> Report:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
-        with ExitStack() as stack:
-            own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-identity-", dir=options.dir)))
-            for mode in ("plain", "store"):
-                address, port = f"127.0.0.1:{free_port()}", free_port()
-                log = logs / "target.log"
-                endpoint = Endpoint(session, f"http://127.0.0.1:{port}", options.model)
-                with ExitStack() as inner:
-                    serving = ExitStack()
-                    if mode == "store":
-                        serving.enter_context(target_running(options, mode, own, address, log))
-                    command = engine_command(options, port, transfer_config(options, mode, address, own))
-                    engine = inner.enter_context(running(command, environment, logs / f"{mode}.log"))
-                    with serving:
-                        await until_ready(endpoint, session, engine)
-                        say(f"{mode}: up")
-                        found = await answers(endpoint, session, prompts)
-                        if mode == "plain":
-                            report.plain = found
-                            continue
-                        report.store = found + await from_tiers(endpoint, session, prompts)
-                    for one in list(records(own)):
-                        forge(one, number_bytes)
-                    say("store: the chunks on disk are wrong now")
-                    with target_running(options, mode, own, address, log):
-                        await asyncio.sleep(5)  # until the engine finds it again
-                        for prompt in prompts:
-                            await endpoint.forget(external=True)
-                            report.forged.append(await ask(endpoint, session, prompt, "forged"))
-    report.faults = judge(report)
-    return report
+        with tempfile.TemporaryDirectory(prefix="kvtier-identity-", dir=options.dir) as own:
+            identity = Identity(options, prompts, logs, session)
+            await identity.run(Path(own), parallel, number_bytes)
+            return identity.report
 
 
 def main() -> int:
@@ -152,6 +214,11 @@ def main() -> int:
     parser.add_argument("--dtype", choices=sorted(NUMBER_BYTES), default="bfloat16")
     parser.add_argument("--tokens", default="2200,7000", help="of the prompts; default 2200,7000")
     parser.add_argument("--block-tokens", default="16", help="default 16; the CPU engine has 128")
+    parser.add_argument(
+        "--tensor-parallel",
+        default="1",
+        help="of the engines, such as 1,2: the first writes, the others read; default 1",
+    )
     parser.add_argument("--engine", default="", help="more arguments for the engine, as one string")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -171,15 +238,19 @@ def main() -> int:
         spoken = [ord(letter) for letter in ALPHABET]
         prompts = [chance.choices(spoken, k=int(count)) for count in given.tokens.split(",")]
         try:
-            report = asyncio.run(measure(validated(Options, values), prompts, logs, NUMBER_BYTES[given.dtype]))
+            parallel = [int(one) for one in given.tensor_parallel.split(",")]
+            report = asyncio.run(
+                measure(validated(Options, values), prompts, logs, NUMBER_BYTES[given.dtype], parallel)
+            )
         except EngineError as error:
             words = [last_words(log) for log in sorted(logs.glob("*.log"))]
             raise EngineError(f"{error}: {' || '.join(words)}") from None
     if given.json:
         given.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-    for one in [*report.plain, *report.store, *report.forged]:
+    for one in [*report.plain, *report.store, *report.read, *report.forged]:
         print(
-            f"{one.prompt_tokens:>6} {one.medium:<7} tiers {one.from_tiers:>5} HBM {one.from_hbm:>5} {one.logprobs[0]}"
+            f"{one.ranks} {one.prompt_tokens:>6} {one.medium:<7} tiers {one.from_tiers:>5} HBM {one.from_hbm:>5} "
+            f"{one.logprobs[0]}"
         )
     print(
         "\n".join(report.faults)

@@ -94,8 +94,10 @@ class Drive:
         config.cache_config.block_size = options.block_tokens
         config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(options.block_tokens, num_kv_heads=1, head_size=64, dtype=torch.float32)
-        tensors = [KVCacheTensor(size=blocks * spec.page_size_bytes, shared_by=["model.layers.0.self_attn.attn"])]
-        cache = KVCacheConfig(blocks, tensors, [KVCacheGroupSpec(["model.layers.0.self_attn.attn"], spec)])
+        layers, page = ["model.layers.0.self_attn.attn"], spec.page_size_bytes
+        tensors = [KVCacheTensor(blocks * page, layers, layer_stride=blocks * page, block_stride=page)]
+        cache = KVCacheConfig(blocks, tensors, [KVCacheGroupSpec(layers, spec)], kv_cache_layout="LBHNC")
+        config.cache_config.kv_cache_layout = cache.kv_cache_layout
         init_none_hash(sha256_cbor)
         self._hasher = get_request_block_hasher(options.block_tokens, sha256_cbor)
         self._scheduler: Any = Scheduler(
@@ -267,7 +269,6 @@ def parse() -> Options:
 def main() -> None:
     leave_on_sigterm()
     options = parse()
-    os.environ.setdefault("PYTHONHASHSEED", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     with tempfile.TemporaryDirectory(prefix="kvtier-scheduler-") as folder, drives(options, Path(folder)) as found:
         costs = measure(options, found)

@@ -39,6 +39,7 @@ class Options(CommonOptions):
     dram: ByteSize = ByteSize(8 << 30)
     blocks_per_chunk: int = Field(1, ge=1)
     carrier: Literal["", "nixl"] = ""
+    tp_private: bool = False
 
     @field_validator("store")
     @classmethod
@@ -46,9 +47,6 @@ class Options(CommonOptions):
         for address in store.removeprefix("etcd://").split(","):
             checked_address("store", address.strip())
         return store
-
-
-MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 def parse(argv: list[str]) -> tuple[Options, bool, list[str]]:
@@ -61,6 +59,12 @@ def parse(argv: list[str]) -> tuple[Options, bool, list[str]]:
     parser.add_argument("--dram", help="host memory of the DRAM tier; default 8GiB")
     parser.add_argument("--blocks-per-chunk", help="KV blocks in one stored chunk; aim at 1 to 8 MiB; default 1")
     parser.add_argument("--carrier", help="'nixl' to fetch by RDMA from targets that have it; default none")
+    parser.add_argument(
+        "--tp-private",
+        action="store_true",
+        help="share chunks only with workers of the same tensor parallelism; default: with all, whose KV differs by "
+        "rounding alone",
+    )
     parser.add_argument("--print", action="store_true", help="show the command and environment, and do not run it")
     ours, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     values = vars(parser.parse_args(ours))
@@ -90,6 +94,7 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
             "cpu_bytes_to_use": int(options.dram),
             "blocks_per_chunk": options.blocks_per_chunk,
             "offload_prompt_only": False,  # the next turn of a conversation repeats this one's answer
+            "tp_private": options.tp_private,
             "secondary_tiers": [tier],
         },
     }
@@ -110,10 +115,7 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
     ]
     if "--kv-events-config" not in rest:
         command += ["--kv-events-config", json.dumps(events)]
-    environment = {"PYTHONHASHSEED": "0", "NATS_SERVER": options.nats, "DYN_EVENT_PLANE": "nats"}
-    if "--kv-transfer-config" not in rest and MODEL_RUNNER not in os.environ:
-        # V2 keeps the KV of every layer apart: 80 copies of 32 KiB for a 70B model's block instead of one of 2.5 MiB.
-        environment[MODEL_RUNNER] = "0"
+    environment = {"NATS_SERVER": options.nats, "DYN_EVENT_PLANE": "nats"}
     return command + rest, environment
 
 

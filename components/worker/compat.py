@@ -1,15 +1,25 @@
-"""Every name that this package takes from vLLM, in one place: later releases rename some of them.
+"""Every name that this package takes from vLLM, in one place, and the differences between its releases.
 
-Runs on vLLM 0.26. Every name is there under 0.33, too; its tiering manager, however, keeps its jobs otherwise, which
-`check_manager` says when an engine starts, and not in the middle of a request.
+Runs on vLLM 0.31, which Dynamo 1.6 pins, and on 0.32. Every name is there under 0.33, too. What 0.33 changes for the
+callers of this module:
+
+* The tiering manager has a lock, and whoever calls it outside `schedule()` holds it (`manager_lock`).
+* Stock offloading makes small loads in their step by itself (`sync_load_budget_bytes`, `TransferJob.sync`): most of
+  in_step.py can go. It waits for them on the rank's thread, though, where ours waits on the GPU's stream.
+* `SecondaryTierManager` has `cache_hit_source`, by which an answer's usage tells DRAM from the store, and
+  `config_info`; `reset_cache` holds promotions until ranks have reported what was in flight.
+* `CachePolicy.insert` takes the request's context; workers take `submit_load(..., expedited=True)`.
 """
 
+import contextlib
+import functools
 from collections.abc import Collection
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import vllm
 from vllm.config import VllmConfig
-from vllm.distributed.kv_events import BlockStored, KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
@@ -21,6 +31,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingConnectorMetadata,
     OffloadingWorkerMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
@@ -33,18 +44,28 @@ from vllm.forward_context import ForwardContext
 from vllm.platforms import current_platform
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, maybe_convert_block_hash
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    iter_layer_specs,
+)
 from vllm.v1.kv_offload.base import (
     BlockIDsLoadStoreSpec,
+    CanonicalKVCacheRef,
     CanonicalKVCaches,
+    CanonicalKVCacheTensor,
+    CanonicalPageMapping,
+    CopyRun,
     GPULoadStoreSpec,
     LoadStoreSpec,
+    Locality,
     LookupResult,
+    Medium,
     OffloadingCounterMetadata,
-    OffloadingEvent,
-    OffloadingKVEventsConfig,
     OffloadingManager,
     OffloadingMetricMetadata,
     OffloadingSpec,
@@ -56,44 +77,36 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
     get_offload_block_hash,
     get_offload_group_idx,
-    make_offload_key,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-from vllm.v1.kv_offload.tiering.base import JobId, JobResult, SecondaryTierManager
+from vllm.v1.kv_offload.tiering.base import JobId, JobResult, SecondaryTierManager, TransferJob
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
-from vllm.v1.kv_offload.tiering.manager import (
-    CPUPrimaryTierOffloadingManager,
-    PendingPromotion,
-    TieringOffloadingManager,
-)
+from vllm.v1.kv_offload.tiering.manager import JobMetadata, PendingPromotion, TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-try:
-    from vllm.v1.kv_offload.tiering.base import JobMetadata
-except ImportError:  # renamed between 0.26 and 0.33
-    from vllm.v1.kv_offload.tiering.base import TransferJob as JobMetadata
-
 VLLM_VERSION: str = vllm.__version__
 
-_MANAGER_STATE = ("_transfer_jobs", "_pending_load_submissions", "_req_state")
-
-
-def job_rows(job: JobMetadata) -> list[int]:
-    """The DRAM rows of a job between tiers."""
-    rows = job.block_ids if hasattr(job, "block_ids") else job.chunk_ids  # renamed between 0.26 and 0.33
-    return [int(row) for row in rows]
+_MANAGER_STATE = ("_jobs", "_pending_load_submissions", "_complete_promotion", "_flush_pending_promotions")
 
 
 def check_manager(manager: TieringOffloadingManager) -> None:
-    """Raises RuntimeError if the tiering manager of this vLLM is not one that manager.py knows how to mend."""
+    """Raises RuntimeError if the tiering manager of this vLLM is not one that manager.py knows how to extend."""
     missing = [name for name in _MANAGER_STATE if not hasattr(manager, name)]
     if missing:
         raise RuntimeError(
-            f"kvtier: vLLM {VLLM_VERSION} given, expected 0.26: its tiering manager has no {', '.join(missing)}"
+            f"kvtier: vLLM {VLLM_VERSION} given, expected 0.31 to 0.33: its tiering manager has no {', '.join(missing)}"
         )
+
+
+def manager_lock(manager: OffloadingManager) -> AbstractContextManager[object]:
+    """What to hold for a call of the manager outside `schedule()`: nothing before 0.33."""
+    lock: AbstractContextManager[object] = getattr(manager, "lock", contextlib.nullcontext())
+    return lock
 
 
 def split_promotions(pending: dict[str, PendingPromotion], chunks_max: int) -> None:
@@ -104,7 +117,7 @@ def split_promotions(pending: dict[str, PendingPromotion], chunks_max: int) -> N
     for req_id, one in whole.items():
         for start in range(0, len(one.keys), chunks_max):
             part = slice(start, start + chunks_max)
-            pending[f"{req_id}/{start}"] = PendingPromotion(one.req_context, one.keys[part], one.block_ids[part])
+            pending[f"{req_id}/{start}"] = PendingPromotion(one.req_context, one.keys[part], one.chunk_ids[part])
 
 
 @dataclass
@@ -131,19 +144,48 @@ def compute_after_loads(worker: OffloadingWorker, job_ids: Collection[int]) -> N
         current_platform.current_stream().wait_event(events[job_id])
 
 
+@functools.cache
+def _idle_stream() -> Any:
+    return current_platform.Stream()
+
+
+def beside_computing() -> AbstractContextManager[object]:
+    """Where copies are begun that wait for nothing else that the calling thread's stream was given."""
+    if current_platform.is_cpu():
+        return contextlib.nullcontext()
+    stream: AbstractContextManager[object] = current_platform.stream(_idle_stream())
+    return stream
+
+
 def region_fd(spec: OffloadingSpec) -> int:
     """The file of the shared memory behind the DRAM tier, open in this process, while its secondary tiers are made."""
     return int(spec._scheduler_mmap.fd)
+
+
+def beside_each_other(kv_caches: CanonicalKVCaches, ranks: int, rank: int) -> CanonicalKVCaches:
+    """Caches whose blocks are one piece a rank, so placed in a chunk that block follows block, and in each block rank
+    follows rank. (Stock offloading puts all blocks of a rank together, which depends on how many ranks there are.)"""
+
+    def placed(ref: CanonicalKVCacheRef) -> CanonicalKVCacheRef:
+        page = ref.page_size_bytes
+        run = CopyRun(0, rank * page, page, 1, page, page)
+        return replace(ref, mapping=CanonicalPageMapping(ranks * page, page, (run,), 1, 0, True))
+
+    return CanonicalKVCaches(kv_caches.tensors, [[placed(ref) for ref in refs] for refs in kv_caches.group_data_refs])
 
 
 __all__ = [
     "VLLM_VERSION",
     "BlockIDsLoadStoreSpec",
     "BlockPool",
-    "BlockStored",
-    "CPUPrimaryTierOffloadingManager",
+    "CPULoadStoreSpec",
+    "CPUOffloadingWorker",
+    "CanonicalKVCacheRef",
+    "CanonicalKVCacheTensor",
     "CanonicalKVCaches",
+    "CanonicalPageMapping",
     "ForwardContext",
+    "FullAttentionSpec",
     "GPULoadStoreSpec",
     "GroupOffloadConfig",
     "JobId",
@@ -151,16 +193,17 @@ __all__ = [
     "JobResult",
     "KVCacheBlocks",
     "KVCacheConfig",
-    "KVCacheEvent",
     "KVConnectorFactory",
     "KVConnectorMetadata",
     "KVConnectorOutput",
     "KVConnectorRole",
     "KVConnectorStats",
-    "KVConnectorWorkerMetadata",
     "LaunchedMetadata",
     "LoadStoreSpec",
+    "Locality",
     "LookupResult",
+    "MLAAttentionSpec",
+    "Medium",
     "OffloadKey",
     "OffloadPolicy",
     "OffloadingConfig",
@@ -169,9 +212,7 @@ __all__ = [
     "OffloadingConnectorScheduler",
     "OffloadingConnectorStats",
     "OffloadingCounterMetadata",
-    "OffloadingEvent",
     "OffloadingEventsTracker",
-    "OffloadingKVEventsConfig",
     "OffloadingManager",
     "OffloadingMetricMetadata",
     "OffloadingSpec",
@@ -185,19 +226,23 @@ __all__ = [
     "SecondaryTierFactory",
     "SecondaryTierManager",
     "SharedOffloadRegion",
+    "SlidingWindowSpec",
     "TieringOffloadingManager",
     "TieringOffloadingSpec",
+    "TransferJob",
     "TransferResult",
     "VllmConfig",
+    "beside_computing",
+    "beside_each_other",
+    "build_offloading_config",
     "check_manager",
     "compute_after_loads",
     "current_platform",
     "generate_block_hash_extra_keys",
     "get_offload_block_hash",
     "get_offload_group_idx",
-    "job_rows",
-    "make_offload_key",
-    "maybe_convert_block_hash",
+    "iter_layer_specs",
+    "manager_lock",
     "region_fd",
     "split_promotions",
 ]

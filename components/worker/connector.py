@@ -3,12 +3,11 @@
 Stock offloading asks the tiers for a request's chunks when the scheduler has a slot for it. This one asks on arrival,
 so that a fetch runs while the request queues. And where stock copies a request's chunks from DRAM to HBM between steps,
 and hears of it two steps later, this one copies them at the head of the step that computes the rest of the prompt, as
-long as that does not hold up who decodes (in_step.py). It also keeps the engine from three faults of vLLM 0.26: see
-`_cap_stores` and manager.py.
+long as that does not hold up who decodes (loads.py).
 """
 
+import contextlib
 import time
-from collections.abc import Mapping
 from types import SimpleNamespace
 
 from components.worker.compat import (
@@ -31,16 +30,18 @@ from components.worker.compat import (
     RequestOffloadState,
     SchedulerOutput,
     VllmConfig,
+    beside_computing,
     compute_after_loads,
     get_offload_group_idx,
+    manager_lock,
 )
 from components.worker.events import ChunkEvents
-from components.worker.in_step import InStepLoads
-from components.worker.layout import check_layers, engine_layout, layers_together
-from components.worker.manager import GuardedTieringManager
+from components.worker.layout import WANTED_LAYOUT, engine_layout, needs_canonical
+from components.worker.loads import Loads
+from components.worker.manager import HoldingTieringManager
 from components.worker.remote_tier import TIER_TYPE, RemoteTier
 from components.worker.step_clock import StepClock, prefilled
-from kvstore.bus.plan import FIELD
+from kvstore.bus.plan import FIELD, HINT_TYPE
 from kvstore.keys import layout_digest
 
 # Of an answer, what is stored at once while it grows. A worker that dies loses as much of it.
@@ -53,18 +54,22 @@ class KvtierConnector(OffloadingConnector):
     (mover/)."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
-        self._layers_together = layers_together(vllm_config, kv_cache_config)
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        extra["self_describing_kv_events"] = True
+        extra["canonical_layout"] = needs_canonical(vllm_config, kv_cache_config, extra)
         if role == KVConnectorRole.SCHEDULER:
-            extra = vllm_config.kv_transfer_config.kv_connector_extra_config
             digest = layout_digest(engine_layout(vllm_config, kv_cache_config, extra))
             for tier in extra.get("secondary_tiers", []):
                 if tier.get("type") == TIER_TYPE:
                     tier["layout_digest"] = digest.hex()
         super().__init__(vllm_config, role, kv_cache_config)
+        # Stock loads begin after the step that runs, which may still zero their blocks; it does not write to them
+        # otherwise, since the scheduler does not give a block away that a step under way writes to.
+        self._zeroes = kv_cache_config.needs_kv_cache_zeroing
         if self.connector_scheduler is None:
             return
         manager = self.connector_scheduler.manager
-        assert isinstance(manager, GuardedTieringManager)
+        assert isinstance(manager, HoldingTieringManager)
         self._manager = manager
         self._tiers = [tier for tier in manager.secondary_tiers if isinstance(tier, RemoteTier)]
         self._groups: tuple[GroupOffloadConfig, ...] = self.connector_scheduler.config.kv_group_configs
@@ -72,19 +77,22 @@ class KvtierConnector(OffloadingConnector):
         # Requests whose fetch has not all begun: without a plan, the store has yet to say what it holds; and there may
         # be no row free. In order of arrival, which is that of scheduling.
         self._arriving: dict[str, RequestOffloadState] = {}
+        self._computed: list[str] = []  # requests of the last step that have something to store
         self._clock = StepClock()
-        self._in_step = InStepLoads(self.connector_scheduler, self._tiers[0].row_bytes)
-        events = vllm_config.kv_events_config
-        self._events = ChunkEvents(
-            enabled=bool(events and events.enable_kv_cache_events),
-            chunks_max=2 * manager.primary_tier._num_blocks,
-            describe=self._describe,
-            is_arriving=manager.is_arriving,
-        )
-        self.connector_scheduler._events_tracker = self._events
+        self._loads = Loads(self.connector_scheduler, self._tiers[0].row_bytes)
+        self._events = ChunkEvents.replace(self.connector_scheduler)
         self.connector_scheduler._build_store_jobs = self._build_store_jobs
         for tier in self._tiers:
             tier.on_load = self._note_load
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Block outermost: a block is copied at once, instead of in a piece for each layer. Layers of other shapes that
+        share their memory (hybrid models) exclude heads before layers."""
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        wanted = "BLHNC" if vllm_config.model_config.is_hybrid else WANTED_LAYOUT
+        layout: str | None = extra.get("kv_cache_layout", wanted)
+        return layout
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         self._block_pool = gpu_block_pool
@@ -94,23 +102,24 @@ class KvtierConnector(OffloadingConnector):
         super().on_new_request(request)
         status = self.connector_scheduler._req_status[request.request_id]
         status.update_offload_keys()
-        for state in status.group_states:
-            for tier in self._tiers:
-                tier.describe(request, 0, state.offload_keys)
+        for tier in self._tiers:
+            tier.arrived(request)
         if request.skip_reading_prefix_cache:
             return
+        keys = [key for state in status.group_states for key in state.offload_keys]
         for tier in self._tiers:
-            tier.ask(request.request_id)
+            tier.ask(request.request_id, sorted(keys, key=status.req_context.get_offload_key_position))
         self._manager.expect(request.request_id)
         self._arriving[request.request_id] = status
-        self._prefetch(status)
+        with manager_lock(self._manager):
+            self._prefetch(status)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
         # With a chunk or less to compute there is nothing to load.
         beyond = request.num_tokens - num_computed_tokens > min(group.tokens_per_chunk for group in self._groups)
         speed = self._clock.dram_bytes_per_second
-        copy_seconds = self._in_step.seconds(request.num_tokens - num_computed_tokens, speed)
+        copy_seconds = self._loads.seconds(request.num_tokens - num_computed_tokens, speed)
         for tier in self._tiers:
             tier.hurry(request.request_id)
             if not beyond:
@@ -118,15 +127,17 @@ class KvtierConnector(OffloadingConnector):
             tier.await_answer(request.request_id, self._clock.spare_seconds())
             if tier.await_chunks(request.request_id, self._clock.spare_seconds(copy_seconds)):
                 self._manager.take_in()
-        found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
-        found = found and self._in_step.worth_loading(request, num_computed_tokens, found)
+        with self._loads.waited_for(request.num_tokens - num_computed_tokens, speed):
+            found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        found = found and self._loads.worth_loading(request, num_computed_tokens, found)
         if not found:
             return found, False
-        in_step = self._in_step.admit(request, found, speed)
+        in_step = self._loads.admit(request, found, speed)
         return found, not in_step
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        self._in_step.allocated(request, blocks, num_external_tokens, super().update_state_after_alloc)
+        speed = self._clock.dram_bytes_per_second
+        self._loads.allocated(request, blocks, num_external_tokens, speed, super().update_state_after_alloc)
         self._manager.let_go(request.request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
@@ -134,8 +145,7 @@ class KvtierConnector(OffloadingConnector):
             if not all(tier.has_room for tier in self._tiers):
                 break
             self._prefetch(status)
-        meta = self._in_step.scheduled(scheduler_output, super().build_connector_meta)
-        self._manager.release(scheduler_output.finished_req_ids)
+        meta = self._loads.scheduled(scheduler_output, super().build_connector_meta)
         # What a step with copies at its head takes, says nothing of what computing costs.
         self._clock.begin(*((0, 0.0) if meta.in_step else prefilled(scheduler_output)), time.monotonic())
         for tier in self._tiers:
@@ -144,19 +154,19 @@ class KvtierConnector(OffloadingConnector):
                 tier.wait()
         return meta
 
-    def register_kv_caches(self, kv_caches: Mapping[str, object]) -> None:
-        check_layers(self._layers_together, False)
-        super().register_kv_caches(kv_caches)
-
-    def register_cross_layers_kv_cache(self, kv_cache: object, attn_backend: object) -> None:
-        check_layers(self._layers_together, True)
-        super().register_cross_layers_kv_cache(kv_cache, attn_backend)
-
     def start_load_kv(self, forward_context: ForwardContext, **options: object) -> None:
-        """In the rank's process, as the next method: before the step is computed, and when the GPU has been told to."""
+        """In the rank's process, as the next methods: before the step is computed if it has loads at its head."""
+        meta = self._connector_metadata
+        if meta.computed:  # stock copies what a step stores after the next one has begun: this is that one
+            self.connector_worker.prepare_store_kv(meta)
+            meta.store_jobs.clear()
+        loads, meta.load_jobs = meta.load_jobs, {}
         super().start_load_kv(forward_context, **options)
-        if self._connector_metadata.in_step:
-            compute_after_loads(self.connector_worker.worker, self._connector_metadata.in_step)
+        meta.load_jobs = loads
+        with contextlib.nullcontext() if self._zeroes else beside_computing():
+            self.connector_worker.start_kv_transfers(meta)
+        if meta.in_step:
+            compute_after_loads(self.connector_worker.worker, meta.in_step)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         meta = self._connector_metadata
@@ -201,9 +211,6 @@ class KvtierConnector(OffloadingConnector):
         self._arriving.pop(request.request_id, None)
         for tier in self._tiers:
             tier.cancel(request.request_id)
-        status = self.connector_scheduler._req_status.get(request.request_id)
-        if status is not None:
-            _cap_stores(request, status, self._groups)
 
     def _prefetch(self, status: RequestOffloadState) -> None:
         """Look up what is not in HBM, which makes the manager promote what the tiers hold, up to the first miss."""
@@ -234,34 +241,45 @@ class KvtierConnector(OffloadingConnector):
     def _build_store_jobs(self, output: SchedulerOutput) -> dict[int, object]:
         """The stores of prompts as they are computed, and of answers by the piece and at their end. Nobody needs an
         answer's chunks before it ends, and to look for them in each step of each request, to copy each by itself and to
-        put it by itself takes the engine's time."""
+        put it by itself takes the engine's time.
+
+        What a step computes is looked for when the next one is scheduled, while this one runs: a rank begins to copy
+        it then in any case, and a first token does not wait for the looking."""
+        statuses = self.connector_scheduler._req_status
         due = {
             req_id: tokens
             for req_id, tokens in output.num_scheduled_tokens.items()
-            if (status := self.connector_scheduler._req_status.get(req_id)) and _piece_ends(status.req, tokens)
+            if (status := statuses.get(req_id)) and _piece_ends(status.req, tokens)
         }
-        finished = [req_id for req_id in output.finished_req_ids if self._in_step.stores(req_id)]
+        if self._loads.possible:
+            last, self._computed = self._computed, list(due)
+            due = {req_id: 0 for req_id in last if (one := statuses.get(req_id)) and not one.req.is_finished()}
+        finished = [req_id for req_id in output.finished_req_ids if self._loads.stores(req_id)]
         if not due and not finished:
             return {}
         only = SimpleNamespace(num_scheduled_tokens=due, finished_req_ids=finished)
         jobs: dict[int, object] = OffloadingConnectorScheduler._build_store_jobs(self.connector_scheduler, only)
         return jobs
 
-    def _describe(self, request: Request, group: GroupOffloadConfig, chunk: int, key: OffloadKey) -> None:
-        for tier in self._tiers:
-            tier.describe(request, chunk, (key,))
-
-    def _note_load(self, request: Request, key: OffloadKey, chunk: int) -> None:
-        self._events.record(request, self._groups[get_offload_group_idx(key)], chunk, key)
+    def _note_load(self, request: Request, key: OffloadKey) -> None:
+        """DRAM is about to announce the chunk, in whose name nobody has looked it up there yet."""
+        group = self._groups[get_offload_group_idx(key)]
+        end = self.connector_scheduler._req_status[request.request_id].req_context.get_offload_key_position(key)
+        self._events.record_lookup(request, group, end // group.tokens_per_chunk - 1, key)
 
 
 def _hand_over_plan(request: Request) -> None:
     """Put the router's plan where the tier sees it: of a request, vLLM shows kv_transfer_params alone to tiers. What a
-    client wrote there under the plan's name is none."""
+    client wrote there under the plan's name is none. The plan of a router that is not this project's comes as a hint,
+    which clients cannot set."""
     transfer = {key: value for key, value in (request.kv_transfer_params or {}).items() if key != FIELD}
     extra_args = request.sampling_params.extra_args if request.sampling_params else None
     if extra_args and FIELD in extra_args:
         transfer[FIELD] = extra_args[FIELD]
+    elif request.kv_hints is not None:
+        for hint in request.kv_hints.actions:
+            if hint.action_type == HINT_TYPE:
+                transfer[FIELD] = hint.payload
     request.kv_transfer_params = transfer or None
 
 
@@ -269,21 +287,6 @@ def _piece_ends(request: Request, tokens: int) -> bool:
     """Whether the step that computes so many tokens of the request ends a piece of it: each does in the prompt."""
     answered = request.num_computed_tokens - request.num_prompt_tokens
     return answered < 0 or answered // ANSWER_PIECE_TOKENS != (answered + tokens) // ANSWER_PIECE_TOKENS
-
-
-def _cap_stores(request: Request, status: RequestOffloadState, groups: tuple[GroupOffloadConfig, ...]) -> None:
-    """Let a finished request store no more than what is computed and has blocks.
-
-    vLLM 0.26 stores up to the request's last token. That token was sampled and never computed, so a chunk that ends in
-    it would hold stale KV in its last position, and serve it to the next turn of the conversation. And a request that
-    leaves before it was ever scheduled has no blocks at all, which trips an assertion that ends the engine.
-    """
-    with_blocks = min(
-        len(state.block_ids) * group.tokens_per_block for group, state in zip(groups, status.group_states, strict=True)
-    )
-    computed = request.num_computed_tokens - request.num_in_flight_tokens
-    asked = status.max_offload_tokens
-    status.max_offload_tokens = min(with_blocks, computed, request.num_tokens if asked is None else asked)
 
 
 # Beside NIXL, in vLLM's MultiConnector, statistics find their connector by its name in vLLM's register; without an

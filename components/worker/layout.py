@@ -5,11 +5,24 @@ Names and paths are not: the same checkpoint may lie in different places, and a 
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from components.worker.compat import VLLM_VERSION, KVCacheConfig, VllmConfig, current_platform
+from components.worker.compat import (
+    VLLM_VERSION,
+    FullAttentionSpec,
+    KVCacheConfig,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    VllmConfig,
+    build_offloading_config,
+    current_platform,
+    iter_layer_specs,
+)
+
+# Block outermost, then heads: a block of all layers is one piece, and the pieces of tensor-parallel ranks side by side
+# are the piece of an engine with one rank.
+WANTED_LAYOUT = "BHLNC"
 
 # Of each weight file its size and this many evenly spread samples go into the digest. A fine-tuned checkpoint differs
 # in nearly every tensor; reading all of a 70B model would take minutes.
@@ -20,8 +33,6 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> dict[str, object]:
     """The layout of this engine's chunks. Raises ValueError, with what to do, if they cannot be shared."""
-    if "PYTHONHASHSEED" not in os.environ:
-        raise ValueError("kvtier: PYTHONHASHSEED is not set: set it to 0 on every worker, or they share no blocks")
     cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
     if not str(cache.prefix_caching_hash_algo).startswith("sha256"):
         raise ValueError(
@@ -31,6 +42,15 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
     if getattr(cache, "calculate_kv_scales", False):
         raise ValueError("kvtier: calculate-kv-scales makes every engine's KV its own; give static scales instead")
     capability = current_platform.get_device_capability()
+    ranks = [
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.prefill_context_parallel_size,
+        parallel.decode_context_parallel_size,
+    ]
+    alike = tp_agnostic(config, kv_cache, extra)
+    offloading = build_offloading_config(config, kv_cache)
+    copies = 1 if offloading.replicated_layout else parallel.world_size
     return {
         "engine": f"vllm {VLLM_VERSION}",
         "device": [current_platform.device_type, capability.as_version_str() if capability else ""],
@@ -38,39 +58,62 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
         "model": model_digest(config),
         "dtype": str(model.dtype),
         "kv_dtype": str(cache.cache_dtype),
-        "hash": [str(cache.prefix_caching_hash_algo), os.environ["PYTHONHASHSEED"]],
-        "chunk": [extra.get("blocks_per_chunk"), extra.get("block_size")],
-        "parallel": [
-            parallel.tensor_parallel_size,
-            parallel.pipeline_parallel_size,
-            parallel.prefill_context_parallel_size,
-            parallel.decode_context_parallel_size,
-        ],
-        "layers": "together" if layers_together(config, kv_cache) else "apart",
+        "hash": str(cache.prefix_caching_hash_algo),
+        "chunk": [offloading.cache.blocks_per_chunk, offloading.cache.tokens_per_hash],
+        "chunk_bytes": offloading.worker_kv_bytes_per_block * copies * offloading.cache.blocks_per_chunk,
+        "parallel": "any" if alike else ranks,
+        "layout": str(offloading.kv_cache_layout),
         "groups": [
-            [type(spec).__name__, spec.block_size, spec.page_size_bytes, sorted(group.layer_names)]
+            [type(spec).__name__, spec.block_size, sorted(group.layer_names)]
             for group in kv_cache.kv_cache_groups
             for spec in [group.kv_cache_spec]
         ],
     }
 
 
-def layers_together(config: VllmConfig, kv_cache: KVCacheConfig) -> bool:
-    """Whether a block's KV of all layers is one piece of HBM, which is what vLLM's V1 model runner makes of it for a
-    connector that asks, and its V2 runner does not yet. A chunk's bytes are in another order then."""
-    specs = [group.kv_cache_spec for group in kv_cache.kv_cache_groups]
-    indexed = len(specs) == 1 and getattr(specs[0], "indexes_kv_by_block_stride", False)
-    return bool(indexed and not config.use_v2_model_runner)
+def tp_agnostic(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> bool:
+    """Whether a chunk has the same bytes, but for rounding, however many tensor-parallel ranks make it."""
+    parallel = config.parallel_config
+    ranks = parallel.tensor_parallel_size
+    if extra.get("tp_private") or parallel.world_size != ranks or parallel.decode_context_parallel_size != 1:
+        return False
+    specs = [spec for group in kv_cache.kv_cache_groups for spec in iter_layer_specs(group.kv_cache_spec)]
+    if is_latent(kv_cache):
+        return ranks == 1 or bool(build_offloading_config(config, kv_cache).replicated_layout)
+    heads = config.model_config.get_total_num_kv_heads()
+    if not all(
+        type(spec) in (FullAttentionSpec, SlidingWindowSpec)
+        and spec.num_kv_heads * ranks == heads
+        and not spec.kv_quant_mode.is_per_token_head
+        for spec in specs
+    ):
+        return False
+    layout = config.cache_config.get_resolved_kv_cache_layout()
+    if not layout.is_block_outermost:
+        return True  # vLLM places every layer's heads by itself (canonical_layout)
+    # The heads of a rank follow those of the one before only where nothing but heads is in a block.
+    block_bytes = build_offloading_config(config, kv_cache).worker_kv_bytes_per_block
+    return layout.name == WANTED_LAYOUT and all(
+        len(set(iter_layer_specs(group.kv_cache_spec))) == 1
+        and next(iter(iter_layer_specs(group.kv_cache_spec))).page_size_bytes * len(group.layer_names) == block_bytes
+        for group in kv_cache.kv_cache_groups
+    )
 
 
-def check_layers(expected: bool, found: bool) -> None:
-    """Raises ValueError, with what to do, if HBM is laid out otherwise than the keys say."""
-    if expected is not found:
-        runner, words = (1, "apart") if expected else (0, "together")
-        raise ValueError(
-            f"kvtier: this engine keeps the KV of its layers {words}, which it was not expected to: set "
-            f"VLLM_USE_V2_MODEL_RUNNER={runner} (beside another connector V1 does not keep it together)"
-        )
+def is_latent(kv_cache: KVCacheConfig) -> bool:
+    """Whether all KV is MLA's, of which every rank has the whole, and one of them stores it."""
+    return all(
+        type(spec) is MLAAttentionSpec
+        for group in kv_cache.kv_cache_groups
+        for spec in iter_layer_specs(group.kv_cache_spec)
+    )
+
+
+def needs_canonical(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> bool:
+    """Whether ranks have to place their parts of a block beside each other for the chunk to be TP-agnostic; where one
+    rank is all, or each has all, it is so anyway."""
+    ranks = config.parallel_config.tensor_parallel_size
+    return ranks > 1 and not is_latent(kv_cache) and tp_agnostic(config, kv_cache, extra)
 
 
 def model_digest(config: VllmConfig) -> str:

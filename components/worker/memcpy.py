@@ -12,6 +12,7 @@ import torch
 from components.worker.compat import (
     BlockIDsLoadStoreSpec,
     CanonicalKVCaches,
+    CanonicalPageMapping,
     GPULoadStoreSpec,
     LoadStoreSpec,
     OffloadingWorker,
@@ -23,28 +24,43 @@ from components.worker.compat import (
 class MemcpyWorker(OffloadingWorker):
     """Moves KV blocks between the engine's tensors and the rows of the shared DRAM tier.
 
-    A row holds `blocks_per_chunk` blocks of every tensor; a transfer may begin and end inside a row. One instance per
-    engine rank, one thread.
+    A row holds `blocks_per_chunk` blocks of every tensor; a transfer may begin and end inside a row. `canonical`: the
+    ranks' parts of a block lie in it as their mappings say, so that the row does not depend on how many ranks there
+    are; otherwise each rank has its own part of a row. One instance per engine rank, one thread.
     """
 
-    def __init__(self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion):
+    def __init__(
+        self,
+        kv_caches: CanonicalKVCaches,
+        blocks_per_chunk: int,
+        region: SharedOffloadRegion,
+        *,
+        canonical: bool = False,
+    ):
         self._blocks_per_chunk = blocks_per_chunk
         self._region = region
         self._groups = kv_caches.group_data_refs
         self._engine = [cache.tensor.view(torch.int8) for cache in kv_caches.tensors]
-        # (rows, blocks_per_chunk, page) per tensor, over the rank's part of each row
+        page_bytes = [cache.page_size_bytes for cache in kv_caches.tensors]
+        create_view = region.create_next_worker_view
+        if canonical:
+            for refs in self._groups:
+                for ref in refs:
+                    page_bytes[ref.tensor_idx] = ref.mapping.canonical_page_size_bytes
+            create_view = region.create_next_canonical_view
+        # (rows, blocks_per_chunk, page) per tensor, over this rank's part of each row or the whole of it
         self._rows = [
-            region.create_next_view(cache.page_size_bytes * blocks_per_chunk).unflatten(
-                1, (blocks_per_chunk, cache.page_size_bytes)
-            )
-            for cache in kv_caches.tensors
+            create_view(page * blocks_per_chunk).unflatten(1, (blocks_per_chunk, page)) for page in page_bytes
         ]
+        self._canonical = canonical
         self._finished: list[TransferResult] = []
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         return self._copy(job_id, src_spec, dst_spec, store=True)
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, *, expedited: bool = False
+    ) -> bool:
         return self._copy(job_id, dst_spec, src_spec, store=False)
 
     def get_finished(self) -> list[TransferResult]:
@@ -77,13 +93,29 @@ class MemcpyWorker(OffloadingWorker):
                 tensor, rows = self._engine[ref.tensor_idx], self._rows[ref.tensor_idx]
                 # One copy a page: twenty times the speed of one indexed assignment for all of them (512 KiB pages).
                 for block_id, row_id, place in zip(block_ids, row_ids, in_row, strict=True):
-                    if store:
-                        rows[row_id, place].copy_(tensor[block_id])
+                    page, part = tensor[block_id], rows[row_id, place]
+                    if self._canonical:
+                        if not store or ref.mapping.is_writer(int(row_id) * self._blocks_per_chunk + int(place)):
+                            _copy_runs(page, part, ref.mapping, store=store)
+                    elif store:
+                        part.copy_(page)
                     else:
-                        tensor[block_id].copy_(rows[row_id, place])
+                        page.copy_(part)
                 moved_bytes += count * ref.page_size_bytes
             block += count
             row += row_count
         assert (block, row) == (len(engine.block_ids), len(tier.block_ids))
         self._finished.append(TransferResult(job_id, True, moved_bytes, time.perf_counter() - started))
         return True
+
+
+def _copy_runs(page: torch.Tensor, part: torch.Tensor, mapping: CanonicalPageMapping, *, store: bool) -> None:
+    """Between a rank's page and its places in the page of all ranks; both (bytes,), int8."""
+    for run in mapping.runs:
+        shape = (run.num_fragments, run.fragment_size)
+        ours = page.as_strided(shape, (run.local_stride, 1), page.storage_offset() + run.local_offset)
+        whole = part.as_strided(shape, (run.canonical_stride, 1), part.storage_offset() + run.canonical_offset)
+        if store:
+            whole.copy_(ours)
+        else:
+            ours.copy_(whole)

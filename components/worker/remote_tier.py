@@ -16,15 +16,15 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
 from components.pricing.patience import due_seconds, worth_waiting_for
 from components.pricing.prefill import Prefill
 from components.worker.compat import (
     JobId,
-    JobMetadata,
     JobResult,
+    Locality,
     LookupResult,
+    Medium,
     OffloadingConnectorStats,
     OffloadingCounterMetadata,
     OffloadingMetricMetadata,
@@ -35,12 +35,11 @@ from components.worker.compat import (
     Request,
     RequestOffloadingContext,
     SecondaryTierManager,
+    TransferJob,
     get_offload_block_hash,
     get_offload_group_idx,
-    job_rows,
     region_fd,
 )
-from components.worker.manager import PartialResult
 from components.worker.mover import frames
 from components.worker.mover.frames import (
     Ask,
@@ -113,8 +112,8 @@ class _RequestState:
     """What the tier knows of a request that is in the engine."""
 
     number: int
+    context: ReqContext
     plan: Plan | None
-    targets: list[str | None]  # by chunk; from the plan, or found by asking
     arrived: float
     deadline: float  # after it the request waits for nothing of this tier
     submitted: int = 0  # chunks whose fetch was begun
@@ -125,7 +124,9 @@ class _RequestState:
     hurried: bool = False
     tokens_sent: int = 0
     cut: bool = False
-    chunk_of: dict[OffloadKey, int] = field(default_factory=dict)
+    asked_keys: list[OffloadKey] = field(default_factory=list)
+    targets: dict[OffloadKey, str | None] = field(default_factory=dict)  # found by asking
+    planned: list[str | None] = field(default_factory=list)  # by chunk, from the plan
     fetches: dict[OffloadKey, int] = field(default_factory=dict)
     loads: dict[JobId, "_Load"] = field(default_factory=dict)
     cancelled: bool = False
@@ -184,6 +185,8 @@ class RemoteTier(SecondaryTierManager):
     is what computing costs here, as far as it is known, and `running` how many requests the engine is at.
     """
 
+    medium = Medium.STORAGE
+
     def __init__(
         self,
         offloading_spec: OffloadingSpec,
@@ -192,6 +195,7 @@ class RemoteTier(SecondaryTierManager):
         *,
         store: str,
         layout_digest: str,
+        backpressure_detector: object = None,
         namespace: str = "default",
         nats: str = "",
         endpoint: str = "",
@@ -204,11 +208,15 @@ class RemoteTier(SecondaryTierManager):
         put_queue_share: float = 0.25,
         load_share: float = 0.25,
     ):
-        super().__init__(offloading_spec, primary_kv_view, tier_type)
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        self.locality = Locality.REMOTE
         rows, row_bytes = primary_kv_view.shape or (0, 0)
         self.row_bytes = row_bytes
         self._block_tokens = offloading_spec.tokens_per_hash
         self._blocks_per_chunk = blocks_per_chunk(offloading_spec)
+        self._chunk_tokens = self._block_tokens * self._blocks_per_chunk
+        # A plan knows the chunks of one group. Where there are more, the store itself is asked.
+        self._plans = len(offloading_spec.config.groups) == 1
         self._deadline_seconds = deadline_ms / 1000
         self._lookup_seconds = lookup_ms / 1000
         # Rows waiting for a put cannot be evicted: beyond this share of DRAM the tier would stand in the engine's way.
@@ -237,7 +245,7 @@ class RemoteTier(SecondaryTierManager):
         self._finished: list[JobResult] = []
         self._stats = _zeros()
         self._store_bytes_per_second = 0.0
-        self.on_load: Callable[[Request, OffloadKey, int], None] = lambda request, key, chunk: None
+        self.on_load: Callable[[Request, OffloadKey], None] = lambda request, key: None
         self.prefill = Prefill()
         self.running = 0
         self.link = MoverLink(
@@ -269,35 +277,45 @@ class RemoteTier(SecondaryTierManager):
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         self._step()  # an engine that was idle has not listened to its mover
-        plan, now = read_plan(req_context.kv_transfer_params), time.monotonic()
+        plan, now = read_plan(req_context.kv_transfer_params) if self._plans else None, time.monotonic()
         self._requests += 1
-        wait = self._deadline_seconds
-        state = _RequestState(self._requests, plan, plan.targets() if plan else [], now, now + wait)
+        state = _RequestState(self._requests, req_context, plan, now, now + self._deadline_seconds)
+        if plan is not None:
+            state.planned = plan.targets()
         self._states[req_context.req_id] = self._by_number[state.number] = state
         # A chunk that this worker should hold and no target does was lost to an outage, or evicted while it was read
         # from HBM alone: offer all of the request again, hits included, and the store is whole again.
         holes = plan is not None and any(run.target is None for run in plan.runs)
-        return RequestOffloadingContext(OffloadPolicy.REQUEST_LEVEL if holes else OffloadPolicy.BLOCK_LEVEL)
+        return RequestOffloadingContext(OffloadPolicy.REQUEST_LEVEL if holes else OffloadPolicy.CHUNK_LEVEL)
 
-    def describe(self, request: Request, first_chunk: int, keys: Sequence[OffloadKey]) -> None:
-        """Tell which chunks of the request `keys` are. Comes before any lookup or store of them."""
-        state = self._states.get(request.request_id)
-        if state is not None:
-            state.request = request
-            state.chunk_of.update(zip(keys, count(first_chunk)))
+    def arrived(self, request: Request) -> None:
+        """The request whose context came just before."""
+        self._states[request.request_id].request = request
 
-    def ask(self, req_id: str) -> None:
-        """For a request without a plan: find out which of its leading chunks the store holds."""
+    def ask(self, req_id: str, keys: Sequence[OffloadKey]) -> None:
+        """For a request without a plan: find out which of its leading chunks, in order, the store holds."""
         state = self._states.get(req_id)
         if state is None or state.plan is not None or state.asked:
             return
         now = time.monotonic()
         state.asked = True
+        state.asked_keys = list(keys[: frames.CHUNKS_MAX])
         state.deadline = min(state.deadline, now + self._lookup_seconds)
-        names = [_name(key) for key in list(state.chunk_of)[: frames.CHUNKS_MAX]]
-        state.answered = not names or not self.link.ready
+        state.answered = not keys or not self.link.ready
         if not state.answered:
-            state.answered = not self._say(Ask(state.number, names, state.deadline))
+            state.answered = not self._say(Ask(state.number, [_name(key) for key in state.asked_keys], state.deadline))
+
+    def _chunk(self, state: _RequestState | None, key: OffloadKey) -> int:
+        """Which chunk of the request it is; -1: not a whole one, or not known."""
+        end = state.context.get_offload_key_position(key) if state is not None else None
+        return end // self._chunk_tokens - 1 if end is not None and end % self._chunk_tokens == 0 else -1
+
+    def _target(self, state: _RequestState, key: OffloadKey) -> str | None:
+        """Where the store has the chunk, if it has."""
+        if state.plan is None:
+            return state.targets.get(key)
+        chunk = self._chunk(state, key)
+        return state.planned[chunk] if 0 <= chunk < len(state.planned) else None
 
     def undecided(self, req_id: str) -> bool:
         """Whether it is not known yet what the store holds of the request, and may be soon."""
@@ -349,13 +367,16 @@ class RemoteTier(SecondaryTierManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         state = self._states.get(req_context.req_id)
-        chunk = None if state is None else state.chunk_of.get(key)
-        if state is None or chunk is None or self._gave_up(state):
+        if state is None or self._gave_up(state):
             return LookupResult.MISS
         if _undecided(state):
             return LookupResult.RETRY
-        target = state.targets[chunk] if chunk < len(state.targets) else None
-        if target is None or not self.link.ready or self._suspect or state.fetches.get(key, 0) >= FETCHES_PER_CHUNK:
+        if (
+            self._target(state, key) is None
+            or not self.link.ready
+            or self._suspect
+            or state.fetches.get(key, 0) >= FETCHES_PER_CHUNK
+        ):
             return LookupResult.MISS
         if not self.has_room:
             # A request that queues, or waits for other chunks anyway, takes its turn; one that could begin does.
@@ -395,21 +416,21 @@ class RemoteTier(SecondaryTierManager):
 
     # ---- jobs
 
-    def submit_load(self, job_metadata: JobMetadata) -> None:
-        keys, rows = list(job_metadata.keys), job_rows(job_metadata)
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        keys, rows = list(job_metadata.keys), job_metadata.chunk_ids.tolist()
         state = self._states.get(job_metadata.req_context.req_id)
         if state is None or self.link.dead or len(keys) > frames.CHUNKS_MAX or len(self._outbox) >= _OUTBOX_MAX:
             self._finished.append(JobResult(job_metadata.job_id, False))
             return
-        chunks = [state.chunk_of[key] for key in keys]
         for key in keys:
             state.fetches[key] = state.fetches.get(key, 0) + 1
         due = due_seconds(state.arrived, state.submitted, self.row_bytes)
         state.submitted += len(keys)
         deadline = state.until
-        targets = [state.targets[chunk] for chunk in chunks]
+        targets = [self._target(state, key) for key in keys]
         command = Load(job_metadata.job_id, state.number, [_name(key) for key in keys], rows, targets, deadline, due)
-        load = _Load(job_metadata.job_id, keys, state, min(chunks), deadline, command)
+        first = max(0, min(self._chunk(state, key) for key in keys))
+        load = _Load(job_metadata.job_id, keys, state, first, deadline, command)
         self._loads[load.job_id] = state.loads[load.job_id] = load
         self._load_rows += len(keys)
         self._outbox.append(load)
@@ -417,16 +438,16 @@ class RemoteTier(SecondaryTierManager):
             self._say(Hurry(state.number))
         self._flush()
 
-    def submit_store(self, job_metadata: JobMetadata) -> None:
+    def submit_store(self, job_metadata: TransferJob) -> None:
         context = job_metadata.req_context
         state = self._states.get(context.req_id)
         # What waits goes first; and the leading chunks are of use without the rest, not the other way round.
         kept = 0 if self._leftovers else self._put_room
-        chunks = _in_order(job_metadata, state)
+        chunks = _rows_of(job_metadata)
         self._leave_over(_Leftover(context, state, [key for key, _ in chunks[kept:]]))
         self._submit_store(job_metadata.job_id, state, chunks[:kept])
 
-    def store_leftovers(self, pin: Callable[[list[OffloadKey], ReqContext], JobMetadata | None]) -> None:
+    def store_leftovers(self, pin: Callable[[list[OffloadKey], ReqContext], TransferJob | None]) -> None:
         """Store what had no room, as far as there is some now. `pin` makes a job of those keys that are in DRAM still;
         None: none is."""
         while self._leftovers and self._put_room >= min(self._piece_chunks, self._put_rows_max):
@@ -438,7 +459,7 @@ class RemoteTier(SecondaryTierManager):
             if stored < len(keys):
                 self._stats.increase_counter(_STORED, len(keys) - stored, ("dropped",))
             if job is not None:
-                self._submit_store(job.job_id, leftover.state, _in_order(job, leftover.state))
+                self._submit_store(job.job_id, leftover.state, _rows_of(job))
 
     @property
     def _piece_chunks(self) -> int:
@@ -474,7 +495,7 @@ class RemoteTier(SecondaryTierManager):
             self._finished.append(JobResult(job_id, True))
             return
         keys, rows = [key for key, _ in kept], [row for _, row in kept]
-        chunks = [-1 if state is None else state.chunk_of.get(key, -1) for key in keys]
+        chunks = [self._chunk(state, key) for key in keys]
         saved = 0.0 if state is None or state.plan is None else state.plan.chunk_ms / 1000
         number = 0 if state is None else state.number
         if not self._puts:
@@ -512,6 +533,8 @@ class RemoteTier(SecondaryTierManager):
 
     def drain_jobs(self) -> None:
         """Blocks for some seconds at most: then the mover is killed, and what it had not finished has failed."""
+        while self._leftovers:  # their rows are about to go
+            self._take_over(self._leftovers[0], len(self._leftovers[0].keys))
         for load in list(self._loads.values()):
             self._cancel(load)
         until = time.monotonic() + _DRAIN_SECONDS
@@ -624,7 +647,9 @@ class RemoteTier(SecondaryTierManager):
 
     def _answer(self, state: _RequestState, targets: list[str | None]) -> None:
         if not state.answered:
-            state.targets = targets
+            state.targets = dict(
+                zip(state.asked_keys, targets, strict=False)
+            )  # none of those after an answer cut short
             state.deadline += self._deadline_seconds
             state.answered = True
 
@@ -651,7 +676,7 @@ class RemoteTier(SecondaryTierManager):
             if key in failed:
                 state.fetches[key] = FETCHES_PER_CHUNK  # not again for this request
             elif state.request is not None:
-                self.on_load(state.request, key, state.chunk_of[key])
+                self.on_load(state.request, key)
         for outcome, chunks in Counter(outcomes).items():
             self._stats.increase_counter(_FETCHED, chunks, (outcome.name.lower(),))
         if load.overdue or not load.cancelled:
@@ -660,7 +685,8 @@ class RemoteTier(SecondaryTierManager):
         load.done = True
         del self._loads[load.job_id], state.loads[load.job_id]
         self._load_rows -= len(load.keys)
-        self._finished.append(PartialResult(load.job_id, True, failed))
+        arrived = [key for key in load.keys if key not in failed]
+        self._finished.append(JobResult(load.job_id, not failed, arrived))
 
     def _give_up(self, put: _Put) -> None:
         self._finish_put(put, [Outcome.UNREACHABLE.name.lower()] * len(put.command.rows))
@@ -792,11 +818,8 @@ def _name(key: OffloadKey) -> frames.Name:
     return get_offload_block_hash(key), get_offload_group_idx(key)
 
 
-def _in_order(job: JobMetadata, state: _RequestState | None) -> list[tuple[OffloadKey, int]]:
-    """The chunks of a job to store and their rows, in the order of the prompt: vLLM keeps a job's keys as a set."""
-    chunks = list(zip(job.keys, job_rows(job), strict=True))
-    known = {} if state is None else state.chunk_of
-    return sorted(chunks, key=lambda one: known.get(one[0], len(known)))
+def _rows_of(job: TransferJob) -> list[tuple[OffloadKey, int]]:
+    return list(zip(job.keys, job.chunk_ids.tolist(), strict=True))
 
 
 def _undecided(state: _RequestState) -> bool:

@@ -28,20 +28,6 @@ def sweep_stale_regions() -> None:
             lock.unlink()
 
 
-def check_room(engine_id: str, region_bytes: int) -> None:
-    """Raises ValueError, with what to do, if a region that is not there yet does not fit into shared memory: touching
-    its pages later would end the engine without a word."""
-    if (SHM / f"vllm_offload_{engine_id}.mmap").exists():
-        return
-    status = os.statvfs(SHM)
-    free_bytes = status.f_bavail * status.f_frsize
-    if region_bytes > free_bytes:
-        raise ValueError(
-            f"kvtier: a DRAM tier of {region_bytes} bytes given, {SHM} has {free_bytes} free: lower --dram, "
-            f"enlarge {SHM}, or delete what other programs left there"
-        )
-
-
 def hold_region(engine_id: str) -> int:
     """Hold the region's lock until this process ends; shared with the engine's other processes. Returns the file."""
     path = SHM / f"vllm_offload_{engine_id}.lock"

@@ -1,4 +1,4 @@
-"""The offloading spec: vLLM's DRAM tier with the guarded manager, on CUDA and on the CPU engine, and a clean start."""
+"""The offloading spec: vLLM's DRAM tier with our manager, on CUDA and on the CPU engine, and a clean start."""
 
 import contextlib
 from typing import Any
@@ -11,12 +11,13 @@ from components.worker.compat import (
     SecondaryTierFactory,
     SharedOffloadRegion,
     TieringOffloadingSpec,
+    beside_each_other,
     current_platform,
 )
-from components.worker.manager import GuardedTieringManager
+from components.worker.manager import HoldingTieringManager
 from components.worker.memcpy import MemcpyWorker
 from components.worker.remote_tier import TIER_TYPE
-from components.worker.shm import MARK, check_room, hold_region, sweep_stale_regions
+from components.worker.shm import MARK, hold_region, sweep_stale_regions
 
 # Fewer, and the chunks of one prompt push each other out before it is scheduled.
 _ROWS_MIN = 8
@@ -34,32 +35,39 @@ class KvtierSpec(TieringOffloadingSpec):
 
     def __init__(self, config: OffloadingConfig):
         super().__init__(config)
-        if self.kv_bytes_per_chunk and self.num_blocks < _ROWS_MIN:
+        if self.kv_bytes_per_chunk and self.num_chunks < _ROWS_MIN:
             raise ValueError(
                 f"kvtier: the DRAM tier ({self.extra_config['cpu_bytes_to_use']} bytes) holds fewer than {_ROWS_MIN} "
                 f"chunks of {self.kv_bytes_per_chunk} bytes: give it more"
             )
         self._engine_id = MARK + self._engine_id
         sweep_stale_regions()
-        check_room(self._engine_id, self.num_blocks * self.kv_bytes_per_chunk)
         self._lock_fd = hold_region(self._engine_id)
 
     def get_manager(self) -> OffloadingManager:
         if self._manager is None:
             stock = super().get_manager()
-            self._manager = GuardedTieringManager(stock.primary_tier, stock.secondary_tiers)
+            self._manager = HoldingTieringManager(stock.primary_tier, stock.secondary_tiers)
         return self._manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        if not current_platform.is_cpu():
-            return super().get_worker(kv_caches)
         if self._worker is None:
+            parallel = self.config.parallel
+            if self.config.canonical_layout and all(
+                ref.mapping is None for refs in kv_caches.group_data_refs for ref in refs
+            ):
+                # A block is one piece for all layers, of which stock offloading does not know what is in it.
+                kv_caches = beside_each_other(kv_caches, parallel.world_size, parallel.rank)
+            if not current_platform.is_cpu():
+                return super().get_worker(kv_caches)
             region = SharedOffloadRegion(
                 engine_id=self._engine_id,
-                num_blocks=self.num_blocks,
-                rank=self.config.parallel.rank,
-                kv_bytes_per_block=self.kv_bytes_per_chunk,
+                num_chunks=self.num_chunks,
+                rank=0 if self.replicated_layout else parallel.rank,
+                kv_bytes_per_chunk=self.kv_bytes_per_chunk,
                 cpu_page_size=self.cpu_page_size_per_worker,
             )
-            self._worker = MemcpyWorker(kv_caches, self.blocks_per_chunk, region)
+            self._worker = MemcpyWorker(
+                kv_caches, self.blocks_per_chunk, region, canonical=self.config.canonical_layout
+            )
         return self._worker

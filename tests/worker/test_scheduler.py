@@ -1,7 +1,8 @@
-"""vLLM's own scheduler over the tiers, stock and ours: what ends an engine there and not here. No model: what stands in
-for it is benchmarks/chat/scheduler.py's."""
+"""vLLM's own scheduler over the tiers, stock and ours: what each stores, loads and tells. No model: what stands in for
+it is benchmarks/chat/scheduler.py's."""
 
 import random
+import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.bus.plan import FIELD, make_plan
 from kvstore.errors import validated
+from tests.conftest import eventually
 
 # An answer ends with a chunk, whose last token is sampled and never computed.
 OPTIONS = Options(prompt_tokens=50, answer_tokens=22, running=4, requests=12, block_tokens=4, events=True)
@@ -38,8 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[START]:
-    monkeypatch.setenv("PYTHONHASHSEED", "0")
+def start(model: Path) -> Iterator[START]:
     running: list[Drive] = []
 
     def started(transfer: dict[str, object] | None, hbm_blocks: int = 0) -> Drive:
@@ -70,28 +71,19 @@ def leave_unscheduled(drive: Drive) -> None:
     drive.idle_step()
 
 
-def test_stock_tiers_end_with_a_finished_requests_last_chunks(model: Path, tmp_path: Path, start: START) -> None:
-    with pytest.raises(KeyError):
-        start(configured(model, "files", tmp_path)).play(1)
-
-
-def test_stock_offloading_ends_with_a_request_that_left_before_it_was_scheduled(
-    model: Path, tmp_path: Path, start: START
+@pytest.mark.parametrize("mode", ["dram", "files", "store"])
+def test_every_whole_chunk_that_was_computed_is_stored_and_no_other(
+    model: Path, tmp_path: Path, start: START, mode: str
 ) -> None:
-    with pytest.raises(AssertionError):
-        leave_unscheduled(start(configured(model, "dram", tmp_path)))
-
-
-def test_ours_lives_on_and_stores_every_whole_chunk_that_was_computed(
-    model: Path, tmp_path: Path, start: START
-) -> None:
-    drive = start(configured(model, "store", tmp_path, f"127.0.0.1:{free_port()}"))
+    """Stock offloading, too: what it forgets too early, stores too much of or never allocated was ours to guard."""
+    drive = start(configured(model, mode, tmp_path, f"127.0.0.1:{free_port()}"))
     leave_unscheduled(drive)
     drive.play(1)
     leave_unscheduled(drive)
-    manager = drive._scheduler.connector._manager
-    assert len(manager.primary_tier._policy.blocks) == 12 * ((50 + 22 - 1) // 4)
-    assert not drive._scheduler.connector.connector_scheduler._req_status
+    scheduler = drive._scheduler.connector.connector_scheduler
+    primary = getattr(scheduler.manager, "primary_tier", scheduler.manager)
+    assert len(primary._policy.chunks) == 12 * ((50 + 22 - 1) // 4)
+    assert not scheduler._req_status
 
 
 @pytest.mark.parametrize("mode", ["dram", "store"])
@@ -145,19 +137,44 @@ def test_what_the_gpu_does_not_wait_for_is_waited_for(
         assert not scheduler.has_unfinished_requests()
 
 
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="_note_load looks up a request that may be gone")
+def test_what_comes_for_a_client_that_left_meanwhile_is_taken_in(
+    model: Path, tmp_path: Path, start: START, start_target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mover had it when it was called off, and the scheduler has forgotten the request when it hears of it."""
+    target = start_target()
+    start(configured(model, "store", tmp_path, target.address)).play(1)
+    drive = start(configured(model, "store", tmp_path, target.address))
+    index, scheduler = Index(drive), drive._scheduler
+    (tier,) = scheduler.connector._tiers
+    prompt = random.Random(1).choices(range(40, 120), k=OPTIONS.prompt_tokens)  # the first that was played
+    sampling = SamplingParams(max_tokens=5, ignore_eos=True)
+    scheduler.add_request(Request("left", prompt, sampling, None, block_hasher=drive._hasher))
+    eventually(lambda: (drive.idle_step(), tier._loads)[1], SOON)
+    with monkeypatch.context() as deaf:
+        deaf.setattr(tier.link, "receive", list)
+        assert select.select([tier.link._socket], [], [], SOON)[0]
+        scheduler.finish_requests("left", RequestStatus.FINISHED_ABORTED)
+        drive.idle_step()
+    assert not scheduler.connector.connector_scheduler._req_status
+    eventually(lambda: (drive.idle_step(), not tier._loads)[1], SOON)
+    drive.idle_step()
+    assert index.fetched == len(scheduler.connector._manager.primary_tier._policy.chunks) == len(index.held["CPU"]) > 0
+
+
 class Index:
     """What a router knows by the engine's events."""
 
     def __init__(self, drive: Drive):
         self.held: dict[str, set[object]] = {"CPU": set(), "GPU": set()}
-        self.orphans: dict[str, int] = {"CPU": 0, "GPU": 0}  # stored with a parent that is not known
+        self.orphans = 0  # stored in HBM with a parent that is not known; Dynamo's index of DRAM needs no order
         self.fetched = 0
         for tier in drive._scheduler.connector._tiers:
             on_load = tier.on_load
 
-            def note(request: Any, key: Any, chunk: int, on_load: Any = on_load) -> None:
+            def note(request: Any, key: Any, on_load: Any = on_load) -> None:
                 self.fetched += 1
-                on_load(request, key, chunk)
+                on_load(request, key)
 
             tier.on_load = note
         drive._scheduler.kv_event_publisher.publish = self._take
@@ -170,7 +187,7 @@ class Index:
                 held.difference_update(event.block_hashes)
                 continue
             known = event.parent_block_hash is None or any(event.parent_block_hash in of for of in self.held.values())
-            self.orphans[event.medium] += not known
+            self.orphans += event.medium == "GPU" and not known
             assert event.block_size == OPTIONS.block_tokens
             assert len(event.token_ids) == len(event.block_hashes) * event.block_size
             held.update(event.block_hashes)
@@ -193,10 +210,9 @@ def test_routers_know_what_dram_and_hbm_hold_also_after_a_fetch(
         index = Index(drive)
         drive.play(1)
         connector = drive._scheduler.connector
-        in_dram = connector._manager.primary_tier._policy.blocks
+        in_dram = connector._manager.primary_tier._policy.chunks
         assert index.held["CPU"] == {maybe_convert_block_hash(get_offload_block_hash(key)) for key in in_dram}
-        assert index.orphans["GPU"] == 0
-        assert index.orphans["CPU"] == 0 or rows == 60
+        assert index.orphans == 0
         assert (index.fetched > 0) == fetches
 
 
@@ -205,11 +221,13 @@ class Ahead:
 
     def __init__(self, drive: Drive, seed: int):
         self.scheduler = drive._scheduler
+        self.scheduler.defer_block_free = True  # as vLLM has it where steps overlap, which they do not on a CPU
         self.chance = random.Random(seed)
         self.hasher = drive._hasher
         self.holds: dict[int, object] = {}
         self.under_way: list[tuple[Any, Any]] = []
-        self.in_step = self.between = self.preempted = self.aborted = 0
+        self._writes: list[set[int]] = []  # to blocks, by step under way
+        self.stored = self.in_step = self.between = self.preempted = self.aborted = 0
         self._between: dict[int, str] = {}  # loads that are reported a step later
 
     def arrive(self, name: str, prompts: list[list[int]]) -> None:
@@ -235,31 +253,41 @@ class Ahead:
         self.under_way.append((output, self._run(output)))
         if len(self.under_way) == 2 or not output.num_scheduled_tokens:
             self.scheduler.update_from_output(*self.under_way.pop(0))
+            self._writes.pop(0)
 
     def _run(self, output: Any) -> ModelRunnerOutput:
         meta, done = output.kv_connector_metadata, OffloadingWorkerMetadata()
         received = set(self._between.values())
         rows = {
-            block.block_id: key for key, block in self.scheduler.connector._manager.primary_tier._policy.blocks.items()
+            chunk.chunk_id: key for key, chunk in self.scheduler.connector._manager.primary_tier._policy.chunks.items()
         }
         for job in [*self._between, *meta.in_step, *meta.store_jobs]:
             done.mark_completed(job)
+        for job in meta.store_jobs.values():
+            for row, block in zip(job.dst_spec.block_ids, job.src_spec.block_ids, strict=True):
+                assert self.holds[int(block)] == get_offload_block_hash(rows[int(row)])
+                self.stored += 1
         for job in meta.load_jobs.values():
             for row, block in zip(job.src_spec.block_ids, job.dst_spec.block_ids, strict=True):
                 self.holds[int(block)] = get_offload_block_hash(rows[int(row)])
+        for job in meta.load_jobs.values():
+            into = job.dst_spec.block_ids.tolist()
+            assert not any(written.intersection(into) for written in self._writes), "a step under way writes there, too"
         self._between = {job: one.req_id for job, one in meta.load_jobs.items() if job not in meta.in_step}
         self.in_step += len(meta.in_step)
         self.between += len(self._between)
-        sampled = []
+        sampled, written = [], set()
         for name, tokens in output.num_scheduled_tokens.items():
             request = self.scheduler.requests[name]
             (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
             after = request.num_computed_tokens
+            written.update(blocks[(after - tokens) // OPTIONS.block_tokens : -(-after // OPTIONS.block_tokens)])
             for index, block_hash in enumerate(request.block_hashes[: after // OPTIONS.block_tokens]):
                 if (index + 1) * OPTIONS.block_tokens <= after - tokens:
                     assert self.holds[blocks[index]] == block_hash, f"{name}: block {index} of {after} tokens"
                 self.holds[blocks[index]] = block_hash
             sampled.append([7] if after >= request.num_tokens else [])
+        self._writes.append(written)
         names = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(
             names,
@@ -270,7 +298,7 @@ class Ahead:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_a_step_goes_on_from_is_in_hbm_when_it_runs(
+def test_whatever_a_step_goes_on_from_and_stores_is_in_hbm_when_it_runs(
     model: Path, tmp_path: Path, start: START, seed: int
 ) -> None:
     """Loads in their step and between steps, prompts that share beginnings, clients that leave, blocks that run out."""
@@ -292,9 +320,10 @@ def test_whatever_a_step_goes_on_from_is_in_hbm_when_it_runs(
             ahead.leave()
     while ahead.scheduler.has_requests():
         ahead.step()
+    assert ahead.stored > 100
     assert ahead.in_step > 10
     assert ahead.between > 10
     assert ahead.preempted > 5
     assert ahead.aborted > 20
     assert not connector.connector_scheduler._req_status
-    assert not connector._in_step._jobs
+    assert not connector._loads._jobs

@@ -1,4 +1,5 @@
-"""Loads from DRAM at the head of the step that computes the rest of the prompt.
+"""Loads from DRAM to HBM: at the head of the step that computes the rest of the prompt, where that pays, and who waits
+for another request's.
 
 Stock offloading gives a load steps of its own: the request waits for the worker to report it, which with asynchronous
 scheduling takes until two more steps have run, and is computed in the one after. But a step is scheduled while the one
@@ -12,15 +13,22 @@ for loads that are, and what it takes for granted is kept true here:
 
 * it takes blocks that have a hash for present, and blocks of a request that is computed have theirs at once;
 * it forbids a request with a load under way to be preempted, or to store.
+
+Stock offloading also holds every request that shares a chunk with a load under way until the whole load is over. Blocks
+of a load in its step are found in HBM from then on, so that nobody waits for it, and what is loaded once is copied
+once. A load between steps is waited for only by a request whose own copy would take as long as what is left of it.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from components.worker.compat import (
     KVCacheBlocks,
     OffloadingConnectorMetadata,
     OffloadingConnectorScheduler,
+    OffloadKey,
     Request,
     SchedulerOutput,
 )
@@ -33,6 +41,7 @@ IN_STEP_SECONDS = 0.02
 @dataclass
 class InStepMetadata(OffloadingConnectorMetadata):
     in_step: frozenset[int] = frozenset()  # those of load_jobs that the step's computation comes after
+    computed: bool = False  # whether store_jobs are of steps before this one
 
 
 @dataclass(slots=True)
@@ -50,7 +59,15 @@ class _Blocks:
 
 
 @dataclass
-class InStepLoads:
+class _Between:
+    """A load between steps: its chunks, and when it should be over."""
+
+    keys: set[OffloadKey]
+    ends: float
+
+
+@dataclass
+class Loads:
     """Which loads are made in their step. `row_bytes` is what a chunk has on all ranks together."""
 
     scheduler: OffloadingConnectorScheduler
@@ -58,6 +75,7 @@ class InStepLoads:
     _admitted: dict[str, float] = field(default_factory=dict)  # in this step: request -> seconds
     _jobs: dict[int, str] = field(default_factory=dict)  # not reported as done yet -> request
     _new: set[int] = field(default_factory=set)  # of this step
+    _between: dict[int, _Between] = field(default_factory=dict)
 
     @property
     def possible(self) -> bool:
@@ -87,10 +105,26 @@ class InStepLoads:
 
     def seconds(self, tokens: int, bytes_per_second: float) -> float:
         """What their copy to HBM takes; 0 where that is not known, or not in a step."""
-        if not bytes_per_second or not self.possible:
-            return 0.0
+        return self._copy_seconds(tokens, bytes_per_second) if self.possible else 0.0
+
+    def _copy_seconds(self, tokens: int, bytes_per_second: float) -> float:
         chunks = tokens / self.scheduler.config.kv_group_configs[0].tokens_per_chunk
-        return chunks * self.row_bytes / self.scheduler.config.num_workers / bytes_per_second
+        return chunks * self.row_bytes / self.scheduler.config.num_workers / (bytes_per_second or float("inf"))
+
+    @contextmanager
+    def waited_for(self, tokens: int, bytes_per_second: float) -> Iterator[None]:
+        """While stock offloading looks up a request of so many tokens that are not in HBM: let it wait for those loads
+        only that will be over before the request's own would be."""
+        loading = self.scheduler._chunks_being_loaded
+        self._between = {job_id: load for job_id, load in self._between.items() if job_id in self.scheduler._jobs}
+        until = time.monotonic() + self._copy_seconds(tokens, bytes_per_second)
+        longer = [load.keys for load in self._between.values() if load.ends > until]
+        if longer:
+            self.scheduler._chunks_being_loaded = loading.difference(*longer)
+        try:
+            yield
+        finally:
+            self.scheduler._chunks_being_loaded = loading
 
     def _between_steps(self) -> bool:
         """Whether a load of any request is under way, or about to be, that no step waits for."""
@@ -101,14 +135,19 @@ class InStepLoads:
         request: Request,
         blocks: KVCacheBlocks,
         load_tokens: int,
+        bytes_per_second: float,
         stock: Callable[[Request, KVCacheBlocks | _Blocks, int], None],
     ) -> None:
         """The request has its blocks: let stock offloading make the job, of blocks that are not there yet."""
         req_id = request.request_id
+        status = self.scheduler._req_status.get(req_id)
         if not load_tokens or req_id not in self._admitted:
             stock(request, blocks, load_tokens)
+            if load_tokens:
+                (job_id,) = status.transfer_jobs
+                ends = time.monotonic() + self._copy_seconds(load_tokens, bytes_per_second)
+                self._between[job_id] = _Between(self.scheduler._jobs[job_id].keys, ends)
             return
-        status = self.scheduler._req_status[req_id]
         there = status.num_locally_computed_tokens // self.scheduler.config.kv_group_configs[0].tokens_per_block
         (of_group,) = blocks.blocks
         absent = [_Block(block.block_id, block.is_null) for block in of_group[there:]]
@@ -116,6 +155,8 @@ class InStepLoads:
         (job_id,) = status.transfer_jobs
         self._jobs[job_id] = req_id
         self._new.add(job_id)
+        if self.scheduler._chunks_being_loaded is not None:
+            self.scheduler._chunks_being_loaded -= self.scheduler._jobs[job_id].keys
 
     def scheduled(
         self, output: SchedulerOutput, stock: Callable[[SchedulerOutput], OffloadingConnectorMetadata]
@@ -134,7 +175,7 @@ class InStepLoads:
             status.transfer_jobs.add(job_id)
         new, self._new = frozenset(self._new), set()
         self._admitted.clear()
-        return InStepMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, new)
+        return InStepMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, new, self.possible)
 
     def stores(self, req_id: str) -> bool:
         """Whether the finished request may store what it has left: not while its load is under way."""
