@@ -90,15 +90,20 @@ class Turn:
     answer: Answer
 
 
+# Dynamo logs the spans of requests whatever its level is.
+SILENCE = {"DYN_LOG": "off,request_span=off", "DYN_LOGGING_SPAN_EVENTS": "0"}
+
+
 def import_dynamo_in_silence() -> None:
-    """Dynamo reads DYN_LOG when this process first imports it; the services of a trial have their own logs."""
-    before = os.environ.get("DYN_LOG")
-    os.environ["DYN_LOG"] = "off"
+    """Dynamo reads these when this process first imports it; the services of a trial have their own logs."""
+    before = {name: os.environ.get(name) for name in SILENCE}
+    os.environ.update(SILENCE)
     importlib.import_module("dynamo.runtime")
-    if before is None:
-        del os.environ["DYN_LOG"]
-    else:
-        os.environ["DYN_LOG"] = before
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
 
 @dataclass

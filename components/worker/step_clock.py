@@ -19,7 +19,7 @@ _PREFILL_TOKENS_MIN = 64
 _AHEAD_SAMPLES = 16
 _AHEAD_SHARE = 0.9
 # No more than that, however far ahead: after long steps a short one comes, and the GPU waits for the scheduler after
-# all. It is as much as a step may begin with copies (in_step.py).
+# all. It is as much as a step may begin with copies (loads.py).
 _SPARE_SECONDS_MAX = 0.02
 
 
