@@ -21,9 +21,11 @@ import msgspec
 
 from benchmarks.chat.__main__ import (
     ENGINE_ENVIRONMENT,
+    EngineError,
     Options,
     add_engine_arguments,
     engine_command,
+    last_words,
     leave_on_sigterm,
     running,
     say,
@@ -91,7 +93,9 @@ async def measure(endpoint: Endpoint, given: argparse.Namespace) -> list[Row]:
 async def run(options: Options, given: argparse.Namespace, folder: Path) -> list[Row]:
     address, port, own = f"127.0.0.1:{free_port()}", free_port(), folder / "store"
     own.mkdir()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+    # A connection that the server is about to close is not taken again: vLLM's closes them after five seconds.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300), connector=connector) as session:
         endpoint = Endpoint(session, f"http://127.0.0.1:{port}", options.model)
         with ExitStack() as stack:
             stack.enter_context(target_running(options, "store-hot", own, address, folder / "target.log"))
@@ -99,7 +103,10 @@ async def run(options: Options, given: argparse.Namespace, folder: Path) -> list
             environment = {**CPU_ENVIRONMENT, **ENGINE_ENVIRONMENT}
             engine = stack.enter_context(running(command, environment, folder / "engine.log"))
             await until_ready(endpoint, session, engine)
-            return await measure(endpoint, given)
+            try:
+                return await measure(endpoint, given)
+            except ConnectionError as error:
+                raise EngineError(f"{error}: {last_words(folder / 'engine.log')}") from None
 
 
 def main() -> None:
@@ -113,6 +120,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--requests", type=int, default=32, help="at once; default 32")
     parser.add_argument("--shared", type=int, default=8000, help="tokens of the shared prefix; default 8000")
+    parser.add_argument("--hot", default="2GiB", help="the target's hot cache; default 2GiB")
     parser.add_argument("--own", type=int, default=40, help="tokens of each request after it; default 40")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
@@ -124,6 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kvtier-shared-", dir=given.dir) as folder:
         values = {name: value for name, value in vars(given).items() if name in names}
         values["model"] = given.model or str(make_tiny_model(Path(folder) / "model", max_tokens=16384))
+        values["dram"] = given.dram or "2GiB"
         values["max_model_len"] = given.shared + given.own + 8
         values["engine"] = f"--dtype {given.dtype} {given.engine or ''}"
         rows = asyncio.run(run(validated(Options, values), given, Path(folder)))
