@@ -1,53 +1,225 @@
-"""The names taken from vLLM: those of the installed one for real, and the renames up to 0.33 by their new names."""
+"""The names taken from vLLM: those of the installed release for real, and those of any other by its source, in the
+folder that KVTIER_VLLM_SOURCE names (the one that holds `vllm`)."""
 
-import importlib
+import ast
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-from vllm.v1.kv_offload.tiering import base
+import vllm
 
 from components.worker import compat
+from components.worker.manager import HoldingTieringManager
+from tests.worker.stock import Tier, primary
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "components" / "worker"
+INSTALLED = Path(vllm.__file__).parents[1]
+
+_OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading"
+# What this package uses of vLLM's classes beside what they promise: by module, class and member.
+PRIVATE = {
+    ("vllm.v1.kv_offload.tiering.manager", "TieringOffloadingManager"): (
+        *compat._MANAGER_STATE,
+        "_process_finished_jobs",
+        "create_store_job",
+        "primary_tier",
+        "secondary_tiers",
+    ),
+    ("vllm.v1.kv_offload.tiering.manager", "CPUPrimaryTierOffloadingManager"): (
+        "complete_read",
+        "prepare_read",
+        "get_kv_memoryview",
+    ),
+    ("vllm.v1.kv_offload.cpu.manager", "CPUOffloadingManager"): ("_num_chunks",),
+    ("vllm.v1.kv_offload.tiering.manager", "PendingPromotion"): ("req_context", "keys", "chunk_ids"),
+    ("vllm.v1.kv_offload.tiering.base", "TransferJob"): ("job_id", "keys", "chunk_ids", "req_context"),
+    ("vllm.v1.kv_offload.tiering.base", "JobResult"): ("job_id", "success", "successful_keys"),
+    ("vllm.v1.kv_offload.tiering.spec", "TieringOffloadingSpec"): ("_scheduler_mmap", "_engine_id"),
+    ("vllm.v1.kv_offload.base", "ReqContext"): ("kv_transfer_params", "get_offload_key_position"),
+    ("vllm.v1.kv_offload.cpu.shared_offload_region", "SharedOffloadRegion"): (
+        "create_next_worker_view",
+        "create_next_canonical_view",
+        "cleanup",
+        "fd",
+    ),
+    (f"{_OFFLOADING}.scheduler", "OffloadingConnectorScheduler"): (
+        "_build_store_jobs",
+        "_chunks_being_loaded",
+        "_events_tracker",
+        "_jobs",
+        "_req_status",
+        "config",
+        "manager",
+    ),
+    (f"{_OFFLOADING}.scheduler", "RequestOffloadState"): (
+        "group_states",
+        "num_locally_computed_tokens",
+        "req",
+        "req_context",
+        "transfer_jobs",
+        "update_offload_keys",
+    ),
+    (f"{_OFFLOADING}.scheduler", "TransferJobStatus"): ("is_store", "keys"),
+    (f"{_OFFLOADING}.events", "OffloadingEventsTracker"): ("_build_event_metadata", "record_lookup"),
+    (f"{_OFFLOADING}.common", "OffloadingWorkerMetadata"): ("aggregate", "completed_jobs", "transfer_stats"),
+}
+
+
+@pytest.fixture(params=["installed", "named"])
+def source(request: pytest.FixtureRequest) -> Path:
+    """A folder with vLLM's source in it."""
+    if request.param == "installed":
+        return INSTALLED
+    if not os.environ.get("KVTIER_VLLM_SOURCE"):
+        pytest.skip("KVTIER_VLLM_SOURCE names no source of vLLM")
+    return Path(os.environ["KVTIER_VLLM_SOURCE"])
+
+
+def parsed(source: Path, module: str) -> ast.Module | None:
+    path = source.joinpath(*module.split("."))
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return ast.parse(file.read_text())
+    return None
+
+
+def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """With those of branches, of which it is not known here which is taken."""
+    for one in body:
+        yield one
+        if isinstance(one, ast.If | ast.Try | ast.With):
+            yield from statements(one.body)
+        if isinstance(one, ast.If | ast.Try):
+            yield from statements(one.orelse)
+        if isinstance(one, ast.Try):
+            yield from statements([step for handler in one.handlers for step in handler.body])
+
+
+def defined(body: list[ast.stmt]) -> set[str]:
+    names: set[str] = set()
+    for one in statements(body):
+        match one:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                names.add(name)
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                names.update(alias.asname or alias.name for alias in aliases)
+            case ast.Assign(targets=targets):
+                names.update(node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+    return names
+
+
+def members(tree: ast.Module, name: str) -> set[str]:
+    """Of a class: its methods, its fields, and what its methods set on `self`."""
+    found = next((one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == name), None)
+    if found is None:
+        return set()
+    names = defined(found.body)
+    for node in ast.walk(found):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            names.add(node.attr)
+    return names
+
+
+def imports() -> list[tuple[str, str]]:
+    """What compat.py takes from which module of vLLM."""
+    tree = ast.parse((PACKAGE / "compat.py").read_text())
+    return [
+        (str(node.module), alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "vllm"
+        for alias in node.names
+    ]
 
 
 def test_every_name_is_there_in_the_installed_release() -> None:
     assert all(getattr(compat, name) is not None for name in compat.__all__)
+    assert len(set(compat.__all__)) == len(compat.__all__)
 
 
-def test_the_names_of_0_33_do_as_well() -> None:
-    """In a process of its own, with the installed release's tiering names changed to the later ones."""
-    program = """
-from vllm.v1.kv_offload.tiering import base
-import vllm.v1.kv_offload.tiering.manager
-base.TransferJob = base.JobMetadata
-del base.JobMetadata
-from components.worker import compat, remote_tier
-assert compat.JobMetadata is base.TransferJob
-print("imported")
-"""
+def test_every_module_of_the_worker_imports_under_the_installed_release() -> None:
+    """In a process that has imported nothing else before."""
+    names = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__"))
+    assert {"compat", "connector", "remote_tier"} <= set(names)
+    program = f"from components.worker import {', '.join(names)}; print('imported under', compat.VLLM_VERSION)"
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.stdout.strip().endswith("imported"), ended.stderr
+    assert ended.stdout.strip().endswith(f"imported under {vllm.__version__}"), ended.stderr
 
 
-@pytest.mark.parametrize("name", ["block_ids", "chunk_ids"])
-def test_rows_of_a_job_under_both_names(name: str) -> None:
-    job: Any = SimpleNamespace(**{name: np.array([3, 1, 2])})
-    assert compat.job_rows(job) == [3, 1, 2]
+def test_names_of_vllm_are_taken_in_one_place() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "compat.py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                taken = [node.module] if isinstance(node, ast.ImportFrom) else []
+                taken += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                assert not any(str(name).partition(".")[0] == "vllm" for name in taken), path
+
+
+def test_every_name_is_there_in_the_source(source: Path) -> None:
+    taken = imports()
+    assert len(taken) > 50
+    trees = {module: parsed(source, module) for module, _ in taken}
+    missing = [
+        f"{module}.{name}"
+        for module, name in taken
+        if (tree := trees[module]) is None or name not in defined(tree.body)
+        if parsed(source, f"{module}.{name}") is None
+    ]
+    assert missing == []
+
+
+def test_what_is_used_beside_that_is_there_in_the_source(source: Path) -> None:
+    missing = []
+    for (module, name), wanted in PRIVATE.items():
+        tree = parsed(source, module)
+        assert tree is not None, module
+        missing += [f"{module}.{name}.{member}" for member in wanted if member not in members(tree, name)]
+    assert missing == []
+
+
+def test_a_name_that_is_not_there_is_found_out(tmp_path: Path) -> None:
+    """By what the tests above go by."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "module.py").write_text(
+        "import other as known\n"
+        "try:\n    from elsewhere import tried\nexcept ImportError:\n    tried = None\n"
+        "class Kept:\n    size: int\n    def method(self): self.state = local = 1\n"
+    )
+    tree = parsed(tmp_path, "vllm.module")
+    assert tree is not None
+    assert defined(tree.body) == {"known", "tried", "Kept"}
+    assert members(tree, "Kept") == {"size", "method", "state"}
+    assert members(tree, "Gone") == set()
+    assert parsed(tmp_path, "vllm.absent") is None
 
 
 def test_a_manager_that_is_built_otherwise_is_refused_in_words() -> None:
-    known: Any = SimpleNamespace(_transfer_jobs={}, _pending_load_submissions={}, _req_state={})
-    compat.check_manager(known)
-    other: Any = SimpleNamespace(_jobs={}, _pending_load_submissions={}, _req_state={})
-    with pytest.raises(RuntimeError, match=r"expected 0\.26: its tiering manager has no _transfer_jobs"):
+    compat.check_manager(HoldingTieringManager(primary(), [Tier()]))
+    known = dict.fromkeys(compat._MANAGER_STATE)
+    compat.check_manager(SimpleNamespace(**known))
+    del known["_jobs"], known["_complete_promotion"]
+    other: Any = SimpleNamespace(_transfer_jobs={}, **known)
+    with pytest.raises(RuntimeError) as refused:
         compat.check_manager(other)
+    assert str(refused.value) == (
+        f"kvtier: vLLM {vllm.__version__} given, expected 0.31 to 0.33: its tiering manager has no _jobs, "
+        "_complete_promotion"
+    )
 
 
-def test_the_installed_release_is_read_under_its_own_name() -> None:
-    assert importlib.reload(compat).JobMetadata is base.JobMetadata
+def test_a_manager_that_has_a_lock_is_called_under_it() -> None:
+    manager: Any = HoldingTieringManager(primary(), [Tier()])
+    with compat.manager_lock(manager):
+        pass
+    manager.lock = threading.Lock()
+    with compat.manager_lock(manager):
+        assert manager.lock.locked()
+    assert not manager.lock.locked()

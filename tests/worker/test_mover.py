@@ -30,6 +30,7 @@ from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op
 from tests.conftest import eventually, soon, start_server, stop_server
 from tests.kvstore.test_client import Impostor, value
+from tests.worker.stock import offload_key
 from tests.worker.test_tier import (
     KEYS,
     ROW,
@@ -37,7 +38,6 @@ from tests.worker.test_tier import (
     Engine,
     engine_request,
     engines,  # noqa: F401  a fixture
-    offload_key,
     plan,
     stored,
 )
@@ -319,7 +319,7 @@ def test_loads_that_were_called_off_do_not_count_as_slow(engines: Any) -> None: 
     time.sleep(SAMPLE_SECONDS + 0.1)  # long enough for a sample
     engine.tier.cancel("left")
     engine.arrive(engine_request(name="asks"), KEYS)
-    engine.tier.ask("asks")
+    engine.ask("asks")
     eventually(lambda: (engine.step(), not engine.tier.undecided("asks"))[1], SOON)
     # The mover takes commands in order: it knows now that the load is called off.
     released.set()
@@ -419,7 +419,7 @@ def test_etcd_may_come_late_and_go(start_target: Any, engines: Any, monkeypatch:
     engine = engines(f"etcd://127.0.0.1:{port}", wait=False)
     eventually(lambda: (engine.step(), engine.tier.link.starts > 1)[1], SOON)
     context = engine.arrive(engine_request(name="early"), KEYS)
-    engine.tier.ask("early")
+    engine.ask("early")
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
     arguments = [
         f"--data-dir={tmp_path / 'etcd'}",

@@ -5,33 +5,41 @@ import select
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import pytest
-from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, ReqContext, make_offload_key
-from vllm.v1.kv_offload.tiering.base import JobMetadata
+from vllm.v1.kv_offload.base import (
+    Locality,
+    LookupResult,
+    Medium,
+    OffloadPolicy,
+    ReqContext,
+    TierFilter,
+    TierMatcher,
+    get_offload_group_idx,
+)
+from vllm.v1.kv_offload.tiering.base import TransferJob
 
 from components.pricing.prefill import Prefill
 from components.worker import remote_tier
+from components.worker.manager import HoldingTieringManager
 from components.worker.mover.__main__ import PUT_PATIENCE_SECONDS
 from components.worker.remote_tier import FETCHES_PER_CHUNK, RemoteTier
 from kvstore.bus.plan import FIELD, make_plan
 from kvstore.keys import chunk_key, sequence_hashes
 from tests.conftest import RunningTarget, eventually
+from tests.worker.stock import offload_key, primary
 
 ROW = 4096
 DIGEST = b"\x07" * 32
 # What a test waits for has no reason to be late; what a loaded machine may need longer for has this much.
 SOON = 60.0
-
-
-def offload_key(number: int, group: int = 0) -> Any:
-    return make_offload_key(number.to_bytes(32, "big"), group)
 
 
 KEYS = [offload_key(number) for number in range(8)]
@@ -48,16 +56,32 @@ def engine_request(tokens: int = 64, name: str = "r") -> Any:
     )
 
 
-class Engine:
-    """A DRAM tier of some rows with the remote tier under it."""
+class Ended(NamedTuple):
+    """What became of a job."""
 
-    def __init__(self, store: str, rows: int = 16, row_bytes: int = ROW, digest: bytes = DIGEST, **options: Any):
+    success: bool
+    failed: frozenset[Any]
+
+
+class Engine:
+    """A DRAM tier of some rows with the remote tier under it. Chunks are of two blocks of 4 tokens."""
+
+    def __init__(
+        self,
+        store: str,
+        rows: int = 16,
+        row_bytes: int = ROW,
+        digest: bytes = DIGEST,
+        groups: int = 1,
+        **options: Any,
+    ):
         options.setdefault("deadline_ms", int(1000 * SOON))
         self._fd = os.memfd_create("kvtier-test")
         os.ftruncate(self._fd, rows * row_bytes)
         self.memory = np.memmap(f"/proc/self/fd/{self._fd}", dtype=np.int8, mode="r+", shape=(rows, row_bytes))
         spec = SimpleNamespace(
-            tokens_per_block=(4,),
+            config=SimpleNamespace(groups=[None] * groups),
+            tokens_per_block=(4,) * groups,
             blocks_per_chunk=2,
             tokens_per_hash=4,
             _scheduler_mmap=SimpleNamespace(fd=self._fd),
@@ -65,8 +89,10 @@ class Engine:
         self.tier = RemoteTier(
             spec, memoryview(self.memory), "kvtier", store=store, layout_digest=digest.hex(), **options
         )
-        self.jobs = iter(range(100000))
-        self.results: dict[int, Any] = {}
+        self.job_ids = iter(range(100000))
+        self.jobs: dict[int, TransferJob] = {}
+        self.results: dict[int, Ended] = {}
+        self._keys: dict[str, list[Any]] = {}
 
     def until_ready(self) -> None:
         eventually(lambda: (self.step(), self.tier.link.ready)[1], SOON)
@@ -74,36 +100,53 @@ class Engine:
     def step(self) -> None:
         """What the manager does in each of the engine's steps."""
         for result in self.tier.get_finished_jobs():
-            assert result.job_id not in self.results
-            self.results[result.job_id] = result
+            job = self.jobs.pop(result.job_id)
+            came = result.successful_keys
+            failed = frozenset(job.keys).difference(came if came is not None else job.keys if result.success else ())
+            assert result.success == (not failed)
+            assert frozenset(came or ()) <= frozenset(job.keys)
+            self.results[result.job_id] = Ended(result.success, failed)
         self.tier.on_schedule_end(None)
 
     def arrive(self, request: Any, keys: list[Any], plan: Any = None) -> ReqContext:
+        """Its chunks are `keys`, in order; of several groups, the first chunk of each, then the second."""
         params = None if plan is None else {FIELD: msgspec.to_builtins(plan)}
         context = ReqContext(request.request_id, params)
+        seen: Counter[int] = Counter()
+        for key in keys:
+            seen[get_offload_group_idx(key)] += 1
+            context.set_offload_key_position(key, 8 * seen[get_offload_group_idx(key)])
         self.policy = self.tier.on_new_request(context).policy
-        for chunk, key in enumerate(keys):
-            self.tier.describe(request, chunk, (key,))
+        self.tier.arrived(request)
+        self._keys[request.request_id] = keys
         return context
 
+    def ask(self, name: str = "r") -> None:
+        self.tier.ask(name, self._keys[name])
+
+    def job(self, context: ReqContext, keys: list[Any], rows: list[int], *, is_promotion: bool = False) -> TransferJob:
+        job = TransferJob(next(self.job_ids), keys, np.array(rows), is_promotion, context)
+        self.jobs[job.job_id] = job
+        return job
+
     def begin_store(self, context: ReqContext, keys: list[Any], rows: list[int]) -> int:
-        job = JobMetadata(next(self.jobs), keys, np.array(rows), False, context)
+        job = self.job(context, keys, rows)
         self.tier.submit_store(job)
         return job.job_id
 
     def begin_load(self, context: ReqContext, keys: list[Any], rows: list[int]) -> int:
-        job = JobMetadata(next(self.jobs), keys, np.array(rows), True, context)
+        job = self.job(context, keys, rows, is_promotion=True)
         self.tier.submit_load(job)
         return job.job_id
 
-    def result(self, job: int, seconds: float = SOON) -> Any:
+    def result(self, job: int, seconds: float = SOON) -> Ended:
         eventually(lambda: (self.step(), job in self.results)[1], seconds)
         return self.results.pop(job)
 
     def store(self, context: ReqContext, keys: list[Any], rows: list[int]) -> None:
         assert self.result(self.begin_store(context, keys, rows)).success
 
-    def load(self, context: ReqContext, keys: list[Any], rows: list[int]) -> Any:
+    def load(self, context: ReqContext, keys: list[Any], rows: list[int]) -> Ended:
         """The result of a promotion."""
         return self.result(self.begin_load(context, keys, rows))
 
@@ -145,15 +188,14 @@ def stored(engine: Engine, target: RunningTarget, count: int = 4) -> list[bytes]
     return contents
 
 
-def test_leading_chunks_are_put_first_whatever_the_order_of_the_job(start_target: Any, engines: Any) -> None:
-    """vLLM keeps the chunks of a job as a set: there is room for two of six."""
+def test_leading_chunks_are_put_first(start_target: Any, engines: Any) -> None:
+    """There is room for two of six. A job has them in the order of the prompt (manager.py)."""
     target = start_target()
     engine = engines(target.address)
     engine.tier._put_rows_max = 2
     contents = [engine.fill(row, row + 1) for row in range(6)]
     context = engine.arrive(engine_request(), KEYS)
-    mixed = [3, 5, 0, 4, 2, 1]
-    engine.store(context, [KEYS[number] for number in mixed], mixed)
+    engine.store(context, KEYS[:6], list(range(6)))
     eventually(lambda: len(target.log) == 2)
     (leftover,) = engine.tier._leftovers
     assert leftover.keys == KEYS[2:6]
@@ -229,7 +271,7 @@ def test_holes_in_the_plan_make_the_worker_offer_everything(start_target: Any, e
     whole = make_plan([target.address] * 3, fetch=0, deadline_ms=1, chunk_ms=1, decision_id="d")
     holes = make_plan([target.address, None, None], fetch=0, deadline_ms=1, chunk_ms=1, decision_id="d")
     engine.arrive(engine_request(), KEYS, whole)
-    assert engine.policy is OffloadPolicy.BLOCK_LEVEL
+    assert engine.policy is OffloadPolicy.CHUNK_LEVEL
     engine.arrive(engine_request(), KEYS, holes)
     assert engine.policy is OffloadPolicy.REQUEST_LEVEL
 
@@ -239,13 +281,86 @@ def test_without_a_plan_the_store_is_asked(start_target: Any, engines: Any) -> N
     stored(engines(target.address), target)
     engine = engines(target.address, lookup_ms=60_000)
     context = engine.arrive(engine_request(), KEYS)
-    engine.tier.ask("r")
+    engine.ask()
     assert engine.tier.undecided("r")
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.RETRY
     eventually(lambda: (engine.step(), not engine.tier.undecided("r"))[1], SOON)
     found = [engine.tier.lookup(key, context) for key in KEYS]
     assert found == [LookupResult.HIT] * 4 + [LookupResult.MISS] * 4
     assert not engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed
+
+
+def test_with_several_groups_the_store_is_asked_whatever_the_plan(start_target: Any, engines: Any) -> None:
+    """A plan counts the chunks of one group."""
+    target = start_target()
+    keys = [offload_key(number, group) for number in range(3) for group in range(2)]
+    writer = engines(target.address, groups=2)
+    contents = [writer.fill(row, row + 1) for row in range(4)]
+    writer.store(writer.arrive(engine_request(), keys), keys[:4], [0, 1, 2, 3])
+    hashes = sequence_hashes(list(range(64)), 4)[1::2]
+    assert sorted(entry.router_hash for entry in target.log.entries()) == sorted([0, 0, *hashes[:2]])
+
+    reader = engines(target.address, groups=2, lookup_ms=60_000)
+    nowhere = make_plan([None] * 3, fetch=3, deadline_ms=1, chunk_ms=1, decision_id="d")
+    context = reader.arrive(engine_request(), keys, nowhere)
+    assert reader.policy is OffloadPolicy.CHUNK_LEVEL
+    reader.ask()
+    assert reader.tier.lookup(keys[0], context) is LookupResult.RETRY
+    eventually(lambda: (reader.step(), not reader.tier.undecided("r"))[1], SOON)
+    assert [reader.tier.lookup(key, context) for key in keys] == [LookupResult.HIT] * 4 + [LookupResult.MISS] * 2
+    assert not reader.load(context, keys[:4], [8, 7, 6, 5]).failed
+    assert [reader.memory[row].tobytes() for row in (8, 7, 6, 5)] == contents
+
+
+def test_what_was_not_asked_for_is_a_miss(start_target: Any, engines: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(remote_tier.frames, "CHUNKS_MAX", 2)
+    target = start_target()
+    stored(engines(target.address), target)
+    engine = engines(target.address, lookup_ms=60_000)
+    context = engine.arrive(engine_request(), KEYS)
+    engine.ask()
+    eventually(lambda: (engine.step(), not engine.tier.undecided("r"))[1], SOON)
+    assert [engine.tier.lookup(key, context) for key in KEYS[:3]] == [LookupResult.HIT] * 2 + [LookupResult.MISS]
+
+
+def test_an_answer_that_never_comes_is_a_miss(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    stored(engines(target.address), target)
+    engine = engines(target.address, lookup_ms=60_000)
+    context = engine.arrive(engine_request(), KEYS)
+    os.kill(engine.tier.link.pid, signal.SIGSTOP)
+    engine.ask()
+    assert engine.tier.lookup(KEYS[0], context) is LookupResult.RETRY
+    os.kill(engine.tier.link.pid, signal.SIGKILL)
+    eventually(lambda: (engine.step(), not engine.tier.undecided("r"))[1], SOON)
+    engine.until_ready()
+    assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
+
+
+def test_a_plan_has_whole_chunks_alone(start_target: Any, engines: Any) -> None:
+    """What ends within a chunk, or where nobody knows, is none of them."""
+    target = start_target()
+    engine = engines(target.address)
+    context = engine.arrive(engine_request(), KEYS[:2], plan(target, 4))
+    partial, unknown = offload_key(100), offload_key(101)
+    context.set_offload_key_position(partial, 12)
+    found = [engine.tier.lookup(key, context) for key in (*KEYS[:2], partial, unknown)]
+    assert found == [LookupResult.HIT] * 2 + [LookupResult.MISS] * 2
+    engine.store(context, [partial, unknown], [0, 1])  # which says no more than that they are there
+    assert [entry.router_hash for entry in target.log.entries()] == [0, 0]
+
+
+def test_a_request_may_keep_to_what_is_near(start_target: Any, engines: Any) -> None:
+    target = start_target()
+    engine = engines(target.address)
+    manager = HoldingTieringManager(primary(), [engine.tier])
+    for name, near in (("near", Locality.LOCAL), ("far", Locality.REMOTE)):
+        params = {FIELD: msgspec.to_builtins(plan(target, 1))}
+        context = ReqContext(name, params, load_tier_filter=TierFilter((TierMatcher(Medium.STORAGE, near),)))
+        context.set_offload_key_position(KEYS[0], 8)
+        manager.on_new_request(context)
+        found = LookupResult.MISS if near is Locality.LOCAL else LookupResult.HIT_PENDING
+        assert manager.lookup(KEYS[0], context) is found
 
 
 def test_an_answer_that_comes_at_once_is_waited_for_and_another_is_not(
@@ -259,7 +374,7 @@ def test_an_answer_that_comes_at_once_is_waited_for_and_another_is_not(
     monkeypatch.setattr(remote_tier, "_ANSWER_SECONDS", SOON)
     engine.step()  # which begins a new budget
     context = engine.arrive(engine_request(name="there"), KEYS[:2])
-    engine.tier.ask("there")
+    engine.ask("there")
     engine.tier.await_answer("there", 0.0)
     assert not engine.tier.undecided("there")
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.HIT
@@ -268,7 +383,7 @@ def test_an_answer_that_comes_at_once_is_waited_for_and_another_is_not(
     os.kill(engine.tier.link.pid, signal.SIGSTOP)
     for name in ("late", "later"):
         engine.arrive(engine_request(name=name), KEYS[:2])
-        engine.tier.ask(name)
+        engine.ask(name)
         engine.tier.await_answer(name, 0.0)
         assert engine.tier._waited_seconds >= 0.001  # a step waits once, however many requests come in it
     os.kill(engine.tier.link.pid, signal.SIGCONT)
@@ -282,7 +397,7 @@ def test_chunks_that_are_about_to_come_are_waited_for(start_target: Any, engines
 
     def arrives(name: str, *, stops: bool = False) -> None:
         context = engine.arrive(engine_request(name=name), KEYS[:4])
-        engine.tier.ask(name)
+        engine.ask(name)
         engine.tier.await_answer(name, SOON)
         if stops:
             os.kill(engine.tier.link.pid, signal.SIGSTOP)
@@ -317,7 +432,7 @@ def test_however_many_requests_wait_a_step_listens_once(start_target: Any, engin
     os.kill(engine.tier.link.pid, signal.SIGSTOP)
     for number, name in enumerate(names):
         context = engine.arrive(engine_request(name=name), KEYS[number : number + 1])
-        engine.tier.ask(name)
+        engine.ask(name)
         engine.tier._answer(engine.tier._states[name], ["somewhere"])
         engine.begin_load(context, KEYS[number : number + 1], [number])
     engine.step()
@@ -333,7 +448,7 @@ def test_however_many_requests_wait_a_step_listens_once(start_target: Any, engin
 def test_a_store_that_is_not_there_is_a_miss(engines: Any) -> None:
     engine = engines("127.0.0.1:9")
     context = engine.arrive(engine_request(), KEYS)
-    engine.tier.ask("r")
+    engine.ask()
     eventually(lambda: (engine.step(), not engine.tier.undecided("r"))[1], SOON)
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
     engine.store(context, KEYS[:4], [0, 1, 2, 3])  # and nothing waits for it
@@ -345,7 +460,7 @@ def test_before_the_mover_is_up_everything_is_a_miss_and_nothing_waits(start_tar
     engine = engines(target.address, wait=False)
     assert not engine.tier.link.ready
     context = engine.arrive(engine_request(name="early"), KEYS)
-    engine.tier.ask("early")
+    engine.ask("early")
     assert not engine.tier.undecided("early")
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
     late = engine.arrive(engine_request(name="late"), KEYS, plan(target, 4, deadline_ms=1))
@@ -407,10 +522,11 @@ def test_puts_beyond_the_bound_pin_nothing_and_wait_for_their_turn(start_target:
     engine.tier.on_request_finished(context)  # its tokens are still known when the rest is stored
     asked: list[list[Any]] = []
 
-    def pin(keys: list[Any], of: ReqContext) -> JobMetadata:
+    def pin(keys: list[Any], of: ReqContext) -> TransferJob:
         """As the manager does; the last one is no longer in DRAM."""
         asked.append(keys)
-        return JobMetadata(next(engine.jobs), keys[:-1], np.array([4, 5, 6][: len(keys) - 1]), False, of)
+        job: TransferJob = engine.job(of, keys[:-1], [4, 5, 6][: len(keys) - 1])
+        return job
 
     engine.tier.store_leftovers(pin)
     assert not asked  # no room yet
@@ -424,6 +540,22 @@ def test_puts_beyond_the_bound_pin_nothing_and_wait_for_their_turn(start_target:
     assert engine.counted()["vllm:kvtier_stored_chunks:('dropped',)"] == 1
     hashes = sequence_hashes(list(range(64)), 4)[1::2]
     assert {entry.router_hash for entry in target.log.entries()} == set(hashes[:7])
+
+
+def test_what_waits_for_a_put_is_gone_after_a_drain(start_target: Any, engines: Any) -> None:
+    """DRAM is about to be emptied: its rows belong to others then."""
+    target = start_target()
+    engine = engines(target.address, put_queue_share=0.25)
+    context = engine.arrive(engine_request(), KEYS)
+    jobs = [engine.begin_store(context, KEYS[start : start + 4], list(range(start, start + 4))) for start in (0, 4)]
+    assert [leftover.keys for leftover in engine.tier._leftovers] == [KEYS[4:]]
+    engine.tier.drain_jobs()
+    engine.step()
+    assert set(jobs) <= set(engine.results)
+    engine.tier.store_leftovers(lambda keys, of: pytest.fail("pinned"))
+    assert engine.tier._leftover_chunks == 0
+    assert not engine.tier.has_pending_work()
+    assert len(target.log) == 4
 
 
 def test_what_waits_for_a_put_is_bounded(start_target: Any, engines: Any) -> None:
@@ -526,7 +658,7 @@ def test_an_engine_that_was_idle_uses_the_store_for_its_first_request(start_targ
     engine = engines(target.address, wait=False, lookup_ms=60_000)
     eventually(lambda: select.select([engine.tier.link._socket], [], [], 0)[0], SOON)  # ready, and nobody has listened
     engine.arrive(engine_request(), KEYS)
-    engine.tier.ask("r")
+    engine.ask()
     assert engine.tier.undecided("r")
 
 

@@ -1,0 +1,345 @@
+"""Who shares chunks with whom: what must make the layout another one, and what must not."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+    KVQuantMode,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from components.worker import layout
+from components.worker.connector import KvtierConnector
+
+HEADS, BLOCKS = 8, 10
+FULL = FullAttentionSpec(16, num_kv_heads=HEADS, head_size=4, dtype=torch.bfloat16)
+WINDOW = SlidingWindowSpec(16, num_kv_heads=HEADS, head_size=4, dtype=torch.bfloat16, sliding_window=32)
+LATENT = MLAAttentionSpec(16, num_kv_heads=1, head_size=36, dtype=torch.bfloat16)
+HEADS_OUTERMOST, LAYERS_OUTERMOST, LAYERS_FIRST = "BHLNC", "LBHNC", "BLHNC"
+
+
+class Engine(NamedTuple):
+    """What vLLM makes the connector of, as far as it is looked at."""
+
+    config: Any
+    kv_cache: Any
+    extra: dict[str, object]
+
+    @property
+    def layout(self) -> dict[str, object]:
+        return layout.engine_layout(*self)
+
+    @property
+    def needs_canonical(self) -> bool:
+        return layout.needs_canonical(*self)
+
+
+def engine(
+    folder: Path,
+    ranks: int = 1,
+    kv_layout: str = HEADS_OUTERMOST,
+    specs: tuple[Any, ...] = (FULL,),
+    *,
+    layers: int = 2,
+    **extra: object,
+) -> Engine:
+    """With a group of layers of each spec, which says what all ranks together have; heads are split among ranks."""
+    latent = all(type(spec) is MLAAttentionSpec for spec in specs)
+    split = [spec if type(spec) is MLAAttentionSpec else sharded(spec, ranks) for spec in specs]
+    groups = [KVCacheGroupSpec([f"{n}.{layer}" for layer in range(layers)], spec) for n, spec in enumerate(split)]
+    block_bytes = layers * max(spec.page_size_bytes for spec in split)  # groups lie over each other
+    places = [KVCacheTensor(BLOCKS * block_bytes, group.layer_names, 1, 1) for group in groups]
+    kv_cache = KVCacheConfig(BLOCKS, places, groups, kv_tp_replicas=ranks if latent else 1)
+    model = SimpleNamespace(
+        model=str(folder),
+        revision=None,
+        quantization=None,
+        seed=0,
+        dtype="bfloat16",
+        use_mla=latent,
+        hf_config=SimpleNamespace(to_dict=lambda: {"layers": layers}),
+        get_total_num_kv_heads=lambda: HEADS,
+    )
+    cache = SimpleNamespace(
+        prefix_caching_hash_algo="sha256_cbor",
+        cache_dtype="auto",
+        block_size=specs[0].block_size,
+        enable_prefix_caching=True,
+        prefix_match_unit=None,
+        kv_cache_layout=kv_layout,
+        get_resolved_kv_cache_layout=lambda: KVCacheLayout[config.cache_config.kv_cache_layout],
+    )
+    parallel = SimpleNamespace(
+        tensor_parallel_size=ranks,
+        pipeline_parallel_size=1,
+        prefill_context_parallel_size=1,
+        decode_context_parallel_size=1,
+        world_size=ranks,
+        rank=0,
+        distributed_executor_backend="mp" if ranks > 1 else "uni",
+        nnodes_within_dp=1,
+        data_parallel_index=0,
+        data_parallel_size=1,
+        data_parallel_rank_local=None,
+    )
+    config = SimpleNamespace(
+        model_config=model,
+        cache_config=cache,
+        parallel_config=parallel,
+        load_config=SimpleNamespace(load_format="auto"),
+        attention_config=None,
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra, engine_id="engine"),
+        kv_events_config=None,
+        use_v2_model_runner=True,
+    )
+    return Engine(config, kv_cache, extra)
+
+
+def sharded(spec: Any, ranks: int) -> Any:
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return replace(spec, kv_cache_specs={name: sharded(one, ranks) for name, one in spec.kv_cache_specs.items()})
+    padded = None if spec.page_size_padded is None else spec.page_size_padded // ranks
+    return replace(spec, num_kv_heads=max(1, spec.num_kv_heads // ranks), page_size_padded=padded)
+
+
+def changed(one: Engine, **changes: object) -> Engine:
+    """The engine with something of its configuration set otherwise, such as `parallel_config__world_size`."""
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        part = one.config
+        for step in path:
+            part = getattr(part, step)
+        setattr(part, last, value)
+    return one
+
+
+# ---- what is in it
+
+
+def test_a_layout_follows_the_weights_and_not_the_path(tmp_path: Path) -> None:
+    digests = []
+    for name, byte in (("one", 1), ("other place", 1), ("fine-tuned", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes([byte]) * 5_000_000)
+        digests.append(engine(folder).layout)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_revision_of_a_model_on_the_hub_is_in_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_local_folder", lambda model, revision: None)
+    engines = [engine(tmp_path) for _ in range(3)]
+    engines[2].config.model_config.revision = "other"
+    first, again, other = (layout.model_digest(one.config) for one in engines)
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"kv_transfer_config__engine_id": "other"}, True),
+        ({"parallel_config__data_parallel_size": 4, "parallel_config__data_parallel_index": 3}, True),
+        ({"use_v2_model_runner": False}, True),
+        ({"model_config__dtype": "float16"}, False),
+        ({"model_config__quantization": "fp8"}, False),
+        ({"model_config__hf_config": SimpleNamespace(to_dict=lambda: {"layers": 3})}, False),
+        ({"load_config__load_format": "dummy"}, False),
+        ({"cache_config__cache_dtype": "fp8"}, False),
+        ({"cache_config__prefix_caching_hash_algo": "sha256"}, False),
+        ({"cache_config__kv_cache_layout": LAYERS_OUTERMOST}, False),
+        ({"cache_config__kv_cache_layout": LAYERS_FIRST}, False),
+        ({"attention_config": SimpleNamespace(backend="FLASHINFER")}, False),
+        ({"parallel_config__pipeline_parallel_size": 2, "parallel_config__world_size": 2}, False),
+        ({"parallel_config__prefill_context_parallel_size": 2, "parallel_config__world_size": 2}, False),
+        ({"parallel_config__decode_context_parallel_size": 2}, False),
+    ],
+    ids=str,
+)
+def test_whatever_changes_the_bytes_changes_the_layout(tmp_path: Path, changes: dict[str, Any], same: bool) -> None:
+    assert (engine(tmp_path).layout == changed(engine(tmp_path), **changes).layout) == same
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ({}, True),
+        ({"blocks_per_chunk": 1}, True),
+        ({"blocks_per_chunk": 2}, False),
+        ({"block_size": 16}, True),  # a chunk's, and in tokens
+        ({"block_size": 32}, False),
+        ({"specs": (replace(FULL, head_size=8),)}, False),
+        ({"specs": (replace(FULL, block_size=32),)}, False),
+        ({"specs": (WINDOW,)}, False),
+        ({"specs": (FULL, WINDOW)}, False),
+        ({"layers": 3}, False),
+        ({"unknown": 1}, True),
+    ],
+    ids=str,
+)
+def test_whatever_changes_the_rows_changes_the_layout(tmp_path: Path, other: dict[str, Any], same: bool) -> None:
+    assert (engine(tmp_path).layout == engine(tmp_path, **other).layout) == same
+
+
+def test_a_chunk_is_the_same_however_its_length_is_said(tmp_path: Path) -> None:
+    assert engine(tmp_path, blocks_per_chunk=2).layout == engine(tmp_path, block_size=32).layout
+
+
+def test_an_engine_that_cannot_share_is_told_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected sha256_cbor"):
+        _ = changed(engine(tmp_path), cache_config__prefix_caching_hash_algo="xxhash").layout
+    with pytest.raises(ValueError, match="calculate-kv-scales"):
+        _ = changed(engine(tmp_path), cache_config__calculate_kv_scales=True).layout
+
+
+# ---- tensor parallelism
+
+KINDS: dict[str, Any] = {
+    "full": FULL,
+    "window": WINDOW,
+    "latent": LATENT,
+    "wide": replace(WINDOW, head_size=8),
+    "mixed": UniformTypeKVCacheSpecs(16, {"0.0": FULL, "0.1": replace(FULL, head_size=8)}),
+    "quantized": replace(FULL, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR),
+    "scaled": replace(FULL, kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD),
+    "local": ChunkedLocalAttentionSpec(
+        16, num_kv_heads=HEADS, head_size=4, dtype=torch.bfloat16, attention_chunk_size=32
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kv_layout", "kinds", "alike"),
+    [
+        (HEADS_OUTERMOST, "full", True),
+        (HEADS_OUTERMOST, "window", True),
+        (HEADS_OUTERMOST, "full window", True),
+        (HEADS_OUTERMOST, "quantized", True),
+        (HEADS_OUTERMOST, "latent", True),
+        (HEADS_OUTERMOST, "scaled", False),
+        (HEADS_OUTERMOST, "local", False),
+        (HEADS_OUTERMOST, "full wide", False),  # the smaller leaves room at a rank's end
+        (HEADS_OUTERMOST, "mixed", False),
+        (HEADS_OUTERMOST, "full latent", False),
+        (LAYERS_FIRST, "full", False),
+        (LAYERS_FIRST, "full window", False),
+        (LAYERS_FIRST, "latent", True),
+        ("BLNHC", "full", False),
+        (LAYERS_OUTERMOST, "full", True),
+        (LAYERS_OUTERMOST, "full window", True),
+        (LAYERS_OUTERMOST, "mixed", True),
+        (LAYERS_OUTERMOST, "latent", True),
+        (LAYERS_OUTERMOST, "scaled", False),
+        (LAYERS_OUTERMOST, "local", False),
+        ("LBNHC", "full", True),
+    ],
+)
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 4), (1, 8)], ids=str)
+def test_engines_share_across_tensor_parallelism_where_their_chunks_are_alike(
+    tmp_path: Path, kv_layout: str, kinds: str, alike: bool, ranks: tuple[int, int]
+) -> None:
+    specs = tuple(KINDS[kind] for kind in kinds.split())
+    one, other = (engine(tmp_path, number, kv_layout, specs) for number in ranks)
+    assert (one.layout == other.layout) == alike
+    for number, of in zip(ranks, (one, other), strict=True):
+        assert (of.layout["parallel"] == "any") == alike or number == 1
+        assert of.needs_canonical == (alike and number > 1 and kinds != "latent")
+    assert engine(tmp_path, ranks[0], kv_layout, specs).layout == one.layout
+
+
+@pytest.mark.parametrize("kv_layout", [HEADS_OUTERMOST, LAYERS_OUTERMOST])
+@pytest.mark.parametrize("specs", [(FULL,), (LATENT,)], ids=["heads", "latent"])
+def test_engines_that_keep_to_themselves_share_with_their_like_alone(
+    tmp_path: Path, kv_layout: str, specs: tuple[Any, ...]
+) -> None:
+    one, other, again = (engine(tmp_path, number, kv_layout, specs, tp_private=True) for number in (1, 2, 2))
+    assert one.layout != other.layout == again.layout
+    assert other.layout != engine(tmp_path, 2, kv_layout, specs).layout
+    assert not one.needs_canonical
+    assert not other.needs_canonical
+
+
+def test_of_heads_that_several_ranks_have_nothing_is_shared(tmp_path: Path) -> None:
+    """Sixteen ranks, eight heads: each head twice."""
+    one, other = engine(tmp_path, 8), engine(tmp_path, 16)
+    assert one.layout != other.layout
+    assert one.needs_canonical
+    assert not other.needs_canonical
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parallel_config__pipeline_parallel_size": 2, "parallel_config__world_size": 4},
+        {"parallel_config__prefill_context_parallel_size": 2, "parallel_config__world_size": 4},
+        {"parallel_config__decode_context_parallel_size": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("specs", [(FULL,), (LATENT,)], ids=["heads", "latent"])
+@pytest.mark.parametrize("kv_layout", [HEADS_OUTERMOST, LAYERS_OUTERMOST])
+def test_with_other_parallelism_beside_it_nothing_is_shared(
+    tmp_path: Path, kv_layout: str, specs: tuple[Any, ...], change: dict[str, Any]
+) -> None:
+    whole, parallel = engine(tmp_path, 1, kv_layout, specs), changed(engine(tmp_path, 2, kv_layout, specs), **change)
+    assert whole.layout != parallel.layout
+    assert not parallel.needs_canonical
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parallel_config__distributed_executor_backend": "ray"},
+        {"parallel_config__nnodes_within_dp": 2},
+    ],
+    ids=str,
+)
+def test_a_latent_that_each_rank_stores_for_itself_is_not_shared(tmp_path: Path, change: dict[str, Any]) -> None:
+    """A row has it twice then."""
+    whole, alone = engine(tmp_path, 1, specs=(LATENT,)), engine(tmp_path, 2, specs=(LATENT,))
+    twice = changed(engine(tmp_path, 2, specs=(LATENT,)), **change)
+    assert whole.layout == alone.layout != twice.layout
+    assert twice.layout["parallel"] == [2, 1, 1, 1]
+    assert twice.layout["chunk_bytes"] == 2 * int(str(alone.layout["chunk_bytes"]))
+    assert not twice.needs_canonical
+
+
+@pytest.mark.xfail(strict=True, reason="tp_agnostic does not look at padding")
+def test_pages_with_padding_are_not_shared(tmp_path: Path) -> None:
+    """A rank that is all keeps it in its rows, and ranks that place their heads leave it out. (Heads outermost there is
+    none.)"""
+    padded = replace(FULL, page_size_padded=2 * FULL.page_size_bytes)
+    one, other = (engine(tmp_path, ranks, LAYERS_OUTERMOST, (padded,)) for ranks in (1, 2))
+    assert one.layout != other.layout
+
+
+# ---- which layout is asked for
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "extra", "wanted"),
+    [
+        (False, {}, HEADS_OUTERMOST),
+        (True, {}, LAYERS_FIRST),
+        (False, {"kv_cache_layout": LAYERS_OUTERMOST}, LAYERS_OUTERMOST),
+        (True, {"kv_cache_layout": LAYERS_OUTERMOST}, LAYERS_OUTERMOST),
+        (False, {"kv_cache_layout": None}, None),
+    ],
+)
+def test_the_engine_is_asked_for_a_layout_whose_chunks_can_be_shared(
+    tmp_path: Path, hybrid: bool, extra: dict[str, Any], wanted: str | None
+) -> None:
+    config = changed(engine(tmp_path, **extra), model_config__is_hybrid=hybrid).config
+    assert KvtierConnector.get_required_kvcache_layout(config) == wanted
