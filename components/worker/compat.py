@@ -5,7 +5,7 @@ callers of this module:
 
 * The tiering manager has a lock, and whoever calls it outside `schedule()` holds it (`manager_lock`).
 * Stock offloading makes small loads in their step by itself (`sync_load_budget_bytes`, `TransferJob.sync`): most of
-  in_step.py can go. It waits for them on the rank's thread, though, where ours waits on the GPU's stream.
+  loads.py can go. It waits for them on the rank's thread, though, where ours waits on the GPU's stream.
 * `SecondaryTierManager` has `cache_hit_source`, by which an answer's usage tells DRAM from the store, and
   `config_info`; `reset_cache` holds promotions until ranks have reported what was in flight.
 * `CachePolicy.insert` takes the request's context; workers take `submit_load(..., expedited=True)`.

@@ -261,10 +261,9 @@ class KvtierConnector(OffloadingConnector):
         jobs: dict[int, object] = OffloadingConnectorScheduler._build_store_jobs(self.connector_scheduler, only)
         return jobs
 
-    def _note_load(self, request: Request, key: OffloadKey) -> None:
-        """DRAM is about to announce the chunk, in whose name nobody has looked it up there yet."""
+    def _note_load(self, request: Request, key: OffloadKey, end: int) -> None:
+        """DRAM is about to announce a fetched chunk that ends at this token, and nobody has looked it up there yet."""
         group = self._groups[get_offload_group_idx(key)]
-        end = self.connector_scheduler._req_status[request.request_id].req_context.get_offload_key_position(key)
         self._events.record_lookup(request, group, end // group.tokens_per_chunk - 1, key)
 
 

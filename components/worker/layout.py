@@ -90,7 +90,8 @@ def tp_agnostic(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str,
         return False
     layout = config.cache_config.get_resolved_kv_cache_layout()
     if not layout.is_block_outermost:
-        return True  # vLLM places every layer's heads by itself (canonical_layout)
+        # vLLM places every layer's heads by itself (canonical_layout), and leaves padding out, which one rank has.
+        return all(spec.page_size_padded is None for spec in specs)
     # The heads of a rank follow those of the one before only where nothing but heads is in a block.
     block_bytes = build_offloading_config(config, kv_cache).worker_kv_bytes_per_block
     return layout.name == WANTED_LAYOUT and all(

@@ -44,9 +44,11 @@ class MemcpyWorker(OffloadingWorker):
         page_bytes = [cache.page_size_bytes for cache in kv_caches.tensors]
         create_view = region.create_next_worker_view
         if canonical:
-            for refs in self._groups:
-                for ref in refs:
-                    page_bytes[ref.tensor_idx] = ref.mapping.canonical_page_size_bytes
+            refs = [ref for group in self._groups for ref in group]
+            page_bytes = [
+                max(ref.mapping.canonical_page_size_bytes for ref in refs if ref.tensor_idx == tensor)
+                for tensor in range(len(page_bytes))
+            ]
             create_view = region.create_next_canonical_view
         # (rows, blocks_per_chunk, page) per tensor, over this rank's part of each row or the whole of it
         self._rows = [

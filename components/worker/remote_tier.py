@@ -181,8 +181,8 @@ class _Leftover:
 class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
     for the contract of each method. `layout_digest` names what the bytes mean (layout.py); `nats` and `endpoint` are
-    for telling routers, and may be left out. `on_load` is called for each chunk that was fetched; `prefill`
-    is what computing costs here, as far as it is known, and `running` how many requests the engine is at.
+    for telling routers, and may be left out. `on_load` is called for each fetched chunk, with the token that it ends
+    at; `prefill` is what computing costs here, as far as it is known, and `running` how many requests the engine is at.
     """
 
     medium = Medium.STORAGE
@@ -245,7 +245,7 @@ class RemoteTier(SecondaryTierManager):
         self._finished: list[JobResult] = []
         self._stats = _zeros()
         self._store_bytes_per_second = 0.0
-        self.on_load: Callable[[Request, OffloadKey], None] = lambda request, key: None
+        self.on_load: Callable[[Request, OffloadKey, int], None] = lambda request, key, end: None
         self.prefill = Prefill()
         self.running = 0
         self.link = MoverLink(
@@ -675,8 +675,8 @@ class RemoteTier(SecondaryTierManager):
         for key in load.keys:
             if key in failed:
                 state.fetches[key] = FETCHES_PER_CHUNK  # not again for this request
-            elif state.request is not None:
-                self.on_load(state.request, key)
+            elif state.request is not None and (end := state.context.get_offload_key_position(key)):
+                self.on_load(state.request, key, end)
         for outcome, chunks in Counter(outcomes).items():
             self._stats.increase_counter(_FETCHED, chunks, (outcome.name.lower(),))
         if load.overdue or not load.cancelled:

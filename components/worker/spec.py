@@ -60,6 +60,8 @@ class KvtierSpec(TieringOffloadingSpec):
                 kv_caches = beside_each_other(kv_caches, parallel.world_size, parallel.rank)
             if not current_platform.is_cpu():
                 return super().get_worker(kv_caches)
+            if self.config.canonical_layout:
+                self._validate_canonical_refs(kv_caches)
             region = SharedOffloadRegion(
                 engine_id=self._engine_id,
                 num_chunks=self.num_chunks,

@@ -167,7 +167,6 @@ def test_a_short_request_does_not_wait_for_a_long_ones_load(start: START, later:
     assert not engine.offloading._chunks_being_loaded
 
 
-@pytest.mark.xfail(strict=True, reason="waited_for leaves out what a longer load brings, too")
 def test_of_several_short_requests_one_copies_beside_a_long_ones_load(start: START) -> None:
     """The others would not have it sooner by themselves."""
     engine = start("store")
@@ -257,7 +256,6 @@ def test_of_several_loads_each_is_waited_for_or_not(now: Any) -> None:
     assert waits_for(loads, 4) == set(KEYS[:6])
 
 
-@pytest.mark.xfail(strict=True, reason="waited_for leaves out what a longer load brings, too")
 def test_what_a_longer_load_brings_too_is_waited_for_as_the_shorter_ones(now: Any) -> None:
     loads = under_way(range(2), 2, under_way(range(4)))
     assert waits_for(loads, 1) == set()
@@ -287,7 +285,6 @@ def test_others_wait_as_before_once_a_request_was_looked_up(now: Any) -> None:
     assert loading == set(KEYS[:8])
 
 
-@pytest.mark.xfail(strict=True, reason="waited_for takes it for granted that there is such an account")
 def test_without_prefix_caching_nobody_waits(now: Any) -> None:
     """There is nothing in HBM for others to find, and stock offloading keeps no account of what is loaded."""
     loads = Loads(offloading(None), 1000)

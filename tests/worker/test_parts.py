@@ -321,7 +321,6 @@ def test_the_mappings_above_are_those_that_vllm_derives(ranks: int, halves: int,
         assert replace(derived, runs=()) == replace(ours, runs=())
 
 
-@pytest.mark.xfail(strict=True, reason="MemcpyWorker takes the last group's page for the largest")
 @pytest.mark.parametrize("sizes", [(16, 8), (8, 16, 8)])
 def test_groups_of_several_sizes_share_a_tensor(sizes: tuple[int, ...]) -> None:
     """The memory of a block is one group's at a time, and a row has room for the largest page."""
