@@ -145,7 +145,8 @@ def _drawn(name: str, weight: "torch.Tensor", generator: "torch.Generator") -> "
     if "embed_tokens" in name:
         return drawn
     gain = 1.0 if ".mlp." in name else 2.0
-    return drawn * (gain / weight[0].numel() ** 0.5)
+    drawn *= gain / weight[0].numel() ** 0.5
+    return drawn
 
 
 def _mtp_layer(

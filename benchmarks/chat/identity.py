@@ -3,7 +3,7 @@
     python -m benchmarks.chat.identity --dir DIR [--dtype bfloat16] [--tokens 2200,7000] --json FILE
     python -m benchmarks.chat.identity --dir DIR --dtype float32 --tokens 600,1500 --block-tokens 128   # the CPU engine
     python -m benchmarks.chat.identity --dir DIR --tensor-parallel 2,1     # and one rank reads what two have written
-    python -m benchmarks.chat.identity --dir DIR --kind hybrid             # another kind of model (graphs/tiny_kinds.py)
+    python -m benchmarks.chat.identity --dir DIR --kind mixed              # another kind of model: graphs/tiny_kinds.py
 
 A small model with random weights of enough spread is served by an engine without and by one with the tier. Each prompt
 is asked for cold, from HBM, from DRAM and from the store. Cold answers must be equal between the engines, and so must

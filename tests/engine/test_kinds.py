@@ -28,6 +28,7 @@ ROUNDING = {"float32": 1e-3, "bfloat16": 0.3}
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
+        ("mla", "float32"),
         ("mixed", "float32"),
         ("sliding", "float32"),
         ("hybrid", "bfloat16"),  # the CPU's kernels of GDN take nothing else
@@ -43,13 +44,17 @@ def test_answers_do_not_depend_on_where_the_kv_came_from(kind: str, dtype: str, 
         cold, hbm, dram, store, forged = (one for one in found if one.prompt_tokens == tokens)
         whole = tokens // BLOCK_TOKENS * BLOCK_TOKENS
         assert (cold.from_hbm, cold.from_tiers) == (0, 0)
-        assert hbm.from_hbm >= whole - BLOCK_TOKENS
+        # vLLM's CPU engine has no prefix cache in HBM for MLA: it computes the prompt again.
+        assert hbm.from_hbm == 0 if kind == "mla" else hbm.from_hbm >= whole - BLOCK_TOKENS
         assert min(dram.from_tiers, store.from_tiers, forged.from_tiers) >= whole - BLOCK_TOKENS
         assert hbm.tokens[0] == cold.tokens[0]
         assert hbm.off(cold) <= ROUNDING[dtype]
         if dtype == "float32":
-            assert hbm.tokens == cold.tokens
-        assert hbm.equals(dram)
+            assert hbm.tokens == dram.tokens == cold.tokens
+        if kind == "mla":
+            assert dram.off(cold) <= ROUNDING[dtype]
+        else:
+            assert hbm.equals(dram)
         assert dram.equals(store)
         assert not store.equals(forged)
 
