@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 WINDOW = 256
-_HIDDEN, _MLP, _LAYERS, _MTP_LAYERS = 256, 512, 4, 1
+_HIDDEN, _MLP, _LAYERS = 256, 512, 4
+# Embeddings so many times as large make the next token depend mostly on the last one, so that some guesses are right.
+_OBVIOUS = 10.0
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 _MLA = {
@@ -33,7 +35,7 @@ _MLA = {
     "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 64,
     "v_head_dim": 64,
-    "first_k_dense_replace": _LAYERS + _MTP_LAYERS,
+    "first_k_dense_replace": _LAYERS + 1,
     "rope_interleave": True,
     "rope_parameters": _ROPE,
 }
@@ -51,7 +53,7 @@ _HYBRID = {
 }
 _CONFIGS: dict[str, dict[str, Any]] = {
     "mla": _MLA,
-    "mtp": {**_MLA, "num_nextn_predict_layers": _MTP_LAYERS},
+    "mtp": {**_MLA, "num_nextn_predict_layers": 1},
     "sliding": {
         "model_type": "mistral",
         "num_attention_heads": 4,
@@ -71,7 +73,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
     },
     "hybrid": _HYBRID,
-    "hybrid-mtp": {**_HYBRID, "mtp_num_hidden_layers": _MTP_LAYERS},
+    "hybrid-mtp": {**_HYBRID, "mtp_num_hidden_layers": 1},
 }
 KINDS = ("dense", *_CONFIGS, "eagle")
 
@@ -126,10 +128,9 @@ def _make(folder: Path, given: dict[str, Any], vocab: dict[str, int], seed: int,
         weights = {name: _drawn(name, weight.detach(), generator) for name, weight in model.state_dict().items()}
         spoken = torch.randn(len(ALPHABET), _HIDDEN, generator=generator) * (LOGITS_GAIN / _HIDDEN**0.5)
         weights["lm_head.weight"] = spoken_only(vocab, spoken)
-        for number in range(given.get("num_nextn_predict_layers", 0)):
-            weights |= _mtp_layer(weights, number, generator)
-        if given.get("mtp_num_hidden_layers"):
-            weights |= _qwen_mtp(weights, generator)
+        if {"num_nextn_predict_layers", "mtp_num_hidden_layers"} & set(given):
+            weights["model.embed_tokens.weight"] *= _OBVIOUS
+            weights |= _qwen_mtp(weights, generator) if "mtp_num_hidden_layers" in given else _mtp(weights, generator)
     config.architectures = [type(model).__name__]
     write_json(folder / "config.json", config.to_dict())
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -149,40 +150,47 @@ def _drawn(name: str, weight: "torch.Tensor", generator: "torch.Generator") -> "
     return drawn
 
 
-def _mtp_layer(
-    weights: dict[str, "torch.Tensor"], number: int, generator: "torch.Generator"
-) -> dict[str, "torch.Tensor"]:
-    """DeepSeek's: a layer like the others, after them, and what joins the last token and the last hidden state."""
-    import torch
-
-    prefix, like = f"model.layers.{_LAYERS + number}.", f"model.layers.{_LAYERS - 1}."
+def _guessing(weights: dict[str, "torch.Tensor"], like: str, generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
+    """A layer like that one, by the names within it, that adds little to what it is given."""
     made = {
-        prefix + name.removeprefix(like): _drawn(name, weight, generator)
+        name.removeprefix(like): _drawn(name, weight, generator)
         for name, weight in weights.items()
         if name.startswith(like)
     }
-    return made | {
-        prefix + "enorm.weight": torch.ones(_HIDDEN),
-        prefix + "hnorm.weight": torch.ones(_HIDDEN),
-        prefix + "eh_proj.weight": torch.randn(_HIDDEN, 2 * _HIDDEN, generator=generator) / _HIDDEN**0.5,
-        prefix + "shared_head.norm.weight": torch.ones(_HIDDEN),
-        prefix + "shared_head.head.weight": weights["lm_head.weight"].clone(),
-        prefix + "embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        made[name] *= 0.1
+    return made
+
+
+def _joining() -> "torch.Tensor":
+    """Of the last token and the last hidden state it lets the token through."""
+    import torch
+
+    return torch.cat([torch.eye(_HIDDEN), torch.zeros(_HIDDEN, _HIDDEN)], dim=1)
+
+
+def _mtp(weights: dict[str, "torch.Tensor"], generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
+    """DeepSeek's: a layer like the others, after them, and what joins the last token and the last hidden state."""
+    import torch
+
+    made = _guessing(weights, f"model.layers.{_LAYERS - 1}.", generator) | {
+        "enorm.weight": torch.ones(_HIDDEN),
+        "hnorm.weight": torch.ones(_HIDDEN),
+        "eh_proj.weight": _joining(),
+        "shared_head.norm.weight": torch.ones(_HIDDEN),
+        "shared_head.head.weight": weights["lm_head.weight"].clone(),
+        "embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
     }
+    return {f"model.layers.{_LAYERS}.{name}": weight for name, weight in made.items()}
 
 
 def _qwen_mtp(weights: dict[str, "torch.Tensor"], generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
     """Qwen's: the same under other names. Its norms count from one."""
     import torch
 
-    like = f"model.layers.{_LAYERS - 1}."  # a full one
-    made = {
-        "mtp.layers.0." + name.removeprefix(like): _drawn(name, weight, generator)
-        for name, weight in weights.items()
-        if name.startswith(like)
-    }
-    return made | {
-        "mtp.fc.weight": torch.randn(_HIDDEN, 2 * _HIDDEN, generator=generator) / _HIDDEN**0.5,
+    full = _guessing(weights, f"model.layers.{_LAYERS - 1}.", generator)
+    return {f"mtp.layers.0.{name}": weight for name, weight in full.items()} | {
+        "mtp.fc.weight": _joining(),
         "mtp.norm.weight": torch.zeros(_HIDDEN),
         "mtp.pre_fc_norm_hidden.weight": torch.zeros(_HIDDEN),
         "mtp.pre_fc_norm_embedding.weight": torch.zeros(_HIDDEN),
@@ -202,13 +210,13 @@ def _make_eagle(target: Path, folder: Path, seed: int) -> None:
     write_tokenizer(folder, config["max_position_embeddings"])
     write_json(folder / "config.json", {**config, "num_hidden_layers": 1})
     generator = torch.Generator().manual_seed(seed + 1)
-    weights = {
-        name.removeprefix("model."): _drawn(name, weight, generator)
-        for name, weight in load_file(target / "model.safetensors").items()
-        if name.startswith("model.layers.0.") and "input_layernorm" not in name
-    }
-    weights["fc.weight"] = torch.randn(_HIDDEN, 2 * _HIDDEN, generator=generator) / _HIDDEN**0.5
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(target / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= _OBVIOUS
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    layer = _guessing(weights, "model.layers.0.", generator)
+    del layer["input_layernorm.weight"]
+    draft = {f"layers.0.{name}": weight for name, weight in layer.items()} | {"fc.weight": _joining()}
+    save_file(draft, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from components.worker import layout
+from components.worker.compat import OffloadKey
+from components.worker.loads import Loads, _Between
 
 ATTENTION = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
 LATENT = {"block_size": 16, "num_kv_heads": 1, "head_size": 576, "dtype": torch.float32}
@@ -72,3 +74,14 @@ def test_a_hybrid_model_without_prefix_caching_is_refused() -> None:
 )
 def test_what_was_tested_is_not_refused(specs: list[KVCacheSpec]) -> None:
     layout.check_kinds(cache(*specs))
+
+
+def test_a_load_is_waited_for_on_an_engine_without_prefix_caching() -> None:
+    """vLLM's CPU engine has none for MLA, and then keeps no list of the chunks that are being loaded."""
+    groups = (SimpleNamespace(tokens_per_chunk=16),)
+    config = SimpleNamespace(kv_group_configs=groups, num_workers=1)
+    scheduler: Any = SimpleNamespace(_chunks_being_loaded=None, _jobs={1: None}, config=config)
+    loads = Loads(scheduler, row_bytes=1)
+    loads._between = {1: _Between({OffloadKey(b"key")}, ends=float("inf"))}
+    with loads.waited_for(16, 0.0):
+        assert scheduler._chunks_being_loaded is None
