@@ -7,7 +7,6 @@ sliding    Mistral in which all layers have a window
 mixed      Gemma 3: layers with a window, and full ones between them
 hybrid     Qwen3.5: Gated DeltaNet layers, and full ones between them
 mtp        mla, with a layer that guesses the token after the next (multi-token prediction)
-hybrid-mtp hybrid, with such a layer
 eagle      the small Llama, and in `draft` beside it an EAGLE head that guesses for it
 """
 
@@ -39,18 +38,6 @@ _MLA = {
     "rope_interleave": True,
     "rope_parameters": _ROPE,
 }
-_HYBRID = {
-    "model_type": "qwen3_5_text",
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "layer_types": ["linear_attention", "full_attention"] * (_LAYERS // 2),
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-    "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5},
-}
 _CONFIGS: dict[str, dict[str, Any]] = {
     "mla": _MLA,
     "mtp": {**_MLA, "num_nextn_predict_layers": 1},
@@ -72,8 +59,18 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * (_LAYERS // 2),
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
     },
-    "hybrid": _HYBRID,
-    "hybrid-mtp": {**_HYBRID, "mtp_num_hidden_layers": 1},
+    "hybrid": {
+        "model_type": "qwen3_5_text",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "layer_types": ["linear_attention", "full_attention"] * (_LAYERS // 2),
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5},
+    },
 }
 KINDS = ("dense", *_CONFIGS, "eagle")
 
@@ -97,7 +94,7 @@ def speculative(folder: Path, kind: str) -> dict[str, object] | None:
     match kind:
         case "eagle":
             return {"method": "eagle", "model": str(folder / "draft"), "num_speculative_tokens": 2}
-        case "mtp" | "hybrid-mtp":
+        case "mtp":
             return {"method": "mtp", "num_speculative_tokens": 1}
     return None
 
@@ -128,9 +125,9 @@ def _make(folder: Path, given: dict[str, Any], vocab: dict[str, int], seed: int,
         weights = {name: _drawn(name, weight.detach(), generator) for name, weight in model.state_dict().items()}
         spoken = torch.randn(len(ALPHABET), _HIDDEN, generator=generator) * (LOGITS_GAIN / _HIDDEN**0.5)
         weights["lm_head.weight"] = spoken_only(vocab, spoken)
-        if {"num_nextn_predict_layers", "mtp_num_hidden_layers"} & set(given):
+        if "num_nextn_predict_layers" in given:
             weights["model.embed_tokens.weight"] *= _OBVIOUS
-            weights |= _qwen_mtp(weights, generator) if "mtp_num_hidden_layers" in given else _mtp(weights, generator)
+            weights |= _mtp(weights, generator)
     config.architectures = [type(model).__name__]
     write_json(folder / "config.json", config.to_dict())
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -170,7 +167,7 @@ def _joining() -> "torch.Tensor":
 
 
 def _mtp(weights: dict[str, "torch.Tensor"], generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
-    """DeepSeek's: a layer like the others, after them, and what joins the last token and the last hidden state."""
+    """A layer like the others, after them, and what joins the last token and the last hidden state."""
     import torch
 
     made = _guessing(weights, f"model.layers.{_LAYERS - 1}.", generator) | {
@@ -182,19 +179,6 @@ def _mtp(weights: dict[str, "torch.Tensor"], generator: "torch.Generator") -> di
         "embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
     }
     return {f"model.layers.{_LAYERS}.{name}": weight for name, weight in made.items()}
-
-
-def _qwen_mtp(weights: dict[str, "torch.Tensor"], generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
-    """Qwen's: the same under other names. Its norms count from one."""
-    import torch
-
-    full = _guessing(weights, f"model.layers.{_LAYERS - 1}.", generator)
-    return {f"mtp.layers.0.{name}": weight for name, weight in full.items()} | {
-        "mtp.fc.weight": _joining(),
-        "mtp.norm.weight": torch.zeros(_HIDDEN),
-        "mtp.pre_fc_norm_hidden.weight": torch.zeros(_HIDDEN),
-        "mtp.pre_fc_norm_embedding.weight": torch.zeros(_HIDDEN),
-    }
 
 
 def _make_eagle(target: Path, folder: Path, seed: int) -> None:

@@ -57,7 +57,7 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
         )
     if getattr(cache, "calculate_kv_scales", False):
         raise ValueError("kvtier: calculate-kv-scales makes every engine's KV its own; give static scales instead")
-    check_kinds(kv_cache)
+    check_kinds(kv_cache, speculative=getattr(config, "speculative_config", None) is not None)
     capability = current_platform.get_device_capability()
     ranks = [
         parallel.tensor_parallel_size,
@@ -96,7 +96,7 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
     }
 
 
-def check_kinds(kv_cache: KVCacheConfig) -> None:
+def check_kinds(kv_cache: KVCacheConfig, *, speculative: bool = False) -> None:
     """Raises ValueError for a model with layers whose KV was never seen to come back right."""
     for spec in _layer_specs(kv_cache):
         name = type(spec).__name__
@@ -109,6 +109,11 @@ def check_kinds(kv_cache: KVCacheConfig) -> None:
             raise ValueError(
                 f"kvtier: a hybrid model ({name}) without prefix caching is not supported: vLLM keeps no state to go "
                 "on from; give --enable-prefix-caching, or run this model without kvtier"
+            )
+        if isinstance(spec, MambaSpec) and speculative:
+            raise ValueError(
+                f"kvtier: a hybrid model ({name}) with speculative decoding is not supported: that its KV comes back "
+                "right was never tested; run this model without --speculative-config, or without kvtier"
             )
 
 

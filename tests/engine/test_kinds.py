@@ -32,7 +32,7 @@ ROUNDING = {"float32": 1e-3, "bfloat16": 0.3}
         ("mixed", "float32"),
         ("sliding", "float32"),
         ("hybrid", "bfloat16"),  # the CPU's kernels of GDN take nothing else
-        ("hybrid-mtp", "bfloat16"),
+        ("mtp", "float32"),
         ("eagle", "float32"),
     ],
 )

@@ -62,6 +62,13 @@ def test_a_hybrid_model_without_prefix_caching_is_refused() -> None:
         layout.check_kinds(cache(FULL, mamba("none")))
 
 
+def test_a_hybrid_model_with_speculative_decoding_is_refused() -> None:
+    words = r"hybrid model \(MambaSpec\) with speculative decoding .* without --speculative-config, or without kvtier"
+    with pytest.raises(ValueError, match=words):
+        layout.check_kinds(cache(FULL, mamba("align")), speculative=True)
+    layout.check_kinds(cache(FULL), speculative=True)
+
+
 @pytest.mark.parametrize(
     "specs",
     [
