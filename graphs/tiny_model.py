@@ -8,11 +8,17 @@ text, so that a wrong KV block shows in the tokens and not only in the last digi
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # The only tokens that the weights ever sample: text that reads back as the very same tokens, so that a conversation's
 # next turn repeats this one token by token.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 SPECIAL = ("<|begin_of_text|>", "<|start|>", "<|end|>", "<|eot|>")
+# Spreads the logits over several nats: greedy choices are clear, not ties.
+LOGITS_GAIN = 6.0
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>"
     "{% if m['content'] is string %}{{ m['content'] }}"
@@ -31,26 +37,15 @@ def make_tiny_model(
     """
     import torch
     from safetensors.torch import save_file
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     if (folder / "model.safetensors").exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = alphabet + list(SPECIAL)
-    vocab = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
+    vocab = write_tokenizer(folder, max_tokens)
     hidden, head_dim, mlp = 256, 64, 512
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(words),
+        "vocab_size": len(vocab),
         "hidden_size": hidden,
         "intermediate_size": mlp,
         "num_hidden_layers": layers,
@@ -68,35 +63,16 @@ def make_tiny_model(
         "eos_token_id": vocab[SPECIAL[3]],
         "torch_dtype": "float32",
     }
-    _write_json(folder / "config.json", config)
-    _write_json(
-        folder / "generation_config.json",
-        {"bos_token_id": vocab[SPECIAL[0]], "eos_token_id": vocab[SPECIAL[3]]},
-    )
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": SPECIAL[0],
-            "eos_token": SPECIAL[3],
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": max_tokens,
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
-
+    write_json(folder / "config.json", config)
     generator = torch.Generator().manual_seed(seed)
 
     def random(rows: int, columns: int, gain: float) -> torch.Tensor:
         drawn: torch.Tensor = torch.randn(rows, columns, generator=generator) * (gain / columns**0.5)
         return drawn
 
-    spoken = [vocab[pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(c)[0][0]] for c in ALPHABET]
-    lm_head = torch.zeros(len(words), hidden)
-    # A gain of 6 spreads the logits over several nats: greedy choices are clear, not ties.
-    lm_head[spoken] = random(len(spoken), hidden, 6.0)
+    lm_head = spoken_only(vocab, random(len(ALPHABET), hidden, LOGITS_GAIN))
     weights = {
-        "model.embed_tokens.weight": torch.randn(len(words), hidden, generator=generator),
+        "model.embed_tokens.weight": torch.randn(len(vocab), hidden, generator=generator),
         "model.norm.weight": torch.ones(hidden),
         "lm_head.weight": lm_head,
     }
@@ -118,7 +94,48 @@ def make_tiny_model(
     return folder
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def write_tokenizer(folder: Path, max_tokens: int) -> dict[str, int]:
+    """All that is in the folder of a model but its configuration and weights. Returns the vocabulary."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {word: i for i, word in enumerate([*alphabet, *SPECIAL])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": vocab[SPECIAL[0]], "eos_token_id": vocab[SPECIAL[3]]},
+    )
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIAL[0],
+            "eos_token": SPECIAL[3],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": max_tokens,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    return vocab
+
+
+def spoken_only(vocab: dict[str, int], rows: "torch.Tensor") -> "torch.Tensor":
+    """The weights of an output layer that says nothing but the alphabet, whose rows are given."""
+    import torch
+    from tokenizers import pre_tokenizers
+
+    spoken = [vocab[pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(c)[0][0]] for c in ALPHABET]
+    lm_head = torch.zeros(len(vocab), rows.shape[1])
+    lm_head[spoken] = rows
+    return lm_head
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -3,6 +3,7 @@
     python -m benchmarks.chat.identity --dir DIR [--dtype bfloat16] [--tokens 2200,7000] --json FILE
     python -m benchmarks.chat.identity --dir DIR --dtype float32 --tokens 600,1500 --block-tokens 128   # the CPU engine
     python -m benchmarks.chat.identity --dir DIR --tensor-parallel 2,1     # and one rank reads what two have written
+    python -m benchmarks.chat.identity --dir DIR --kind mixed              # another kind of model: graphs/tiny_kinds.py
 
 A small model with random weights of enough spread is served by an engine without and by one with the tier. Each prompt
 is asked for cold, from HBM, from DRAM and from the store. Cold answers must be equal between the engines, and so must
@@ -15,6 +16,7 @@ answer's first logprob may be as far from that of their own KV as a few times wh
 
 import argparse
 import asyncio
+import json
 import math
 import os
 import random
@@ -45,6 +47,7 @@ from benchmarks.chat.__main__ import (
 from benchmarks.chat.load import Endpoint
 from graphs.forgery import forge, records
 from graphs.services import free_port
+from graphs.tiny_kinds import KINDS, make_tiny_kind, speculative
 from graphs.tiny_model import ALPHABET, make_tiny_model
 from kvstore.errors import run_command, validated
 
@@ -135,6 +138,15 @@ def judge(report: Report) -> list[str]:
     return faults + [f"{one.prompt_tokens} tokens: wrong KV was not noticed" for one in unnoticed]
 
 
+def tiny_model(folder: Path, kind: str) -> tuple[Path, str]:
+    """A model of the kind, and more arguments for its engine."""
+    if kind == "dense":
+        return make_tiny_model(folder, layers=8), ""
+    make_tiny_kind(folder, kind)
+    drafts = speculative(folder, kind)
+    return folder, f"--speculative-config '{json.dumps(drafts)}'" if drafts else ""
+
+
 class Identity:
     """The engines, one after the other, over one store."""
 
@@ -219,6 +231,7 @@ def main() -> int:
         default="1",
         help="of the engines, such as 1,2: the first writes, the others read; default 1",
     )
+    parser.add_argument("--kind", choices=KINDS, default="dense", help="of model; default dense")
     parser.add_argument("--engine", default="", help="more arguments for the engine, as one string")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -226,13 +239,14 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kvtier-identity-", dir=given.dir) as folder:
         logs = Path(folder)
+        model, more = tiny_model(logs / "model", given.kind)
         values = {
-            "model": str(make_tiny_model(logs / "model", layers=8)),
+            "model": str(model),
             "dir": given.dir,
             "dram": 1 << 30,
             "capacity": 4 << 30,
             "block_tokens": given.block_tokens,
-            "engine": f"--dtype {given.dtype} {given.engine}",
+            "engine": f"--dtype {given.dtype} {more} {given.engine}",
         }
         chance = random.Random(given.seed)
         spoken = [ord(letter) for letter in ALPHABET]

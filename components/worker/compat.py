@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import vllm
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
@@ -49,6 +49,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
     iter_layer_specs,
@@ -193,6 +195,7 @@ __all__ = [
     "JobResult",
     "KVCacheBlocks",
     "KVCacheConfig",
+    "KVCacheSpec",
     "KVConnectorFactory",
     "KVConnectorMetadata",
     "KVConnectorOutput",
@@ -203,7 +206,9 @@ __all__ = [
     "Locality",
     "LookupResult",
     "MLAAttentionSpec",
+    "MambaSpec",
     "Medium",
+    "ModelConfig",
     "OffloadKey",
     "OffloadPolicy",
     "OffloadingConfig",

@@ -32,6 +32,7 @@ from components.worker.compat import (
     VllmConfig,
     beside_computing,
     compute_after_loads,
+    current_platform,
     get_offload_group_idx,
     manager_lock,
 )
@@ -90,6 +91,8 @@ class KvtierConnector(OffloadingConnector):
         """Block outermost: a block is copied at once, instead of in a piece for each layer. Layers of other shapes that
         share their memory (hybrid models) exclude heads before layers."""
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        if current_platform.is_cpu():
+            return None  # its kernels know but one, and that for MLA does not say so
         wanted = "BLHNC" if vllm_config.model_config.is_hybrid else WANTED_LAYOUT
         layout: str | None = extra.get("kv_cache_layout", wanted)
         return layout

@@ -12,7 +12,10 @@ from components.worker.compat import (
     VLLM_VERSION,
     FullAttentionSpec,
     KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
     MLAAttentionSpec,
+    ModelConfig,
     SlidingWindowSpec,
     VllmConfig,
     build_offloading_config,
@@ -31,6 +34,19 @@ _SAMPLE_BYTES = 16 << 10
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
+# Of layers whose KV was seen to come back from the store and to give the answers of computed KV: docs/models.md.
+_TESTED = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, MambaSpec)
+_UNTESTED = {
+    "ChunkedLocalAttentionSpec": "chunked local attention",
+    "CrossAttentionSpec": "cross-attention to an encoder",
+    "EncoderOnlyAttentionSpec": "attention of an encoder",
+    "HiSparseHotSpec": "sparse attention with KV in host memory",
+    "HiSparseResidentSpec": "sparse attention with KV in host memory",
+    "SinkFullAttentionSpec": "attention with sinks in KV blocks of their own",
+    "SlidingWindowMLASpec": "MLA with a sliding window",
+}
+
+
 def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> dict[str, object]:
     """The layout of this engine's chunks. Raises ValueError, with what to do, if they cannot be shared."""
     cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
@@ -41,6 +57,7 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
         )
     if getattr(cache, "calculate_kv_scales", False):
         raise ValueError("kvtier: calculate-kv-scales makes every engine's KV its own; give static scales instead")
+    check_kinds(kv_cache, speculative=getattr(config, "speculative_config", None) is not None)
     capability = current_platform.get_device_capability()
     ranks = [
         parallel.tensor_parallel_size,
@@ -68,7 +85,40 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
             for group in kv_cache.kv_cache_groups
             for spec in [group.kv_cache_spec]
         ],
+        "states": sorted(
+            {
+                f"{spec.mamba_cache_mode} {spec.mamba_type} {spec.shapes} {spec.dtypes}"
+                for spec in _layer_specs(kv_cache)
+                if isinstance(spec, MambaSpec)
+            }
+        ),
+        "draft": draft_digest(config),
     }
+
+
+def check_kinds(kv_cache: KVCacheConfig, *, speculative: bool = False) -> None:
+    """Raises ValueError for a model with layers whose KV was never seen to come back right."""
+    for spec in _layer_specs(kv_cache):
+        name = type(spec).__name__
+        if isinstance(spec, KVCacheSpec) and type(spec) not in _TESTED:
+            raise ValueError(
+                f"kvtier: {_UNTESTED.get(name, 'this kind of layer')} ({name}) is not supported: that its KV comes "
+                "back right was never tested; run this model without kvtier"
+            )
+        if isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "none":
+            raise ValueError(
+                f"kvtier: a hybrid model ({name}) without prefix caching is not supported: vLLM keeps no state to go "
+                "on from; give --enable-prefix-caching, or run this model without kvtier"
+            )
+        if isinstance(spec, MambaSpec) and speculative:
+            raise ValueError(
+                f"kvtier: a hybrid model ({name}) with speculative decoding is not supported: that its KV comes back "
+                "right was never tested; run this model without --speculative-config, or without kvtier"
+            )
+
+
+def _layer_specs(kv_cache: KVCacheConfig) -> list[KVCacheSpec]:
+    return [spec for group in kv_cache.kv_cache_groups for spec in iter_layer_specs(group.kv_cache_spec)]
 
 
 def tp_agnostic(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> bool:
@@ -77,7 +127,7 @@ def tp_agnostic(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str,
     ranks = parallel.tensor_parallel_size
     if extra.get("tp_private") or parallel.world_size != ranks or parallel.decode_context_parallel_size != 1:
         return False
-    specs = [spec for group in kv_cache.kv_cache_groups for spec in iter_layer_specs(group.kv_cache_spec)]
+    specs = _layer_specs(kv_cache)
     if is_latent(kv_cache):
         return ranks == 1 or bool(build_offloading_config(config, kv_cache).replicated_layout)
     heads = config.model_config.get_total_num_kv_heads()
@@ -103,11 +153,7 @@ def tp_agnostic(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str,
 
 def is_latent(kv_cache: KVCacheConfig) -> bool:
     """Whether all KV is MLA's, of which every rank has the whole, and one of them stores it."""
-    return all(
-        type(spec) is MLAAttentionSpec
-        for group in kv_cache.kv_cache_groups
-        for spec in iter_layer_specs(group.kv_cache_spec)
-    )
+    return all(type(spec) is MLAAttentionSpec for spec in _layer_specs(kv_cache))
 
 
 def needs_canonical(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> bool:
@@ -117,9 +163,21 @@ def needs_canonical(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[
     return ranks > 1 and not is_latent(kv_cache) and tp_agnostic(config, kv_cache, extra)
 
 
+def draft_digest(config: VllmConfig) -> str:
+    """Of the model that guesses tokens, whose KV is in the same chunks; empty where there is none."""
+    speculative = getattr(config, "speculative_config", None)
+    if speculative is None or not speculative.uses_draft_kv_cache() or speculative.draft_model_config is None:
+        return ""
+    return f"{speculative.method} {_digest(speculative.draft_model_config, config)}"
+
+
 def model_digest(config: VllmConfig) -> str:
     """Digest of the model's configuration and of its weights, as far as they lie on this host."""
-    model, load = config.model_config, config.load_config
+    return _digest(config.model_config, config)
+
+
+def _digest(model: ModelConfig, config: VllmConfig) -> str:
+    load = config.load_config
     digest = hashlib.blake2b(digest_size=16)
     described = {name: value for name, value in model.hf_config.to_dict().items() if name not in ("_name_or_path",)}
     digest.update(repr(sorted(described.items(), key=lambda item: item[0])).encode())

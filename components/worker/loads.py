@@ -119,7 +119,7 @@ class Loads:
         self._between = {job_id: load for job_id, load in self._between.items() if job_id in self.scheduler._jobs}
         until = time.monotonic() + self._copy_seconds(tokens, bytes_per_second)
         longer = [load.keys for load in self._between.values() if load.ends > until]
-        if longer and loading is not None:
+        if longer and loading is not None:  # None: the engine's prefix caching is off
             soon = [load.keys for load in self._between.values() if load.ends <= until]
             self.scheduler._chunks_being_loaded = loading.difference(*longer).union(*soon)
         try:

@@ -20,7 +20,7 @@ from tests.worker.test_scheduler import configured
 
 OPTIONS = Options(prompt_tokens=101, answer_tokens=4, running=6, requests=6, block_tokens=4)
 LONG = list(range(1, 102))  # 25 whole chunks, and a token
-FAST, SLOW = 1e12, 1e3  # bytes a second: all loads in one step, and none
+FAST, SLOW = 1e12, 10.0  # bytes a second: all loads in one step, and none, on however slow a machine
 
 
 class Engine:
