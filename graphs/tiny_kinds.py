@@ -36,7 +36,15 @@ _MLA = {
     "v_head_dim": 64,
     "first_k_dense_replace": _LAYERS + 1,
     "rope_interleave": True,
-    "rope_parameters": _ROPE,
+    # DeepSeek's own. With plain RoPE, vLLM 0.31's CPU engine turns the first token of a step wrongly.
+    "rope_parameters": {
+        **_ROPE,
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 2048,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
 }
 _CONFIGS: dict[str, dict[str, Any]] = {
     "mla": _MLA,

@@ -44,17 +44,16 @@ def test_answers_do_not_depend_on_where_the_kv_came_from(kind: str, dtype: str, 
         cold, hbm, dram, store, forged = (one for one in found if one.prompt_tokens == tokens)
         whole = tokens // BLOCK_TOKENS * BLOCK_TOKENS
         assert (cold.from_hbm, cold.from_tiers) == (0, 0)
-        # vLLM's CPU engine has no prefix cache in HBM for MLA: it computes the prompt again.
-        assert hbm.from_hbm == 0 if kind == "mla" else hbm.from_hbm >= whole - BLOCK_TOKENS
+        if kind in ("mla", "mtp"):  # for which vLLM's CPU engine has no prefix cache in HBM: these come from DRAM, too
+            assert (hbm.from_hbm, hbm.from_tiers) == (0, dram.from_tiers)
+        else:
+            assert hbm.from_hbm >= whole - BLOCK_TOKENS
         assert min(dram.from_tiers, store.from_tiers, forged.from_tiers) >= whole - BLOCK_TOKENS
         assert hbm.tokens[0] == cold.tokens[0]
         assert hbm.off(cold) <= ROUNDING[dtype]
         if dtype == "float32":
-            assert hbm.tokens == dram.tokens == cold.tokens
-        if kind == "mla":
-            assert dram.off(cold) <= ROUNDING[dtype]
-        else:
-            assert hbm.equals(dram)
+            assert hbm.tokens == cold.tokens
+        assert hbm.equals(dram)
         assert dram.equals(store)
         assert not store.equals(forged)
 
