@@ -3,9 +3,7 @@
 import asyncio
 import json
 import time
-import tomllib
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import aiohttp
 import msgspec
@@ -278,11 +276,3 @@ def test_of_a_crowd_a_sample_is_kept_and_totals_are_whole() -> None:
     assert everything.update().decisions[-1].outcome == "open"
     decisions.ended("open", "left")
     assert [(one.id, one.outcome) for one in everything.update().decisions] == [("open", "left")]
-
-
-def test_every_file_is_packaged() -> None:
-    root = Path(__file__).parents[2]
-    globs = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    folder = root / "components" / "router" / "view"
-    packaged = {path for glob in globs["components.router.view"] for path in folder.glob(glob)}
-    assert {path for path in (folder / "static").rglob("*") if path.is_file()} <= packaged

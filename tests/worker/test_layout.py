@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import (
-    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
@@ -20,7 +19,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from components.worker import layout
+from components.worker import connector, layout
 from components.worker.connector import KvtierConnector
 
 HEADS, BLOCKS = 8, 10
@@ -214,9 +213,6 @@ KINDS: dict[str, Any] = {
     "mixed": UniformTypeKVCacheSpecs(16, {"0.0": FULL, "0.1": replace(FULL, head_size=8)}),
     "quantized": replace(FULL, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR),
     "scaled": replace(FULL, kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD),
-    "local": ChunkedLocalAttentionSpec(
-        16, num_kv_heads=HEADS, head_size=4, dtype=torch.bfloat16, attention_chunk_size=32
-    ),
 }
 
 
@@ -229,7 +225,6 @@ KINDS: dict[str, Any] = {
         (HEADS_OUTERMOST, "quantized", True),
         (HEADS_OUTERMOST, "latent", True),
         (HEADS_OUTERMOST, "scaled", False),
-        (HEADS_OUTERMOST, "local", False),
         (HEADS_OUTERMOST, "full wide", False),  # the smaller leaves room at a rank's end
         (HEADS_OUTERMOST, "mixed", False),
         (HEADS_OUTERMOST, "full latent", False),
@@ -242,7 +237,6 @@ KINDS: dict[str, Any] = {
         (LAYERS_OUTERMOST, "mixed", True),
         (LAYERS_OUTERMOST, "latent", True),
         (LAYERS_OUTERMOST, "scaled", False),
-        (LAYERS_OUTERMOST, "local", False),
         ("LBNHC", "full", True),
     ],
 )
@@ -338,7 +332,10 @@ def test_pages_with_padding_are_not_shared(tmp_path: Path) -> None:
     ],
 )
 def test_the_engine_is_asked_for_a_layout_whose_chunks_can_be_shared(
-    tmp_path: Path, hybrid: bool, extra: dict[str, Any], wanted: str | None
+    tmp_path: Path, hybrid: bool, extra: dict[str, Any], wanted: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But for the CPU engine, whose kernels know one layout."""
     config = changed(engine(tmp_path, **extra), model_config__is_hybrid=hybrid).config
+    assert KvtierConnector.get_required_kvcache_layout(config) is None
+    monkeypatch.setattr(connector, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     assert KvtierConnector.get_required_kvcache_layout(config) == wanted
