@@ -18,6 +18,9 @@ import numpy as np
 import xxhash
 
 KEY_BYTES = 16
+# How keys are made; stored with each value. 1: names made from samples of weight files, to release 0.2. 2: from the
+# content that engines have loaded.
+KEY_VERSION = 2
 _U64 = (1 << 64) - 1
 # Dynamo's constant (lib/tokens, XXH3_SEED); LoRA name and cache namespace are folded into it, not into the tokens.
 _DYNAMO_SEED = 1337
@@ -28,6 +31,11 @@ def layout_digest(layout: Mapping[str, object]) -> bytes:
     """Digest (32 bytes) of the fields that decide what a chunk's bytes mean; any JSON-able mapping, order-free."""
     canonical = json.dumps(layout, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=32, person=b"kvtier-layout").digest()
+
+
+def adapter_digest(digest: bytes, adapter: str) -> bytes:
+    """The layout digest of requests with an adapter, which is named by its content."""
+    return hashlib.blake2b(adapter.encode(), digest_size=32, key=digest, person=b"kvtier-adapter").digest()
 
 
 def fingerprint(digest: bytes) -> int:

@@ -16,7 +16,7 @@ Any thread may call any method. No lock is held during I/O.
 import logging
 import threading
 import time
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ from kvstore.disk.files import Files
 from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, SegmentHeader, Stamp, Trailer
 from kvstore.disk.space import Place, open_space
 from kvstore.errors import ConfigError
+from kvstore.keys import KEY_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Value(NamedTuple):
     router_hash: int
     fingerprint: int
     blocks_per_chunk: int
+    key_version: int = KEY_VERSION
 
 
 class Found(NamedTuple):
@@ -161,6 +163,7 @@ class Log:
         self._changed = threading.Condition()
         self._rolling = threading.RLock()
         self._index: dict[bytes, int] = {}
+        self._key_versions: Counter[int] = Counter()  # of the visible chunks
         self._writing: set[bytes] = set()
         self._segments: dict[int, _Segment] = {}
         self._heads: dict[Queue, _Segment] = {}
@@ -202,6 +205,11 @@ class Log:
         """Everything that is visible now."""
         with self._changed:
             return [entry for segment in self._segments.values() for _, entry in self._live(segment)]
+
+    def key_versions(self) -> Counter[int]:
+        """How many visible chunks have a key of each version."""
+        with self._changed:
+            return +self._key_versions
 
     def find(self, key: bytes) -> Entry | None:
         """What is known of a visible chunk."""
@@ -346,8 +354,8 @@ class Log:
                     continue
                 if head is None or not self._fits(head, length):
                     break
-                _, _, crc, router_hash, fingerprint, blocks = value
-                entry = Entry(value.key, router_hash, fingerprint, head.next_page, length, crc, blocks)
+                _, _, crc, router_hash, fingerprint, blocks, version = value
+                entry = Entry(value.key, router_hash, fingerprint, head.next_page, length, crc, blocks, version)
                 reserved.append(_Record(waiting.popleft(), head, entry))
                 head.next_page += record.record_bytes(length) // PAGE_BYTES
                 head.writers += 1
@@ -405,12 +413,14 @@ class Log:
         if not known:
             self.stats.entries += 1
             self.stats.payload_bytes += entry.length
+            self._key_versions[entry.key_version] += 1
             self.ledger.stored(entry)
 
     def _unpublish(self, entry: Entry) -> None:
         del self._index[entry.key]
         self.stats.entries -= 1
         self.stats.payload_bytes -= entry.length
+        self._key_versions[entry.key_version] -= 1
         self.ledger.removed(entry)
 
     # ---- segments
@@ -512,8 +522,8 @@ class Log:
             self._read_run([_Record(0, segment, entry)], [buffer], found)
             if found[0] is None or not found[0].intact:
                 continue
-            key, router_hash, fingerprint, _, _, crc, blocks = entry
-            if not self._append([Value(key, buffer, crc, router_hash, fingerprint, blocks)], rewrite=True)[0]:
+            key, router_hash, fingerprint, _, _, crc, blocks, version = entry
+            if not self._append([Value(key, buffer, crc, router_hash, fingerprint, blocks, version)], rewrite=True)[0]:
                 return
 
     def _empty(self, segment: _Segment) -> None:
@@ -662,6 +672,7 @@ class Log:
         self._index.update(zip(record.keys(segment.table), range(base, base + len(segment)), strict=True))
         self.stats.entries += len(segment)
         self.stats.payload_bytes += sum(record.lengths(segment.table))
+        self._key_versions.update(record.key_versions(segment.table))
 
     def _adopt_again(self, found: Iterable[_Segment]) -> None:
         """In the order of their generations: a key that is in several segments belongs to the youngest."""
@@ -669,10 +680,14 @@ class Log:
             self._adopt(segment)
         self.stats.entries = len(self._index)
         self.stats.payload_bytes = 0
+        self._key_versions.clear()
         for segment in found:
-            entries = zip(record.keys(segment.table), record.lengths(segment.table), strict=True)
-            places = enumerate(entries, segment.slot << _INDEX_BITS)
-            self.stats.payload_bytes += sum(length for place, (key, length) in places if self._index[key] == place)
+            table = segment.table
+            entries = zip(record.keys(table), record.lengths(table), record.key_versions(table), strict=True)
+            for place, (key, length, version) in enumerate(entries, segment.slot << _INDEX_BITS):
+                if self._index[key] == place:
+                    self.stats.payload_bytes += length
+                    self._key_versions[version] += 1
 
     def _read_table(self, segment: _Segment, trailer: Trailer, tail: memoryview) -> bool:
         """Take in the entries of a sealed segment, of which the `tail` was read; False if they are damaged."""

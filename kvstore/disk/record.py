@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import xxhash
 from crc32c import crc32c
 
-from kvstore.keys import KEY_BYTES
+from kvstore.keys import KEY_BYTES, KEY_VERSION
 
 PAGE_BYTES = 4096
 VERSION = 1
@@ -30,11 +30,13 @@ _SEGMENT_MAGIC = b"KVTIERSG"
 EMPTY = 0xFFFF  # in place of the queue: nothing is in the segment, and what looks like records is of an earlier use
 _TRAILER = struct.Struct("<8sHxxIQQQI")  # magic, version, entry count, store, generation, entries offset, entries crc
 _TRAILER_MAGIC = b"KVTIERFT"
-_ENTRY = struct.Struct(f"<{KEY_BYTES}sQQIIIHxx")
+_ENTRY = struct.Struct(f"<{KEY_BYTES}sQQIIIHBx")
 ENTRY_BYTES = _ENTRY.size
 # Of an entry, one field alone.
 _KEY = struct.Struct(f"<{KEY_BYTES}s{_ENTRY.size - KEY_BYTES}x")
 _LENGTH = struct.Struct(f"<{KEY_BYTES + 20}xI8x")
+_KEY_VERSION_AT = KEY_BYTES + 30
+_FIRST_KEY_VERSION = 1  # of entries that do not say: to release 0.2 a zero stood there
 _first: Callable[[tuple[Any, ...]], Any] = operator.itemgetter(0)
 _RECORD = struct.Struct(f"<8sHxxIQQQ{ENTRY_BYTES}s")  # magic, version, header bytes, store, generation, namespace
 _RECORD_MAGIC = b"KVTIERRC"
@@ -51,6 +53,7 @@ class Entry(NamedTuple):
     length: int  # payload bytes
     crc: int  # crc32c of the payload
     blocks_per_chunk: int
+    key_version: int = KEY_VERSION  # 1 to 255
 
     @property
     def payload_offset(self) -> int:
@@ -95,7 +98,8 @@ def pack_entry(entry: Entry) -> bytes:
 
 
 def unpack_entry(table: bytes | bytearray | memoryview, index: int) -> Entry:
-    return Entry._make(_ENTRY.unpack_from(table, index * ENTRY_BYTES))
+    fields = _ENTRY.unpack_from(table, index * ENTRY_BYTES)
+    return Entry._make(fields if fields[-1] else (*fields[:-1], _FIRST_KEY_VERSION))
 
 
 def entry_length(table: bytes | bytearray | memoryview, index: int) -> int:
@@ -166,6 +170,11 @@ def keys(table: bytes | bytearray) -> Iterator[bytes]:
 def lengths(table: bytes | bytearray) -> Iterator[int]:
     """The payload lengths of a table's entries."""
     return map(_first, _LENGTH.iter_unpack(table))
+
+
+def key_versions(table: bytes | bytearray) -> bytes:
+    """The key versions of a table's entries, a byte each."""
+    return bytes(table[_KEY_VERSION_AT::ENTRY_BYTES]).replace(b"\0", bytes([_FIRST_KEY_VERSION]))
 
 
 def _page(fields: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """Several logs as one: a target with more than one directory or device. A key lies on one of them, by its hash, so that
 losing a device loses its share alone."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import xxhash
@@ -54,6 +55,10 @@ class Shelf:
         ages = [log.stats.evicted_age_seconds for log in self.logs if log.stats.evicted_segments]
         total.evicted_age_seconds = min(ages, default=0.0)
         return total
+
+    def key_versions(self) -> Counter[int]:
+        """How many chunks have a key of each version."""
+        return sum((log.key_versions() for log in self.logs), Counter())
 
     def close(self) -> None:
         for log in self.logs:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from crc32c import crc32c
 
+from kvstore.keys import KEY_VERSION
 from kvstore.net import transport, wire
 from kvstore.net.carrier import Borrower
 from kvstore.net.membership import Membership, place
@@ -50,6 +51,7 @@ class Item(NamedTuple):
     fingerprint: int
     blocks_per_chunk: int
     saved_seconds: float = 0.0  # of GPU time, each time that it is found
+    key_version: int = KEY_VERSION  # how the key was made
 
 
 class StoreClient:
@@ -119,6 +121,13 @@ class StoreClient:
             with contextlib.suppress(*_FAILURES):
                 answers[target] = self._line(target).stat(deadline)
         return answers
+
+    @property
+    def received_bytes(self) -> int:
+        """From all targets since the start, what is coming in now included."""
+        with self._lock:
+            lines = list(self._targets.values())
+        return sum(line.received_bytes for line in lines)
 
     def close(self) -> None:
         """Close every connection; calls under way end as unreachable."""
@@ -199,7 +208,8 @@ class _TargetLine:
         self._hello = hello
         self._address = target
         self._free: list[Stream] = []
-        self._busy: set[Stream] = set()
+        self._busy: dict[Stream, int] = {}  # and how many bytes each had received when it became busy
+        self._received_bytes = 0  # on streams while they were busy
         self._room = threading.BoundedSemaphore(connections_max)
         self._lock = threading.Lock()
         self._requests = itertools.count(1)
@@ -246,6 +256,7 @@ class _TargetLine:
         if self._carrier is None:
             raise ProtocolError("PLACED, and no carrier was agreed on")
         self._carrier.fetch(self._carrier_target, place, destination, deadline, cancelled)
+        stream.received_bytes += len(destination)
         stream.send([wire.encode(Header(Op.TAKEN, header.request), wire.Taken(header.number))], deadline)
         return Outcome.HIT if crc32c(destination) == header.crc else Outcome.CORRUPT
 
@@ -256,8 +267,8 @@ class _TargetLine:
 
         def exchange(stream: Stream, request: int) -> None:
             described = [
-                PutItem(key, len(payload), crc32c(payload), router_hash, layout, blocks, _microseconds(saved))
-                for key, payload, router_hash, layout, blocks, saved in items
+                PutItem(key, len(payload), crc32c(payload), router_hash, layout, blocks, _microseconds(saved), version)
+                for key, payload, router_hash, layout, blocks, saved, version in items
             ]
             total = sum(item.length for item in described)
             frame = wire.encode(Header(Op.PUT, request, data_bytes=total), wire.Put(described))
@@ -299,6 +310,11 @@ class _TargetLine:
             stream.close()
         for stream in busy:
             stream.abort()
+
+    @property
+    def received_bytes(self) -> int:
+        with self._lock:
+            return self._received_bytes + sum(stream.received_bytes - before for stream, before in self._busy.items())
 
     def _exchange(self, exchange: Callable[[Stream, int], None], deadline: float) -> Outcome:
         """Run one request and its answer on a connection; what keys without an outcome of their own get."""
@@ -373,12 +389,12 @@ class _TargetLine:
         with self._lock:
             if self._closed:
                 raise ConnectionError("closed")
-            self._busy.add(stream)
+            self._busy[stream] = stream.received_bytes
         try:
             yield
         finally:
             with self._lock:
-                self._busy.discard(stream)
+                self._received_bytes += stream.received_bytes - self._busy.pop(stream)
 
     def _greet(self, stream: Stream, deadline: float) -> wire.Welcome:
         with self._abortable(stream):

@@ -373,7 +373,9 @@ class Target:
             writes.give_up(item.length)
             raise
         if intact:
-            value = Value(item.key, buffer, item.crc, item.router_hash, item.fingerprint, item.blocks_per_chunk)
+            value = Value(
+                item.key, buffer, item.crc, item.router_hash, item.fingerprint, item.blocks_per_chunk, item.key_version
+            )
             writes.offer(Write(value, benefit, [done]))
         else:
             self.pool.give_back(buffer)
@@ -392,7 +394,7 @@ class Target:
         return sum(reads.bytes_per_second for reads in self._reads.values())
 
     def status(self) -> wire.Status:
-        stats = self.shelf.stats()
+        stats, key_versions = self.shelf.stats(), self.shelf.key_versions()
         hot_entries, hot_bytes = self.pool.kept
         with self._lock:
             operations: dict[str, dict[str, int]] = {}
@@ -422,6 +424,7 @@ class Target:
                 waiting_read_bytes=sum(reads.waiting_bytes for reads in self._reads.values()),
                 waiting_write_bytes=sum(writes.waiting_bytes for writes in self._writes.values()),
                 operations=operations,
+                key_versions=key_versions,
             )
 
 

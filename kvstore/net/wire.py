@@ -72,6 +72,7 @@ class Header(NamedTuple):
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Keys = Annotated[list[Key], msgspec.Meta(max_length=KEYS_MAX)]
 ValueBytes = Annotated[int, msgspec.Meta(gt=0, le=VALUE_BYTES_MAX)]
+KeyVersion = Annotated[int, msgspec.Meta(ge=1, lt=1 << 8)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]  # kept for as long as the connection, and repeated in errors
 U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
@@ -115,6 +116,7 @@ class PutItem(msgspec.Struct, array_like=True, frozen=True):
     fingerprint: U64
     blocks_per_chunk: U16
     saved_us: U32 = 0  # GPU time that a hit saves; when more comes than can be written, what saves least is shed
+    key_version: KeyVersion = 1  # how the key was made (keys.py); clients to release 0.2 do not say
 
 
 class Put(msgspec.Struct, array_like=True, frozen=True):
@@ -156,6 +158,7 @@ class Status(msgspec.Struct, frozen=True):
     waiting_read_bytes: int
     waiting_write_bytes: int
     operations: dict[str, dict[str, int]]  # operation -> outcome -> keys
+    key_versions: dict[int, int] = {}  # version of the key (keys.py) -> chunks; targets to release 0.2 do not say
 
 
 class Failure(msgspec.Struct, array_like=True, frozen=True):

@@ -27,6 +27,7 @@ class Report(msgspec.Struct):
     live_bytes: int = 0  # of space, with headers
     dead_bytes: int = 0
     free_bytes: int = 0
+    key_versions: dict[int, int] = {}  # version of the key (keys.py) -> live chunks
     corrupt: list[Flaw] = []
     cut_off: list[Flaw] = []
 
@@ -40,6 +41,7 @@ class Total(msgspec.Struct):
     live_bytes: int = 0
     dead_bytes: int = 0
     free_bytes: int = 0
+    key_versions: dict[int, int] = {}
 
     def add(self, report: Report) -> None:
         self.segments += 1
@@ -47,6 +49,8 @@ class Total(msgspec.Struct):
         self.cut_off += len(report.cut_off)
         for name in ("live", "superseded", "live_bytes", "dead_bytes", "free_bytes"):
             setattr(self, name, getattr(self, name) + getattr(report, name))
+        for version, chunks in report.key_versions.items():
+            self.key_versions[version] = self.key_versions.get(version, 0) + chunks
 
 
 _LINE = "{:>8}  {:>10}  {:<8}{:>8}  {:>10}  {:>8}  {:>8}  {:>10}  {:>10}  {:>10}"
@@ -68,8 +72,9 @@ def as_lines(report: Report) -> str:
 
 def summary(total: Total) -> str:
     found = f"{total.corrupt} corrupt" if total.corrupt else "sound"
+    versions = words.key_versions(total.key_versions)
     return (
         f"{found}: {total.segments} segments, {total.live} chunks, {total.superseded} superseded, {total.cut_off} cut "
         f"off; {words.size(total.live_bytes)} live, {words.size(total.dead_bytes)} dead, "
-        f"{words.size(total.free_bytes)} free"
+        f"{words.size(total.free_bytes)} free{versions and f'; chunks by key version: {versions}'}"
     )

@@ -1,8 +1,10 @@
 """Numbers and tables as a person reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import ByteSize
+
+from kvstore.keys import KEY_VERSION
 
 
 def size(count: float) -> str:
@@ -18,6 +20,13 @@ def age(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+def key_versions(chunks: Mapping[int, int]) -> str:
+    """Chunks by the version of their key; "" if all have today's."""
+    if set(chunks) <= {KEY_VERSION}:
+        return ""
+    return ", ".join(f"v{version} {count:,}" for version, count in sorted(chunks.items()))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

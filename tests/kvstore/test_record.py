@@ -15,6 +15,7 @@ ENTRIES = st.builds(
     length=st.integers(1, 2**26),
     crc=st.integers(0, 2**32 - 1),
     blocks_per_chunk=st.integers(0, 2**16 - 1),
+    key_version=st.integers(1, 2**8 - 1),
 )
 STAMPS = st.builds(Stamp, st.integers(0, 2**63), st.integers(0, 2**63))
 
@@ -55,6 +56,7 @@ def test_a_footer_reads_back(entries: list[Entry], stamp: Stamp) -> None:
     assert [record.unpack_entry(footer[: trailer.table_bytes], number) for number in range(len(entries))] == entries
     assert list(record.keys(table)) == [entry.key for entry in entries]
     assert list(record.lengths(table)) == [entry.length for entry in entries]
+    assert list(record.key_versions(table)) == [entry.key_version for entry in entries]
     assert record.unpack_trailer(footer[-PAGE_BYTES:], 2 * segment_bytes) is None
 
 
