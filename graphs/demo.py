@@ -7,6 +7,7 @@ wrong on purpose, where the comparison must notice. Exits 0 only if all of it he
 """
 
 import asyncio
+import os
 import shutil
 import signal
 import sys
@@ -306,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     folder = Path(arguments[0] if arguments else ".demo")
     folder.mkdir(parents=True, exist_ok=True)
+    _dynamo_logs_to(folder / "dynamo.log")
     try:
         report = asyncio.run(run(folder))
     except (Shortfall, TimeoutError) as error:
@@ -323,6 +325,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'yes' if held else 'NO':>4}: {claim}")
     print(f"report: {folder / 'report.json'}")
     return 0 if report.passed else 1
+
+
+def _dynamo_logs_to(path: Path) -> None:
+    """Dynamo's runtime in this process logs each request to the standard error, whatever its log level is. What Python
+    says there still comes through."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
 
 
 __all__ = ["Answer", "Demo", "Report", "TurnReport", "main", "run", "table"]

@@ -94,6 +94,32 @@ def make_tiny_model(
     return folder
 
 
+def make_tiny_adapter(folder: Path, model: Path, *, seed: int, rank: int = 4) -> Path:
+    """Write a LoRA adapter for the tiny model into `folder`, in place of one that is there: drawn from the seed, and
+    strong enough to change the text. Returns the folder."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((model / "config.json").read_text())
+    hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}_proj."
+            down = torch.randn(rank, hidden, generator=generator) / hidden**0.5
+            weights[prefix + "lora_A.weight"] = down
+            weights[prefix + "lora_B.weight"] = torch.randn(rows * config["head_dim"], rank, generator=generator)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets = ["q_proj", "k_proj", "v_proj"]
+    write_json(
+        folder / "adapter_config.json",
+        {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets},
+    )
+    return folder
+
+
 def write_tokenizer(folder: Path, max_tokens: int) -> dict[str, int]:
     """All that is in the folder of a model but its configuration and weights. Returns the vocabulary."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -3,10 +3,11 @@
     python -m benchmarks.chat.scheduler [--prompt-tokens 2200] [--running 16] [--requests 64] [--rounds 7] [--json FILE]
 
 vLLM's own scheduler runs at a GPU's block size; what stands in for the model answers every step at once with one token
-a request, and reports copies between HBM and DRAM as done a step later. What is timed is the scheduler's thread: taking
-requests in, `schedule` and `update_from_output`. Modes: plain (no connector), dram (vLLM's own offloading), and store
-(this project, with its mover and a target that takes what is put). The same requests in every mode, one after the
-other, in turn first and last; the figures are medians over rounds, the ratio is taken round by round.
+a request, and reports copies between HBM and DRAM as done a step later. Its ranks say that they all have one model
+loaded. What is timed is the scheduler's thread: taking requests in, `schedule` and `update_from_output`. Modes: plain
+(no connector), dram (vLLM's own offloading), and store (this project, with its mover and a target that takes what is
+put). The same requests in every mode, one after the other, in turn first and last; the figures are medians over rounds,
+the ratio is taken round by round.
 """
 
 import argparse
@@ -98,6 +99,7 @@ class Drive:
         tensors = [KVCacheTensor(blocks * page, layers, layer_stride=blocks * page, block_stride=page)]
         cache = KVCacheConfig(blocks, tensors, [KVCacheGroupSpec(layers, spec)], kv_cache_layout="LBHNC")
         config.cache_config.kv_cache_layout = cache.kv_cache_layout
+        self.executor = standing_in(config)
         init_none_hash(sha256_cbor)
         self._hasher = get_request_block_hasher(options.block_tokens, sha256_cbor)
         self._scheduler: Any = Scheduler(
@@ -177,6 +179,33 @@ class Drive:
 
     def close(self) -> None:
         self._scheduler.shutdown()
+
+
+def standing_in(config: Any) -> Any:
+    """An executor of vLLM whose ranks compute nothing. Asked what they have loaded, each says `loaded`, which tests may
+    set to something else; `asked` counts how often."""
+    from vllm.v1.executor.abstract import Executor
+
+    from components.worker import weights
+
+    class StandIn(Executor):  # type: ignore[misc]
+        def _init_executor(self) -> None:
+            self.loaded: object = weights.RankDigest(b"one model", (1,), 1, 0.0)
+            self.asked = 0
+
+        def collective_rpc(
+            self, method: object, timeout: float | None = None, args: tuple[object, ...] = (), **options: object
+        ) -> list[object]:
+            ranks = self.parallel_config.world_size
+            if method is not weights.answer or args != ("model_digest",):
+                return [None] * ranks
+            self.asked += 1
+            return [self.loaded] * ranks
+
+        def check_health(self) -> None:
+            pass
+
+    return StandIn(config)
 
 
 @contextlib.contextmanager

@@ -203,7 +203,10 @@ class Router:
             logger.warning("Dynamo's router does not say what workers hold: %s", error)
             overlaps, loads = self._nothing_known(), []
         asked = time.perf_counter()
-        candidates = self._candidates(overlaps, loads, hashes, Constraints.of(routing, self._own_id), failed, fell_back)
+        constraints = Constraints.of(routing, self._own_id)
+        candidates = self._candidates(
+            overlaps, loads, hashes, constraints, failed, fell_back, adapter=identity["lora_name"]
+        )
         located = time.perf_counter()
         now = self._clock()
         self._suspects = {worker: until for worker, until in self._suspects.items() if until > now}
@@ -247,6 +250,8 @@ class Router:
         constraints: Constraints,
         failed: Collection[int],
         fell_back: Callable[[str], None],
+        *,
+        adapter: str | None,
     ) -> list[Candidate]:
         now = self._clock()
         load_of = {(load["worker_id"], load["dp_rank"]): load for load in loads}
@@ -269,7 +274,9 @@ class Router:
                 store, blocks_per_chunk, chunk_bytes = _NOWHERE, 0, 0
             else:
                 blocks_per_chunk, chunk_bytes = report.blocks_per_chunk, report.chunk_bytes
-                layout = report.fingerprint, blocks_per_chunk
+                # An adapter of one name may be another one on another worker; 0, of no chunk, where none is known.
+                of_adapter = report.adapters.get(adapter, 0) if adapter else report.fingerprint
+                layout = of_adapter, blocks_per_chunk
                 if layout not in stores:
                     stores[layout] = self._locate(*layout, hashes, now)
                 store = stores[layout]

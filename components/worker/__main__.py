@@ -40,6 +40,7 @@ class Options(CommonOptions):
     blocks_per_chunk: int = Field(1, ge=1)
     carrier: Literal["", "nixl"] = ""
     tp_private: bool = False
+    share_images: bool = False
 
     @field_validator("store")
     @classmethod
@@ -64,6 +65,12 @@ def parse(argv: list[str]) -> tuple[Options, bool, list[str]]:
         action="store_true",
         help="share chunks only with workers of the same tensor parallelism; default: with all, whose KV differs by "
         "rounding alone",
+    )
+    parser.add_argument(
+        "--share-images",
+        action="store_true",
+        help="share KV of prompts with images, audio or video, too: where clients are trusted to name them truly "
+        "(docs/identity.md)",
     )
     parser.add_argument("--print", action="store_true", help="show the command and environment, and do not run it")
     ours, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
@@ -95,6 +102,7 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
             "blocks_per_chunk": options.blocks_per_chunk,
             "offload_prompt_only": False,  # the next turn of a conversation repeats this one's answer
             "tp_private": options.tp_private,
+            "share_images": options.share_images,
             "secondary_tiers": [tier],
         },
     }

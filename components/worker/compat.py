@@ -40,12 +40,22 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     RequestOffloadState,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import ForwardContext
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -174,80 +184,3 @@ def beside_each_other(kv_caches: CanonicalKVCaches, ranks: int, rank: int) -> Ca
         return replace(ref, mapping=CanonicalPageMapping(ranks * page, page, (run,), 1, 0, True))
 
     return CanonicalKVCaches(kv_caches.tensors, [[placed(ref) for ref in refs] for refs in kv_caches.group_data_refs])
-
-
-__all__ = [
-    "VLLM_VERSION",
-    "BlockIDsLoadStoreSpec",
-    "BlockPool",
-    "CPULoadStoreSpec",
-    "CPUOffloadingWorker",
-    "CanonicalKVCacheRef",
-    "CanonicalKVCacheTensor",
-    "CanonicalKVCaches",
-    "CanonicalPageMapping",
-    "ForwardContext",
-    "FullAttentionSpec",
-    "GPULoadStoreSpec",
-    "GroupOffloadConfig",
-    "JobId",
-    "JobMetadata",
-    "JobResult",
-    "KVCacheBlocks",
-    "KVCacheConfig",
-    "KVCacheSpec",
-    "KVConnectorFactory",
-    "KVConnectorMetadata",
-    "KVConnectorOutput",
-    "KVConnectorRole",
-    "KVConnectorStats",
-    "LaunchedMetadata",
-    "LoadStoreSpec",
-    "Locality",
-    "LookupResult",
-    "MLAAttentionSpec",
-    "MambaSpec",
-    "Medium",
-    "ModelConfig",
-    "OffloadKey",
-    "OffloadPolicy",
-    "OffloadingConfig",
-    "OffloadingConnector",
-    "OffloadingConnectorMetadata",
-    "OffloadingConnectorScheduler",
-    "OffloadingConnectorStats",
-    "OffloadingCounterMetadata",
-    "OffloadingEventsTracker",
-    "OffloadingManager",
-    "OffloadingMetricMetadata",
-    "OffloadingSpec",
-    "OffloadingWorker",
-    "OffloadingWorkerMetadata",
-    "ReqContext",
-    "Request",
-    "RequestOffloadState",
-    "RequestOffloadingContext",
-    "SchedulerOutput",
-    "SecondaryTierFactory",
-    "SecondaryTierManager",
-    "SharedOffloadRegion",
-    "SlidingWindowSpec",
-    "TieringOffloadingManager",
-    "TieringOffloadingSpec",
-    "TransferJob",
-    "TransferResult",
-    "VllmConfig",
-    "beside_computing",
-    "beside_each_other",
-    "build_offloading_config",
-    "check_manager",
-    "compute_after_loads",
-    "current_platform",
-    "generate_block_hash_extra_keys",
-    "get_offload_block_hash",
-    "get_offload_group_idx",
-    "iter_layer_specs",
-    "manager_lock",
-    "region_fd",
-    "split_promotions",
-]

@@ -8,6 +8,7 @@ long as that does not hold up who decodes (loads.py).
 
 import contextlib
 import time
+from collections.abc import Collection
 from types import SimpleNamespace
 
 from components.worker.compat import (
@@ -37,13 +38,13 @@ from components.worker.compat import (
     manager_lock,
 )
 from components.worker.events import ChunkEvents
-from components.worker.layout import WANTED_LAYOUT, engine_layout, needs_canonical
+from components.worker.identity import Identity, KnownRequests
+from components.worker.layout import WANTED_LAYOUT, engine_layout, needs_canonical, tp_agnostic
 from components.worker.loads import Loads
 from components.worker.manager import HoldingTieringManager
-from components.worker.remote_tier import TIER_TYPE, RemoteTier
+from components.worker.remote_tier import RemoteTier
 from components.worker.step_clock import StepClock, prefilled
 from kvstore.bus.plan import FIELD, HINT_TYPE
-from kvstore.keys import layout_digest
 
 # Of an answer, what is stored at once while it grows. A worker that dies loses as much of it.
 ANSWER_PIECE_TOKENS = 128
@@ -58,16 +59,12 @@ class KvtierConnector(OffloadingConnector):
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         extra["self_describing_kv_events"] = True
         extra["canonical_layout"] = needs_canonical(vllm_config, kv_cache_config, extra)
-        if role == KVConnectorRole.SCHEDULER:
-            digest = layout_digest(engine_layout(vllm_config, kv_cache_config, extra))
-            for tier in extra.get("secondary_tiers", []):
-                if tier.get("type") == TIER_TYPE:
-                    tier["layout_digest"] = digest.hex()
+        identity = _identity(vllm_config, kv_cache_config) if role == KVConnectorRole.SCHEDULER else None
         super().__init__(vllm_config, role, kv_cache_config)
         # Stock loads begin after the step that runs, which may still zero their blocks; it does not write to them
         # otherwise, since the scheduler does not give a block away that a step under way writes to.
         self._zeroes = kv_cache_config.needs_kv_cache_zeroing
-        if self.connector_scheduler is None:
+        if self.connector_scheduler is None or identity is None:
             return
         manager = self.connector_scheduler.manager
         assert isinstance(manager, HoldingTieringManager)
@@ -75,6 +72,15 @@ class KvtierConnector(OffloadingConnector):
         self._tiers = [tier for tier in manager.secondary_tiers if isinstance(tier, RemoteTier)]
         self._groups: tuple[GroupOffloadConfig, ...] = self.connector_scheduler.config.kv_group_configs
         self._block_pool: BlockPool | None = None
+        self._identity = identity
+        identity.on_stale = self._undo_loaded
+        self._known = KnownRequests(identity, self._note_answer, images=bool(extra.get("share_images")))
+        # Requests with a load between steps that they were not computed after yet; of them those whose load is over,
+        # and those whose load is not over, and of KV that is not valid any more.
+        self._loading: dict[str, Request] = {}
+        self._loaded: set[str] = set()
+        self._void: set[str] = set()
+        self._drop = False  # whether what is in DRAM is not valid any more
         # Requests whose fetch has not all begun: without a plan, the store has yet to say what it holds; and there may
         # be no row free. In order of arrival, which is that of scheduling.
         self._arriving: dict[str, RequestOffloadState] = {}
@@ -83,8 +89,10 @@ class KvtierConnector(OffloadingConnector):
         self._loads = Loads(self.connector_scheduler, self._tiers[0].row_bytes)
         self._events = ChunkEvents.replace(self.connector_scheduler)
         self.connector_scheduler._build_store_jobs = self._build_store_jobs
+        self.connector_scheduler._build_partial_tail_store_jobs = self._build_partial_tail_store_jobs
         for tier in self._tiers:
             tier.on_load = self._note_load
+            tier.announce(identity.base, {})
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
@@ -107,7 +115,17 @@ class KvtierConnector(OffloadingConnector):
         status.update_offload_keys()
         for tier in self._tiers:
             tier.arrived(request)
-        if request.skip_reading_prefix_cache:
+        self._known.arrived(request, self._engine_cache())
+        self._begin(request)
+
+    def _begin(self, request: Request) -> None:
+        """See what the tiers have of the request, once it is known what its KV is computed with."""
+        status = self.connector_scheduler._req_status[request.request_id]
+        identity = self._known.identity(request.request_id)
+        if identity is None or self._drop:
+            return
+        news = [tier.identify(request.request_id, identity) for tier in self._tiers]
+        if not any(news) or request.skip_reading_prefix_cache:
             return
         keys = [key for state in status.group_states for key in state.offload_keys]
         for tier in self._tiers:
@@ -117,8 +135,18 @@ class KvtierConnector(OffloadingConnector):
         with manager_lock(self._manager):
             self._prefetch(status)
 
+    def _engine_cache(self) -> object:
+        """The engine's own prefix cache: another object after it was thrown away."""
+        return self._block_pool.cached_block_hash_to_block if self._block_pool is not None else None
+
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        self._known.look(request, self._engine_cache())
+        if self._drop and not self._drop_cache():
+            return None, False
+        self._begin(request)
         self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
+        if self._known.identity(request.request_id) is None:
+            return 0, False
         # With a chunk or less to compute there is nothing to load.
         beyond = request.num_tokens - num_computed_tokens > min(group.tokens_per_chunk for group in self._groups)
         speed = self._clock.dram_bytes_per_second
@@ -138,17 +166,69 @@ class KvtierConnector(OffloadingConnector):
         in_step = self._loads.admit(request, found, speed)
         return found, not in_step
 
+    def _note_answer(self, gone: Collection[str], outcome: str) -> None:
+        """The ranks have said what they compute KV with. That of these requests is not what would be computed now: let
+        nobody use it, and let what is being loaded for them be computed."""
+        if outcome not in ("same", "adapter"):
+            self._drop = True
+        for req_id in gone:
+            self._arriving.pop(req_id, None)
+            if req_id in self._loaded:
+                self._undo(req_id)
+            elif req_id in self._loading:
+                self._void.add(req_id)
+        for tier in self._tiers:
+            tier.note_identity(outcome)
+            tier.forget(gone)
+            tier.announce(self._identity.base, self._known.adapters())
+
+    def _undo_loaded(self) -> None:
+        """What was loaded may be of other weights, and the scheduler may be about to compute after it."""
+        for req_id in list(self._loaded):
+            self._undo(req_id)
+
+    def _undo(self, req_id: str) -> None:
+        """A load is over, and nothing of it is to be used: the scheduler finds the request as it was before it."""
+        self._loaded.discard(req_id)
+        self._void.discard(req_id)
+        request = self._loading.pop(req_id)
+        request.num_computed_tokens = 0
+        self._kv_cache_manager.free(request)
+
+    def _drop_cache(self) -> bool:
+        """Forget what is in DRAM. Not while ranks copy to or from its rows, which the mover would fill meanwhile; nor
+        while a step is scheduled that has begun to load. Until then nothing is looked up and nothing is stored."""
+        scheduler = self.connector_scheduler
+        if scheduler._jobs or scheduler._current_batch_allocated_block_ids or scheduler._current_batch_jobs_to_flush:
+            return False
+        scheduler.reset_cache()
+        self._drop = False
+        return True
+
+    def reset_cache(self) -> bool | None:
+        self._known.reset()
+        self._drop = True
+        self._drop_cache()
+        return True
+
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         speed = self._clock.dram_bytes_per_second
         self._loads.allocated(request, blocks, num_external_tokens, speed, super().update_state_after_alloc)
+        self._known.runs(request)
+        self._not_loading(request.request_id)
+        if num_external_tokens and not self._loads.in_step(request.request_id):
+            self._loading[request.request_id] = request
         self._manager.let_go(request.request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         for status in list(self._arriving.values()):
-            if not all(tier.has_room for tier in self._tiers):
+            if self._drop or not all(tier.has_room for tier in self._tiers):
                 break
             self._prefetch(status)
         meta = self._loads.scheduled(scheduler_output, super().build_connector_meta)
+        if self._drop:
+            self._drop_cache()
+        self._known.step_ends(scheduler_output.num_scheduled_tokens)
         # What a step with copies at its head takes, says nothing of what computing costs.
         self._clock.begin(*((0, 0.0) if meta.in_step else prefilled(scheduler_output)), time.monotonic())
         for tier in self._tiers:
@@ -187,6 +267,11 @@ class KvtierConnector(OffloadingConnector):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._clock.note_worker(connector_output.kv_connector_worker_meta)
+        for req_id in self._loading.keys() & (connector_output.finished_recving or ()):
+            if req_id in self._void or self._identity.stale:
+                self._undo(req_id)
+            else:
+                self._loaded.add(req_id)
         super().update_connector_output(connector_output)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
@@ -212,8 +297,14 @@ class KvtierConnector(OffloadingConnector):
 
     def _leave(self, request: Request) -> None:
         self._arriving.pop(request.request_id, None)
+        self._not_loading(request.request_id)
         for tier in self._tiers:
             tier.cancel(request.request_id)
+
+    def _not_loading(self, req_id: str) -> None:
+        self._loading.pop(req_id, None)
+        self._loaded.discard(req_id)
+        self._void.discard(req_id)
 
     def _prefetch(self, status: RequestOffloadState) -> None:
         """Look up what is not in HBM, which makes the manager promote what the tiers hold, up to the first miss."""
@@ -258,16 +349,57 @@ class KvtierConnector(OffloadingConnector):
             last, self._computed = self._computed, list(due)
             due = {req_id: 0 for req_id in last if (one := statuses.get(req_id)) and not one.req.is_finished()}
         finished = [req_id for req_id in output.finished_req_ids if self._loads.stores(req_id)]
+        due = {req_id: tokens for req_id, tokens in due.items() if self._may_store(req_id)}
+        for req_id in finished:
+            if (status := statuses.get(req_id)) is not None and not self._may_store(req_id):
+                status.max_offload_tokens = 0
+        for req_id in output.finished_req_ids:
+            self._known.left(req_id)
         if not due and not finished:
             return {}
         only = SimpleNamespace(num_scheduled_tokens=due, finished_req_ids=finished)
         jobs: dict[int, object] = OffloadingConnectorScheduler._build_store_jobs(self.connector_scheduler, only)
         return jobs
 
+    def _may_store(self, req_id: str) -> bool:
+        return not self._drop and self._known.may_store(req_id)
+
+    def _build_partial_tail_store_jobs(self, output: SchedulerOutput) -> dict[int, object]:
+        """The stores of hybrid models' states, which vLLM makes apart from the others."""
+        state = output.kv_connector_block_state
+        if state is not None and state.boundary_state_offloads:
+            kept = {key: one for key, one in state.boundary_state_offloads.items() if self._may_store(key)}
+            output = SimpleNamespace(kv_connector_block_state=SimpleNamespace(boundary_state_offloads=kept))
+        jobs: dict[int, object] = OffloadingConnectorScheduler._build_partial_tail_store_jobs(
+            self.connector_scheduler, output
+        )
+        return jobs
+
     def _note_load(self, request: Request, key: OffloadKey, end: int) -> None:
         """DRAM is about to announce a fetched chunk that ends at this token, and nobody has looked it up there yet."""
         group = self._groups[get_offload_group_idx(key)]
         self._events.record_lookup(request, group, end // group.tokens_per_chunk - 1, key)
+
+
+def _identity(config: VllmConfig, kv_cache: KVCacheConfig) -> Identity:
+    """Raises ValueError if this engine's chunks cannot be shared, or its model cannot be told from another."""
+    extra, parallel = config.kv_transfer_config.kv_connector_extra_config, config.parallel_config
+    if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
+        raise ValueError(
+            "kvtier: distributed-executor-backend 'external_launcher' given, expected one where one scheduler asks all "
+            "ranks which weights they have (mp, ray); run this engine without kvtier"
+        )
+    ranks = [
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.prefill_context_parallel_size,
+        parallel.decode_context_parallel_size,
+    ]
+    layout = engine_layout(config, kv_cache)
+    identity = Identity(config, layout, ranks, alike=tp_agnostic(config, kv_cache, extra))
+    if problem := identity.establish():
+        raise ValueError(problem)
+    return identity
 
 
 def _hand_over_plan(request: Request) -> None:

@@ -2,6 +2,7 @@
 
 Two workers with the same layout may use each other's chunks; anything that could make their bytes differ must be in it.
 Names and paths are not: the same checkpoint may lie in different places, and a name may be given to different weights.
+What is not known from the engine's configuration, its ranks say (weights.py). docs/identity.md lists all of it.
 """
 
 import hashlib
@@ -27,12 +28,17 @@ from components.worker.compat import (
 # are the piece of an engine with one rank.
 WANTED_LAYOUT = "BHLNC"
 
-# Of each weight file its size and this many evenly spread samples go into the digest. A fine-tuned checkpoint differs
-# in nearly every tensor; reading all of a 70B model would take minutes.
-_SAMPLES = 32
-_SAMPLE_BYTES = 16 << 10
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-
+# Of a model's configuration, what does not say what it computes.
+_NAMES = ("_name_or_path", "transformers_version")
+_MULTIMODAL = (
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "mm_device_do_normalize",
+    "mm_encoder_attn_backend",
+    "mm_encoder_attn_dtype",
+    "video_pruning_rate",
+    "video_pruning_method",
+)
 
 # Of layers whose KV was seen to come back from the store and to give the answers of computed KV: docs/models.md.
 _TESTED = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, MambaSpec)
@@ -47,8 +53,9 @@ _UNTESTED = {
 }
 
 
-def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> dict[str, object]:
-    """The layout of this engine's chunks. Raises ValueError, with what to do, if they cannot be shared."""
+def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig) -> dict[str, object]:
+    """The layout of this engine's chunks, but for what ranks say of their weights (identity.py). Raises ValueError,
+    with what to do, if they cannot be shared."""
     cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
     if not str(cache.prefix_caching_hash_algo).startswith("sha256"):
         raise ValueError(
@@ -59,26 +66,19 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
         raise ValueError("kvtier: calculate-kv-scales makes every engine's KV its own; give static scales instead")
     check_kinds(kv_cache, speculative=getattr(config, "speculative_config", None) is not None)
     capability = current_platform.get_device_capability()
-    ranks = [
-        parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size,
-        parallel.prefill_context_parallel_size,
-        parallel.decode_context_parallel_size,
-    ]
-    alike = tp_agnostic(config, kv_cache, extra)
     offloading = build_offloading_config(config, kv_cache)
     copies = 1 if offloading.replicated_layout else parallel.world_size
     return {
         "engine": f"vllm {VLLM_VERSION}",
         "device": [current_platform.device_type, capability.as_version_str() if capability else ""],
         "attention": str(getattr(config.attention_config, "backend", None)),
-        "model": model_digest(config),
+        "model": described(model),
+        "images": _multimodal(model),
         "dtype": str(model.dtype),
         "kv_dtype": str(cache.cache_dtype),
         "hash": str(cache.prefix_caching_hash_algo),
         "chunk": [offloading.cache.blocks_per_chunk, offloading.cache.tokens_per_hash],
         "chunk_bytes": offloading.worker_kv_bytes_per_block * copies * offloading.cache.blocks_per_chunk,
-        "parallel": "any" if alike else ranks,
         "layout": str(offloading.kv_cache_layout),
         "groups": [
             [type(spec).__name__, spec.block_size, sorted(group.layer_names)]
@@ -92,7 +92,7 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
                 if isinstance(spec, MambaSpec)
             }
         ),
-        "draft": draft_digest(config),
+        "draft": described_draft(config),
     }
 
 
@@ -163,35 +163,33 @@ def needs_canonical(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[
     return ranks > 1 and not is_latent(kv_cache) and tp_agnostic(config, kv_cache, extra)
 
 
-def draft_digest(config: VllmConfig) -> str:
-    """Of the model that guesses tokens, whose KV is in the same chunks; empty where there is none."""
+def described_draft(config: VllmConfig) -> list[object]:
+    """The model that guesses tokens, whose KV is in the same chunks; empty where there is none."""
     speculative = getattr(config, "speculative_config", None)
     if speculative is None or not speculative.uses_draft_kv_cache() or speculative.draft_model_config is None:
-        return ""
-    return f"{speculative.method} {_digest(speculative.draft_model_config, config)}"
+        return []
+    return [str(speculative.method), described(speculative.draft_model_config)]
 
 
-def model_digest(config: VllmConfig) -> str:
-    """Digest of the model's configuration and of its weights, as far as they lie on this host."""
-    return _digest(config.model_config, config)
+def described(model: ModelConfig) -> list[str]:
+    """A model's architecture: what its code does with the weights."""
+    config = {name: value for name, value in model.hf_config.to_dict().items() if name not in _NAMES}
+    return [repr(sorted(config.items())), str(model.quantization)]
 
 
-def _digest(model: ModelConfig, config: VllmConfig) -> str:
-    load = config.load_config
-    digest = hashlib.blake2b(digest_size=16)
-    described = {name: value for name, value in model.hf_config.to_dict().items() if name not in ("_name_or_path",)}
-    digest.update(repr(sorted(described.items(), key=lambda item: item[0])).encode())
-    digest.update(f"{load.load_format} {model.quantization} {model.seed}".encode())
+def _multimodal(model: ModelConfig) -> list[str]:
+    """How images and the like become embeddings, as far as weights do not say so. vLLM's hash of one covers its bytes
+    and the request's own settings."""
+    settings = getattr(model, "multimodal_config", None)
+    if settings is None:
+        return []
     folder = _local_folder(str(model.model), model.revision)
-    if str(load.load_format) == "dummy":
-        return digest.hexdigest()  # drawn from the seed
-    if folder is None:
-        digest.update(f"{model.model} {model.revision}".encode())
-        return digest.hexdigest()
-    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        digest.update(_samples(path))
-    return digest.hexdigest()
+    files = sorted(path for path in folder.glob("*processor*.json")) if folder is not None else []
+    return [
+        *(f"{name} {getattr(settings, name, None)!r}" for name in _MULTIMODAL),
+        *(f"{path.name} {hashlib.blake2b(path.read_bytes()).hexdigest()}" for path in files),
+        f"{model.model} {model.revision}" if folder is None else "",
+    ]
 
 
 def _local_folder(model: str, revision: str | None) -> Path | None:
@@ -205,13 +203,3 @@ def _local_folder(model: str, revision: str | None) -> Path | None:
     except HFValidationError:
         return None
     return Path(config).parent if isinstance(config, str) else None
-
-
-def _samples(path: Path) -> bytes:
-    hasher = hashlib.blake2b(digest_size=16)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for number in range(_SAMPLES):
-            file.seek(size * number // _SAMPLES)
-            hasher.update(file.read(_SAMPLE_BYTES))
-    return hasher.digest()

@@ -178,6 +178,10 @@ class Loads:
         self._admitted.clear()
         return InStepMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, new, self.possible)
 
+    def in_step(self, req_id: str) -> bool:
+        """Whether the request's load is in a step."""
+        return req_id in self._jobs.values()
+
     def stores(self, req_id: str) -> bool:
         """Whether the finished request may store what it has left: not while its load is under way."""
         return req_id not in self._jobs.values()

@@ -47,6 +47,7 @@ from components.worker.mover.frames import (
     Forget,
     Found,
     Hurry,
+    Identified,
     Load,
     Loaded,
     Pace,
@@ -57,6 +58,7 @@ from components.worker.mover.frames import (
 )
 from components.worker.mover.link import MoverLink
 from kvstore.bus.plan import Plan, read_plan
+from kvstore.keys import fingerprint
 from kvstore.net.client import good_connections
 from kvstore.net.wire import Outcome
 
@@ -98,7 +100,9 @@ _STORED_BYTES = "vllm:kvtier_stored_bytes"
 _CUT = "vllm:kvtier_cut_chunks"
 _OVERDUE = "vllm:kvtier_overdue_chunks"
 _MOVER_STARTS = "vllm:kvtier_mover_starts"
+_IDENTITY = "vllm:kvtier_identity_checks"
 _FETCHED_OUTCOMES = [outcome.name.lower() for outcome in Outcome if outcome is not Outcome.STORED]
+_IDENTITY_OUTCOMES = ["same", "changed", "failed", "adapter", "adapter_changed"]
 _STORED_OUTCOMES = ["stored", "known", "dropped", "refused", "unreachable"]
 
 
@@ -116,6 +120,7 @@ class _RequestState:
     plan: Plan | None
     arrived: float
     deadline: float  # after it the request waits for nothing of this tier
+    identity: bytes | None = None  # what its KV is computed with; None: not known, and nothing is loaded or stored
     submitted: int = 0  # chunks whose fetch was begun
     request: Request | None = None
     asked: bool = False  # without a plan the store itself is asked; this says that it has been
@@ -163,7 +168,7 @@ class _Put:
     """A part of a job to store. Another mover may try it if the first one ends: to put twice does no harm."""
 
     job_id: JobId
-    state: _RequestState | None
+    state: _RequestState
     command: Put
     done: bool = False
     retried: bool = False
@@ -174,15 +179,15 @@ class _Leftover:
     """What of a job to store had no room, in the order of the prompt."""
 
     context: ReqContext
-    state: _RequestState | None
+    state: _RequestState
     keys: list[OffloadKey]
 
 
 class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
-    for the contract of each method. `layout_digest` names what the bytes mean (layout.py); `nats` and `endpoint` are
-    for telling routers, and may be left out. `on_load` is called for each fetched chunk, with the token that it ends
-    at; `prefill` is what computing costs here, as far as it is known, and `running` how many requests the engine is at.
+    for the contract of each method. `nats` and `endpoint` are for telling routers, and may be left out. `on_load` is
+    called for each fetched chunk, with the token that it ends at; `prefill` is what computing costs here, as far as it
+    is known, and `running` how many requests the engine is at.
     """
 
     medium = Medium.STORAGE
@@ -194,7 +199,6 @@ class RemoteTier(SecondaryTierManager):
         tier_type: str,
         *,
         store: str,
-        layout_digest: str,
         backpressure_detector: object = None,
         namespace: str = "default",
         nats: str = "",
@@ -245,6 +249,7 @@ class RemoteTier(SecondaryTierManager):
         self._finished: list[JobResult] = []
         self._stats = _zeros()
         self._store_bytes_per_second = 0.0
+        self._identified = Identified(0, {})
         self.on_load: Callable[[Request, OffloadKey, int], None] = lambda request, key, end: None
         self.prefill = Prefill()
         self.running = 0
@@ -253,7 +258,6 @@ class RemoteTier(SecondaryTierManager):
                 region_fd=region_fd(offloading_spec),
                 region_bytes=rows * row_bytes,
                 row_bytes=row_bytes,
-                digest=layout_digest,
                 store=store,
                 namespace=namespace,
                 carrier=carrier,
@@ -292,10 +296,39 @@ class RemoteTier(SecondaryTierManager):
         """The request whose context came just before."""
         self._states[request.request_id].request = request
 
+    def identify(self, req_id: str, identity: bytes) -> bool:
+        """The request's KV is computed with this. Whether that is news."""
+        news = self._states[req_id].identity != identity
+        if news:
+            self.forget([req_id])
+            self._states[req_id].identity = identity
+        return news
+
+    def forget(self, req_ids: Collection[str]) -> None:
+        """What these requests' KV is computed with has changed: what is under way for them ends as if it were missing,
+        nothing that was computed is stored, and they are as new."""
+        for req_id in req_ids:
+            state = self._states.get(req_id)
+            if state is not None and state.identity is not None:
+                state.identity = None
+                self.on_request_finished(state.context)
+                self.on_new_request(state.context)
+                self._states[req_id].request = state.request
+
+    def announce(self, base: bytes | None, adapters: dict[str, bytes]) -> None:
+        """For routers: which chunks this worker can use, and those of requests with an adapter by its name."""
+        self._identified = Identified(
+            fingerprint(base) if base is not None else 0, {name: fingerprint(one) for name, one in adapters.items()}
+        )
+        self._say(self._identified)
+
+    def note_identity(self, outcome: str) -> None:
+        self._stats.increase_counter(_IDENTITY, 1, (outcome,))
+
     def ask(self, req_id: str, keys: Sequence[OffloadKey]) -> None:
         """For a request without a plan: find out which of its leading chunks, in order, the store holds."""
         state = self._states.get(req_id)
-        if state is None or state.plan is not None or state.asked:
+        if state is None or state.plan is not None or state.asked or state.identity is None:
             return
         now = time.monotonic()
         state.asked = True
@@ -303,11 +336,12 @@ class RemoteTier(SecondaryTierManager):
         state.deadline = min(state.deadline, now + self._lookup_seconds)
         state.answered = not keys or not self.link.ready
         if not state.answered:
-            state.answered = not self._say(Ask(state.number, [_name(key) for key in state.asked_keys], state.deadline))
+            names = [_name(key) for key in state.asked_keys]
+            state.answered = not self._say(Ask(state.number, state.identity, names, state.deadline))
 
-    def _chunk(self, state: _RequestState | None, key: OffloadKey) -> int:
+    def _chunk(self, state: _RequestState, key: OffloadKey) -> int:
         """Which chunk of the request it is; -1: not a whole one, or not known."""
-        end = state.context.get_offload_key_position(key) if state is not None else None
+        end = state.context.get_offload_key_position(key)
         return end // self._chunk_tokens - 1 if end is not None and end % self._chunk_tokens == 0 else -1
 
     def _target(self, state: _RequestState, key: OffloadKey) -> str | None:
@@ -367,7 +401,7 @@ class RemoteTier(SecondaryTierManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         state = self._states.get(req_context.req_id)
-        if state is None or self._gave_up(state):
+        if state is None or state.identity is None or self._gave_up(state):
             return LookupResult.MISS
         if _undecided(state):
             return LookupResult.RETRY
@@ -419,7 +453,13 @@ class RemoteTier(SecondaryTierManager):
     def submit_load(self, job_metadata: TransferJob) -> None:
         keys, rows = list(job_metadata.keys), job_metadata.chunk_ids.tolist()
         state = self._states.get(job_metadata.req_context.req_id)
-        if state is None or self.link.dead or len(keys) > frames.CHUNKS_MAX or len(self._outbox) >= _OUTBOX_MAX:
+        if (
+            state is None
+            or state.identity is None
+            or self.link.dead
+            or len(keys) > frames.CHUNKS_MAX
+            or len(self._outbox) >= _OUTBOX_MAX
+        ):
             self._finished.append(JobResult(job_metadata.job_id, False))
             return
         for key in keys:
@@ -428,7 +468,8 @@ class RemoteTier(SecondaryTierManager):
         state.submitted += len(keys)
         deadline = state.until
         targets = [self._target(state, key) for key in keys]
-        command = Load(job_metadata.job_id, state.number, [_name(key) for key in keys], rows, targets, deadline, due)
+        names = [_name(key) for key in keys]
+        command = Load(job_metadata.job_id, state.number, state.identity, names, rows, targets, deadline, due)
         first = max(0, min(self._chunk(state, key) for key in keys))
         load = _Load(job_metadata.job_id, keys, state, first, deadline, command)
         self._loads[load.job_id] = state.loads[load.job_id] = load
@@ -441,6 +482,10 @@ class RemoteTier(SecondaryTierManager):
     def submit_store(self, job_metadata: TransferJob) -> None:
         context = job_metadata.req_context
         state = self._states.get(context.req_id)
+        if state is None or state.identity is None:
+            self._stats.increase_counter(_STORED, len(job_metadata.keys), ("dropped",))
+            self._finished.append(JobResult(job_metadata.job_id, True))
+            return
         # What waits goes first; and the leading chunks are of use without the rest, not the other way round.
         kept = 0 if self._leftovers else self._put_room
         chunks = _rows_of(job_metadata)
@@ -454,7 +499,7 @@ class RemoteTier(SecondaryTierManager):
             leftover = self._leftovers[0]
             keys = leftover.keys[: self._piece_chunks]
             self._take_over(leftover, len(keys))
-            job = pin(keys, leftover.context)
+            job = pin(keys, leftover.context) if leftover.state.identity is not None else None
             stored = 0 if job is None else len(job.keys)
             if stored < len(keys):
                 self._stats.increase_counter(_STORED, len(keys) - stored, ("dropped",))
@@ -490,14 +535,13 @@ class RemoteTier(SecondaryTierManager):
         if not leftover.keys:
             self._leftovers.popleft()
 
-    def _submit_store(self, job_id: JobId, state: _RequestState | None, kept: list[tuple[OffloadKey, int]]) -> None:
-        if not kept:
+    def _submit_store(self, job_id: JobId, state: _RequestState, kept: list[tuple[OffloadKey, int]]) -> None:
+        if not kept or state.identity is None:
             self._finished.append(JobResult(job_id, True))
             return
         keys, rows = [key for key, _ in kept], [row for _, row in kept]
         chunks = [self._chunk(state, key) for key in keys]
-        saved = 0.0 if state is None or state.plan is None else state.plan.chunk_ms / 1000
-        number = 0 if state is None else state.number
+        saved = 0.0 if state.plan is None else state.plan.chunk_ms / 1000
         if not self._puts:
             self._put_progress = time.monotonic()
         starts = range(0, len(keys), self._piece_chunks)
@@ -505,7 +549,7 @@ class RemoteTier(SecondaryTierManager):
             part = slice(start, start + self._piece_chunks)
             self._put_number += 1
             names = [_name(key) for key in keys[part]]
-            command = Put(self._put_number, number, names, rows[part], chunks[part], saved)
+            command = Put(self._put_number, state.number, state.identity, names, rows[part], chunks[part], saved)
             self._puts[self._put_number] = put = _Put(job_id, state, command)
             if not self.link.dead:
                 self._queue(put)
@@ -570,6 +614,7 @@ class RemoteTier(SecondaryTierManager):
             self.link.start_when_due()
             if not self.link.dead:
                 self._stats.increase_counter(_MOVER_STARTS, 1)
+                self._say(self._identified)
                 self._put_progress = time.monotonic()
                 for put in self._puts.values():
                     self._queue(put)
@@ -622,10 +667,9 @@ class RemoteTier(SecondaryTierManager):
     def _queue(self, put: _Put) -> None:
         """Have a put done, its request's tokens first, of which the chunks' router hashes are made."""
         state = put.state
-        if state is not None:
-            self._send_tokens(state, max(put.command.chunks, default=-1))
+        self._send_tokens(state, max(put.command.chunks, default=-1))
         self._outbox.append(put)
-        if state is not None and state.number not in self._by_number and self._say(Forget(state.number)):
+        if state.number not in self._by_number and self._say(Forget(state.number)):
             state.tokens_sent = 0
 
     def _end_all(self, *, retry: bool) -> None:
@@ -634,8 +678,7 @@ class RemoteTier(SecondaryTierManager):
         for load in list(self._loads.values()):
             self._finish_load(load, [Outcome.UNREACHABLE] * len(load.keys))
         for put in list(self._puts.values()):
-            if put.state is not None:
-                put.state.tokens_sent = 0
+            put.state.tokens_sent = 0
             if retry and not put.retried and self.link.gone_seconds <= PUT_GONE_SECONDS:
                 put.retried = True
             else:
@@ -766,6 +809,7 @@ class RemoteTier(SecondaryTierManager):
         """For the heartbeat, about once a second. `queue` counts requests that the engine has not begun with."""
         bytes_per_token = self.row_bytes // (self._blocks_per_chunk * self._block_tokens)
         in_flight = self._load_rows * self.row_bytes
+        self._say(self._identified)  # again, in case that there was no room for it
         self._say(Pace(*self.prefill, dram_bytes_per_second, bytes_per_token, in_flight, queue))
 
     @classmethod
@@ -788,6 +832,11 @@ class RemoteTier(SecondaryTierManager):
                 "their deadline"
             ),
             _OVERDUE: OffloadingCounterMetadata("Chunks whose fetch was still under way at its deadline"),
+            _IDENTITY: OffloadingCounterMetadata(
+                "Times that ranks were asked what they compute with, as it may have changed, by what was found. After "
+                "changed, failed and adapter_changed the DRAM tier is empty; after failed the tier is off",
+                ("outcome",),
+            ),
             _MOVER_STARTS: OffloadingCounterMetadata(
                 "Starts of the mover process but for the first: more than none is worth a look into the worker's log"
             ),
@@ -806,7 +855,8 @@ class RemoteTier(SecondaryTierManager):
 def _zeros() -> OffloadingConnectorStats:
     """Every series from the beginning: Prometheus sees no growth in one that appears with its first count."""
     stats = OffloadingConnectorStats()
-    for name, outcomes in ((_FETCHED, _FETCHED_OUTCOMES), (_STORED, _STORED_OUTCOMES)):
+    series = ((_FETCHED, _FETCHED_OUTCOMES), (_STORED, _STORED_OUTCOMES), (_IDENTITY, _IDENTITY_OUTCOMES))
+    for name, outcomes in series:
         for outcome in outcomes:
             stats.increase_counter(name, 0, (outcome,))
     for name in (_FETCHED_BYTES, _STORED_BYTES, _CUT, _OVERDUE, _MOVER_STARTS):

@@ -82,6 +82,7 @@ class WorkerReport(msgspec.Struct, frozen=True):
     queue: int = 0  # requests that the engine has not begun with
     bytes_per_token: int = 0
     fetched_chunks: dict[str, int] = {}  # asked of the store since the start, by outcome
+    adapters: dict[str, int] = {}  # LoRA adapter by name -> fingerprint of the chunks of requests with it
 
 
 class TargetReport(msgspec.Struct, frozen=True):

@@ -119,14 +119,14 @@ def make(kv_router: KvRouter, mirror: Mirror | None = None, **options: Any) -> R
     )
 
 
-def mirror_with(chunks: int) -> Mirror:
+def mirror_with(chunks: int, *, fingerprint: int = 7, adapter: str | None = None) -> Mirror:
     """The store holds the first chunks of the prompt."""
     mirror = Mirror()
     now = time.monotonic()
     mirror.apply(Residency("t:1", 1, 1, 0, 0, [], [], 0), now)
-    hashes = sequence_hashes(TOKENS, BLOCK)[:chunks]
+    hashes = sequence_hashes(TOKENS, BLOCK, lora_name=adapter)[:chunks]
     packed = b"".join(one.to_bytes(8, "little") for one in hashes)
-    assert mirror.apply_snapshot([SnapshotPage("t:1", 1, 1, 1, 1, 7, packed)])
+    assert mirror.apply_snapshot([SnapshotPage("t:1", 1, 1, 1, 1, fingerprint, packed)])
     return mirror
 
 
@@ -186,6 +186,44 @@ async def test_local_chunks_that_the_store_lost_are_named() -> None:
     kv_router.rows[1]["device_blocks"] = 6
     await serve(make(kv_router, mirror_with(4)))
     assert plan_of(kv_router.sent[0]).targets() == ["t:1"] * 4 + [None] * 2
+
+
+@pytest.mark.parametrize(
+    ("adapters", "chosen", "found"),
+    [
+        ({1: {"adapter": 8}, 2: {"adapter": 9}}, 1, 8),
+        ({1: {"adapter": 9}, 2: {"adapter": 8, "other": 9}}, 2, 8),
+        ({1: {"other": 8}, 2: {"adapter": 8}}, 2, 8),
+        ({1: {"other": 8}, 2: {}}, None, 0),  # where the adapter is not known yet, no chunk can be used
+        ({1: {"adapter": 9}, 2: {"adapter": 7}}, None, 0),
+    ],
+)
+async def test_a_request_with_an_adapter_is_priced_by_what_the_store_holds_of_that(
+    adapters: dict[int, dict[str, int]], chosen: int | None, found: int
+) -> None:
+    """Adapters of one name need not be one adapter: each worker says by a fingerprint which it has."""
+    kv_router = KvRouter([1, 2])
+    router = make(kv_router, mirror_with(8, fingerprint=8, adapter="adapter"))
+    for worker, names in adapters.items():
+        report = WorkerReport(str(worker), ENDPOINT, 7, BLOCK, 1, 1000, 0, adapters=names)
+        router._workers.heard(report, time.monotonic())
+    await serve(router, {"token_ids": TOKENS, "model": "m", "routing": {"lora_name": "adapter"}})
+    (sent,) = kv_router.sent
+    assert chosen in (None, sent["routing"]["backend_instance_id"])
+    assert plan_of(sent).targets() == ["t:1"] * found
+
+
+async def test_chunks_of_the_model_itself_are_of_no_use_with_an_adapter() -> None:
+    """Even if their hashes were those of the request."""
+    kv_router = KvRouter([1])
+    router = make(kv_router, mirror_with(8, adapter="adapter"))
+    await serve(router, {"token_ids": TOKENS, "model": "m", "routing": {"lora_name": "adapter"}})
+    await serve(router)
+    assert [plan_of(sent).targets() for sent in kv_router.sent] == [[], []]
+    router = make(kv_router, mirror_with(8))
+    router._workers.heard(WorkerReport("1", ENDPOINT, 7, BLOCK, 1, 1000, 0, adapters={"adapter": 8}), time.monotonic())
+    await serve(router)
+    assert plan_of(kv_router.sent[-1]).targets() == ["t:1"] * 8
 
 
 async def test_a_worker_that_fails_before_its_first_token_is_replaced() -> None:

@@ -1,5 +1,7 @@
-"""vLLM's own offloading, put together without an engine: its scheduler's half, its DRAM tier, a request."""
+"""vLLM's own offloading, put together without an engine: its scheduler's half, its DRAM tier, a request; and an
+executor whose ranks say what they are told to."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256_cbor
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_offload.base import (
     LookupResult,
@@ -25,6 +28,9 @@ from vllm.v1.kv_offload.config import OffloadingGroupConfig
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 from vllm.v1.request import Request
+
+from components.worker import weights
+from components.worker.weights import AdapterDigest, RankDigest
 
 BLOCK_TOKENS = 4
 SPEC = FullAttentionSpec(BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32)
@@ -115,3 +121,51 @@ def step_output(finished: tuple[str, ...] = (), **scheduled: int) -> SchedulerOu
     output.num_scheduled_tokens.update(scheduled)
     output.total_num_scheduled_tokens = sum(scheduled.values())
     return output
+
+
+class Ranks(Executor):
+    """As many ranks as there are models; `adapters` says what is loaded under a number. What they are asked is kept."""
+
+    def __init__(self, config: Any = None, *models: Any):
+        self.vllm_config = config
+        self.parallel_config = SimpleNamespace(world_size=max(1, len(models)))
+        self.models: list[Any] = list(models) or [has("model")]
+        self.adapters: dict[int, Any] = {}
+        self.asked: list[Any] = []
+        self.called: list[object] = []
+        self.sleeping_tags: set[str] = set()
+        self.broken: Exception | None = None
+        self.loading = False  # whether ranks load the adapters that they are asked for
+
+    def _init_executor(self) -> None:
+        pass
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+    ) -> Any:
+        if method is not weights.answer:
+            self.called.append(method)
+            return [None] * len(self.models)
+        if self.broken is not None:
+            raise self.broken
+        question, *of = args
+        if question == "model_digest":
+            self.asked.append("model")
+            return list(self.models)
+        self.asked.append(of[0].lora_int_id)
+        found = self.adapters.setdefault(of[0].lora_int_id, f"content of {of[0].lora_path}")
+        answers = found if isinstance(found, list) else [found] * len(self.models)
+        return [AdapterDigest(one, self.loading) if type(one) is str else one for one in answers]
+
+    def check_health(self) -> None:
+        self.collective_rpc("check_health")
+
+
+def has(model: str, *sums: int) -> RankDigest:
+    """A rank's word on what it has loaded."""
+    return RankDigest(model.encode(), sums, 10**9, 0.5)

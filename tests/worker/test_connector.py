@@ -1,7 +1,7 @@
 """The connector's own steps, with a scheduler and a tier that only write down what they are asked."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,7 @@ from vllm.v1.kv_offload.base import (
     RequestOffloadingContext,
     make_offload_key,
 )
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from components.worker import connector as connector_module
@@ -34,6 +35,7 @@ from tests.worker.stock import Tier as StockTier
 from tests.worker.stock import step_output as output
 
 KEYS = [offload_key(number) for number in range(8)]
+IDENTITY = b"\x07" * 32
 
 
 class Tier:
@@ -45,6 +47,10 @@ class Tier:
         self.waits = 0
         self.hurried: list[str] = []
         self.asked: list[tuple[str, list[Any]]] = []
+        self.identities: dict[str, bytes] = {}
+        self.forgotten: list[set[str]] = []
+        self.outcomes: list[str] = []
+        self.announced: list[tuple[bytes | None, dict[str, bytes]]] = []
         self.paces: list[tuple[float, int]] = []
 
     @property
@@ -52,6 +58,23 @@ class Tier:
         return self.rows > 0
 
     def arrived(self, request: Any) -> None:
+        pass
+
+    def identify(self, req_id: str, identity: bytes) -> bool:
+        before = self.identities.get(req_id)
+        self.identities[req_id] = identity
+        return before != identity
+
+    def forget(self, req_ids: Collection[str]) -> None:
+        self.forgotten.append(set(req_ids))
+
+    def note_identity(self, outcome: str) -> None:
+        self.outcomes.append(outcome)
+
+    def announce(self, base: bytes | None, adapters: dict[str, bytes]) -> None:
+        self.announced.append((base, adapters))
+
+    def cancel(self, req_id: str) -> None:
         pass
 
     def ask(self, req_id: str, keys: list[Any]) -> None:
@@ -76,11 +99,52 @@ class Tier:
         self.paces.append((dram_bytes_per_second, queue))
 
 
+class Known:
+    """What requests are computed with: one and the same, but for those of which nothing is known."""
+
+    def __init__(self) -> None:
+        self.unknown: set[str] = set()
+        self.may_not_store: set[str] = set()
+        self.running: list[str] = []
+        self.gone: list[str] = []
+        self.steps = self.resets = 0
+
+    def arrived(self, request: Any, cache: object) -> None:
+        pass
+
+    look = arrived
+
+    def identity(self, req_id: str) -> bytes | None:
+        return None if req_id in self.unknown else IDENTITY
+
+    def may_store(self, req_id: str) -> bool:
+        return req_id not in self.unknown | self.may_not_store
+
+    def runs(self, request: Any) -> None:
+        self.running.append(request.request_id)
+
+    def left(self, req_id: str) -> None:
+        self.gone.append(req_id)
+
+    def step_ends(self, scheduled: Any) -> None:
+        self.steps += 1
+
+    def reset(self) -> None:
+        self.resets += 1
+
+    def adapters(self) -> dict[str, bytes]:
+        return {"adapter": IDENTITY}
+
+
 class Manager:
     def __init__(self, tier: Tier):
         self.tier = tier
         self.promoted: list[tuple[str, int]] = []
+        self.expected: list[str] = []
         self.let_go_of: list[str] = []
+
+    def expect(self, req_id: str) -> None:
+        self.expected.append(req_id)
 
     def lookup(self, key: bytes, context: ReqContext) -> LookupResult:
         wanted = (context.req_id, int.from_bytes(key[:32], "big"))
@@ -94,8 +158,9 @@ class Manager:
 
 
 def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
-    """A connector at which requests of so many chunks have arrived."""
+    """A connector at which requests of so many chunks have arrived. What they are computed with is known."""
     tier = Tier(rows)
+    tier.identities = dict.fromkeys(requests, IDENTITY)
     manager = Manager(tier)
     one: Any = object.__new__(KvtierConnector)
     one._tiers, one._manager, one._block_pool = [tier], manager, None
@@ -113,6 +178,8 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
         _chunks_being_loaded=set(),
     )
     one._loads = Loads(one.connector_scheduler, 1)
+    one._known, one._identity, one._drop = Known(), SimpleNamespace(base=IDENTITY, stale=False), False
+    one._loading, one._loaded, one._void, one._drop = {}, set(), set(), False
     one._arriving = {
         name: SimpleNamespace(
             req=SimpleNamespace(request_id=name, block_hashes=[]),
@@ -121,6 +188,7 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
         )
         for name, chunks in requests.items()
     }
+    one.connector_scheduler._req_status.update(one._arriving)
     return one, tier, manager
 
 
@@ -273,7 +341,7 @@ def test_steps_are_timed_though_some_have_no_output_for_the_connector(monkeypatc
         one.build_connector_meta(step)
         now += 0.1 + tokens / 1000
         if tokens:
-            one.update_connector_output(SimpleNamespace(kv_connector_worker_meta=None))
+            one.update_connector_output(KVConnectorOutput())
         one.get_kv_connector_stats()
     samples = [(tokens, round(seconds, 6)) for tokens, _, seconds in one._clock._fit._samples]
     assert samples == [(100, 0.2), (200, 0.3)]
@@ -409,7 +477,7 @@ def test_a_prompt_is_stored_as_it_is_computed_and_an_answer_by_the_piece_and_at_
     manager = SimpleNamespace(prepare_store=prepare_store, on_new_request=lambda context: new_request())
     one: Any = object.__new__(KvtierConnector)
     one.connector_scheduler = scheduler = offloading(manager, groups=groups)
-    one._loads, one._computed = Loads(scheduler, 1), []
+    one._loads, one._computed, one._known, one._drop = Loads(scheduler, 1), [], Known(), False
     scheduler.on_new_request(request)
     scheduler._req_status["r"].update_offload_keys()
     scheduler._req_status["r"].update_block_id_groups((list(range(1, total // 4 + 1)),) * groups)

@@ -1,9 +1,11 @@
 """Who shares chunks with whom: what must make the layout another one, and what must not."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from components.worker import connector, layout
+from components.worker import connector, identity, layout, weights
 from components.worker.connector import KvtierConnector
+from tests.worker.stock import Ranks, has
 
 HEADS, BLOCKS = 8, 10
 FULL = FullAttentionSpec(16, num_kv_heads=HEADS, head_size=4, dtype=torch.bfloat16)
@@ -38,7 +41,19 @@ class Engine(NamedTuple):
 
     @property
     def layout(self) -> dict[str, object]:
-        return layout.engine_layout(*self)
+        return self.with_weights("model")
+
+    def with_weights(self, *models: str) -> dict[str, object]:
+        """All that goes into the digest when ranks say that they have these."""
+        written: list[dict[str, object]] = []
+        ranks = Ranks(self.config, *(has(model) for model in models))
+        with (
+            patch.object(identity, "_find_executor", lambda config: ranks),
+            patch.object(identity, "layout_digest", lambda layout: (written.append(layout), bytes(32))[1]),
+        ):
+            connector._identity(self.config, self.kv_cache)
+        (found,) = written
+        return found
 
     @property
     def needs_canonical(self) -> bool:
@@ -128,21 +143,26 @@ def changed(one: Engine, **changes: object) -> Engine:
 
 
 def test_a_layout_follows_the_weights_and_not_the_path(tmp_path: Path) -> None:
-    digests = []
-    for name, byte in (("one", 1), ("other place", 1), ("fine-tuned", 2)):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(bytes([byte]) * 5_000_000)
-        digests.append(engine(folder).layout)
-    assert digests[0] == digests[1] != digests[2]
+    one, elsewhere = engine(tmp_path), engine(tmp_path / "other place")
+    assert one.layout == elsewhere.layout
+    assert one.layout != elsewhere.with_weights("fine-tuned")
+    assert one.layout == elsewhere.with_weights("model", "model")
+    assert one.layout != elsewhere.with_weights("model", "fine-tuned")
 
 
-def test_a_revision_of_a_model_on_the_hub_is_in_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_local_folder", lambda model, revision: None)
-    engines = [engine(tmp_path) for _ in range(3)]
-    engines[2].config.model_config.revision = "other"
-    first, again, other = (layout.model_digest(one.config) for one in engines)
-    assert first == again != other
+def test_ranks_that_should_be_alike_and_are_not_share_with_their_like_alone(tmp_path: Path) -> None:
+    two = engine(tmp_path, 2)
+    assert two.with_weights("model", "model")["parallel"] == "any"
+    assert two.with_weights("model", "other")["parallel"] == [2, 1, 1, 1]
+
+
+def test_an_engine_whose_model_is_not_known_does_not_start(tmp_path: Path) -> None:
+    ranks = Ranks(None, has("model"), weights.Unknown("kvtier: the weights layer.weight cannot be read"))
+    with (
+        patch.object(identity, "_find_executor", lambda config: ranks),
+        pytest.raises(ValueError, match=r"^kvtier: the weights layer\.weight cannot be read$"),
+    ):
+        connector._identity(*engine(tmp_path)[:2])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +175,17 @@ def test_a_revision_of_a_model_on_the_hub_is_in_the_layout(tmp_path: Path, monke
         ({"model_config__dtype": "float16"}, False),
         ({"model_config__quantization": "fp8"}, False),
         ({"model_config__hf_config": SimpleNamespace(to_dict=lambda: {"layers": 3})}, False),
-        ({"load_config__load_format": "dummy"}, False),
+        ({"model_config__hf_config": SimpleNamespace(to_dict=lambda: {"layers": 2, "_name_or_path": "other"})}, True),
+        (
+            {"model_config__hf_config": SimpleNamespace(to_dict=lambda: {"layers": 2, "transformers_version": "9"})},
+            True,
+        ),
+        ({"model_config__hf_config": SimpleNamespace(to_dict=lambda: {"layers": 2, "rope_theta": 1e6})}, False),
+        ({"model_config__revision": "other"}, True),
+        ({"model_config__seed": 1}, True),
+        ({"load_config__load_format": "dummy"}, True),
+        ({"model_config__multimodal_config": None}, True),
+        ({"model_config__multimodal_config": SimpleNamespace()}, False),
         ({"cache_config__cache_dtype": "fp8"}, False),
         ({"cache_config__prefix_caching_hash_algo": "sha256"}, False),
         ({"cache_config__kv_cache_layout": LAYERS_OUTERMOST}, False),
@@ -169,6 +199,55 @@ def test_a_revision_of_a_model_on_the_hub_is_in_the_layout(tmp_path: Path, monke
 )
 def test_whatever_changes_the_bytes_changes_the_layout(tmp_path: Path, changes: dict[str, Any], same: bool) -> None:
     assert (engine(tmp_path).layout == changed(engine(tmp_path), **changes).layout) == same
+
+
+def with_images(folder: Path, files: dict[str, object], **settings: object) -> Engine:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return changed(engine(folder), model_config__multimodal_config=SimpleNamespace(**settings))
+
+
+def test_how_images_are_prepared_is_in_the_layout(tmp_path: Path) -> None:
+    """Their embeddings are made by the model's own settings and by the engine's."""
+    pixels, cropped = {"preprocessor_config.json": {"size": 1}}, {"preprocessor_config.json": {"size": 2}}
+    one = with_images(tmp_path / "one", pixels).layout
+    assert one == with_images(tmp_path / "again", {**pixels, "config.json": {}}).layout
+    others = [
+        with_images(tmp_path / "cropped", cropped),
+        with_images(tmp_path / "video", {**pixels, "video_preprocessor_config.json": {}}),
+        with_images(tmp_path / "settings", pixels, mm_processor_kwargs={"num_crops": 4}),
+        with_images(tmp_path / "backend", pixels, mm_encoder_attn_backend="other"),
+        with_images(tmp_path / "pruned", pixels, video_pruning_rate=0.5),
+    ]
+    assert len({repr(one), *(repr(other.layout) for other in others)}) == 6
+    assert one == with_images(tmp_path / "cache", pixels, mm_processor_cache_gb=4).layout
+
+
+def test_of_a_model_with_images_that_lies_elsewhere_name_and_revision_are_in_the_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_local_folder", lambda model, revision: None)
+    engines = [with_images(tmp_path / name, {}) for name in "abc"]
+    for one in engines:
+        one.config.model_config.model = "owner/model"
+    engines[2].config.model_config.revision = "other"
+    first, again, other = (one.layout for one in engines)
+    assert first == again != other
+
+
+def drafting(folder: Path, method: str = "eagle", *, uses_kv: bool = True, layers: int = 1) -> Engine:
+    draft = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: {"layers": layers}), quantization=None)
+    speculative = SimpleNamespace(method=method, uses_draft_kv_cache=lambda: uses_kv, draft_model_config=draft)
+    return changed(engine(folder), speculative_config=speculative)
+
+
+def test_a_draft_model_whose_kv_is_in_the_chunks_is_in_the_layout(tmp_path: Path) -> None:
+    without = engine(tmp_path).layout
+    assert drafting(tmp_path, "ngram", uses_kv=False).layout == without
+    several = [drafting(tmp_path), drafting(tmp_path, "mtp"), drafting(tmp_path, layers=2)]
+    assert len({repr(without), *(repr(one.layout) for one in several)}) == 4
+    assert drafting(tmp_path).layout == several[0].layout
 
 
 @pytest.mark.parametrize(

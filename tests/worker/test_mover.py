@@ -93,7 +93,7 @@ from components.worker.mover.link import MoverLink
 from components.worker.mover.frames import Setup
 fd = os.memfd_create("rows")
 os.ftruncate(fd, 4096)
-link = MoverLink(Setup(fd, 4096, 4096, "07" * 32, "127.0.0.1:9", "default", "", "", "", "", 4, 2, 1, 1, 1))
+link = MoverLink(Setup(fd, 4096, 4096, "127.0.0.1:9", "default", "", "", "", "", 4, 2, 1, 1, 1))
 while not link.ready:
     list(link.receive())
     time.sleep(0.01)

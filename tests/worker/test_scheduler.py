@@ -3,6 +3,7 @@ it is benchmarks/chat/scheduler.py's."""
 
 import random
 import select
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from benchmarks.chat.__main__ import Options as EngineOptions
 from benchmarks.chat.__main__ import transfer_config
 from benchmarks.chat.scheduler import Drive, Options
 from components.worker import remote_tier
+from components.worker.weights import RankDigest
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.bus.plan import FIELD, make_plan
@@ -326,3 +328,54 @@ def test_whatever_a_step_goes_on_from_and_stores_is_in_hbm_when_it_runs(
     assert ahead.aborted > 20
     assert not connector.connector_scheduler._req_status
     assert not connector._loads._jobs
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_was_loaded_for_other_weights_is_computed(model: Path, tmp_path: Path, start: START, steps: int) -> None:
+    """A request waits for a load between steps while the weights are replaced, so many steps after the load began."""
+    drive = start(configured(model, "store", tmp_path, f"127.0.0.1:{free_port()}"))
+    scheduler = drive._scheduler
+    computed: Counter[str] = Counter()
+
+    def add(name: str, first: int) -> Request:
+        sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+        request = Request(name, list(range(first, first + 40)), sampling, None, block_hasher=drive._hasher)
+        scheduler.add_request(request)
+        return request
+
+    def step() -> None:
+        output = scheduler.schedule()
+        computed.update(output.num_scheduled_tokens)
+        scheduler.update_from_output(output, drive._answer(output))
+
+    def until_done(*names: str) -> None:
+        for _ in range(200):
+            if not any(name in scheduler.requests for name in names):
+                return
+            step()
+        raise AssertionError(f"{names} do not end")
+
+    add("cold", 0)
+    until_done("cold")
+    for _ in range(5):
+        step()
+    assert scheduler.reset_prefix_cache()
+    add("hit", 0)
+    until_done("hit")
+    assert computed["hit"] < 40, "the control: with the same weights it is loaded"
+
+    assert scheduler.reset_prefix_cache()
+    waiting = add("waiting", 0)
+    while waiting.status is not RequestStatus.WAITING_FOR_REMOTE_KVS:
+        step()
+    for _ in range(steps):  # after one more, ranks have said that the load is over
+        output = scheduler.schedule()
+        assert "waiting" not in output.num_scheduled_tokens
+        scheduler.update_from_output(output, drive._answer(output))
+    drive.executor.loaded = RankDigest(b"another model", (1,), 1, 0.0)
+    drive.executor.collective_rpc("reload_weights")
+    add("other", 100)
+    until_done("waiting", "other")
+    assert computed["waiting"] >= 40
+    assert scheduler.kv_cache_manager.usage == 0
+    assert drive.executor.asked == 4  # at the start, after two resets, after the call

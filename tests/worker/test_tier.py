@@ -86,9 +86,8 @@ class Engine:
             tokens_per_hash=4,
             _scheduler_mmap=SimpleNamespace(fd=self._fd),
         )
-        self.tier = RemoteTier(
-            spec, memoryview(self.memory), "kvtier", store=store, layout_digest=digest.hex(), **options
-        )
+        self.tier = RemoteTier(spec, memoryview(self.memory), "kvtier", store=store, **options)
+        self.digest = digest
         self.job_ids = iter(range(100000))
         self.jobs: dict[int, TransferJob] = {}
         self.results: dict[int, Ended] = {}
@@ -108,7 +107,7 @@ class Engine:
             self.results[result.job_id] = Ended(result.success, failed)
         self.tier.on_schedule_end(None)
 
-    def arrive(self, request: Any, keys: list[Any], plan: Any = None) -> ReqContext:
+    def arrive(self, request: Any, keys: list[Any], plan: Any = None, *, identified: bool = True) -> ReqContext:
         """Its chunks are `keys`, in order; of several groups, the first chunk of each, then the second."""
         params = None if plan is None else {FIELD: msgspec.to_builtins(plan)}
         context = ReqContext(request.request_id, params)
@@ -118,6 +117,8 @@ class Engine:
             context.set_offload_key_position(key, 8 * seen[get_offload_group_idx(key)])
         self.policy = self.tier.on_new_request(context).policy
         self.tier.arrived(request)
+        if identified:
+            assert self.tier.identify(request.request_id, self.digest)
         self._keys[request.request_id] = keys
         return context
 
@@ -359,6 +360,7 @@ def test_a_request_may_keep_to_what_is_near(start_target: Any, engines: Any) -> 
         context = ReqContext(name, params, load_tier_filter=TierFilter((TierMatcher(Medium.STORAGE, near),)))
         context.set_offload_key_position(KEYS[0], 8)
         manager.on_new_request(context)
+        engine.tier.identify(name, DIGEST)
         found = LookupResult.MISS if near is Locality.LOCAL else LookupResult.HIT_PENDING
         assert manager.lookup(KEYS[0], context) is found
 

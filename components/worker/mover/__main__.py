@@ -32,6 +32,7 @@ from components.worker.mover.frames import (
     Forget,
     Found,
     Hurry,
+    Identified,
     Load,
     Loaded,
     Pace,
@@ -58,7 +59,7 @@ PUT_SECONDS = 10.0
 # what is not put in time is lost to the next turn. Two threads still put some 300 MB/s, twice what a busy engine makes.
 PUT_PATIENCE_SECONDS = 0.05
 # A speed measured on less would be a latency; one that is older says nothing of a store that may have recovered.
-SAMPLE_BYTES = 4 << 20
+SAMPLE_BYTES = 8 << 20
 SAMPLE_SECONDS = 0.5
 SAMPLE_VALID_SECONDS = 10.0
 # The pages of the rows are mapped ahead of use, in steps that hold the interpreter for a few milliseconds each.
@@ -82,8 +83,6 @@ class Mover:
     def __init__(self, link: socket.socket, setup: Setup):
         self._link = link
         self._setup = setup
-        self._digest = bytes.fromhex(setup.digest)
-        self._fingerprint = fingerprint(self._digest)
         self._region = mmap.mmap(setup.region_fd, setup.region_bytes, flags=mmap.MAP_SHARED)
         self._memory = memoryview(self._region)
         self._membership = open_membership(setup.store, setup.namespace)
@@ -114,10 +113,12 @@ class Mover:
         self._cancelled: set[int] = set()
         self._throughput = Throughput()
         self._measured_until = 0.0
+        self._received_bytes = 0
         self._moved_bytes = 0
         self._moving_seconds = 0.0
         self._sampled = -SAMPLE_VALID_SECONDS
         self._pace = Pace(0, 0, 0, 0, 0, 0, 0)
+        self._identified = Identified(0, {})
         self._fetched: Counter[str] = Counter()  # chunks by outcome, without loads that were called off
         self._reporter: Reporter | None = None
 
@@ -164,6 +165,8 @@ class Mover:
                 self._cancel(job)
             case Pace():
                 self._pace = command
+            case Identified():
+                self._identified = command
 
     def _cancel(self, job: int) -> None:
         with self._lock:
@@ -202,7 +205,7 @@ class Mover:
         outcomes = [Outcome.UNREACHABLE] * len(load.names)
         try:
             outcomes = self._client.get(
-                [self._key(name) for name in load.names],
+                [chunk_key(load.identity, *name) for name in load.names],
                 [self._row(row) for row in load.rows],
                 load.deadline,
                 targets=load.targets,
@@ -210,9 +213,7 @@ class Mover:
             )
         finally:
             with self._lock:
-                moved_bytes = outcomes.count(Outcome.HIT) * self._setup.row_bytes
-                called_off = load.job in self._cancelled and time.monotonic() < load.deadline
-                self._measure(None if called_off else moved_bytes)
+                self._measure(called_off=load.job in self._cancelled and time.monotonic() < load.deadline)
                 self._loading.remove(load.job)
                 if load.job not in self._cancelled:
                     self._fetched.update(outcome.name.lower() for outcome in outcomes)
@@ -220,19 +221,19 @@ class Mover:
                 self._lock.notify_all()
             self._loaded(load, outcomes)
 
-    def _measure(self, moved_bytes: int | None = 0) -> None:
-        """Count the time since the last call as time of loading, if anything was. Called with the lock held.
+    def _measure(self, *, called_off: bool = False) -> None:
+        """Count the time since the last call as time of loading, if anything was, and what came in meanwhile: also of
+        loads under way, and of those that were called off. Called with the lock held.
 
-        None: a load was called off, and what had come of it is not known. It would make for too low a speed, for which
-        the next loads would be called off, too, and so on: the sample is thrown away.
+        Were bytes counted when loads end, several at once would look as slow as one at first, be called off, and look
+        as slow again. Where less than a chunk came before a load was called off, its speed is not known.
         """
-        now = time.monotonic()
-        if moved_bytes is None:
-            self._moved_bytes, self._moving_seconds = 0, 0.0
-        elif self._loading:
+        now, received_bytes = time.monotonic(), self._client.received_bytes
+        moved_bytes = received_bytes - self._received_bytes
+        if self._loading and not (called_off and moved_bytes < self._setup.row_bytes):
             self._moved_bytes += moved_bytes
             self._moving_seconds += now - self._measured_until
-        self._measured_until = now
+        self._measured_until, self._received_bytes = now, received_bytes
         if self._moved_bytes >= SAMPLE_BYTES or self._moving_seconds >= SAMPLE_SECONDS:
             if now >= self._sampled + SAMPLE_VALID_SECONDS:
                 self._throughput = Throughput()  # what was too old to be reported is too old to count
@@ -262,7 +263,7 @@ class Mover:
         """Put what the store does not hold yet."""
         self._give_way()
         deadline = time.monotonic() + PUT_SECONDS
-        keys = [self._key(name) for name in put.names]
+        keys = [chunk_key(put.identity, *name) for name in put.names]
         missing: list[int] = []
         for index, outcome in enumerate(self._put_client.exists(keys, deadline)):
             outcomes[index] = "known" if outcome is Outcome.HIT else outcome.name.lower()
@@ -276,7 +277,7 @@ class Mover:
                     keys[index],
                     self._row(put.rows[index]),
                     hashes[index],
-                    self._fingerprint,
+                    fingerprint(put.identity),
                     self._setup.blocks_per_chunk,
                     put.saved_seconds,
                 )
@@ -317,7 +318,7 @@ class Mover:
             ask = self._questions.popleft()
         found: list[str | None] = []
         try:
-            keys = [self._key(name) for name in ask.names]
+            keys = [chunk_key(ask.identity, *name) for name in ask.names]
             live = self._membership.targets()
             outcomes = self._ask_client.exists(keys, ask.deadline)
             found += [
@@ -328,9 +329,6 @@ class Mover:
             self._send(Found(ask.request, found))
 
     # ---- the rest
-
-    def _key(self, name: frames.Name) -> bytes:
-        return chunk_key(self._digest, *name)
 
     def _row(self, row: int) -> memoryview:
         return self._memory[row * self._setup.row_bytes : (row + 1) * self._setup.row_bytes]
@@ -344,13 +342,14 @@ class Mover:
             time.sleep(0.001)
 
     def _report(self) -> WorkerReport:
-        setup, pace = self._setup, self._pace
+        setup, pace, identified = self._setup, self._pace, self._identified
         with self._lock:
             fetched = dict(self._fetched)
         return WorkerReport(
             worker=setup.worker,
             endpoint=setup.endpoint,
-            fingerprint=self._fingerprint,
+            fingerprint=identified.fingerprint,
+            adapters=identified.adapters,
             block_tokens=setup.block_tokens,
             blocks_per_chunk=setup.blocks_per_chunk,
             chunk_bytes=setup.row_bytes,

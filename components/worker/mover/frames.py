@@ -25,7 +25,6 @@ class Setup(msgspec.Struct, frozen=True):
     region_fd: int
     region_bytes: int
     row_bytes: int
-    digest: str
     store: str
     namespace: str
     carrier: str
@@ -44,6 +43,7 @@ class Load(msgspec.Struct, tag="load", array_like=True, frozen=True):
 
     job: int
     request: int
+    identity: bytes  # what the KV is computed with, 32 bytes
     names: list[Name]
     rows: list[int]
     targets: list[str | None]
@@ -56,6 +56,7 @@ class Put(msgspec.Struct, tag="put", array_like=True, frozen=True):
 
     job: int
     request: int
+    identity: bytes  # what the KV is computed with, 32 bytes
     names: list[Name]
     rows: list[int]
     chunks: list[int]  # the place of each in its request; -1 where that is not known
@@ -66,6 +67,7 @@ class Ask(msgspec.Struct, tag="ask", array_like=True, frozen=True):
     """Which leading chunks are there? Answered by one Found."""
 
     request: int
+    identity: bytes  # what the KV is computed with, 32 bytes
     names: list[Name]
     deadline: float
 
@@ -110,7 +112,14 @@ class Pace(msgspec.Struct, tag="pace", array_like=True, frozen=True):
     queue: int
 
 
-Command = Load | Put | Ask | Tokens | Hurry | Forget | Cancel | Pace
+class Identified(msgspec.Struct, tag="identified", array_like=True, frozen=True):
+    """What the engine computes KV with, for the heartbeat: as a fingerprint, and for each adapter by its name."""
+
+    fingerprint: int
+    adapters: dict[str, int]
+
+
+Command = Load | Put | Ask | Tokens | Hurry | Forget | Cancel | Pace | Identified
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):

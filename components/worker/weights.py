@@ -1,0 +1,405 @@
+"""What a rank has loaded, in a few bytes: digests of its model and of its LoRA adapters, taken where they lie.
+
+In the rank's process. Not files are read but tensors on their device, after vLLM has packed, quantized, merged and
+sharded them: whatever way they came, they are what KV is made with.
+
+A tensor is taken as 64-bit words. Each is mixed with its place (the finalizer of splitmix64: Steele, Lea, Flood, "Fast
+splittable pseudorandom number generators", 2014), and the mixtures are summed modulo 2^64. A sum does not depend on who
+adds what: ranks that each hold a part of a tensor, and know its place in the whole, have sums that add up to that of
+one rank which holds it all. This finds what was changed by mistake or on purpose, but is no defence against someone who
+can choose weights freely and looks for two models with one digest.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import xxhash
+from torch import nn
+
+from components.worker.compat import (
+    BaseLayerWithLoRA,
+    ColumnParallelLinear,
+    LinearBase,
+    LoRARequest,
+    MLAAttention,
+    RotaryEmbedding,
+    RotaryEmbeddingBase,
+    RoutedExperts,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    get_tp_group,
+)
+
+logger = logging.getLogger(f"vllm.{__name__}")  # which vLLM shows, INFO included
+
+# At once: what a core's cache holds beside the intermediate results.
+_PIECE_BYTES = 1 << 20
+# A tensor that does not lie in rows is copied in pieces.
+_GPU_PIECE_BYTES = 256 << 20
+# Of a positional encoding that is the same function of the position for every length, rows that show which it is.
+_ROTARY_ROWS = 64
+_IDENTITY_ROWS = 512
+# What a module holds beside its weights: the KV cache itself, and what every module has.
+_NOT_WEIGHTS = {"kv_cache", *vars(nn.Module())}
+
+_GOLDEN, _MIX_1, _MIX_2 = (
+    number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+@dataclass(frozen=True)
+class RankDigest:
+    """`common` covers what every rank should have alike, `sums` what tensor parallelism divides, a number a tensor."""
+
+    common: bytes
+    sums: tuple[int, ...]
+    hashed_bytes: int
+    seconds: float
+
+
+class Unknown(str):
+    """Why a rank cannot say what it has loaded."""
+
+
+def answer(worker: Any, question: str, *args: Any) -> Any:
+    """What the scheduler's process has the ranks call. Raises nothing: to an engine, a rank that does has failed."""
+    try:
+        return (model_digest if question == "model_digest" else adapter_digest)(worker, *args)
+    except ValueError as error:
+        return Unknown(error)
+    except Exception as error:
+        logger.exception("kvtier: what this rank has loaded cannot be told")
+        return Unknown(f"kvtier: what a rank has loaded cannot be told: {error!r}")
+
+
+def model_digest(worker: Any) -> RankDigest:
+    """Of the rank's model and of its draft model. Raises ValueError where there are weights that it cannot read."""
+    begun = time.monotonic()
+    digest = _Digest()
+    runner = worker.model_runner
+    digest.add("", worker.get_model())
+    for helper in (getattr(runner, "drafter", None), getattr(runner, "speculator", None)):
+        if isinstance(model := getattr(helper, "model", None), nn.Module):
+            digest.add("draft.", model)
+    if not digest.hashed_bytes:
+        raise ValueError("kvtier: no weights found in the model: it cannot be told from another")
+    common, sums = digest.result()
+    return RankDigest(common, sums, digest.hashed_bytes, time.monotonic() - begun)
+
+
+def combined(ranks: list[RankDigest], *, alike: bool) -> tuple[str, bool]:
+    """The digest of a model on all its ranks, and whether it does not depend on how many they are. `alike`: whether it
+    should not."""
+    first = ranks[0]
+    alike = alike and all(rank.common == first.common and len(rank.sums) == len(first.sums) for rank in ranks)
+    hasher = hashlib.blake2b(digest_size=16)
+    if alike:
+        hasher.update(first.common)
+        for parts in zip(*(rank.sums for rank in ranks), strict=True):
+            hasher.update((sum(parts) % (1 << 64)).to_bytes(8, "little"))
+    else:
+        for rank in ranks:
+            hasher.update(rank.common)
+            for one in rank.sums:
+                hasher.update(one.to_bytes(8, "little"))
+    return hasher.hexdigest(), alike
+
+
+_adapters: "WeakKeyDictionary[Any, str]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class AdapterDigest:
+    digest: str
+    loaded: bool  # for this answer
+
+
+def adapter_digest(worker: Any, request: LoRARequest) -> AdapterDigest:
+    """Of the adapter that this rank computes the request's tokens with, which is loaded if it is not. It is read once
+    for each time that it was loaded."""
+    manager = worker.model_runner.lora_manager
+    loaded = request.lora_int_id not in manager.list_adapters()
+    if loaded:
+        worker.add_lora(request)
+    adapter = manager._adapter_manager.get_adapter(request.lora_int_id)
+    if adapter is None:
+        raise ValueError(f"kvtier: adapter {request.lora_name!r} is not loaded")
+    if adapter not in _adapters:
+        hasher = xxhash.xxh3_128()
+        parts = {**adapter.loras, **{f"{name} saved": one for name, one in adapter.modules_to_save.items()}}
+        for name in sorted(parts):
+            for field, tensor in sorted(_tensors_in(vars(parts[name])), key=lambda item: item[0]):
+                hasher.update(f"{name} {field} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                hasher.update(_bytes(tensor))
+            hasher.update(repr(sorted(_scalars(vars(parts[name])).items())).encode())
+        _adapters[adapter] = hasher.hexdigest()
+    return AdapterDigest(_adapters[adapter], loaded)
+
+
+class _Digest:
+    def __init__(self) -> None:
+        self._hasher = hashlib.blake2b(digest_size=16)
+        self._common: list[torch.Tensor] = []
+        self._shared: list[torch.Tensor] = []
+        self.hashed_bytes = 0
+
+    @torch.inference_mode()
+    def add(self, prefix: str, model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, BaseLayerWithLoRA):
+                continue  # what it wraps follows by itself; its own tensors are slots for adapters
+            name = prefix + name.replace(".base_layer", "")
+            self._note(name, type(module).__qualname__, type(getattr(module, "impl", None)).__qualname__)
+            self._note(sorted(_floats(vars(module)).items()))
+            if type(module).__module__.startswith(RotaryEmbeddingBase.__module__.rpartition(".")[0]):
+                self._note_rotary(module)
+            matrices = 0
+            for field, tensor in _weights(name, module):
+                self._add(f"{name}.{field}", module, tensor)
+                matrices += tensor.ndim > 1 and tensor.numel() > 0
+            if not matrices and isinstance(module, LinearBase | RoutedExperts | VocabParallelEmbedding):
+                raise _unreadable(name)
+
+    def result(self) -> tuple[bytes, tuple[int, ...]]:
+        for one in _numbers(self._common):
+            self._hasher.update(one.to_bytes(8, "little"))
+        return self._hasher.digest(), tuple(_numbers(self._shared))
+
+    def _note(self, *facts: object) -> None:
+        self._hasher.update(repr(facts).encode())
+
+    def _note_rotary(self, module: nn.Module) -> None:
+        scalars = _scalars(vars(module))
+        if type(module) is RotaryEmbedding:
+            del scalars["max_position_embeddings"]
+        self._note(sorted(scalars.items()))
+
+    def _add(self, name: str, module: nn.Module, tensor: torch.Tensor) -> None:
+        if type(module) is RotaryEmbedding and tensor.ndim == 2:
+            tensor = tensor[:_ROTARY_ROWS]
+        self.hashed_bytes += tensor.numel() * tensor.element_size()
+        matrix, order = _matrix(tensor)
+        with tensor.device:  # where places are made, too
+            place = _place(module, matrix) or _place_of_heads(module, tensor, order)
+            if place is None:
+                self._note(name, str(tensor.dtype), tuple(tensor.shape))
+                self._common.append(place_sum(matrix, *_whole(matrix)))
+            else:
+                rows, row_count, columns, column_count = place
+                self._note(name, str(tensor.dtype), row_count, column_count)
+                self._shared.append(place_sum(matrix[: len(rows)], rows, columns, column_count))
+
+
+# ---- what there is to hash
+
+
+def _weights(name: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's own tensors: parameters, buffers, and those that it, or its way of quantization, keeps otherwise."""
+    own: dict[str, object] = {**module._parameters, **module._buffers}
+    own |= {field: value for field, value in vars(module).items() if field not in _NOT_WEIGHTS}
+    method = getattr(module, "quant_method", None)
+    own |= {f"quant_method.{field}": value for field, value in getattr(method, "__dict__", {}).items()}
+    for field, tensor in sorted(_tensors_in(own), key=lambda item: item[0]):
+        if field == "weight" and not tensor.numel() and hasattr(module, "cpu_linear"):
+            yield field, _unpacked(name, module, tensor.dtype)
+        elif tensor.is_meta or (field == "weight" and not tensor.numel()):
+            raise _unreadable(f"{name}.{field}")
+        else:
+            yield field, tensor
+
+
+def _unreadable(name: str) -> ValueError:
+    return ValueError(f"kvtier: the weights of {name} cannot be read, so that this model cannot be told from another")
+
+
+def _unpacked(name: str, module: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weights that the CPU engine has packed away: its products with rows of the identity are exact."""
+    size = next((getattr(module, field) for field in _INPUT_SIZES if hasattr(module, field)), None)
+    if size is None:
+        raise _unreadable(name)
+    rows = []
+    for first in range(0, size, _IDENTITY_ROWS):
+        identity = torch.zeros(min(_IDENTITY_ROWS, size - first), size, dtype=dtype)
+        identity[:, first:].fill_diagonal_(1)
+        rows.append(module.cpu_linear(identity, module.weight, None))
+    return torch.cat(rows).t().contiguous()
+
+
+_INPUT_SIZES = ("input_size_per_partition", "input_size", "embedding_dim")
+
+
+def _tensors_in(fields: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for field, value in fields.items():
+        if isinstance(value, torch.Tensor):
+            yield field, value
+        elif isinstance(value, list | tuple):
+            yield from ((f"{field}.{number}", one) for number, one in enumerate(value) if isinstance(one, torch.Tensor))
+        elif isinstance(value, dict):
+            yield from ((f"{field}.{key}", one) for key, one in value.items() if isinstance(one, torch.Tensor))
+
+
+def _scalars(fields: dict[str, Any]) -> dict[str, str]:
+    """Numbers, words, and lists of them."""
+
+    def plain(value: object) -> bool:
+        if isinstance(value, list | tuple):
+            return all(plain(one) for one in value)
+        return value is None or isinstance(value, bool | int | float | str)
+
+    return {name: repr(value) for name, value in fields.items() if name not in _NOT_WEIGHTS and plain(value)}
+
+
+def _floats(fields: dict[str, Any]) -> dict[str, str]:
+    """What a layer computes with beside tensors: scales, epsilons, caps."""
+    return {name: repr(value) for name, value in fields.items() if isinstance(value, float)}
+
+
+# ---- where its parts lie in the whole
+
+
+_Place = tuple[torch.Tensor, int, torch.Tensor, int]
+
+
+def _place(module: Any, matrix: torch.Tensor) -> _Place | None:
+    """Of a tensor that tensor parallelism divides, with outputs in its rows: the row in the whole of each row, how many
+    rows that has, and the same of columns. Rows that the rank has beyond those are padding. None: every rank should
+    have all of it. A tensor that ranks have parts of, and that this does not know, keeps engines of other tensor
+    parallelism apart."""
+    rows, columns = matrix.shape
+    if isinstance(module, RoutedExperts):
+        return _place_of_experts(module, matrix)
+    if isinstance(module, VocabParallelEmbedding):
+        if rows != module.num_embeddings_per_partition:
+            return None
+        shard = module.shard_indices
+        place = torch.arange(shard.org_vocab_start_index, shard.org_vocab_end_index)
+        return place, module.org_vocab_size, torch.arange(columns), columns
+    if isinstance(module, ColumnParallelLinear) and rows == module.output_size_per_partition:
+        whole = rows * module.tp_size
+        return _dealt(module.output_partition_sizes, module), whole, torch.arange(columns), columns
+    if isinstance(module, RowParallelLinear):
+        inner = module.input_size_per_partition
+        if (rows, columns) == (module.output_size, inner) and inner * matrix.element_size() % 8 == 0:
+            return torch.arange(rows), rows, _dealt([inner], module), inner * module.tp_size
+    return None
+
+
+def _place_of_experts(module: Any, matrix: torch.Tensor) -> _Place | None:
+    """Of a layer of experts, each of which is on every rank in part: w13 has gates and ups in its rows, w2 is divided
+    by columns."""
+    parallel, inner = module.moe_config.moe_parallel_config, module.intermediate_size_per_partition
+    experts, outer = module.local_num_experts, module.hidden_size
+    rows, columns = matrix.shape
+    if parallel.ep_size > 1:
+        return None
+    if (rows, columns) == (experts * 2 * inner, outer):
+        one = _dealt([inner, inner], parallel)
+        whole = 2 * inner * parallel.tp_size
+        place = (torch.arange(experts)[:, None] * whole + one).flatten()
+        return place, experts * whole, torch.arange(columns), columns
+    if (rows, columns) == (experts * outer, inner):
+        return torch.arange(rows), rows, _dealt([inner], parallel), inner * parallel.tp_size
+    return None
+
+
+def _place_of_heads(module: Any, tensor: torch.Tensor, order: list[int]) -> _Place | None:
+    """Of MLA's projections, which vLLM keeps by head, in whatever order they lie in memory."""
+    if not isinstance(module, MLAAttention) or tensor.ndim != 3 or tensor.shape[0] != module.num_heads:
+        return None
+    group = get_tp_group()
+    heads, whole = module.num_heads, module.num_heads * group.world_size
+    mine = torch.arange(heads) + heads * group.rank_in_group
+    places = [mine if dimension == 0 else torch.arange(tensor.shape[dimension]) for dimension in order]
+    counts = [whole if dimension == 0 else tensor.shape[dimension] for dimension in order]
+    rows = (places[0][:, None] * counts[1] + places[1]).flatten()
+    return rows, counts[0] * counts[1], places[2], counts[2]
+
+
+def _dealt(parts: list[int], ranks: Any) -> torch.Tensor:
+    """Places of a rank's rows, where each part is dealt out evenly to the ranks."""
+    places, begin = [], 0
+    for part in parts:
+        first = begin * ranks.tp_size + part * ranks.tp_rank
+        places.append(torch.arange(first, first + part))
+        begin += part
+    return torch.cat(places)
+
+
+def _whole(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    rows, columns = matrix.shape
+    return torch.arange(rows), torch.arange(columns), columns
+
+
+# ---- hashing
+
+
+def _matrix(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """In two dimensions, and in the order of dimensions that its bytes lie in, which comes with it."""
+    if tensor.ndim < 2:
+        return tensor.reshape(-1, 1) if tensor.numel() <= 1 << 20 else tensor.reshape(1, -1), [0]
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return tensor.permute(order).flatten(0, -2), order
+
+
+def place_sum(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, column_count: int) -> torch.Tensor:
+    """The sum, on the matrix's device, of its words mixed with their places. `rows` and `columns` say for each row and
+    column of the matrix which it is in the whole, of so many columns. Parts may be given in any order."""
+    size, device = matrix.element_size(), matrix.device
+    if not matrix.numel():
+        return torch.zeros((), dtype=torch.int64, device=device)
+    words_per_row = -(-column_count * size // 8)
+    # The places of words, from those of the columns that they begin with.
+    per_word = 8 // size if 8 % size == 0 and len(columns) % (8 // size) == 0 else 0
+    words = columns[::per_word] * size // 8 if per_word else torch.arange(-(-len(columns) * size // 8))
+    word_terms = (words * _GOLDEN).to(device)
+    row_terms = (rows * words_per_row * _GOLDEN).to(device)
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    piece = _PIECE_BYTES if device.type == "cpu" else _GPU_PIECE_BYTES
+    down = max(1, piece // 8 // max(1, len(words)))
+    for top in range(0, len(rows), down):
+        taken = _as_words(matrix[top : top + down])
+        _add(taken, row_terms[top : top + down], word_terms, total)
+    return total
+
+
+def _add(words: torch.Tensor, row_terms: torch.Tensor, word_terms: torch.Tensor, total: torch.Tensor) -> None:
+    if words.is_cuda:
+        from components.worker import weights_kernel
+
+        weights_kernel.launch(words, row_terms, word_terms, total)
+        return
+    across = _PIECE_BYTES // 8
+    for left in range(0, len(word_terms), across):
+        mixed = words[:, left : left + across] + row_terms[:, None]
+        mixed += word_terms[left : left + across]
+        mixed ^= (mixed >> 30) & ((1 << 34) - 1)
+        mixed *= _MIX_1
+        mixed ^= (mixed >> 27) & ((1 << 37) - 1)
+        mixed *= _MIX_2
+        mixed ^= (mixed >> 31) & ((1 << 33) - 1)
+        total += mixed.sum()
+
+
+def _as_words(matrix: torch.Tensor) -> torch.Tensor:
+    raw = matrix.contiguous().view(torch.uint8)
+    if raw.shape[1] % 8:
+        raw = nn.functional.pad(raw, (0, 8 - raw.shape[1] % 8))
+    return raw.view(torch.int64)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _numbers(sums: list[torch.Tensor]) -> list[int]:
+    """One copy from the device for all."""
+    if not sums:
+        return []
+    device = sums[0].device
+    return [number % (1 << 64) for number in torch.stack([one.to(device) for one in sums]).tolist()]
