@@ -70,7 +70,8 @@ class Device:
         self.path = path
         self.files = files or Files()
         self.segment_bytes = int(segment_bytes or default_segment_bytes(capacity_bytes))
-        self._shared = shared
+        self.shared = shared
+        self._closed = False
         self._namespaces = list(namespaces)
         self._lock = threading.Lock()
         self._generation = 0
@@ -95,13 +96,13 @@ class Device:
         """Make the device ready to be written to. Raises ConfigError."""
         try:
             self.space.delete_beyond()
-            if self._shared:
+            if self.shared:
                 self._find_owners()
                 kept = {self._block.namespace, *self._namespaces, *self._left_behind()}
                 self._block.namespaces = [name for name in self._block.namespaces if name in kept]
             self._write()
         except BaseException:
-            self.space.close()
+            self.close()
             raise
 
     def add(self, namespace: str) -> None:
@@ -119,7 +120,7 @@ class Device:
         with self._lock:
             free = set(self._free)
         used = [slot for slot in self.space.used_slots() if slot in free]
-        if not self._shared:
+        if not self.shared:
             return used
         store = self.store_id(namespace)
         return [slot for slot in used if self._owners.get(slot) == store]
@@ -156,16 +157,18 @@ class Device:
                 self._free.append(slot)
 
     def close(self) -> None:
-        self.space.close()
+        if not self._closed:
+            self._closed = True
+            self.space.close()
 
     # ---- whose store it is
 
     def _checked_block(self, namespaces: Sequence[str]) -> Superblock:
         """The superblock as it is to be written: this start's, with these namespaces in it."""
-        block = self.space.superblock() or self.space.new_superblock("" if self._shared else namespaces[0])
+        block = self.space.superblock() or self.space.new_superblock("" if self.shared else namespaces[0])
         if not names(block) and block.epoch:
             self._name(block, namespaces)
-        if self._shared:
+        if self.shared:
             block.namespaces += [name for name in namespaces if name not in names(block)]
         elif strangers := [name for name in names(block) if name not in namespaces]:
             expected = f"{strangers[0]!r}, whose values are in {self.path}"
@@ -179,11 +182,11 @@ class Device:
         """Name the namespace of a store that does not: releases to 0.2 wrote it in the records alone."""
         found = self._namespace_ids(block.store)
         named = {record.namespace_id(name): name for name in namespaces}
-        if not found and not self._shared:
+        if not found and not self.shared:
             block.namespace = namespaces[0]
         elif len(found) == 1 and found <= named.keys():
             block.namespace = named[found.pop()]
-        elif not self._shared:
+        elif not self.shared:
             expected = f"the one whose values are in {self.path}: another wrote them. Take its name, or empty the store"
             raise ConfigError("namespace", namespaces[0], expected)
         elif found:

@@ -134,9 +134,9 @@ class Log:
     """A bounded map from key to immutable payload, in a directory or on a device.
 
     `capacity_bytes` bounds the segments together. `namespace` is whose they are; it is stamped on every record. With
-    `sync_seconds` what was written is synced so often, otherwise when a segment is sealed. With a `device`, which its
-    owner has begun and will close, the log is one of several there and has its share after `settle`; otherwise the
-    device is its own. Raises ConfigError if the place cannot hold this store.
+    `sync_seconds` what was written is synced so often, otherwise when a segment is sealed. On a shared `device`,
+    which its owner has begun and will close, the log is one of several and has its share after `settle`; any other
+    device is the log's own from now on. Raises ConfigError if the place cannot hold this store.
     """
 
     def __init__(
@@ -166,9 +166,10 @@ class Log:
         self._emptied: deque[int] = deque()
         self._held: set[int] = set()  # slots that are this log's
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()  # evicted keys, the oldest first
-        self._owns_device = device is None
         if device is None:
             device = Device(path, capacity_bytes, [namespace], segment_bytes=segment_bytes, files=files)
+        self._owns_device = not device.shared
+        if self._owns_device:
             device.begin()
         self._device = device
         self._files = device.files

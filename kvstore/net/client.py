@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import msgspec
 from crc32c import crc32c
 
+from kvstore.credentials import Credential
 from kvstore.keys import KEY_VERSION
 from kvstore.net import transport, wire
 from kvstore.net.carrier import Borrower
@@ -55,7 +57,10 @@ class Item(NamedTuple):
 
 
 class StoreClient:
-    """Talks to all live targets of a namespace. Thread-safe. Every `deadline` is a time.monotonic() value."""
+    """Talks to all live targets of a namespace. Thread-safe. Every `deadline` is a time.monotonic() value.
+
+    With a `credential` only targets are believed that prove to know it.
+    """
 
     def __init__(
         self,
@@ -65,8 +70,10 @@ class StoreClient:
         name: str = "client",
         connections_per_target: int | None = None,
         carrier: Borrower | None = None,
+        credential: Credential | None = None,
     ):
         self._membership = membership
+        self._credential = credential
         self._carrier = carrier
         # The random part tells one client's connections from another's: clients take turns at a target.
         self._hello = wire.Hello(
@@ -174,7 +181,7 @@ class StoreClient:
         with self._lock:
             line = self._targets.get(target)
             if line is None:
-                line = _TargetLine(target, self._hello, self._connections_per_target, self._carrier)
+                line = _TargetLine(target, self._hello, self._connections_per_target, self._carrier, self._credential)
                 self._targets[target] = line
             return line
 
@@ -200,13 +207,22 @@ _FAILURES = (OSError, ProtocolError)  # TimeoutError and ConnectionError are OSE
 class _TargetLine:
     """The connections to one target, and whether it is worth trying."""
 
-    def __init__(self, target: str, hello: wire.Hello, connections_max: int, carrier: Borrower | None):
+    def __init__(
+        self,
+        target: str,
+        hello: wire.Hello,
+        connections_max: int,
+        carrier: Borrower | None,
+        credential: Credential | None,
+    ):
+        self._credential = credential
         self._target = target
         self._carrier = carrier
         self._carrier_greeting = b""
         self._carrier_target = ""
         self._hello = hello
         self._address = target
+        self._name = ""  # as which it greeted over TCP
         self._free: list[Stream] = []
         self._busy: dict[Stream, int] = {}  # and how many bytes each had received when it became busy
         self._received_bytes = 0  # on streams while they were busy
@@ -371,16 +387,37 @@ class _TargetLine:
             raise
         try:
             welcome = self._greet(stream, deadline)
+            if address != self._target and welcome.target != self._name:
+                self._address = self._target
+                raise ProtocolError(f"{address} greets as {welcome.target!r}, not as {self._name!r}")
             if welcome.unix_path and address == self._target:
-                with contextlib.suppress(OSError):
-                    near = transport.connect(welcome.unix_path, deadline)
+                self._name = welcome.target
+                if near := self._nearer(welcome, deadline):
                     stream.close()
                     stream = near
-                    self._greet(stream, deadline)
-                    self._address = welcome.unix_path
         except BaseException:
             stream.close()
             raise
+        return stream
+
+    def _nearer(self, welcome: wire.Welcome, deadline: float) -> Stream | None:
+        """A connection to the target's UNIX socket; None if there is none, or somebody else answers there."""
+        try:
+            stream = transport.connect(welcome.unix_path, deadline)
+        except OSError:
+            return None
+        try:
+            near = self._greet(stream, deadline)
+            if (near.target, near.epoch) != (welcome.target, welcome.epoch):
+                raise ProtocolError(f"it greets as {near.target!r}, not as {welcome.target!r}")
+        except TimeoutError:
+            stream.close()
+            raise
+        except _FAILURES as error:
+            stream.close()
+            logger.warning("%s: not using %r: %s", self._target, welcome.unix_path, error)
+            return None
+        self._address = welcome.unix_path
         return stream
 
     @contextlib.contextmanager
@@ -398,9 +435,7 @@ class _TargetLine:
 
     def _greet(self, stream: Stream, deadline: float) -> wire.Welcome:
         with self._abortable(stream):
-            stream.send([wire.encode(Header(Op.HELLO), self._hello)], deadline)
-            header = _expect(stream, (Op.WELCOME,), 0, deadline)
-            welcome = wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
+            welcome = _greet(stream, self._hello, self._credential, deadline)
         self._value_bytes_max = welcome.value_bytes_max
         if self._carrier is not None and welcome.carrier_greeting:
             with self._lock:
@@ -426,6 +461,27 @@ class _TargetLine:
         for stream in free:
             stream.close()
         logger.warning("%s: %s; next try in %.1f s", self._target, reason, pause)
+
+
+def _greet(stream: Stream, hello: wire.Hello, credential: Credential | None, deadline: float) -> wire.Welcome:
+    """Say who this is and learn who the target is; with a credential, both prove it. Raises ProtocolError."""
+    hello = msgspec.structs.replace(hello, nonce=secrets.token_bytes(wire.NONCE_BYTES))
+    stream.send([wire.encode(Header(Op.HELLO), hello)], deadline)
+    header = _expect(stream, (Op.WELCOME, Op.CHALLENGE), 0, deadline)
+    if header.op is Op.WELCOME:
+        if credential is not None:
+            raise ProtocolError("the target does not ask for the credential, and so does not prove that it knows it")
+        return wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
+    challenge = wire.decode_control(stream.receive_control(header, deadline), wire.Challenge)
+    if credential is None:
+        raise ProtocolError(f"the target asks for a credential of namespace {hello.namespace!r}, and none was given")
+    proof = credential.sign(wire.transcript(hello, challenge))
+    stream.send([wire.encode(Header(Op.PROVE), wire.Prove(proof))], deadline)
+    header = _expect(stream, (Op.WELCOME,), 0, deadline)
+    welcome = wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
+    if not credential.signed(welcome.proof, wire.transcript(hello, challenge, welcome)):
+        raise ProtocolError("the target does not know the credential")
+    return welcome
 
 
 def _microseconds(seconds: float) -> int:
