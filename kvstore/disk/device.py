@@ -144,16 +144,18 @@ class Device:
             self._free = deque(slot for slot in self._free if slot not in slots)
 
     def claim(self, count: int) -> list[int]:
-        """Up to `count` free slots; those that were given back last, whose values may be wanted yet, come last."""
+        """Up to `count` free slots; those with values of a namespace that left, which may come back, only if need be."""
         with self._lock:
             return [self._free.popleft() for _ in range(min(count, len(self._free)))]
 
-    def release(self, slots: Iterable[int], namespace: str) -> None:
-        """Give slots back. What `namespace` has left in them is there until somebody else claims them."""
-        store = self.store_id(namespace)
+    def release(self, empty: Iterable[int], left: Iterable[int] = (), namespace: str = "") -> None:
+        """Give slots back: empty ones, and those with what `namespace` has left there."""
         with self._lock:
-            for slot in slots:
-                self._owners[slot] = store
+            for slot in empty:
+                self._owners.pop(slot, None)
+                self._free.appendleft(slot)
+            for slot in left:
+                self._owners[slot] = self.store_id(namespace)
                 self._free.append(slot)
 
     def close(self) -> None:

@@ -221,7 +221,7 @@ class Log:
                 with self._changed:
                     self._held.discard(slot)
                     self._segments.pop(slot, None)
-                self._device.release([slot], self.namespace)
+                self._device.release([slot])
             self._make_room(self._ahead)
 
     @property
@@ -317,7 +317,9 @@ class Log:
         with self._changed:
             self._index.clear()
             unused = [slot for slot in self._held if self._is_unused(slot)]
-        self._device.release(sorted(unused), self.namespace)
+        empty = [slot for slot in unused if slot in self._emptied]
+        left = sorted(set(unused).difference(empty), key=lambda slot: self._segments[slot].stamp.generation)
+        self._device.release(empty, left, self.namespace)
 
     # ---- reading
 
