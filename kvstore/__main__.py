@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
@@ -66,6 +67,7 @@ class Options(BaseModel):
     listen: str = "127.0.0.1:7600"
     advertise: str | None = None
     unix_socket: str | None = None
+    unix_uids: str = ""
     namespace: str = "default"
     namespaces: Path | None = None
     nats: str = messages.DEFAULT_NATS
@@ -95,6 +97,11 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--listen", help="host:port to serve on; default 127.0.0.1:7600")
     parser.add_argument("--advertise", help="host:port under which clients reach it; default: --listen")
     parser.add_argument("--unix-socket", help="path for clients on this host; default: DIR/target.sock, '' for none")
+    parser.add_argument(
+        "--unix-uids",
+        help="user ids that may use the UNIX socket, with commas between them, or 'any'; default: this process's own. "
+        "Others are served over TCP",
+    )
     parser.add_argument("--namespace", help="whose chunks these are; clients must name the same; default 'default'")
     parser.add_argument(
         "--namespaces",
@@ -198,8 +205,18 @@ async def serve(options: Options) -> None:
         await _serve_one(options)
 
 
+def _unix_uids(options: Options) -> frozenset[int] | None:
+    """Who may use the UNIX socket; None: everybody."""
+    if options.unix_uids == "any":
+        return None
+    parts = [part.strip() for part in options.unix_uids.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError("unix-uids", options.unix_uids, "numbers with commas between them, or 'any'")
+    return frozenset({os.getuid(), *map(int, parts)})
+
+
 async def _serve_tenants(options: Options, path: Path) -> None:
-    grants = tenants.load(path)
+    grants, unix_uids = tenants.load(path), _unix_uids(options)
     listener = _listen("listen", options.listen)
     name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
     rack = Rack(
@@ -211,7 +228,9 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     )
     line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
     unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
-    settings = Settings(name, options.capacity, options.buffers, options.hot, unix_path, options.carrier, options.etcd)
+    settings = Settings(
+        name, options.capacity, options.buffers, options.hot, unix_path, options.carrier, options.etcd, unix_uids
+    )
     tenancy = Tenancy(path, rack, settings, line)
     await tenancy.begin(grants)
     _show_metrics(options, LabelledMetrics(tenancy.lobby))
@@ -259,6 +278,7 @@ def _stop_signal() -> asyncio.Event:
 
 async def _serve_one(options: Options) -> None:
     namespace = messages.checked_namespace(options.namespace)
+    unix_uids = _unix_uids(options)
     listener = _listen("listen", options.listen)
     name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
     shelf = _open_shelf(options, namespace)
@@ -278,6 +298,7 @@ async def _serve_one(options: Options) -> None:
         connections_max=options.connections,
         unix_path=unix_path,
         carrier=options.carrier,
+        unix_uids=unix_uids,
     )
     _show_metrics(options, Metrics(target), target.registry)
     if unix_path:

@@ -38,6 +38,7 @@ class Settings:
     unix_path: str
     carrier: str
     etcd: str | None
+    unix_uids: frozenset[int] | None
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Tenancy:
     """Serves the namespaces of a file. For one event loop; `rack` is this object's to close."""
 
     def __init__(self, path: Path, rack: Rack, settings: Settings, line: Bus | None):
-        self.lobby = Lobby()
+        self.lobby = Lobby(settings.unix_uids)
         self._path = path
         self._rack = rack
         self._settings = settings

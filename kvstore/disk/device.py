@@ -144,7 +144,7 @@ class Device:
             self._free = deque(slot for slot in self._free if slot not in slots)
 
     def claim(self, count: int) -> list[int]:
-        """Up to `count` free slots; those with values of a namespace that left, which may come back, only if need be."""
+        """Up to `count` free slots; those with values of a namespace that left, which may come back, at last."""
         with self._lock:
             return [self._free.popleft() for _ in range(min(count, len(self._free)))]
 

@@ -37,6 +37,10 @@ BACKOFF_SECONDS = (0.5, 15.0)
 # One that says nothing at all for so long, over as many requests as that takes, did not answer.
 SILENT_SECONDS = 0.5
 
+# A UNIX socket answers at once, or somebody else has its path; then TCP is used for so long.
+NEAR_SECONDS = 1.0
+FAR_SECONDS = 15.0
+
 
 def good_connections() -> int:
     """How many connections to a target bring most on this host. Out of a target's memory, over a UNIX socket, 8 bring
@@ -221,8 +225,8 @@ class _TargetLine:
         self._carrier_greeting = b""
         self._carrier_target = ""
         self._hello = hello
-        self._address = target
-        self._name = ""  # as which it greeted over TCP
+        self._far_until = 0.0  # no UNIX socket before
+        self._near: wire.Welcome | None = None  # over TCP, if the target's UNIX socket is in use
         self._free: list[Stream] = []
         self._busy: dict[Stream, int] = {}  # and how many bytes each had received when it became busy
         self._received_bytes = 0  # on streams while they were busy
@@ -379,45 +383,49 @@ class _TargetLine:
             if stream.is_idle():
                 return stream
             stream.close()
-        address = self._address
+        if self._near:
+            try:
+                return self._connect_near(self._near, deadline)
+            except _FAILURES:
+                self._near = None  # gone, or another start of the target: greet anew over TCP
+        stream = transport.connect(self._target, deadline)
         try:
-            stream = transport.connect(address, deadline)
-        except OSError:
-            self._address = self._target  # a UNIX socket that is gone: greet anew over TCP next time
-            raise
-        try:
-            welcome = self._greet(stream, deadline)
-            if address != self._target and welcome.target != self._name:
-                self._address = self._target
-                raise ProtocolError(f"{address} greets as {welcome.target!r}, not as {self._name!r}")
-            if welcome.unix_path and address == self._target:
-                self._name = welcome.target
-                if near := self._nearer(welcome, deadline):
-                    stream.close()
-                    stream = near
+            welcome = self._greet(stream, self._hello, deadline)
+            near = self._nearer(welcome, deadline)
         except BaseException:
             stream.close()
             raise
-        return stream
+        if near is None:
+            return stream
+        stream.close()
+        self._near = welcome
+        return near
 
     def _nearer(self, welcome: wire.Welcome, deadline: float) -> Stream | None:
-        """A connection to the target's UNIX socket; None if there is none, or somebody else answers there."""
-        try:
-            stream = transport.connect(welcome.unix_path, deadline)
-        except OSError:
+        """A connection to the target's UNIX socket, if it has one and nobody else answers there."""
+        if not welcome.unix_path or time.monotonic() < self._far_until:
             return None
         try:
-            near = self._greet(stream, deadline)
+            return self._connect_near(welcome, deadline)
+        except _FAILURES as error:
+            self._far_until = time.monotonic() + FAR_SECONDS
+            reason = str(error) or type(error).__name__
+            logger.warning("%s: staying with TCP, %r is not used: %s", self._target, welcome.unix_path, reason)
+            return None
+
+    def _connect_near(self, welcome: wire.Welcome, deadline: float) -> Stream:
+        """A connection to the UNIX socket of the target that gave this welcome over TCP. Whoever is silent there does
+        not get all the time there is."""
+        deadline = min(deadline, time.monotonic() + NEAR_SECONDS)
+        stream = transport.connect(welcome.unix_path, deadline)
+        try:
+            hello = msgspec.structs.replace(self._hello, pass_id=welcome.pass_id)
+            near = self._greet(stream, hello, deadline, welcome)
             if (near.target, near.epoch) != (welcome.target, welcome.epoch):
                 raise ProtocolError(f"it greets as {near.target!r}, not as {welcome.target!r}")
-        except TimeoutError:
+        except BaseException:
             stream.close()
             raise
-        except _FAILURES as error:
-            stream.close()
-            logger.warning("%s: not using %r: %s", self._target, welcome.unix_path, error)
-            return None
-        self._address = welcome.unix_path
         return stream
 
     @contextlib.contextmanager
@@ -433,9 +441,11 @@ class _TargetLine:
             with self._lock:
                 self._received_bytes += stream.received_bytes - self._busy.pop(stream)
 
-    def _greet(self, stream: Stream, deadline: float) -> wire.Welcome:
+    def _greet(
+        self, stream: Stream, hello: wire.Hello, deadline: float, over_tcp: wire.Welcome | None = None
+    ) -> wire.Welcome:
         with self._abortable(stream):
-            welcome = _greet(stream, self._hello, self._credential, deadline)
+            welcome = _greet(stream, hello, self._credential, over_tcp, deadline)
         self._value_bytes_max = welcome.value_bytes_max
         if self._carrier is not None and welcome.carrier_greeting:
             with self._lock:
@@ -463,15 +473,33 @@ class _TargetLine:
         logger.warning("%s: %s; next try in %.1f s", self._target, reason, pause)
 
 
-def _greet(stream: Stream, hello: wire.Hello, credential: Credential | None, deadline: float) -> wire.Welcome:
-    """Say who this is and learn who the target is; with a credential, both prove it. Raises ProtocolError."""
+def _greet(
+    stream: Stream,
+    hello: wire.Hello,
+    credential: Credential | None,
+    over_tcp: wire.Welcome | None,
+    deadline: float,
+) -> wire.Welcome:
+    """Say who this is and learn who the target is; with a credential, both prove it. On a UNIX socket the target proves
+    that it is the one that gave the pass `over_tcp`. Raises ProtocolError."""
     hello = msgspec.structs.replace(hello, nonce=secrets.token_bytes(wire.NONCE_BYTES))
     stream.send([wire.encode(Header(Op.HELLO), hello)], deadline)
     header = _expect(stream, (Op.WELCOME, Op.CHALLENGE), 0, deadline)
-    if header.op is Op.WELCOME:
-        if credential is not None:
-            raise ProtocolError("the target does not ask for the credential, and so does not prove that it knows it")
-        return wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
+    if header.op is Op.CHALLENGE:
+        return _prove(stream, hello, credential, header, deadline)
+    if credential is not None:
+        raise ProtocolError("the target does not ask for the credential, and so does not prove that it knows it")
+    welcome = wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
+    if over_tcp is not None and over_tcp.pass_key:  # targets to release 0.2 give none
+        said = wire.transcript(hello, wire.Challenge(b""), welcome)
+        if len(over_tcp.pass_key) != wire.NONCE_BYTES or not Credential(over_tcp.pass_key).signed(welcome.proof, said):
+            raise ProtocolError("another one than the target that named this path answers there")
+    return welcome
+
+
+def _prove(
+    stream: Stream, hello: wire.Hello, credential: Credential | None, header: Header, deadline: float
+) -> wire.Welcome:
     challenge = wire.decode_control(stream.receive_control(header, deadline), wire.Challenge)
     if credential is None:
         raise ProtocolError(f"the target asks for a credential of namespace {hello.namespace!r}, and none was given")

@@ -10,10 +10,11 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Collection
 from typing import NamedTuple
 
 from kvstore.credentials import Credential
-from kvstore.net import wire
+from kvstore.net import transport, wire
 from kvstore.net.target import Target
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, ProtocolError
@@ -37,9 +38,11 @@ class Member(NamedTuple):
 
 
 class Lobby:
-    """Listens for the targets of several namespaces. Thread-safe."""
+    """Listens for the targets of several namespaces. Thread-safe. Only users of `unix_uids` are heard on a UNIX socket;
+    None: all who can open it."""
 
-    def __init__(self) -> None:
+    def __init__(self, unix_uids: Collection[int] | None = None) -> None:
+        self._unix_uids = unix_uids
         self._members: dict[str, Member] = {}
         self._nobody = Credential.random()  # of namespaces that are not served: a proof of it costs the same
         self._listeners: list[socket.socket] = []
@@ -99,6 +102,9 @@ class Lobby:
             except OSError:
                 if not self._stopping:
                     time.sleep(0.1)  # out of descriptors, most likely: others will close theirs
+                continue
+            if not transport.is_permitted(sock, self._unix_uids):
+                sock.close()
                 continue
             stream = Stream(sock)
             try:

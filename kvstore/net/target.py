@@ -7,17 +7,19 @@ buffers, which is also the hot cache.
 
 import contextlib
 import logging
+import secrets
 import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client import Counter as PrometheusCounter
 
+from kvstore.credentials import Credential
 from kvstore.disk.buffers import Buffer, BufferPool
 from kvstore.disk.log import Log, Value
 from kvstore.disk.shelf import Shelf
@@ -57,7 +59,7 @@ class Target:
     """Serves `shelf` on listening sockets until `stop`. `name` is the address under which clients know it.
 
     `buffer_bytes` of memory are for payloads on their way, and with `hot_bytes` as much more for those that were there
-    last.
+    last. Only users of `unix_uids` are served on a UNIX socket; None: all who can open it.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Target:
         connections_max: int = 512,
         unix_path: str = "",
         carrier: str = "",
+        unix_uids: Collection[int] | None = None,
         readable: bool = True,
         writable: bool = True,
     ):
@@ -85,6 +88,8 @@ class Target:
         self._lender = lender(carrier, self.pool.arena) if carrier else None
         self._namespace = namespace
         self._unix_path = unix_path
+        self._unix_uids = unix_uids
+        self._passes = Credential.random()
         self._boot_id = transport.boot_id()
         # Where memory is scarce, what is read at once is a small part of it, too.
         self._batch_bytes = min(BATCH_BYTES, self.pool.arena.total_bytes // 64)
@@ -148,6 +153,9 @@ class Target:
             except OSError:
                 if not self._stopping:
                     time.sleep(0.1)  # out of descriptors, most likely: others will close theirs
+                continue
+            if not transport.is_permitted(sock, self._unix_uids):
+                sock.close()
                 continue
             with self._lock:
                 if len(self._connections) >= self.connections_max:
@@ -253,9 +261,22 @@ class Target:
         welcome = wire.Welcome(self.name, self.epoch, limit, near, greeting)
         if sign is not None:
             welcome = msgspec.structs.replace(welcome, proof=sign(welcome))
+        elif hello.pass_id:
+            proof = self._pass(hello.pass_id).sign(wire.transcript(hello, wire.Challenge(b""), welcome))
+            welcome = msgspec.structs.replace(welcome, proof=proof)
+        elif near and not connection.incoming.is_unix:
+            pass_id = secrets.token_bytes(wire.NONCE_BYTES)
+            welcome = msgspec.structs.replace(welcome, pass_id=pass_id, pass_key=self._pass_key(pass_id))
         connection.owe(1)
         connection.send([_Message([wire.encode(Header(Op.WELCOME, header.request), welcome)])])
         return hello.client
+
+    def _pass_key(self, pass_id: bytes) -> bytes:
+        """What one client was told over TCP alone. Nothing has to be kept for it."""
+        return self._passes.sign([b"kvtier 1 pass", pass_id])
+
+    def _pass(self, pass_id: bytes) -> Credential:
+        return Credential(self._pass_key(pass_id))
 
     def _answer(self, connection: "_Connection", header: Header, control: bytearray) -> None:
         match header.op:

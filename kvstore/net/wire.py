@@ -92,6 +92,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
     boot_id: Name  # of the client's kernel: the same as the target's means the same host
     carrier: Name = ""  # by which the client would rather have its data
     nonce: Nonce = b""  # 32 random bytes; clients to release 0.2 have none
+    pass_id: Nonce = b""  # on a UNIX socket: of the pass that came over TCP
 
 
 class Challenge(msgspec.Struct, array_like=True, frozen=True):
@@ -108,7 +109,10 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True):
     value_bytes_max: int
     unix_path: str  # "" if the target is not on the client's host
     carrier_greeting: bytes = b""  # if the target has the carrier: from now on hits are PLACED
-    proof: Proof = b""  # after a CHALLENGE: that the target knows the credential, too
+    proof: Proof = b""  # after a CHALLENGE: that the target knows the credential; on a UNIX socket: the pass
+    # Over TCP, with the path of a UNIX socket: what the target has to prove there, so that it is no other.
+    pass_id: Nonce = b""
+    pass_key: Proof = b""
 
 
 class Get(msgspec.Struct, array_like=True, frozen=True):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from crc32c import crc32c
 
 from benchmarks.store.tenants import CHANGE_MAX, NAMES, Site, Tenants, flood, running
 from benchmarks.store.tenants import item as tenant_item
@@ -579,3 +580,98 @@ def test_wire_bounds() -> None:
     for struct in (wire.Challenge(bytes(33)), wire.Prove(bytes(33)), wire.Hello("a", "b", "c", "", bytes(33))):
         with pytest.raises(ProtocolError):
             wire.decode_control(msgspec.msgpack.encode(struct), type(struct))
+
+
+# ---- the UNIX socket
+
+
+class Hijacker:
+    """Listens on a target's path; greets as that target, and has every key."""
+
+    def __init__(self, path: str, greets_as: wire.Welcome, *, silent: bool = False):
+        Path(path).unlink()
+        self._listener = transport.listen(path)
+        self._greets_as = greets_as
+        self._silent = silent
+        self.asked = 0
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            stream = Stream(self._listener.accept()[0])
+            header = stream.receive_header(soon())
+            stream.receive_control(header, soon())
+            if self._silent:
+                continue
+            stream.send([wire.encode(Header(Op.WELCOME), self._greets_as)], soon())
+            try:
+                header = stream.receive_header(soon())
+            except OSError:
+                continue
+            self.asked += 1
+            value = bytes(100_000)
+            answer = Header(Op.VALUE, header.request, Outcome.HIT, 0, crc32c(value), data_bytes=len(value))
+            stream.send([wire.encode(answer), value], soon())
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("greeted_before", [False, True])
+def test_a_hijacked_unix_path_is_not_believed(
+    start_target: Callable[..., RunningTarget], silent: bool, greeted_before: bool
+) -> None:
+    """It answered for a key that was never put."""
+    target = start_target(unix=True)
+    store = target.client()
+    if greeted_before:
+        assert store.put([item(1)], soon()) == [Outcome.STORED]
+        for stream in store._line(target.address)._free:
+            stream.abort()
+    name, epoch, path = target.address, target.log.epoch, target.target._unix_path
+    hijacker = Hijacker(path, wire.Welcome(name, epoch, 4 * MIB, "", proof=bytes(32)), silent=silent)
+    room = memoryview(bytearray(100_000))
+    assert store.get([key(99)], [room], soon()) == [Outcome.MISS]
+    assert store.put([item(1)], soon()) == [Outcome.STORED]
+    assert store.get([key(1)], [room], soon()) == [Outcome.HIT]
+    assert bytes(room) == payload(1)
+    assert hijacker.asked == 0
+    store.close()
+
+
+def test_without_a_pass_the_hijacker_would_be_believed(start_target: Callable[..., RunningTarget]) -> None:
+    """The control: a target of release 0.2, whose UNIX socket has nothing to prove."""
+    target = start_target(unix=True)
+    target.target._pass_key = lambda pass_id: b""  # type: ignore[method-assign]
+    hijacker = Hijacker(target.target._unix_path, wire.Welcome(target.address, target.log.epoch, 4 * MIB, ""))
+    store = target.client()
+    assert store.get([key(99)], [memoryview(bytearray(100_000))], soon()) == [Outcome.HIT]
+    assert hijacker.asked == 1
+    store.close()
+
+
+def test_a_unix_socket_is_for_its_users(start_target: Callable[..., RunningTarget], tmp_path: Path) -> None:
+    other, own = os.getuid() + 1, os.getuid()
+    target = start_target(unix=True)
+    store = target.client()
+    target.target._unix_uids = {other}
+    assert store.put([item(1)], soon()) == [Outcome.STORED]  # over TCP
+    assert store._line(target.address)._near is None
+    store.close()
+    target.target._unix_uids = {own}
+    store = target.client()
+    assert store.put([item(1)], soon()) == [Outcome.STORED]
+    assert store._line(target.address)._near is not None
+    store.close()
+
+
+def test_after_a_restart_the_unix_socket_is_used_again(arguments: list[str]) -> None:
+    process = Process(*arguments).ready()
+    store = StoreClient(StaticMembership([arguments[3]]))
+    line = store._line(arguments[3])
+    for _ in range(2):
+        eventually(lambda: store.put([item(1)], soon()) == [Outcome.STORED])
+        assert line._near is not None
+        process.end(signal.SIGKILL)
+        process = Process(*arguments).ready()
+    eventually(lambda: store.exists([key(1)], soon()) == [Outcome.HIT])
+    process.end(signal.SIGTERM)
+    store.close()
