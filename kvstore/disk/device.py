@@ -107,10 +107,15 @@ class Device:
 
     def add(self, namespace: str) -> None:
         """From now on there is this namespace, too; with a new epoch, also if it was there before."""
-        with self._lock:
-            if namespace not in names(self._block):
-                self._block.namespaces.append(namespace)
-        self._write()
+        new = namespace not in names(self._block)
+        if new:
+            self._block.namespaces.append(namespace)
+        try:
+            self._write()
+        except ConfigError:
+            if new:
+                self._block.namespaces.remove(namespace)
+            raise
 
     def store_id(self, namespace: str) -> int:
         return store_id(self._block, namespace)

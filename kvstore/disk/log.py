@@ -209,6 +209,8 @@ class Log:
                 with self._changed:
                     self._set_slots(capacity_bytes // self.segment_bytes)
                     self._eviction.resize(self.slots)
+                if self.slots < SLOTS_MIN:
+                    self._end_rewriting()
             slots = self._device.claim(self.slots - len(self._held))
             with self._changed:
                 self._held.update(slots)
@@ -223,6 +225,16 @@ class Log:
                     self._segments.pop(slot, None)
                 self._device.release([slot])
             self._make_room(self._ahead)
+
+    def _end_rewriting(self) -> None:
+        """Seal the segment of values written again: of few slots it would keep one for ever. With `_rolling` held, so
+        that nobody writes to it."""
+        with self._changed:
+            main = self._heads.pop(Queue.MAIN, None)
+            if main is not None:
+                main.full = True
+        if main is not None:
+            self._seal(main)
 
     @property
     def value_bytes_max(self) -> int:

@@ -21,8 +21,8 @@ from kvstore.net.wire import Header, Op, ProtocolError
 
 logger = logging.getLogger(__name__)
 
-# A greeting is a few hundred bytes each way.
 GREETING_SECONDS = 5.0
+GREETING_BYTES_MAX = 8 << 10  # of a frame: four names of 256 characters, and the nonces
 # Whoever was not greeted yet belongs to no namespace. When there are more, the one that came first has to go: a flood
 # of connections that say nothing keeps nobody out who is quick.
 GREETINGS_MAX = 256
@@ -103,20 +103,25 @@ class Lobby:
                 if not self._stopping:
                     time.sleep(0.1)  # out of descriptors, most likely: others will close theirs
                 continue
-            if not transport.is_permitted(sock, self._unix_uids):
-                sock.close()
-                continue
-            stream = Stream(sock)
             try:
-                with self._lock:
-                    self._greeting[stream] = None
-                    if len(self._greeting) > GREETINGS_MAX:
-                        next(iter(self._greeting)).abort()
-                threading.Thread(target=self._session, args=(stream,), name="kvtier-session", daemon=True).start()
-            except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
+                if not transport.is_permitted(sock, self._unix_uids):
+                    sock.close()
+                    continue
+                self._begin(Stream(sock))
+            except (OSError, RuntimeError) as error:  # the client is gone, or no descriptor or thread to be had
                 logger.error("a client cannot be served: %s", error)
-                self._forget(stream)
                 sock.close()
+
+    def _begin(self, stream: Stream) -> None:
+        with self._lock:
+            self._greeting[stream] = None
+            if len(self._greeting) > GREETINGS_MAX:
+                next(iter(self._greeting)).abort()
+        try:
+            threading.Thread(target=self._session, args=(stream,), name="kvtier-session", daemon=True).start()
+        except RuntimeError:
+            self._forget(stream)
+            raise
 
     def _forget(self, stream: Stream) -> None:
         with self._lock:
@@ -173,4 +178,6 @@ def _expect(stream: Stream, op: Op, deadline: float) -> Header:
     header = stream.receive_header(deadline)
     if header.op is not op:
         raise ProtocolError(f"{op.name} was expected, not {header.op.name}")
+    if header.control_bytes > GREETING_BYTES_MAX:
+        raise ProtocolError(f"{op.name} of {header.control_bytes} bytes, at most {GREETING_BYTES_MAX}")
     return header

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -499,6 +500,51 @@ def test_a_restart_with_a_changed_file(tmp_path: Path, arguments: list[str], num
     assert (held(where, "b"), held(where, "c")) == (EVERY, set())
     assert outcome_for(where, "a", SECRETS["a"]) is Outcome.UNREACHABLE
     process.end(signal.SIGTERM)
+
+
+def test_kills_under_load_lose_and_mix_nothing(tmp_path: Path, arguments: list[str], seed: int) -> None:
+    """Three namespaces put under equal keys until the target is killed: what was acknowledged is there, and one's own.
+    Quotas are small, so that segments are sealed, emptied and reused all the time."""
+    where, chance = arguments[3], random.Random(seed)
+    path = names_file(tmp_path, dict.fromkeys("abc", "16MiB"))
+    counts = dict.fromkeys("abc", 0)
+    for _ in range(4):
+        process = Process(*arguments, "--namespaces", str(path)).ready()
+        acked: dict[str, list[int]] = {name: [] for name in counts}
+
+        def put(name: str, acked: list[int]) -> None:
+            store = client(where, name, SECRETS[name])
+            while True:
+                numbers = range(counts[name], counts[name] + 8)
+                items = [item(number, 20_000)._replace(payload=own(name, number)) for number in numbers]
+                outcomes = store.put(items, soon())
+                if Outcome.UNREACHABLE in outcomes:
+                    store.close()
+                    return
+                counts[name] += len(items)
+                acked += [number for number, one in zip(numbers, outcomes, strict=True) if one is Outcome.STORED]
+
+        threads = [threading.Thread(target=put, args=(name, acked[name])) for name in counts]
+        for thread in threads:
+            thread.start()
+        time.sleep(chance.uniform(0.5, 1.5))
+        process.end(signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+        again = Process(*arguments, "--namespaces", str(path)).ready()
+        for name in counts:
+            store = client(where, name, SECRETS[name])
+            newest = acked[name][-100:]  # of 500 that fit
+            rooms = [memoryview(bytearray(20_000)) for _ in newest]
+            assert len(newest) > 10
+            assert set(store.get([key(number) for number in newest], rooms, soon())) == {Outcome.HIT}
+            assert all(room == own(name, number) for number, room in zip(newest, rooms, strict=True))
+            store.close()
+        again.end(signal.SIGKILL)
+
+
+def own(name: str, number: int) -> memoryview:
+    return memoryview(payload(1_000_000 * ord(name) + number, 20_000))
 
 
 def test_a_target_restarted_under_another_namespace_does_not_start(tmp_path: Path, arguments: list[str]) -> None:

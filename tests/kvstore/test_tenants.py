@@ -1,8 +1,10 @@
 """Several namespaces on one target: nobody sees, starves or evicts another's values, whatever is restarted."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -15,8 +17,9 @@ from kvstore.disk.device import Device
 from kvstore.disk.files import Files
 from kvstore.disk.log import Log, Value
 from kvstore.disk.shelf import Rack, Shelf
-from kvstore.disk.space import Superblock
+from kvstore.disk.space import StoppedStore, Superblock
 from kvstore.errors import ConfigError
+from kvstore.tools.scrub import Scrub
 from tests.conftest import MIB, append, key, payload, read
 from tests.kvstore.test_key_versions import OLD, STORE, old_segment
 
@@ -286,3 +289,50 @@ def test_a_device_that_cannot_name_all_is_refused(tmp_path: Path) -> None:
     many = [f"{number:064d}" for number in range(80)]
     with pytest.raises(ConfigError, match="namespaces: '80' given, expected fewer"):
         Device(place, 9 * SEGMENT, many, shared=True, segment_bytes=SEGMENT, files=Files())
+
+
+@pytest.mark.parametrize("slots", [2, 3, 12])
+def test_a_namespace_that_shrinks_goes_on_storing(tmp_path: Path, slots: int) -> None:
+    """Also if it has been writing values again, and has few segments from now on."""
+    rack = make_rack(tmp_path, {"a": 24})
+    a = rack.shelves["a"]
+    for number in range(300):
+        assert store(a, number, content_of("a", number))
+        for hot in range(0, 100, 25):
+            a.of(key(hot)).used(key(hot))
+    assert a.stats().rewritten_bytes
+    rack.change({"a": slots * SEGMENT})
+    assert a.held_bytes == slots * SEGMENT
+    for number in range(1000, 1100):
+        assert store(a, number, content_of("a", number))
+    assert 0 < sound(a, "a") <= 10 * slots
+    rack.change({"a": 24 * SEGMENT})
+    for number in range(2000, 2150):
+        assert store(a, number, content_of("a", number))
+    assert sound(a, "a") > 150
+    rack.close()
+
+
+def test_a_reader_keeps_its_place_when_the_namespace_goes(tmp_path: Path) -> None:
+    """A slot that somebody still reads is nobody else's."""
+    rack = make_rack(tmp_path, {"a": 8, "b": 16})
+    a = filled(rack, "a")
+    (log,) = a.logs
+    read_slots = {segment.slot for segment in log._segments.values() if len(segment)}
+    for slot in read_slots:
+        log._segments[slot].readers += 1
+    rack.change({"b": 16 * SEGMENT, "c": 8 * SEGMENT})
+    (other,) = rack.shelves["c"].logs
+    assert not other._held & read_slots
+    assert store(rack.shelves["c"], 1, content_of("c", 1))
+    rack.close()
+
+
+def test_verify_checks_all_namespaces(tmp_path: Path) -> None:
+    rack = make_rack(tmp_path, {"a": 8, "b": 8})
+    filled(rack, "a"), filled(rack, "b")
+    rack.close()
+    with contextlib.closing(StoppedStore(tmp_path, Files())) as stopped, ThreadPoolExecutor(2) as pool:
+        reports = list(Scrub(stopped, Files(), pool).reports())
+    assert sum(report.live for report in reports) == 80
+    assert not any(report.corrupt or report.superseded for report in reports)
