@@ -193,7 +193,7 @@ class LabelledMetrics(Collector):
                 merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 merged.samples += [one._replace(labels={**one.labels, "namespace": name}) for one in family.samples]
         yield from families.values()
-        text = "Greetings without a namespace's credential"
+        text = "With --namespaces: greetings that did not prove a namespace's credential"
         yield CounterMetricFamily("kvtier_target_refused_greetings", text, value=self._lobby.refused)
 
 
