@@ -13,10 +13,11 @@ from prometheus_client import CollectorRegistry
 from components.pricing.cost import Speeds
 from components.router.decisions import Decisions
 from components.router.speeds import LiveSpeeds
-from kvstore.__main__ import Metrics
+from kvstore.__main__ import LabelledMetrics, Metrics
 from kvstore.bus.residency import Mirror
 from kvstore.disk.log import Log
 from kvstore.disk.shelf import Shelf
+from kvstore.net.lobby import Lobby
 from kvstore.net.target import Target
 
 _ROOT = Path(__file__).parent.parent
@@ -32,7 +33,7 @@ Made by `python -m graphs.metrics_doc` from the code; a test keeps it current. U
 _TARGETS = """## Targets
 
 On `--metrics-port` (7690 in containers). A target is no component of Dynamo and serves any number of models, so its
-series have neither's labels.
+series have neither's labels. With `--namespaces` each has a label `namespace`.
 
 """
 _ROUTER = """## Router
@@ -78,6 +79,7 @@ def of_target() -> list[Series]:
             target = Target(Shelf([log]), name="", epoch=0, buffer_bytes=64 << 20)
             registry = CollectorRegistry()
             registry.register(Metrics(target))
+            registry.register(LabelledMetrics(Lobby()))
             return [*_registered(registry), *_registered(target.registry)]
         finally:
             log.close()

@@ -4,13 +4,14 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,14 +22,17 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from kvstore import tools
 from kvstore.bus import messages, residency
-from kvstore.bus.messages import Bus, TargetReport
+from kvstore.bus.messages import Bus
 from kvstore.bus.residency import Announcer
+from kvstore.disk.device import Device
 from kvstore.disk.log import Log
-from kvstore.disk.shelf import Shelf
+from kvstore.disk.shelf import Rack, Shelf
 from kvstore.errors import ConfigError, UnavailableError, run_command, validated
-from kvstore.net import membership, transport
+from kvstore.net import membership, tenants, transport
+from kvstore.net.lobby import Lobby
 from kvstore.net.target import Target
 from kvstore.net.wire import Outcome
+from kvstore.tenancy import Settings, Tenancy, report
 
 logger = logging.getLogger("kvstore")
 
@@ -63,7 +67,9 @@ class Options(BaseModel):
     listen: str = "127.0.0.1:7600"
     advertise: str | None = None
     unix_socket: str | None = None
+    unix_uids: str = ""
     namespace: str = "default"
+    namespaces: Path | None = None
     nats: str = messages.DEFAULT_NATS
     etcd: str | None = None
     buffers: ByteSize = ByteSize(256 << 20)
@@ -91,7 +97,17 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--listen", help="host:port to serve on; default 127.0.0.1:7600")
     parser.add_argument("--advertise", help="host:port under which clients reach it; default: --listen")
     parser.add_argument("--unix-socket", help="path for clients on this host; default: DIR/target.sock, '' for none")
+    parser.add_argument(
+        "--unix-uids",
+        help="user ids that may use the UNIX socket, with commas between them, or 'any'; default: this process's own. "
+        "Others are served over TCP",
+    )
     parser.add_argument("--namespace", help="whose chunks these are; clients must name the same; default 'default'")
+    parser.add_argument(
+        "--namespaces",
+        help="file of namespaces that share the target, each with a credential and a quota (docs/operations.md); read "
+        "again on SIGHUP",
+    )
     parser.add_argument("--nats", help=f"where residency is announced; '' for nowhere; default {messages.DEFAULT_NATS}")
     parser.add_argument("--etcd", help="host:port of an etcd server to register with; default: not registered")
     parser.add_argument("--buffers", help="memory for payloads in flight; default 256MiB")
@@ -99,7 +115,10 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--carrier", help="'nixl' for clients that ask for RDMA; needs the package nixl; default none")
     parser.add_argument("--metrics-port", help="port for Prometheus; default: none")
     parser.add_argument("--log-level", help="debug, info, warning, error; default info")
-    return validated(Options, vars(parser.parse_args(argv)))
+    options = validated(Options, vars(parser.parse_args(argv)))
+    if options.namespaces and "namespace" in options.model_fields_set:
+        raise ConfigError("namespace", options.namespace, "nothing: --namespaces names all of them")
+    return options
 
 
 _OUTCOMES = {
@@ -161,9 +180,105 @@ class Metrics(Collector):
             yield GaugeMetricFamily(f"kvtier_target_{name}", text, value=level)
 
 
+class LabelledMetrics(Collector):
+    """The same of every namespace, told apart by a label. There are as many as the namespaces file has."""
+
+    def __init__(self, lobby: Lobby):
+        self._lobby = lobby
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for name, member in self._lobby.members.items():
+            for family in chain(Metrics(member.target).collect(), member.target.registry.collect()):
+                merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                merged.samples += [one._replace(labels={**one.labels, "namespace": name}) for one in family.samples]
+        yield from families.values()
+        text = "With --namespaces: greetings that did not prove a namespace's credential"
+        yield CounterMetricFamily("kvtier_target_refused_greetings", text, value=self._lobby.refused)
+
+
 async def serve(options: Options) -> None:
     """Run a target until SIGTERM or SIGINT, then let requests finish, seal, and leave."""
+    if options.namespaces:
+        await _serve_tenants(options, options.namespaces)
+    else:
+        await _serve_one(options)
+
+
+def _unix_uids(options: Options) -> frozenset[int] | None:
+    """Who may use the UNIX socket; None: everybody."""
+    if options.unix_uids == "any":
+        return None
+    parts = [part.strip() for part in options.unix_uids.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError("unix-uids", options.unix_uids, "numbers with commas between them, or 'any'")
+    return frozenset({os.getuid(), *map(int, parts)})
+
+
+async def _serve_tenants(options: Options, path: Path) -> None:
+    grants, unix_uids = tenants.load(path), _unix_uids(options)
+    listener = _listen("listen", options.listen)
+    name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
+    rack = Rack(
+        options.dir,
+        options.capacity,
+        grants.quotas,
+        segment_bytes=options.segment_size,
+        sync_seconds=0.0 if options.sync == "seal" else options.sync / 1000,
+    )
+    line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
+    unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
+    settings = Settings(
+        name, options.capacity, options.buffers, options.hot, unix_path, options.carrier, options.etcd, unix_uids
+    )
+    tenancy = Tenancy(path, rack, settings, line)
+    await tenancy.begin(grants)
+    _show_metrics(options, LabelledMetrics(tenancy.lobby))
+    if unix_path:
+        tenancy.lobby.serve(_listen("unix-socket", unix_path))
+    tenancy.lobby.serve(listener)
+    reloads: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        task = asyncio.get_running_loop().create_task(tenancy.reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+    stop = _stop_signal()
+    where = ", ".join(map(str, options.dir))
+    logger.info("serving %d chunks of %s from %s at %s", tenancy.chunks, ", ".join(grants), where, name)
+    print(f"kvstore: ready at {name}", flush=True)
+    await stop.wait()
+    logger.info("stopping")
+    await tenancy.stop()
+    if unix_path:
+        Path(unix_path).unlink(missing_ok=True)
+    if line:
+        await line.close()
+
+
+def _show_metrics(options: Options, *collectors: Collector) -> None:
+    if not options.metrics_port:
+        return
+    for collector in collectors:
+        REGISTRY.register(collector)
+    try:
+        start_http_server(options.metrics_port, "127.0.0.1" if _is_loopback(options.listen) else "0.0.0.0")
+    except OSError as error:
+        raise ConfigError("metrics-port", options.metrics_port, f"a free port ({error})") from None
+
+
+def _stop_signal() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+async def _serve_one(options: Options) -> None:
     namespace = messages.checked_namespace(options.namespace)
+    unix_uids = _unix_uids(options)
     listener = _listen("listen", options.listen)
     name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
     shelf = _open_shelf(options, namespace)
@@ -183,24 +298,17 @@ async def serve(options: Options) -> None:
         connections_max=options.connections,
         unix_path=unix_path,
         carrier=options.carrier,
+        unix_uids=unix_uids,
     )
-    if options.metrics_port:
-        REGISTRY.register(Metrics(target))
-        REGISTRY.register(target.registry)
-        try:
-            start_http_server(options.metrics_port, "127.0.0.1" if _is_loopback(options.listen) else "0.0.0.0")
-        except OSError as error:
-            raise ConfigError("metrics-port", options.metrics_port, f"a free port ({error})") from None
+    _show_metrics(options, Metrics(target), target.registry)
     if unix_path:
         target.serve(_listen("unix-socket", unix_path))
     target.serve(listener)
     tasks: list[asyncio.Task[None]] = []
     if line:
         tasks.append(asyncio.create_task(residency.announce(announcer, line, namespace)))
-        tasks.append(asyncio.create_task(_report(target, line, namespace)))
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        tasks.append(asyncio.create_task(report(target, line, namespace)))
+    stop = _stop_signal()
     where = ", ".join(map(str, options.dir))
     logger.info("serving %d chunks from %s at %s, epoch %d", shelf.stats().entries, where, name, epoch)
     print(f"kvstore: ready at {name}", flush=True)
@@ -218,49 +326,25 @@ async def serve(options: Options) -> None:
         await line.close()
 
 
-async def _report(target: Target, line: Bus, namespace: str) -> None:
-    """Tell the routers once a second how busy the target is, until cancelled."""
-    before, then = target.status(), time.monotonic()
-    while True:
-        await asyncio.sleep(messages.HEARTBEAT_SECONDS)
-        status, now = target.status(), time.monotonic()
-        report = TargetReport(
-            target=status.target,
-            epoch=status.epoch,
-            sent_bytes_per_second=(status.sent_bytes - before.sent_bytes) / (now - then),
-            received_bytes_per_second=(status.received_bytes - before.received_bytes) / (now - then),
-            device_bytes_per_second=target.device_bytes_per_second,
-            waiting_read_bytes=status.waiting_read_bytes,
-            waiting_write_bytes=status.waiting_write_bytes,
-            capacity_bytes=status.capacity_bytes,
-            payload_bytes=status.payload_bytes,
-            connections=status.connections,
-            ts_ms=time.time_ns() // 1_000_000,
-            evicted_age_seconds=status.evicted_age_seconds,
-            corrupt_chunks=status.corrupt_entries,
-            failed_writes=status.failed_writes,
-        )
-        await line.publish(messages.subject(namespace, "speed.target", target.name), report)
-        before, then = status, now
-
-
 def _open_shelf(options: Options, namespace: str) -> Shelf:
     """The logs of all directories; they share the capacity. A directory keeps a file a segment open."""
     _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
+    share = options.capacity // len(options.dir)
+    sync_seconds = 0.0 if options.sync == "seal" else options.sync / 1000
+    devices: list[Device] = []
     logs: list[Log] = []
     try:
         for path in options.dir:
-            log = Log(
-                path,
-                options.capacity // len(options.dir),
-                namespace=namespace,
-                segment_bytes=options.segment_size,
-                sync_seconds=0.0 if options.sync == "seal" else options.sync / 1000,
-            )
+            device = Device(path, share, [namespace], segment_bytes=options.segment_size)
+            devices.append(device)
+        for device in devices:  # not before all of them were found good: a refusal changes nothing
+            log = Log(device.path, share, namespace=namespace, sync_seconds=sync_seconds, device=device)
             logs.append(log)
     except BaseException:
         Shelf(logs).close()
+        for device in devices:
+            device.close()
         raise
     return Shelf(logs)
 

@@ -24,6 +24,11 @@ class ConfigError(Exception):
     def __init__(self, name: str, value: object, expected: str):
         super().__init__(f"{name}: {str(value)!r} given, expected {expected}")
 
+    def within(self, where: str) -> "ConfigError":
+        """The same of a field that is a part of `where`."""
+        self.args = (f"{where}.{self.args[0]}",)
+        return self
+
 
 class UnavailableError(Exception):
     """Something that must answer at start does not, in one line: what, where, and what to do."""

@@ -122,7 +122,7 @@ def build(shape: Shape) -> None:
             table = _table(shape, min(left, shape.entries_a_segment), chance)
             left -= shape.entries_a_segment
             offset, footer = record.pack_footer(table, stamp, shape.segment_bytes)
-            place = log._space.place(slot)
+            place = log._device.place(slot)
             files.write(place.fd, [_aligned(header)], place.offset)
             files.write(place.fd, [_aligned(footer)], place.offset + offset)
 

@@ -89,6 +89,8 @@ _KINDS: dict[Op, type[msgspec.Struct]] = {
     Op.STATUS: wire.Status,
     Op.TAKEN: wire.Taken,
     Op.PLACED: wire.Placed,
+    Op.CHALLENGE: wire.Challenge,
+    Op.PROVE: wire.Prove,
     Op.ERROR: wire.Failure,
 }
 _encode = msgspec.msgpack.Encoder().encode

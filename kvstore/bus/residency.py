@@ -6,6 +6,7 @@ that talks to the bus.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import random
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
+from nats.errors import Error as NatsError
 
 from kvstore.bus import messages
 from kvstore.bus.messages import Bus, Residency, SnapshotPage, SnapshotRequest
@@ -140,15 +142,19 @@ async def announce(announcer: Announcer, line: Bus, namespace: str, *, interval_
         return await asyncio.to_thread(announcer.snapshot_page, request)
 
     target = announcer.target
-    await line.subscribe(messages.subject(namespace, "snapshot", target), SnapshotRequest, page)
+    asked = await line.subscribe(messages.subject(namespace, "snapshot", target), SnapshotRequest, page)
     last = 0.0
-    while True:
-        due = time.monotonic() - last >= messages.HEARTBEAT_SECONDS
-        if announcer.has_changes or due:
-            last = time.monotonic()
-            for message in announcer.announcements():
-                await line.publish(messages.subject(namespace, "residency", target), message)
-        await asyncio.sleep(interval_seconds)
+    try:
+        while True:
+            due = time.monotonic() - last >= messages.HEARTBEAT_SECONDS
+            if announcer.has_changes or due:
+                last = time.monotonic()
+                for message in announcer.announcements():
+                    await line.publish(messages.subject(namespace, "residency", target), message)
+            await asyncio.sleep(interval_seconds)
+    finally:
+        with contextlib.suppress(OSError, NatsError):
+            await asked.unsubscribe()  # the namespace may come back, with another announcer
 
 
 class _Table:

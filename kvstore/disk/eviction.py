@@ -46,10 +46,14 @@ class Eviction:
     """
 
     def __init__(self, slots: int):
-        self._chances = _SECOND_CHANCES_MAX if slots >= SLOTS_MIN else 0
+        self.resize(slots)
         self._line: OrderedDict[int, None] = OrderedDict()  # sealed slots, the next to be looked at first
         self._counters: dict[int, bytearray] = {}  # by slot: how often each value was asked for in this turn
         self._spare = 0.0  # budget that was left by the segment emptied last, over that segment's bytes
+
+    def resize(self, slots: int) -> None:
+        """From now on the log has so many."""
+        self._chances = _SECOND_CHANCES_MAX if slots >= SLOTS_MIN else 0
 
     def opened(self, slot: int) -> None:
         """The slot begins to take values, numbered from 0 in the order of storing."""

@@ -28,19 +28,18 @@ from crc32c import crc32c
 
 from kvstore.disk import record
 from kvstore.disk.buffers import Buffer, aligned
+from kvstore.disk.device import SEGMENT_PAGES_MAX, Device
 from kvstore.disk.eviction import SLOTS_MIN, Eviction, Queue
 from kvstore.disk.files import Files
 from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, SegmentHeader, Stamp, Trailer
-from kvstore.disk.space import Place, open_space
-from kvstore.errors import ConfigError
+from kvstore.disk.space import Place
 from kvstore.keys import KEY_VERSION
 
 logger = logging.getLogger(__name__)
 
 _Stamped = TypeVar("_Stamped", SegmentHeader, Trailer)
 
-GIB = 1 << 30
-_INDEX_BITS = 24  # an index value is slot << 24 | number of the entry in its segment
+_INDEX_BITS = (SEGMENT_PAGES_MAX - 1).bit_length()  # a value is slot << 24 | number of the entry in its segment
 _NUMBER_MASK = (1 << _INDEX_BITS) - 1
 # Device writes over payload accepted. What headers and footers leave of it goes to writing reused chunks again.
 WRITE_AMPLIFICATION_MAX = 1.1
@@ -53,11 +52,6 @@ _PROBES = 16  # records that are asked whether a footer is theirs
 _GHOSTS_MAX = 100_000
 # A reader holds a place for one read of a device. Whoever waits longer for one is refused.
 _READERS_SECONDS = 10.0
-
-
-def default_segment_bytes(capacity_bytes: int) -> int:
-    """256 MiB, as flash likes to be written; 64 MiB in small stores, where eviction by segment would be coarse."""
-    return 256 << 20 if capacity_bytes >= 200 * GIB else 64 << 20
 
 
 class Ledger(Protocol):
@@ -139,9 +133,10 @@ class _Record(NamedTuple):
 class Log:
     """A bounded map from key to immutable payload, in a directory or on a device.
 
-    `capacity_bytes` bounds the segments together. `namespace` is stamped on every record. With `sync_seconds` what was
-    written is synced so often, otherwise when a segment is sealed. Raises ConfigError if the place cannot hold this
-    store.
+    `capacity_bytes` bounds the segments together. `namespace` is whose they are; it is stamped on every record. With
+    `sync_seconds` what was written is synced so often, otherwise when a segment is sealed. On a shared `device`,
+    which its owner has begun and will close, the log is one of several and has its share after `settle`; any other
+    device is the log's own from now on. Raises ConfigError if the place cannot hold this store.
     """
 
     def __init__(
@@ -153,42 +148,93 @@ class Log:
         segment_bytes: int | None = None,
         sync_seconds: float = 0.0,
         files: Files | None = None,
+        device: Device | None = None,
     ):
         self.path = path
-        self.segment_bytes = int(segment_bytes or default_segment_bytes(capacity_bytes))
         self.stats = LogStats()
         self.ledger: Ledger = NoLedger()  # what recovery finds is not told: it is in `entries`
+        self.namespace = namespace
         self._namespace = record.namespace_id(namespace)
-        self._files = files or Files()
         self._changed = threading.Condition()
         self._rolling = threading.RLock()
+        self._closed = threading.Event()
         self._index: dict[bytes, int] = {}
         self._key_versions: Counter[int] = Counter()  # of the visible chunks
         self._writing: set[bytes] = set()
         self._segments: dict[int, _Segment] = {}
         self._heads: dict[Queue, _Segment] = {}
         self._emptied: deque[int] = deque()
+        self._held: set[int] = set()  # slots that are this log's
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()  # evicted keys, the oldest first
-        self._generation = 0
-        _check_size(capacity_bytes, self.segment_bytes)
-        self._space = open_space(path, capacity_bytes, self.segment_bytes, self._files)
-        self.slots = self._space.slots
-        # One slot to write to while another is emptied; where chunks are written again, one for those, too.
-        self._ahead = 1 if self.slots < SLOTS_MIN else 2
-        self._eviction = Eviction(self.slots)
+        if device is None:
+            device = Device(path, capacity_bytes, [namespace], segment_bytes=segment_bytes, files=files)
+        self._owns_device = not device.shared
+        if self._owns_device:
+            device.begin()
+        self._device = device
+        self._files = device.files
+        self.segment_bytes = device.segment_bytes
+        self.store_id, self.epoch = device.store_id(namespace), device.epoch
+        self._set_slots(device.slots if self._owns_device else capacity_bytes // self.segment_bytes)
         try:
-            _check_slots(self.slots, capacity_bytes, self.segment_bytes)
-            block = self._space.begin()
-            self.store_id, self.epoch = block.store, block.epoch
             self._recover()
+            if self._owns_device:
+                self.settle()
         except BaseException:
-            self._space.close()
+            if self._owns_device:
+                device.close()
             raise
-        self._closed = threading.Event()
         if sync_seconds:
             threading.Thread(target=self._sync_often, args=(sync_seconds,), name="kvtier-sync", daemon=True).start()
 
+    def _set_slots(self, slots: int) -> None:
+        self.slots = slots
+        # One slot to write to while another is emptied; where chunks are written again, one for those, too.
+        self._ahead = 1 if slots < SLOTS_MIN else 2
+
     # ---- what callers do
+
+    @property
+    def held_bytes(self) -> int:
+        """Space that is this log's."""
+        return len(self._held) * self.segment_bytes
+
+    def settle(self, capacity_bytes: int | None = None) -> None:
+        """Take free slots of the device up to the log's share, or empty segments and give back what is beyond it. With
+        a capacity, that is the share from now on."""
+        with self._rolling:
+            if self._closed.is_set():
+                return
+            if capacity_bytes is not None:
+                with self._changed:
+                    self._set_slots(capacity_bytes // self.segment_bytes)
+                    self._eviction.resize(self.slots)
+                if self.slots < SLOTS_MIN:
+                    self._end_rewriting()
+            slots = self._device.claim(self.slots - len(self._held))
+            with self._changed:
+                self._held.update(slots)
+                self._emptied.extend(slots)
+                self._changed.notify_all()
+            while len(self._held) > self.slots:
+                slot = self._unread_slot(wait=True)
+                if slot is None:
+                    break
+                with self._changed:
+                    self._held.discard(slot)
+                    self._segments.pop(slot, None)
+                self._device.release([slot])
+            self._make_room(self._ahead)
+
+    def _end_rewriting(self) -> None:
+        """Seal the segment of values written again: of few slots it would keep one for ever. With `_rolling` held, so
+        that nobody writes to it."""
+        with self._changed:
+            main = self._heads.pop(Queue.MAIN, None)
+            if main is not None:
+                main.full = True
+        if main is not None:
+            self._seal(main)
 
     @property
     def value_bytes_max(self) -> int:
@@ -262,7 +308,7 @@ class Log:
         return self._append(values, rewrite=False)
 
     def close(self) -> None:
-        """Wait for writes under way, seal what is being written, and give the space back."""
+        """Wait for reads and writes under way, seal what is being written, and give the space back."""
         self._closed.set()
         with self._rolling:
             with self._changed:
@@ -274,7 +320,18 @@ class Log:
             for head in heads:
                 if len(head):
                     self._seal(head)
+            if not self._owns_device:
+                self._leave()
         self._close_files()
+
+    def _leave(self) -> None:
+        """Let others have the slots; those that somebody still reads or writes, only after the next start."""
+        with self._changed:
+            self._index.clear()
+            unused = [slot for slot in self._held if self._is_unused(slot)]
+        empty = [slot for slot in unused if slot in self._emptied]
+        left = sorted(set(unused).difference(empty), key=lambda slot: self._segments[slot].stamp.generation)
+        self._device.release(empty, left, self.namespace)
 
     # ---- reading
 
@@ -429,6 +486,8 @@ class Log:
         """Begin a segment of `queue` in place of the `full` one, and empty another ahead of need. False if there is no
         slot to be had. A rewrite takes what there is: it is made to empty a slot, so that there is one again."""
         with self._rolling:
+            if self._closed.is_set():
+                return False
             if self._heads.get(queue) is not full:
                 return True  # another thread was quicker
             slot = self._unread_slot(wait=not rewrite)
@@ -459,8 +518,7 @@ class Log:
         while True:
             with self._changed:
                 for slot in self._emptied:
-                    last = self._segments.get(slot)
-                    if last is None or last.readers == last.writers == 0:
+                    if self._is_unused(slot):
                         self._emptied.remove(slot)
                         return slot
                 if not wait:
@@ -472,8 +530,12 @@ class Log:
             if victim is not None:
                 self._clear(*victim)
 
+    def _is_unused(self, slot: int) -> bool:
+        segment = self._segments.get(slot)
+        return segment is None or segment.readers == segment.writers == 0
+
     def _open_slot(self, slot: int, queue: Queue) -> _Segment:
-        segment = self._begin_use(slot, self._space.place(slot), queue)
+        segment = self._begin_use(slot, self._device.place(slot), queue)
         if segment is None:
             raise OSError("its header was not written")
         # A power cut that takes the header and leaves the records would show the slot's last use, overwritten.
@@ -482,8 +544,8 @@ class Log:
 
     def _begin_use(self, slot: int, place: Place, queue: Queue | None) -> _Segment | None:
         """Write the header of a slot's next use; with no queue, that it is empty. Called with `_rolling` held."""
-        self._generation += 1
-        segment = _Segment(slot, Stamp(self.store_id, self._generation), place, queue or Queue.PROBATION)
+        stamp = Stamp(self.store_id, self._device.next_generation())
+        segment = _Segment(slot, stamp, place, queue or Queue.PROBATION)
         header = SegmentHeader(slot, segment.stamp, self.segment_bytes, record.EMPTY if queue is None else queue)
         return segment if self._write(segment, [_page_aligned(record.pack_segment_header(header))], 0) else None
 
@@ -581,7 +643,8 @@ class Log:
 
     def _recover(self) -> None:
         scanning = threading.Lock()  # a scan holds a whole segment in memory: one at a time
-        slots = self._space.used_slots()
+        self._eviction = Eviction(self.slots)
+        slots = self._device.slots_of(self.namespace)
         shares = [slots[start : start + _RECOVERY_SHARE] for start in range(0, len(slots), _RECOVERY_SHARE)]
         found: list[_Segment] = []
         with ThreadPoolExecutor(_RECOVERY_THREADS, thread_name_prefix="kvtier-recovery") as pool:
@@ -603,11 +666,10 @@ class Log:
             elif segment not in self._heads.values():
                 segment.full = True
                 self._seal(segment)
-        self._emptied.extend(slot for slot in range(self.slots) if slot not in self._segments)
-        with self._rolling:
-            self._make_room(self._ahead)
+        self._held.update(self._segments)
+        self._device.take(self._held)
         if found:
-            logger.info("%s: %d chunks in %d segments", self.path, len(self), len(found))
+            logger.info("%s: %d chunks of %s in %d segments", self.path, len(self), self.namespace, len(found))
 
     def _unseal(self, segment: _Segment) -> bool:
         """Make sure that a segment has no footer before it is written to again: if it was misread now and is sound at
@@ -622,7 +684,7 @@ class Log:
 
     def _load_slot(self, slot: int, head: memoryview, tail: memoryview, scanning: threading.Lock) -> _Segment | None:
         try:
-            place = self._space.place(slot)
+            place = self._device.place(slot)
         except OSError as error:
             logger.error("%s, segment %d cannot be opened, its chunks are lost: %s", self.path, slot, error)
             return None
@@ -650,8 +712,7 @@ class Log:
         """A header or trailer if it is this store's. Its generation is never used again: it may have left something."""
         if stamped is None or stamped.stamp.store != self.store_id:
             return None
-        with self._changed:
-            self._generation = max(self._generation, stamped.stamp.generation)
+        self._device.saw_generation(stamped.stamp.generation)
         return stamped
 
     def _without_header(self, slot: int, place: Place, trailer: Trailer, tail: memoryview) -> _Segment | None:
@@ -739,7 +800,8 @@ class Log:
                 into[:] = bytes(len(into))
 
     def _close_files(self) -> None:
-        self._space.close()
+        if self._owns_device:
+            self._device.close()
         self._segments.clear()
         self._index.clear()
 
@@ -767,22 +829,3 @@ def _page_aligned(content: bytes) -> memoryview:
     memory = aligned(len(content) - PAGE_BYTES).view
     memory[:] = content
     return memory
-
-
-def _check_size(capacity_bytes: int, segment_bytes: int) -> None:
-    if segment_bytes % PAGE_BYTES or segment_bytes < 64 * PAGE_BYTES:
-        raise ConfigError("segment-size", segment_bytes, f"a multiple of {PAGE_BYTES}, at least 256 KiB")
-    if capacity_bytes // segment_bytes >> 30:
-        raise ConfigError("segment-size", segment_bytes, "a larger segment: the capacity makes too many of them")
-    if segment_bytes // PAGE_BYTES >> _INDEX_BITS:
-        raise ConfigError("segment-size", segment_bytes, "a smaller segment: it could hold too many chunks")
-
-
-def _check_slots(slots: int, capacity_bytes: int, segment_bytes: int) -> None:
-    if slots < 2:
-        raise ConfigError(
-            "capacity",
-            capacity_bytes,
-            f"at least two segments of {segment_bytes} bytes (one is written while one is emptied); "
-            "give more, or a smaller --segment-size",
-        )

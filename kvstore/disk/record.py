@@ -13,7 +13,7 @@ generation, which grows with every reuse of a slot, so that what an earlier use 
 
 import operator
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,6 +121,15 @@ def unpack_record_header(page: bytes | memoryview, *, stamp: Stamp, page_number:
     entry = unpack_entry(packed, 0)
     same_place = Stamp(store, generation) == stamp and entry.page == page_number and its_namespace == namespace
     return entry if same_place else None
+
+
+def record_namespace(page: bytes | memoryview, stamps: Collection[Stamp]) -> int | None:
+    """The namespace (`namespace_id`) of a record with one of these stamps, or None if this page is not its header."""
+    fields = _checked(page, _RECORD)
+    if fields is None or fields[:3] != (_RECORD_MAGIC, VERSION, PAGE_BYTES):
+        return None
+    *_, store, generation, namespace, _ = fields
+    return int(namespace) if Stamp(store, generation) in stamps else None
 
 
 def pack_segment_header(header: SegmentHeader) -> bytes:

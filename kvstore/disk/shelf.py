@@ -1,13 +1,17 @@
 """Several logs as one: a target with more than one directory or device. A key lies on one of them, by its hash, so that
-losing a device loses its share alone."""
+losing a device loses its share alone. And several such shelves side by side, one a namespace, on the same devices."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import xxhash
 
+from kvstore.disk.device import SLOTS_FEWEST, Device
+from kvstore.disk.files import Files
 from kvstore.disk.log import Ledger, Log, LogStats
 from kvstore.disk.record import Entry
+from kvstore.errors import ConfigError
 
 
 class Shelf:
@@ -60,6 +64,100 @@ class Shelf:
         """How many chunks have a key of each version."""
         return sum((log.key_versions() for log in self.logs), Counter())
 
+    @property
+    def held_bytes(self) -> int:
+        """Space of the devices that is this shelf's."""
+        return sum(log.held_bytes for log in self.logs)
+
+    def settle(self, capacity_bytes: int | None = None) -> None:
+        """Take the space that is this shelf's share, or give back what is beyond it (`Log.settle`)."""
+        for log in self.logs:
+            log.settle(None if capacity_bytes is None else capacity_bytes // len(self.logs))
+
     def close(self) -> None:
         for log in self.logs:
             log.close()
+
+
+class Rack:
+    """A shelf for each namespace, all on the same devices, each within its quota of bytes.
+
+    Quotas together are at most the capacity: a namespace that fills up evicts its own values, and nobody else's. One
+    thread at a time may call its methods. Raises ConfigError if the devices cannot hold this.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        capacity_bytes: int,
+        quotas: Mapping[str, int],
+        *,
+        segment_bytes: int | None = None,
+        sync_seconds: float = 0.0,
+        files: Files | None = None,
+    ):
+        self.shelves: dict[str, Shelf] = {}
+        self._sync_seconds = sync_seconds
+        self._devices: list[Device] = []
+        names, share = list(quotas), capacity_bytes // len(paths)
+        try:
+            for path in paths:
+                self._devices.append(Device(path, share, names, shared=True, segment_bytes=segment_bytes, files=files))
+            self.check(quotas)
+            for device in self._devices:  # not before all of them were found good: a refusal changes nothing
+                device.begin()
+            for name, quota_bytes in quotas.items():
+                self._open(name, quota_bytes)
+            for shelf in self.shelves.values():
+                shelf.settle()
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self, quotas: Mapping[str, int]) -> None:
+        """Raises ConfigError if they do not fit the devices."""
+        segment_bytes = max(device.segment_bytes for device in self._devices)
+        least = SLOTS_FEWEST * segment_bytes * len(self._devices)
+        for name, quota_bytes in quotas.items():
+            if quota_bytes < least:
+                expected = f"at least {least}: two segments of {segment_bytes} bytes in each directory"
+                raise ConfigError(f"namespaces.{name}.quota", quota_bytes, expected)
+        for device in self._devices:
+            slots = sum(quota_bytes // len(self._devices) // device.segment_bytes for quota_bytes in quotas.values())
+            if slots > device.slots:
+                most = sum(device.slots * device.segment_bytes for device in self._devices)
+                expected = f"at most {most} in all, what --capacity makes in whole segments"
+                raise ConfigError("namespaces: the sum of all quotas", sum(quotas.values()), expected)
+
+    def change(self, quotas: Mapping[str, int]) -> None:
+        """Make these the namespaces. The space of those that are not named any more is free: their values are not to be
+        had, and are written over when others need it."""
+        self.check(quotas)
+        for name in [name for name in self.shelves if name not in quotas]:
+            self.shelves.pop(name).close()
+        coming = [name for name in quotas if name not in self.shelves]
+        for name in coming:
+            for device in self._devices:
+                device.add(name)
+            self._open(name, quotas[name])
+        for grows in (False, True):  # what some give back is there for the others
+            for name, shelf in self.shelves.items():
+                if (quotas[name] > shelf.held_bytes) == grows:
+                    shelf.settle(quotas[name])
+
+    def close(self) -> None:
+        for shelf in self.shelves.values():
+            shelf.close()
+        self.shelves.clear()
+        for device in self._devices:
+            device.close()
+        self._devices.clear()
+
+    def _open(self, name: str, quota_bytes: int) -> Shelf:
+        share = quota_bytes // len(self._devices)
+        logs = [
+            Log(device.path, share, namespace=name, sync_seconds=self._sync_seconds, device=device)
+            for device in self._devices
+        ]
+        shelf = self.shelves[name] = Shelf(logs)
+        return shelf

@@ -29,15 +29,21 @@ logger = logging.getLogger(__name__)
 
 # Of a device, before its first segment: two superblocks, of which the later sound one counts.
 _RESERVED_BYTES = 1 << 20
+# Of a superblock that names several namespaces. Releases to 0.2 would serve one's values to another: they must refuse.
+SHARED_VERSION = 2
 # Open files of a process besides its segments, at least.
 _OTHER_FILES = 64
 
 
 class Superblock(msgspec.Struct):
     version: int
-    store: int  # random id, stamped on every header
+    store: int  # random id, of which the stamps on headers are made (device.py)
     segment_bytes: int
     epoch: int  # how often the store was opened
+    namespace: str = (
+        ""  # whose headers are stamped with the store's id; "" in a store of release 0.2 and in a shared one
+    )
+    namespaces: list[str] = []  # others that may have values here
 
 
 class Place(NamedTuple):
@@ -74,20 +80,38 @@ class Space(ABC):
     def _write_superblock(self, block: Superblock) -> None:
         """Durable when it returns; a crash leaves the old one or the new one."""
 
-    def begin(self) -> Superblock:
-        """The superblock of this start, its epoch counted up. Raises ConfigError if it is of another store, or if it
-        cannot be read or written."""
+    @contextlib.contextmanager
+    def reading(self, slot: int) -> Iterator[Place]:
+        """The slot's place, open for reading alone. Raises OSError."""
+        yield self.place(slot)
+
+    def delete_beyond(self) -> None:  # noqa: B027
+        """Delete segments of an earlier, larger capacity."""
+
+    def new_superblock(self, namespace: str) -> Superblock:
+        return Superblock(record.VERSION, secrets.randbits(63), self.segment_bytes, 0, namespace)
+
+    def superblock(self) -> Superblock | None:
+        """The superblock as it is, None in a new store. Raises ConfigError if it is of another store or unreadable."""
         with _oserror_in_words(self.path):
             block = self._read_superblock()
-        block = block or Superblock(record.VERSION, secrets.randbits(63), self.segment_bytes, 0)
+        if block is None:
+            return None
         _check_version(self.path, block)
         if block.segment_bytes != self.segment_bytes:
             expected = f"{block.segment_bytes}, with which this store was made"
             raise ConfigError("segment-size", self.segment_bytes, expected)
-        block.epoch += 1
+        return block
+
+    def check_superblock(self, block: Superblock) -> None:  # noqa: B027
+        """Raises ConfigError if there is no room for it."""
+
+    def write(self, block: Superblock) -> None:
+        """Raises ConfigError if that cannot be done."""
+        block.version = SHARED_VERSION if block.namespaces else record.VERSION
+        self.check_superblock(block)
         with _oserror_in_words(self.path):
             self._write_superblock(block)
-        return block
 
 
 def open_space(path: Path, capacity_bytes: int, segment_bytes: int, files: Files) -> Space:
@@ -117,6 +141,20 @@ class _DirectorySpace(Space):
             self._fds[slot] = self.files.open(_segment_file(self.path, slot), self.segment_bytes)
         return Place(self._fds[slot], 0)
 
+    @contextlib.contextmanager
+    def reading(self, slot: int) -> Iterator[Place]:
+        fd = _open_read_only(_segment_file(self.path, slot))
+        try:
+            yield Place(fd, 0)
+        finally:
+            os.close(fd)
+
+    def delete_beyond(self) -> None:
+        for path in self.path.glob("segment-*.kvt"):
+            if _slot(path) >= self.slots:
+                logger.info("%s is beyond the capacity now: deleted", path)
+                path.unlink()
+
     def used_slots(self) -> list[int]:
         return sorted(_slot(path) for path in self.path.glob("segment-*.kvt"))
 
@@ -144,10 +182,6 @@ class _DirectorySpace(Space):
 
     def _check_room(self, capacity_bytes: int) -> None:
         """A capacity that the file system does not have is refused now, not when the disk is full."""
-        for path in self.path.glob("segment-*.kvt"):
-            if _slot(path) >= self.slots:
-                logger.info("%s is beyond the capacity now: deleted", path)
-                path.unlink()
         held = sum(os.stat(path).st_blocks * 512 for path in self.path.glob("segment-*.kvt"))
         disk = os.statvfs(self.path)
         free = disk.f_bavail * disk.f_frsize
@@ -189,6 +223,13 @@ class _DeviceSpace(Space):
         content = aligned(_RESERVED_BYTES - PAGE_BYTES).view
         self.files.read(self._fd, [content], 0)
         return not any(content)
+
+    def check_superblock(self, block: Superblock) -> None:
+        if len(msgspec.json.encode(block)) > PAGE_BYTES - 64:  # with room for a longer epoch
+            count = len(block.namespaces) + bool(block.namespace)
+            raise ConfigError(
+                "namespaces", count, "fewer, or shorter names: a device's superblock has one page for all"
+            )
 
     def _write_superblock(self, block: Superblock) -> None:
         content = msgspec.json.encode(block)
@@ -312,7 +353,7 @@ def _oserror_in_words(path: Path) -> Iterator[None]:
 
 
 def _check_version(path: Path, block: Superblock) -> None:
-    if block.version != record.VERSION:
+    if block.version not in (record.VERSION, SHARED_VERSION):
         raise ConfigError("dir", path, f"a store of format {record.VERSION}, this one has {block.version}")
 
 

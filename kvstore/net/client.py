@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import msgspec
 from crc32c import crc32c
 
+from kvstore.credentials import Credential
 from kvstore.keys import KEY_VERSION
 from kvstore.net import transport, wire
 from kvstore.net.carrier import Borrower
@@ -34,6 +36,10 @@ SLICE_BYTES = 8 << 20
 BACKOFF_SECONDS = (0.5, 15.0)
 # One that says nothing at all for so long, over as many requests as that takes, did not answer.
 SILENT_SECONDS = 0.5
+
+# A UNIX socket answers at once, or somebody else has its path; then TCP is used for so long.
+NEAR_SECONDS = 1.0
+FAR_SECONDS = 15.0
 
 
 def good_connections() -> int:
@@ -55,7 +61,10 @@ class Item(NamedTuple):
 
 
 class StoreClient:
-    """Talks to all live targets of a namespace. Thread-safe. Every `deadline` is a time.monotonic() value."""
+    """Talks to all live targets of a namespace. Thread-safe. Every `deadline` is a time.monotonic() value.
+
+    With a `credential` only targets are believed that prove to know it.
+    """
 
     def __init__(
         self,
@@ -65,8 +74,10 @@ class StoreClient:
         name: str = "client",
         connections_per_target: int | None = None,
         carrier: Borrower | None = None,
+        credential: Credential | None = None,
     ):
         self._membership = membership
+        self._credential = credential
         self._carrier = carrier
         # The random part tells one client's connections from another's: clients take turns at a target.
         self._hello = wire.Hello(
@@ -174,7 +185,7 @@ class StoreClient:
         with self._lock:
             line = self._targets.get(target)
             if line is None:
-                line = _TargetLine(target, self._hello, self._connections_per_target, self._carrier)
+                line = _TargetLine(target, self._hello, self._connections_per_target, self._carrier, self._credential)
                 self._targets[target] = line
             return line
 
@@ -200,13 +211,22 @@ _FAILURES = (OSError, ProtocolError)  # TimeoutError and ConnectionError are OSE
 class _TargetLine:
     """The connections to one target, and whether it is worth trying."""
 
-    def __init__(self, target: str, hello: wire.Hello, connections_max: int, carrier: Borrower | None):
+    def __init__(
+        self,
+        target: str,
+        hello: wire.Hello,
+        connections_max: int,
+        carrier: Borrower | None,
+        credential: Credential | None,
+    ):
+        self._credential = credential
         self._target = target
         self._carrier = carrier
         self._carrier_greeting = b""
         self._carrier_target = ""
         self._hello = hello
-        self._address = target
+        self._far_until = 0.0  # no UNIX socket before
+        self._near: wire.Welcome | None = None  # over TCP, if the target's UNIX socket is in use
         self._free: list[Stream] = []
         self._busy: dict[Stream, int] = {}  # and how many bytes each had received when it became busy
         self._received_bytes = 0  # on streams while they were busy
@@ -363,21 +383,46 @@ class _TargetLine:
             if stream.is_idle():
                 return stream
             stream.close()
-        address = self._address
+        if self._near:
+            try:
+                return self._connect_near(self._near, deadline)
+            except _FAILURES:
+                self._near = None  # gone, or another start of the target: greet anew over TCP
+        stream = transport.connect(self._target, deadline)
         try:
-            stream = transport.connect(address, deadline)
-        except OSError:
-            self._address = self._target  # a UNIX socket that is gone: greet anew over TCP next time
+            welcome = self._greet(stream, self._hello, deadline)
+            near = self._nearer(welcome, deadline)
+        except BaseException:
+            stream.close()
             raise
+        if near is None:
+            return stream
+        stream.close()
+        self._near = welcome
+        return near
+
+    def _nearer(self, welcome: wire.Welcome, deadline: float) -> Stream | None:
+        """A connection to the target's UNIX socket, if it has one and nobody else answers there."""
+        if not welcome.unix_path or time.monotonic() < self._far_until:
+            return None
         try:
-            welcome = self._greet(stream, deadline)
-            if welcome.unix_path and address == self._target:
-                with contextlib.suppress(OSError):
-                    near = transport.connect(welcome.unix_path, deadline)
-                    stream.close()
-                    stream = near
-                    self._greet(stream, deadline)
-                    self._address = welcome.unix_path
+            return self._connect_near(welcome, deadline)
+        except _FAILURES as error:
+            self._far_until = time.monotonic() + FAR_SECONDS
+            reason = str(error) or type(error).__name__
+            logger.warning("%s: staying with TCP, %r is not used: %s", self._target, welcome.unix_path, reason)
+            return None
+
+    def _connect_near(self, welcome: wire.Welcome, deadline: float) -> Stream:
+        """A connection to the UNIX socket of the target that gave this welcome over TCP. Whoever is silent there does
+        not get all the time there is."""
+        deadline = min(deadline, time.monotonic() + NEAR_SECONDS)
+        stream = transport.connect(welcome.unix_path, deadline)
+        try:
+            hello = msgspec.structs.replace(self._hello, pass_id=welcome.pass_id)
+            near = self._greet(stream, hello, deadline, welcome)
+            if (near.target, near.epoch) != (welcome.target, welcome.epoch):
+                raise ProtocolError(f"it greets as {near.target!r}, not as {welcome.target!r}")
         except BaseException:
             stream.close()
             raise
@@ -396,11 +441,11 @@ class _TargetLine:
             with self._lock:
                 self._received_bytes += stream.received_bytes - self._busy.pop(stream)
 
-    def _greet(self, stream: Stream, deadline: float) -> wire.Welcome:
+    def _greet(
+        self, stream: Stream, hello: wire.Hello, deadline: float, over_tcp: wire.Welcome | None = None
+    ) -> wire.Welcome:
         with self._abortable(stream):
-            stream.send([wire.encode(Header(Op.HELLO), self._hello)], deadline)
-            header = _expect(stream, (Op.WELCOME,), 0, deadline)
-            welcome = wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
+            welcome = _greet(stream, hello, self._credential, over_tcp, deadline)
         self._value_bytes_max = welcome.value_bytes_max
         if self._carrier is not None and welcome.carrier_greeting:
             with self._lock:
@@ -426,6 +471,45 @@ class _TargetLine:
         for stream in free:
             stream.close()
         logger.warning("%s: %s; next try in %.1f s", self._target, reason, pause)
+
+
+def _greet(
+    stream: Stream,
+    hello: wire.Hello,
+    credential: Credential | None,
+    over_tcp: wire.Welcome | None,
+    deadline: float,
+) -> wire.Welcome:
+    """Say who this is and learn who the target is; with a credential, both prove it. On a UNIX socket the target proves
+    that it is the one that gave the pass `over_tcp`. Raises ProtocolError."""
+    hello = msgspec.structs.replace(hello, nonce=secrets.token_bytes(wire.NONCE_BYTES))
+    stream.send([wire.encode(Header(Op.HELLO), hello)], deadline)
+    header = _expect(stream, (Op.WELCOME, Op.CHALLENGE), 0, deadline)
+    if header.op is Op.CHALLENGE:
+        return _prove(stream, hello, credential, header, deadline)
+    if credential is not None:
+        raise ProtocolError("the target does not ask for the credential, and so does not prove that it knows it")
+    welcome = wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
+    if over_tcp is not None and over_tcp.pass_key:  # targets to release 0.2 give none
+        said = wire.transcript(hello, wire.Challenge(b""), welcome)
+        if len(over_tcp.pass_key) != wire.NONCE_BYTES or not Credential(over_tcp.pass_key).signed(welcome.proof, said):
+            raise ProtocolError("another one than the target that named this path answers there")
+    return welcome
+
+
+def _prove(
+    stream: Stream, hello: wire.Hello, credential: Credential | None, header: Header, deadline: float
+) -> wire.Welcome:
+    challenge = wire.decode_control(stream.receive_control(header, deadline), wire.Challenge)
+    if credential is None:
+        raise ProtocolError(f"the target asks for a credential of namespace {hello.namespace!r}, and none was given")
+    proof = credential.sign(wire.transcript(hello, challenge))
+    stream.send([wire.encode(Header(Op.PROVE), wire.Prove(proof))], deadline)
+    header = _expect(stream, (Op.WELCOME,), 0, deadline)
+    welcome = wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
+    if not credential.signed(welcome.proof, wire.transcript(hello, challenge, welcome)):
+        raise ProtocolError("the target does not know the credential")
+    return welcome
 
 
 def _microseconds(seconds: float) -> int:

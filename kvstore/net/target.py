@@ -7,16 +7,19 @@ buffers, which is also the hot cache.
 
 import contextlib
 import logging
+import secrets
 import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
+import msgspec
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client import Counter as PrometheusCounter
 
+from kvstore.credentials import Credential
 from kvstore.disk.buffers import Buffer, BufferPool
 from kvstore.disk.log import Log, Value
 from kvstore.disk.shelf import Shelf
@@ -56,7 +59,7 @@ class Target:
     """Serves `shelf` on listening sockets until `stop`. `name` is the address under which clients know it.
 
     `buffer_bytes` of memory are for payloads on their way, and with `hot_bytes` as much more for those that were there
-    last.
+    last. Only users of `unix_uids` are served on a UNIX socket; None: all who can open it.
     """
 
     def __init__(
@@ -71,7 +74,12 @@ class Target:
         connections_max: int = 512,
         unix_path: str = "",
         carrier: str = "",
+        unix_uids: Collection[int] | None = None,
+        readable: bool = True,
+        writable: bool = True,
     ):
+        self.readable = readable
+        self.writable = writable
         self.shelf = shelf
         self.name = name
         self.epoch = epoch
@@ -80,10 +88,12 @@ class Target:
         self._lender = lender(carrier, self.pool.arena) if carrier else None
         self._namespace = namespace
         self._unix_path = unix_path
+        self._unix_uids = unix_uids
+        self._passes = Credential.random()
         self._boot_id = transport.boot_id()
         # Where memory is scarce, what is read at once is a small part of it, too.
         self._batch_bytes = min(BATCH_BYTES, self.pool.arena.total_bytes // 64)
-        self._connections_max = connections_max
+        self.connections_max = connections_max
         self._reads = {log: ReadQueue(log, self.pool) for log in shelf.logs}
         share = buffer_bytes // 2 // len(shelf.logs)
         self._writes = {log: WriteQueue(log, self.pool, share) for log in shelf.logs}
@@ -144,8 +154,11 @@ class Target:
                 if not self._stopping:
                     time.sleep(0.1)  # out of descriptors, most likely: others will close theirs
                 continue
+            if not transport.is_permitted(sock, self._unix_uids):
+                sock.close()
+                continue
             with self._lock:
-                if len(self._connections) >= self._connections_max:
+                if len(self._connections) >= self.connections_max:
                     sock.close()
                     continue
                 try:
@@ -166,10 +179,30 @@ class Target:
             connection.close()
             raise
 
-    def _session(self, connection: "_Connection") -> None:
+    def adopt(self, stream: Stream, header: Header, hello: wire.Hello, sign: Callable[[wire.Welcome], bytes]) -> None:
+        """Serve a client whose greeting, up to here, was somebody else's to check; on this thread, until it is gone.
+        `sign` makes the proof that goes with the welcome."""
+        connection = _Connection(stream, self.pool, self._made_room)
+        with self._lock:
+            full = len(self._connections) >= self.connections_max
+            if not full and not self._stopping:
+                self._connections[connection] = threading.current_thread()
+        if full or self._stopping:
+            connection.close()
+            return
+        self._session(connection, lambda: self._welcome(connection, header, hello, sign))
+
+    def disconnect(self) -> None:
+        """End all connections: what their clients have proved counts no more."""
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            connection.abort()
+
+    def _session(self, connection: "_Connection", greet: Callable[[], str] | None = None) -> None:
         stream = connection.incoming
         try:
-            connection.reader.client = self._greet(connection)
+            connection.reader.client = greet() if greet else self._greet(connection)
             while not self._stopping and stream.wait_for_frame():
                 deadline = time.monotonic() + STALL_SECONDS
                 header = stream.receive_header(deadline)
@@ -211,15 +244,39 @@ class Target:
         hello = wire.decode_control(stream.receive_control(header, deadline), wire.Hello)
         if hello.namespace != self._namespace:
             raise ProtocolError(f"namespace {hello.namespace!r} is not served here")
+        return self._welcome(connection, header, hello)
+
+    def _welcome(
+        self,
+        connection: "_Connection",
+        header: Header,
+        hello: wire.Hello,
+        sign: Callable[[wire.Welcome], bytes] | None = None,
+    ) -> str:
         near = self._unix_path if hello.boot_id == self._boot_id else ""
         limit = min(wire.VALUE_BYTES_MAX, self.shelf.value_bytes_max)
         if self._lender is not None and hello.carrier == self._lender.name:
             connection.lender = self._lender
         greeting = connection.lender.greeting() if connection.lender else b""
         welcome = wire.Welcome(self.name, self.epoch, limit, near, greeting)
+        if sign is not None:
+            welcome = msgspec.structs.replace(welcome, proof=sign(welcome))
+        elif hello.pass_id:
+            proof = self._pass(hello.pass_id).sign(wire.transcript(hello, wire.Challenge(b""), welcome))
+            welcome = msgspec.structs.replace(welcome, proof=proof)
+        elif near and not connection.incoming.is_unix:
+            pass_id = secrets.token_bytes(wire.NONCE_BYTES)
+            welcome = msgspec.structs.replace(welcome, pass_id=pass_id, pass_key=self._pass_key(pass_id))
         connection.owe(1)
         connection.send([_Message([wire.encode(Header(Op.WELCOME, header.request), welcome)])])
         return hello.client
+
+    def _pass_key(self, pass_id: bytes) -> bytes:
+        """What one client was told over TCP alone. Nothing has to be kept for it."""
+        return self._passes.sign([b"kvtier 1 pass", pass_id])
+
+    def _pass(self, pass_id: bytes) -> Credential:
+        return Credential(self._pass_key(pass_id))
 
     def _answer(self, connection: "_Connection", header: Header, control: bytearray) -> None:
         match header.op:
@@ -230,6 +287,8 @@ class Target:
             case Op.EXISTS:
                 keys = wire.decode_control(control, wire.Exists).keys
                 outcomes = [Outcome.HIT if key in self.shelf else Outcome.MISS for key in keys]
+                if not self.readable:
+                    outcomes = [Outcome.REFUSED] * len(keys)
                 connection.owe(1)
                 connection.send([_Message([wire.encode(Header(Op.FOUND, header.request), wire.Outcomes(outcomes))])])
             case Op.STAT:
@@ -252,6 +311,10 @@ class Target:
         arrived = time.monotonic()
         deadline = arrived + get.deadline_ms / 1000
         connection.owe(len(get.keys))
+        if not self.readable:
+            wants = [Want(number, *one) for number, one in enumerate(zip(get.keys, get.sizes, strict=True))]
+            self._send_values(connection, request, [Answer(want, Outcome.REFUSED) for want in wants])
+            return
         missing: list[Answer] = []
         hot: list[Want] = []
         of_log: dict[Log, list[Want]] = {}
@@ -348,6 +411,10 @@ class Target:
     def _store(self, stream: Stream, item: wire.PutItem, patient_until: float, done: Callable[[Outcome], None]) -> None:
         """Take one payload in, or read past it; `done` is called now or once it is written."""
         deadline = time.monotonic() + STALL_SECONDS
+        if not self.writable:
+            self._skip(stream, item.length, deadline)
+            done(Outcome.REFUSED)
+            return
         log = self.shelf.of(item.key)
         writes = self._writes[log]
         joined = item.key not in log and writes.join(item.key, done)

@@ -5,15 +5,20 @@ call, and a plain sendmsg/recv_into loop reaches what the loopback device can ca
 """
 
 import contextlib
+import logging
 import socket
+import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from crc32c import crc32c
 
 from kvstore.net.wire import HEADER_BYTES, Header, decode_header
 
+logger = logging.getLogger(__name__)
+
+_PEER = struct.Struct("iII")  # struct ucred: process, user, group
 # 1 MiB of socket buffer lets one wake-up move one MiB; the default of 200 KiB halves the speed on loopback.
 SOCKET_BUFFER_BYTES = 1 << 20
 # On one host what is sent is better received while it is still in the processor's cache: over TCP 128 KiB carry half as
@@ -98,6 +103,10 @@ class Stream:
         control = bytearray(header.control_bytes)
         self.receive(memoryview(control), deadline)
         return control
+
+    @property
+    def is_unix(self) -> bool:
+        return self._socket.family == socket.AF_UNIX
 
     def twin(self) -> "Stream":
         return Stream(self._socket.dup())
@@ -191,6 +200,17 @@ def _listen_unix(path: str) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def is_permitted(sock: socket.socket, uids: Collection[int] | None) -> bool:
+    """Whether the process at the other end of a UNIX socket runs as one of these users, as the kernel says; True on any
+    other socket, and if anybody may."""
+    if uids is None or sock.family != socket.AF_UNIX:
+        return True
+    _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    if uid not in uids:
+        logger.warning("user %d may not use the UNIX socket; --unix-uids names those who may", uid)
+    return uid in uids
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -40,6 +40,8 @@ class Op(enum.IntEnum):
     STATUS = 10
     TAKEN = 11  # after PLACED: the target may use that memory again; not answered
     ERROR = 12  # the sender closes the connection after it
+    CHALLENGE = 16  # in place of WELCOME: the client has to PROVE first that it belongs to the namespace
+    PROVE = 17  # answered by WELCOME
     PLACED = 14  # in place of a VALUE: the data is to be fetched from the target's memory (carrier.py)
 
 
@@ -79,11 +81,26 @@ U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 U64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack has no wider integers
 
 
+Nonce = Annotated[bytes, msgspec.Meta(max_length=32)]
+Proof = Annotated[bytes, msgspec.Meta(max_length=32)]
+NONCE_BYTES = 32
+
+
 class Hello(msgspec.Struct, array_like=True, frozen=True):
     namespace: Name
     client: Name
     boot_id: Name  # of the client's kernel: the same as the target's means the same host
     carrier: Name = ""  # by which the client would rather have its data
+    nonce: Nonce = b""  # 32 random bytes; clients to release 0.2 have none
+    pass_id: Nonce = b""  # on a UNIX socket: of the pass that came over TCP
+
+
+class Challenge(msgspec.Struct, array_like=True, frozen=True):
+    nonce: Nonce
+
+
+class Prove(msgspec.Struct, array_like=True, frozen=True):
+    proof: Proof
 
 
 class Welcome(msgspec.Struct, array_like=True, frozen=True):
@@ -92,6 +109,10 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True):
     value_bytes_max: int
     unix_path: str  # "" if the target is not on the client's host
     carrier_greeting: bytes = b""  # if the target has the carrier: from now on hits are PLACED
+    proof: Proof = b""  # after a CHALLENGE: that the target knows the credential; on a UNIX socket: the pass
+    # Over TCP, with the path of a UNIX socket: what the target has to prove there, so that it is no other.
+    pass_id: Nonce = b""
+    pass_key: Proof = b""
 
 
 class Get(msgspec.Struct, array_like=True, frozen=True):
@@ -163,6 +184,17 @@ class Status(msgspec.Struct, frozen=True):
 
 class Failure(msgspec.Struct, array_like=True, frozen=True):
     message: str
+
+
+def transcript(hello: Hello, challenge: Challenge, welcome: Welcome | None = None) -> list[bytes]:
+    """What a proof signs: the client's all that was said until then; the target's, with `welcome`, that as well."""
+    role = "client" if welcome is None else "target"
+    texts = ("kvtier 1", role, hello.namespace, hello.client, hello.boot_id, hello.carrier)
+    fields = [text.encode() for text in texts] + [hello.nonce, challenge.nonce]
+    if welcome is not None:
+        fields += [welcome.target.encode(), welcome.unix_path.encode(), welcome.carrier_greeting]
+        fields += [number.to_bytes(8, "little") for number in (welcome.epoch, welcome.value_bytes_max)]
+    return fields
 
 
 Control = TypeVar("Control", bound=msgspec.Struct)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
+from kvstore import credentials
 from kvstore.bus import messages
 from kvstore.disk.record import PAGE_BYTES
 from kvstore.errors import ConfigError, validated
@@ -69,6 +70,7 @@ class Options(BaseModel):
     dir: Path | None = None
     store: str | None = None
     namespace: str = "default"
+    credential_file: Path | None = None
     size: ByteSize = Field(ByteSize(2 << 20), ge=PAGE_BYTES, le=VALUE_BYTES_MAX)
     seconds: float = Field(5.0, gt=0)
     tokens_per_second: float | None = Field(None, gt=0)
@@ -108,7 +110,13 @@ def main(argv: list[str]) -> int:
     if options.store is None:
         measured += speeds.of_network(options.size, seconds)
     else:
-        store = speeds.of_store(options.store, options.namespace, options.size, seconds)
+        store = speeds.of_store(
+            options.store,
+            options.namespace,
+            options.size,
+            seconds,
+            credential=credentials.load(options.credential_file),
+        )
         measured += [store.put, store.get]
     limit = slowest(measured)
     result = Result(
@@ -129,6 +137,9 @@ def _parse(argv: list[str]) -> Options:
         "--store", help="targets to measure: host:port, several with commas between, or etcd://host:port"
     )
     parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
+    parser.add_argument(
+        "--credential-file", help=f"the namespace's credential; default: the variable {credentials.VARIABLE}, if set"
+    )
     parser.add_argument("--size", help="bytes of a chunk; default 2MiB")
     parser.add_argument("--seconds", help="for each thing that is measured; default 5")
     parser.add_argument("--tokens-per-second", help="prefill speed of one of your workers, for a model of your own")

@@ -2,13 +2,14 @@
 
 import struct
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from crc32c import crc32c
 
-from kvstore.disk import record
+from kvstore.disk import device, record
 from kvstore.disk.buffers import aligned
 from kvstore.disk.files import Files
 from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, SegmentHeader, Stamp, Trailer
@@ -33,7 +34,10 @@ class Scrub:
         self._pool = pool
         self._pages = store.superblock.segment_bytes // PAGE_BYTES
         self._memory = _Memory()
-        self._seen: set[bytes] = set()  # keys in the segments that were checked, which are younger than those to come
+        block = store.superblock
+        self._stores = {device.store_id(block, name) for name in device.names(block)} or {block.store}
+        # By store id, keys in the segments that were checked, which are younger than those to come.
+        self._seen: defaultdict[int, set[bytes]] = defaultdict(set)
 
     def reports(self) -> Iterator[Report]:
         """A report of each segment, the youngest first."""
@@ -50,12 +54,13 @@ class Scrub:
             return _Head(slot, None, None, False, [(0, _unreadable(error))])
 
     def _head_at(self, place: Place, slot: int) -> "_Head | None":
-        store, last = self._store.superblock.store, self._pages - 1
-        nobody = Stamp(store, -1)
+        last = self._pages - 1
         flaws: list[tuple[int, str]] = []
         first_page, last_page = (self._read(place, page, 1, flaws) for page in (0, last))
         header = record.unpack_segment_header(first_page)
         trailer = record.unpack_trailer(last_page, self._store.superblock.segment_bytes)
+        store = self._last_writer(header, trailer)
+        nobody = Stamp(store, -1)
         stamp = header.stamp if header and (header.slot, header.stamp.store) == (slot, store) else None
         if trailer is None and _likeness(last_page, _TRAILER_MAGIC, stamp or nobody) > 1:
             flaws.append((last, "footer"))
@@ -65,12 +70,22 @@ class Scrub:
                 return _Head(slot, trailer.stamp, trailer, False, flaws)
             if stamp:
                 flaws.append((last, "footer, which is another segment's"))
-        if stamp is None and not _of_another(header, store) and _likeness(first_page, _SEGMENT_MAGIC, nobody):
+        if (
+            stamp is None
+            and not (header and header.stamp.store not in self._stores)
+            and _likeness(first_page, _SEGMENT_MAGIC, nobody)
+        ):
             flaws.append((0, "segment header, and without it all in the segment"))
         if stamp is None and not flaws:
             return None
         empty = header is not None and header.queue == record.EMPTY
         return _Head(slot, stamp, trailer if trailer and trailer.stamp == stamp else None, empty, flaws)
+
+    def _last_writer(self, header: SegmentHeader | None, trailer: Trailer | None) -> int:
+        """The store id of the namespace that a slot belongs to, by the rules of `Device`."""
+        stamps = [one.stamp for one in (header, trailer) if one is not None and one.stamp.store in self._stores]
+        last = max(stamps, key=lambda stamp: stamp.generation, default=None)
+        return last.store if last else self._store.superblock.store
 
     def _has_records(self, place: Place, trailer: Trailer) -> bool:
         """Whether a footer is in the segment that it describes: some of its records are there."""
@@ -113,13 +128,17 @@ class Scrub:
             report.state = "scanned" if report.corrupt else "open"
             entries = self._scan(report, place, stamp)
             sound = [True] * len(entries)
-        self._account(report, entries, sound, footer_bytes=0 if table is None else record.footer_bytes(len(table)))
+        self._account(
+            report, stamp.store, entries, sound, footer_bytes=0 if table is None else record.footer_bytes(len(table))
+        )
 
-    def _account(self, report: Report, entries: Sequence[Entry], sound: Sequence[bool], footer_bytes: int) -> None:
+    def _account(
+        self, report: Report, store: int, entries: Sequence[Entry], sound: Sequence[bool], footer_bytes: int
+    ) -> None:
         """Count what is live, superseded and dead. Of two entries with one key the later one in the table counts."""
         for entry, good in zip(reversed(entries), reversed(sound), strict=True):
-            superseded = entry.key in self._seen
-            self._seen.add(entry.key)
+            superseded = entry.key in self._seen[store]
+            self._seen[store].add(entry.key)
             if good and superseded:
                 report.superseded += 1
             elif good:
@@ -277,10 +296,6 @@ def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
         end = entry.page * PAGE_BYTES + length
     if run:
         yield run
-
-
-def _of_another(header: SegmentHeader | None, store: int) -> bool:
-    return header is not None and header.stamp.store != store
 
 
 def _likeness(page: memoryview, magic: bytes, stamp: Stamp) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 from crc32c import crc32c
 
+from kvstore.credentials import Credential
 from kvstore.disk.buffers import aligned
 from kvstore.disk.files import Files
 from kvstore.disk.record import record_bytes
@@ -178,11 +179,15 @@ class StoreSpeeds(msgspec.Struct):
     failed: dict[str, int]  # keys of other outcomes than stored and hit
 
 
-def of_store(store: str, namespace: str, chunk_bytes: int, seconds: float) -> StoreSpeeds:
+def of_store(
+    store: str, namespace: str, chunk_bytes: int, seconds: float, *, credential: Credential | None = None
+) -> StoreSpeeds:
     """Put chunks that nobody else asks for into running targets, and get them again. They stay until they are evicted:
     about a fiftieth of the capacity at most."""
     membership = open_membership(store, namespace)
-    client = StoreClient(membership, namespace=namespace, name="kvtier-bench", connections_per_target=_CONNECTIONS)
+    client = StoreClient(
+        membership, namespace=namespace, name="kvtier-bench", connections_per_target=_CONNECTIONS, credential=credential
+    )
     try:
         before = client.stat(time.monotonic() + _DEADLINE_SECONDS)
         if not before:

@@ -6,12 +6,15 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
+from kvstore import credentials
 from kvstore.bus import messages
+from kvstore.credentials import Credential
 from kvstore.errors import validated
 from kvstore.net import membership, transport
 from kvstore.net.client import StoreClient
@@ -52,6 +55,7 @@ class Options(BaseModel):
     address: str
     watch: float | None = Field(None, gt=0)
     namespace: str = "default"
+    credential_file: Path | None = None
     as_json: bool = False
 
 
@@ -66,10 +70,11 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     logging.basicConfig(level=logging.ERROR)  # why a target does not answer is said in the table
     targets = _membership(options)
+    credential = credentials.load(options.credential_file)
     before: Look | None = None
     try:
         while True:
-            look = take_look(targets.targets(), options.namespace)
+            look = take_look(targets.targets(), options.namespace, credential)
             print(_as_json(look, before) if options.as_json else _as_tables(look, before), flush=True)
             if options.watch is None:
                 return 1 if any(isinstance(answer, str) for answer in look.answers.values()) or not look.answers else 0
@@ -88,6 +93,9 @@ def _parse(argv: list[str]) -> Options:
     )
     parser.add_argument("--watch", metavar="SECONDS", help="look again so often, until interrupted")
     parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
+    parser.add_argument(
+        "--credential-file", help=f"the namespace's credential; default: the variable {credentials.VARIABLE}, if set"
+    )
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object a look, each on its line")
     return validated(Options, vars(parser.parse_args(argv)))
 
@@ -100,15 +108,21 @@ def _membership(options: Options) -> Membership:
     return membership.open_membership(options.address, options.namespace)
 
 
-def take_look(targets: Sequence[str], namespace: str) -> Look:
+def take_look(targets: Sequence[str], namespace: str, credential: Credential | None = None) -> Look:
     """Ask all targets at once."""
     with ThreadPoolExecutor(max(1, len(targets))) as pool:
-        answers = pool.map(lambda target: _ask(target, namespace), targets)
+        answers = pool.map(lambda target: _ask(target, namespace, credential), targets)
         return Look(time.monotonic(), dict(zip(targets, answers, strict=True)))
 
 
-def _ask(target: str, namespace: str) -> Status | str:
-    client = StoreClient(StaticMembership([target]), namespace=namespace, name="kvtier-stat", connections_per_target=1)
+def _ask(target: str, namespace: str, credential: Credential | None) -> Status | str:
+    client = StoreClient(
+        StaticMembership([target]),
+        namespace=namespace,
+        name="kvtier-stat",
+        connections_per_target=1,
+        credential=credential,
+    )
     try:
         answer = client.stat(time.monotonic() + _PATIENCE_SECONDS).get(target)
     finally:
@@ -121,7 +135,7 @@ def _reason(target: str, namespace: str) -> str:
         transport.connect(target, time.monotonic() + _PATIENCE_SECONDS).close()
     except OSError as error:
         return (error.strerror or "nothing heard").lower()
-    return f"something listens there: it hangs, or serves another namespace than {namespace!r}"
+    return f"something listens there: it hangs, or serves another namespace than {namespace!r}, or wants its credential"
 
 
 # ---- what is shown

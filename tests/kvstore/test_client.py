@@ -34,7 +34,7 @@ def test_put_get_and_exists(start_target, unix: bool) -> None:
     assert client.get([key(n) for n in range(45)], into, soon()) == [Outcome.HIT] * 40 + [Outcome.MISS] * 5
     assert all(bytes(into[n]) == payload(n) for n in numbers)
     if unix:
-        assert client._line(target.address)._address == target.target._unix_path
+        assert client._line(target.address)._near.unix_path == target.target._unix_path
     status = client.stat(soon())[target.address]
     assert (status.entries, status.operations["get"]) == (40, {"hit": 40, "miss": 5})
     client.close()

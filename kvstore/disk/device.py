@@ -1,0 +1,289 @@
+"""A directory or block device that the logs of several namespaces share: whose a slot is, and which slots are free.
+
+Every namespace has a store id of its own, and every header on disk repeats the store id of whoever wrote it
+(record.py). So a segment says which namespace it belongs to, and to a log the segments of all others look like those
+of a foreign store: they cannot be served by mistake. The ids are derived from the superblock's random id and the
+namespace's name; the superblock lists the names.
+"""
+
+import hashlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from kvstore.disk import record
+from kvstore.disk.buffers import aligned
+from kvstore.disk.files import Files
+from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES
+from kvstore.disk.space import Place, Space, Superblock, open_space
+from kvstore.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+SEGMENT_PAGES_MAX = 1 << 24  # the log's index has so many bits for a place in a segment
+SLOTS_FEWEST = 2  # of a log: one is written while one is emptied
+_THREADS = 8
+_PROBES = 16  # entries of a footer that are looked up to learn whose they are
+
+
+def default_segment_bytes(capacity_bytes: int) -> int:
+    """256 MiB, as flash likes to be written; 64 MiB in small stores, where eviction by segment would be coarse."""
+    return 256 << 20 if capacity_bytes >= 200 * GIB else 64 << 20
+
+
+def store_id(block: Superblock, namespace: str) -> int:
+    """What stamps a namespace's headers. The store's first namespace has the superblock's own id, which releases to 0.2
+    stamped on everything."""
+    if namespace == block.namespace:
+        return block.store
+    digest = hashlib.blake2b(namespace.encode(), digest_size=8, key=block.store.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def names(block: Superblock) -> list[str]:
+    """The namespaces whose values may be in a store."""
+    return [name for name in (block.namespace, *block.namespaces) if name]
+
+
+class Device:
+    """Opened in two steps: the constructor locks and checks, and changes nothing on disk; `begin` counts the epoch up.
+
+    With `shared`, `namespaces` are those of a namespaces file, and whatever else lies there is left alone until its
+    space is needed. Without, the store must belong to the one namespace given. Raises ConfigError if the place cannot
+    hold this store. `claim`, `release`, `place` and the generations may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        capacity_bytes: int,
+        namespaces: Sequence[str],
+        *,
+        shared: bool = False,
+        segment_bytes: int | None = None,
+        files: Files | None = None,
+    ):
+        self.path = path
+        self.files = files or Files()
+        self.segment_bytes = int(segment_bytes or default_segment_bytes(capacity_bytes))
+        self.shared = shared
+        self._closed = False
+        self._namespaces = list(namespaces)
+        self._lock = threading.Lock()
+        self._generation = 0
+        self._owners: dict[int, int] = {}  # slot -> store id, as found at the start
+        _check_size(capacity_bytes, self.segment_bytes)
+        self.space: Space = open_space(path, capacity_bytes, self.segment_bytes, self.files)
+        self.slots = self.space.slots
+        self._free = deque(range(self.slots))
+        try:
+            _check_slots(self.slots, capacity_bytes, self.segment_bytes)
+            self._block = self._checked_block(namespaces)
+        except BaseException:
+            self.space.close()
+            raise
+
+    @property
+    def epoch(self) -> int:
+        """Grows with every start, and with every namespace that comes while the target runs."""
+        return self._block.epoch
+
+    def begin(self) -> None:
+        """Make the device ready to be written to. Raises ConfigError."""
+        try:
+            self.space.delete_beyond()
+            if self.shared:
+                self._find_owners()
+                kept = {self._block.namespace, *self._namespaces, *self._left_behind()}
+                self._block.namespaces = [name for name in self._block.namespaces if name in kept]
+            self._write()
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, namespace: str) -> None:
+        """From now on there is this namespace, too; with a new epoch, also if it was there before."""
+        new = namespace not in names(self._block)
+        if new:
+            self._block.namespaces.append(namespace)
+        try:
+            self._write()
+        except ConfigError:
+            if new:
+                self._block.namespaces.remove(namespace)
+            raise
+
+    def store_id(self, namespace: str) -> int:
+        return store_id(self._block, namespace)
+
+    def slots_of(self, namespace: str) -> list[int]:
+        """Free slots in which segments of a namespace may lie."""
+        with self._lock:
+            free = set(self._free)
+        used = [slot for slot in self.space.used_slots() if slot in free]
+        if not self.shared:
+            return used
+        store = self.store_id(namespace)
+        return [slot for slot in used if self._owners.get(slot) == store]
+
+    def place(self, slot: int) -> Place:
+        return self.space.place(slot)
+
+    def next_generation(self) -> int:
+        with self._lock:
+            self._generation += 1
+            return self._generation
+
+    def saw_generation(self, generation: int) -> None:
+        """It was used: it may have left something."""
+        with self._lock:
+            self._generation = max(self._generation, generation)
+
+    def take(self, slots: Collection[int]) -> None:
+        """These slots are a log's now."""
+        with self._lock:
+            self._free = deque(slot for slot in self._free if slot not in slots)
+
+    def claim(self, count: int) -> list[int]:
+        """Up to `count` free slots; those with values of a namespace that left, which may come back, at last."""
+        with self._lock:
+            return [self._free.popleft() for _ in range(min(count, len(self._free)))]
+
+    def release(self, empty: Iterable[int], left: Iterable[int] = (), namespace: str = "") -> None:
+        """Give slots back: empty ones, and those with what `namespace` has left there."""
+        with self._lock:
+            for slot in empty:
+                self._owners.pop(slot, None)
+                self._free.appendleft(slot)
+            for slot in left:
+                self._owners[slot] = self.store_id(namespace)
+                self._free.append(slot)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.space.close()
+
+    # ---- whose store it is
+
+    def _checked_block(self, namespaces: Sequence[str]) -> Superblock:
+        """The superblock as it is to be written: this start's, with these namespaces in it."""
+        block = self.space.superblock() or self.space.new_superblock("" if self.shared else namespaces[0])
+        if not names(block) and block.epoch:
+            self._name(block, namespaces)
+        if self.shared:
+            block.namespaces += [name for name in namespaces if name not in names(block)]
+        elif strangers := [name for name in names(block) if name not in namespaces]:
+            expected = f"{strangers[0]!r}, whose values are in {self.path}"
+            if len(names(block)) > 1:
+                expected = f"--namespaces: {self.path} has values of {', '.join(names(block))}"
+            raise ConfigError("namespace", namespaces[0], expected)
+        self.space.check_superblock(block)
+        return block
+
+    def _name(self, block: Superblock, namespaces: Sequence[str]) -> None:
+        """Name the namespace of a store that does not: releases to 0.2 wrote it in the records alone."""
+        found = self._namespace_ids(block.store)
+        named = {record.namespace_id(name): name for name in namespaces}
+        if not found and not self.shared:
+            block.namespace = namespaces[0]
+        elif len(found) == 1 and found <= named.keys():
+            block.namespace = named[found.pop()]
+        elif not self.shared:
+            expected = f"the one whose values are in {self.path}: another wrote them. Take its name, or empty the store"
+            raise ConfigError("namespace", namespaces[0], expected)
+        elif found:
+            logger.warning("%s: what is in it belongs to no namespace of the file, and is not served", self.path)
+
+    def _namespace_ids(self, store: int) -> set[int]:
+        """Whose values are in a store: of each segment the first record says it, or one that its footer names."""
+        found: set[int | None] = set()
+        for slot in self.space.used_slots():
+            try:
+                with self.space.reading(slot) as place:
+                    found.add(self._namespace_of(place, store))
+            except OSError as error:
+                logger.error("%s, segment %d cannot be read: %s", self.path, slot, error)
+        return {one for one in found if one is not None}
+
+    def _namespace_of(self, place: Place, store: int) -> int | None:
+        pages = self.segment_bytes // PAGE_BYTES
+        header = record.unpack_segment_header(self._page(place, 0))
+        trailer = record.unpack_trailer(self._page(place, pages - 1), self.segment_bytes)
+        if header is not None and header.queue == record.EMPTY:
+            return None
+        stamps = {one.stamp for one in (header, trailer) if one is not None and one.stamp.store == store}
+        probes = [1]
+        if trailer is not None and trailer.stamp in stamps:
+            table = self._page(place, trailer.offset // PAGE_BYTES)
+            count = min(_PROBES, trailer.table_bytes // ENTRY_BYTES)
+            probes += [record.unpack_entry(table, number).page for number in range(count)]
+        owners = (record.record_namespace(self._page(place, page), stamps) for page in probes if page < pages)
+        return next((owner for owner in owners if owner is not None), None)
+
+    def _find_owners(self) -> None:
+        """Learn from headers and trailers which namespace wrote last in each slot. The generation tells: all namespaces
+        count in one row."""
+        stores = {self.store_id(name) for name in names(self._block)}
+
+        def look(slot: int) -> tuple[int, int] | None:
+            try:
+                place = self.space.place(slot)
+                header = record.unpack_segment_header(self._page(place, 0))
+                last = self._page(place, self.segment_bytes // PAGE_BYTES - 1)
+            except OSError:
+                return None  # the log that looks for it will say so
+            trailer = record.unpack_trailer(last, self.segment_bytes)
+            stamps = [one.stamp for one in (header, trailer) if one is not None and one.stamp.store in stores]
+            return max(((stamp.generation, stamp.store) for stamp in stamps), default=None)
+
+        slots = self.space.used_slots()
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="kvtier-recovery") as pool:
+            found = dict(zip(slots, pool.map(look, slots), strict=True))
+        for slot, last in found.items():
+            if last is not None:
+                self._generation = max(self._generation, last[0])
+                self._owners[slot] = last[1]
+        # What belongs to nobody is used first, so that a namespace that comes back may find its values.
+        self._free = deque(sorted(self._free, key=lambda slot: (slot in self._owners, slot)))
+
+    def _left_behind(self) -> list[str]:
+        """Names of whom something is there."""
+        stores = set(self._owners.values())
+        return [name for name in names(self._block) if self.store_id(name) in stores]
+
+    def _page(self, place: Place, number: int) -> memoryview:
+        page = aligned(0).view
+        try:
+            self.files.read(place.fd, [page], place.offset + number * PAGE_BYTES)
+        except OSError:
+            page[:] = bytes(PAGE_BYTES)
+        return page
+
+    def _write(self) -> None:
+        with self._lock:
+            self._block.epoch += 1
+            self.space.write(self._block)
+
+
+def _check_size(capacity_bytes: int, segment_bytes: int) -> None:
+    if segment_bytes % PAGE_BYTES or segment_bytes < 64 * PAGE_BYTES:
+        raise ConfigError("segment-size", segment_bytes, f"a multiple of {PAGE_BYTES}, at least 256 KiB")
+    if capacity_bytes // segment_bytes >> 30:
+        raise ConfigError("segment-size", segment_bytes, "a larger segment: the capacity makes too many of them")
+    if segment_bytes // PAGE_BYTES >= SEGMENT_PAGES_MAX:
+        raise ConfigError("segment-size", segment_bytes, "a smaller segment: it could hold too many chunks")
+
+
+def _check_slots(slots: int, capacity_bytes: int, segment_bytes: int) -> None:
+    if slots < SLOTS_FEWEST:
+        raise ConfigError(
+            "capacity",
+            capacity_bytes,
+            f"at least two segments of {segment_bytes} bytes (one is written while one is emptied); "
+            "give more, or a smaller --segment-size",
+        )

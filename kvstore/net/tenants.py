@@ -1,0 +1,119 @@
+"""The namespaces file: who may use a target, and how much of it.
+
+namespaces:
+  - name: search
+    credential-file: /run/secrets/search
+    quota: 2TiB
+  - name: batch
+    credential-env: BATCH_CREDENTIAL
+    quota: 500GiB
+    access: read
+    connections: 64
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+from kvstore import credentials
+from kvstore.bus import messages
+from kvstore.credentials import Credential
+from kvstore.errors import ConfigError, validated
+
+FILE_BYTES_MAX = 1 << 20
+TENANTS_MAX = 256  # each has some threads, and series of its own in the metrics
+CONNECTIONS = 512
+Access = Literal["read", "write", "read-write"]
+_SECRETS = ("credential", "credential-file", "credential-env")
+
+
+class Tenant(BaseModel):
+    """A namespace as the file grants it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    name: str
+    quota: Annotated[ByteSize, Field(gt=0)]
+    access: Access = "read-write"
+    connections: int = Field(CONNECTIONS, ge=1)
+
+
+class Grants(dict[str, tuple[Tenant, Credential]]):
+    """By name, each tenant and its credential."""
+
+    @property
+    def quotas(self) -> dict[str, int]:
+        return {name: int(tenant.quota) for name, (tenant, _) in self.items()}
+
+
+def load(path: Path, environ: Mapping[str, str] | None = None) -> Grants:
+    """Read and check a namespaces file. Raises ConfigError, which never says a secret."""
+    entries = _entries(path)
+    grants = Grants()
+    for number, entry in enumerate(entries):
+        where = f"namespaces.{number}"
+        if not isinstance(entry, dict):
+            raise ConfigError(where, type(entry).__name__, "a mapping with name, quota and a credential")
+        tenant = _tenant(where, {name: value for name, value in entry.items() if name not in _SECRETS})
+        if tenant.name in grants:
+            raise ConfigError(f"{where}.name", tenant.name, "a name that no other namespace of the file has")
+        grants[tenant.name] = tenant, _credential(where, entry, path.parent, environ)
+    return grants
+
+
+def _entries(path: Path) -> list[Any]:
+    expected = "a YAML file with a list of namespaces"
+    try:
+        with path.open("rb") as file:
+            content = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError("namespaces", path, f"a file that can be read ({error.strerror})") from None
+    if len(content) > FILE_BYTES_MAX:
+        raise ConfigError("namespaces", path, f"a file of at most {FILE_BYTES_MAX} bytes")
+    try:
+        parsed = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)  # the error's own words may quote a secret
+        where = f": see line {mark.line + 1}" if mark else ""
+        raise ConfigError("namespaces", path, f"{expected}, this is not YAML{where}") from None
+    if not isinstance(parsed, dict) or list(parsed) != ["namespaces"] or not isinstance(parsed["namespaces"], list):
+        raise ConfigError("namespaces", path, f"{expected}, under `namespaces:` and nothing beside it")
+    if not 1 <= len(parsed["namespaces"]) <= TENANTS_MAX:
+        raise ConfigError("namespaces", len(parsed["namespaces"]), f"1 to {TENANTS_MAX} namespaces")
+    return parsed["namespaces"]
+
+
+def _tenant(where: str, values: dict[Any, Any]) -> Tenant:
+    known = {"name", "quota", "access", "connections"}
+    if unknown := sorted(str(name) for name in values if name not in known):
+        # Its value is not shown: it may be a credential under a mistyped name.
+        raise ConfigError(where, unknown[0], f"one of {', '.join([*sorted(known), *_SECRETS])}")
+    for name in ("name", "quota"):
+        if values.get(name) is None:
+            raise ConfigError(f"{where}.{name}", "", "a value: it has no default")
+    try:
+        tenant = validated(Tenant, values)
+        messages.checked_namespace(tenant.name)
+    except ConfigError as error:
+        raise error.within(where) from None
+    return tenant
+
+
+def _credential(where: str, entry: Mapping[str, Any], folder: Path, environ: Mapping[str, str] | None) -> Credential:
+    given = [name for name in _SECRETS if name in entry]
+    if len(given) != 1:
+        raise ConfigError(where, ", ".join(given), f"one of {', '.join(_SECRETS)}")
+    (name,) = given
+    field, value = f"{where}.{name}", entry[name]
+    if not isinstance(value, str):
+        raise ConfigError(field, f"(hidden, {type(value).__name__})", "text; a number needs quotes")
+    if name == "credential":
+        return credentials.checked(field, "(hidden)", value.strip().encode())
+    if name == "credential-file":
+        return credentials.from_file(field, folder / value)
+    return (
+        credentials.from_variable(field, value) if environ is None else credentials.from_variable(field, value, environ)
+    )

@@ -1,0 +1,181 @@
+"""The namespaces of one target: for each a shelf within its quota, buffers, queues, announcements; and how they change
+when the namespaces file does."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstore.bus import messages, residency
+from kvstore.bus.messages import Bus, TargetReport
+from kvstore.bus.residency import Announcer
+from kvstore.credentials import Credential
+from kvstore.disk.shelf import Rack
+from kvstore.errors import ConfigError, UnavailableError
+from kvstore.net import tenants
+from kvstore.net.lobby import Lobby
+from kvstore.net.membership import Registration
+from kvstore.net.target import Target
+from kvstore.net.tenants import Grants, Tenant
+
+logger = logging.getLogger(__name__)
+
+# Of --buffers and --hot each namespace has the share that its quota has of the capacity, but of buffers at least this:
+# below, a few chunks of some MiB on their way would be all.
+BUFFER_BYTES_MIN = 32 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all namespaces of a target have in common."""
+
+    name: str
+    capacity_bytes: int
+    buffer_bytes: int
+    hot_bytes: int
+    unix_path: str
+    carrier: str
+    etcd: str | None
+    unix_uids: frozenset[int] | None
+
+
+@dataclass
+class _Served:
+    target: Target
+    tasks: list[asyncio.Task[None]]
+    registration: Registration | None
+
+
+class Tenancy:
+    """Serves the namespaces of a file. For one event loop; `rack` is this object's to close."""
+
+    def __init__(self, path: Path, rack: Rack, settings: Settings, line: Bus | None):
+        self.lobby = Lobby(settings.unix_uids)
+        self._path = path
+        self._rack = rack
+        self._settings = settings
+        self._line = line
+        self._served: dict[str, _Served] = {}
+        self._changing = asyncio.Lock()
+
+    @property
+    def chunks(self) -> int:
+        return sum(shelf.stats().entries for shelf in self._rack.shelves.values())
+
+    async def begin(self, grants: Grants) -> None:
+        for tenant, credential in grants.values():
+            await self._come(tenant, credential)
+
+    async def reload(self) -> None:
+        """Read the file again and do what it says; if it cannot be done, say so and go on as before."""
+        async with self._changing:
+            try:
+                grants = await asyncio.to_thread(tenants.load, self._path)
+                self._rack.check(grants.quotas)
+            except ConfigError as error:
+                logger.error("the namespaces stay as they are: %s", error)
+                return
+            try:
+                await self._change(grants)
+            except (ConfigError, UnavailableError) as error:
+                logger.error("the namespaces are not all as the file says: %s", error)
+            except Exception:
+                logger.exception("the namespaces are not all as the file says")
+            else:
+                logger.info("serving the namespaces %s", ", ".join(self._served))
+
+    async def stop(self) -> None:
+        async with self._changing:
+            for served in self._served.values():
+                if served.registration:
+                    await asyncio.to_thread(served.registration.close)
+            await asyncio.to_thread(self.lobby.stop)
+            for served in self._served.values():
+                for task in served.tasks:
+                    task.cancel()
+            await asyncio.to_thread(self._rack.close)
+
+    async def _change(self, grants: Grants) -> None:
+        for name in [name for name in self._served if name not in grants]:
+            await self._go(name)
+        await asyncio.to_thread(self._rack.change, grants.quotas)
+        for name, (tenant, credential) in grants.items():
+            if name not in self._served:
+                await self._come(tenant, credential)
+                continue
+            target = self._served[name].target
+            target.connections_max = tenant.connections
+            target.readable, target.writable = _rights(tenant)
+            self.lobby.admit(name, target, credential)
+
+    async def _come(self, tenant: Tenant, credential: Credential) -> None:
+        settings, shelf = self._settings, self._rack.shelves[tenant.name]
+        registration = None
+        if settings.etcd:
+            registration = await asyncio.to_thread(Registration, settings.etcd, tenant.name, settings.name)
+        epoch = registration.epoch if registration else shelf.epoch
+        announcer = Announcer(settings.name, epoch, shelf.entries)
+        shelf.tell(announcer)
+        share = tenant.quota / settings.capacity_bytes
+        readable, writable = _rights(tenant)
+        target = Target(
+            shelf,
+            name=settings.name,
+            epoch=epoch,
+            namespace=tenant.name,
+            buffer_bytes=max(BUFFER_BYTES_MIN, int(settings.buffer_bytes * share)),
+            hot_bytes=int(settings.hot_bytes * share),
+            connections_max=tenant.connections,
+            unix_path=settings.unix_path,
+            carrier=settings.carrier,
+            readable=readable,
+            writable=writable,
+        )
+        tasks = []
+        if self._line:
+            tasks.append(asyncio.create_task(residency.announce(announcer, self._line, tenant.name)))
+            tasks.append(asyncio.create_task(report(target, self._line, tenant.name)))
+        self._served[tenant.name] = _Served(target, tasks, registration)
+        self.lobby.admit(tenant.name, target, credential)
+
+    async def _go(self, name: str) -> None:
+        served = self._served.pop(name)
+        if served.registration:
+            await asyncio.to_thread(served.registration.close)
+        await asyncio.to_thread(self.lobby.expel, name)
+        for task in served.tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def _rights(tenant: Tenant) -> tuple[bool, bool]:
+    return tenant.access != "write", tenant.access != "read"
+
+
+async def report(target: Target, line: Bus, namespace: str) -> None:
+    """Tell the routers once a second how busy the target is, until cancelled."""
+    before, then = target.status(), time.monotonic()
+    while True:
+        await asyncio.sleep(messages.HEARTBEAT_SECONDS)
+        status, now = target.status(), time.monotonic()
+        report = TargetReport(
+            target=status.target,
+            epoch=status.epoch,
+            sent_bytes_per_second=(status.sent_bytes - before.sent_bytes) / (now - then),
+            received_bytes_per_second=(status.received_bytes - before.received_bytes) / (now - then),
+            device_bytes_per_second=target.device_bytes_per_second,
+            waiting_read_bytes=status.waiting_read_bytes,
+            waiting_write_bytes=status.waiting_write_bytes,
+            capacity_bytes=status.capacity_bytes,
+            payload_bytes=status.payload_bytes,
+            connections=status.connections,
+            ts_ms=time.time_ns() // 1_000_000,
+            evicted_age_seconds=status.evicted_age_seconds,
+            corrupt_chunks=status.corrupt_entries,
+            failed_writes=status.failed_writes,
+        )
+        await line.publish(messages.subject(namespace, "speed.target", target.name), report)
+        before, then = status, now
