@@ -59,6 +59,7 @@ from components.worker.mover.link import MoverLink
 from kvstore.bus.plan import Plan, read_plan
 from kvstore.net.client import good_connections
 from kvstore.net.wire import Outcome
+from kvstore.seal import open_seal
 
 logger = logging.getLogger(__name__)
 
@@ -181,8 +182,9 @@ class _Leftover:
 class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
     for the contract of each method. `layout_digest` names what the bytes mean (layout.py); `nats` and `endpoint` are
-    for telling routers, and may be left out. `on_load` is called for each fetched chunk, with the token that it ends
-    at; `prefill` is what computing costs here, as far as it is known, and `running` how many requests the engine is at.
+    for telling routers, and may be left out; so may `seal_key` and `seal` (kvstore.seal.open_seal). `on_load` is
+    called for each fetched chunk, with the token that it ends at; `prefill` is what computing costs here, as far as it
+    is known, and `running` how many requests the engine is at.
     """
 
     medium = Medium.STORAGE
@@ -207,9 +209,12 @@ class RemoteTier(SecondaryTierManager):
         carrier: str = "",
         put_queue_share: float = 0.25,
         load_share: float = 0.25,
+        seal_key: str = "",
+        seal: str = "",
     ):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = Locality.REMOTE
+        open_seal(seal_key, seal)  # or the mover would end over it, and the engine go on without the store
         rows, row_bytes = primary_kv_view.shape or (0, 0)
         self.row_bytes = row_bytes
         self._block_tokens = offloading_spec.tokens_per_hash
@@ -265,6 +270,8 @@ class RemoteTier(SecondaryTierManager):
                 connections_per_target=connections_per_target or good_connections(),
                 fetch_threads=fetch_threads or good_connections(),
                 put_threads=put_threads,
+                seal_key=seal_key,
+                seal=seal,
             )
         )
 

@@ -42,12 +42,13 @@ from components.worker.mover.frames import (
 )
 from components.worker.mover.report import Reporter
 from kvstore.bus.messages import WorkerReport
-from kvstore.errors import UnavailableError
+from kvstore.errors import ConfigError, UnavailableError
 from kvstore.keys import SequenceHasher, chunk_key, fingerprint
 from kvstore.net.carrier import borrower
 from kvstore.net.client import Item, StoreClient
-from kvstore.net.membership import open_membership, place
+from kvstore.net.membership import open_membership
 from kvstore.net.wire import Outcome
+from kvstore.seal import announce, open_seal, sealed_layout
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,11 @@ class Mover:
     def __init__(self, link: socket.socket, setup: Setup):
         self._link = link
         self._setup = setup
+        self._seal = open_seal(setup.seal_key, setup.seal)
+        announce(self._seal, setup.store)
         self._digest = bytes.fromhex(setup.digest)
+        if self._seal is not None:
+            self._digest = sealed_layout(self._digest)
         self._fingerprint = fingerprint(self._digest)
         self._region = mmap.mmap(setup.region_fd, setup.region_bytes, flags=mmap.MAP_SHARED)
         self._memory = memoryview(self._region)
@@ -93,14 +98,19 @@ class Mover:
             name="worker",
             connections_per_target=setup.connections_per_target,
             carrier=borrower(setup.carrier) if setup.carrier else None,
+            seal=self._seal,
         )
         # Connections and threads of their own, so that a put that stalls is never in the way of a load, and loads are
         # not in the way of a question.
         self._put_client = StoreClient(
-            self._membership, namespace=setup.namespace, name="writer", connections_per_target=setup.put_threads
+            self._membership,
+            namespace=setup.namespace,
+            name="writer",
+            connections_per_target=setup.put_threads,
+            seal=self._seal,
         )
         self._ask_client = StoreClient(
-            self._membership, namespace=setup.namespace, name="asker", connections_per_target=1
+            self._membership, namespace=setup.namespace, name="asker", connections_per_target=1, seal=self._seal
         )
         self._lock = threading.Condition()
         self._send_lock = threading.Lock()
@@ -317,13 +327,7 @@ class Mover:
             ask = self._questions.popleft()
         found: list[str | None] = []
         try:
-            keys = [self._key(name) for name in ask.names]
-            live = self._membership.targets()
-            outcomes = self._ask_client.exists(keys, ask.deadline)
-            found += [
-                place(key, live) if outcome is Outcome.HIT else None
-                for key, outcome in zip(keys, outcomes, strict=True)
-            ]
+            found += self._ask_client.locate([self._key(name) for name in ask.names], ask.deadline)
         finally:
             self._send(Found(ask.request, found))
 
@@ -382,7 +386,7 @@ def main() -> None:
         signal.signal(interrupt, signal.SIG_IGN)
     try:
         Mover(socket.socket(fileno=fd), setup).run()
-    except UnavailableError as error:
+    except (ConfigError, UnavailableError) as error:
         logger.error("kvtier mover: %s", error)
         os._exit(EXIT_UNAVAILABLE)
     except Exception:

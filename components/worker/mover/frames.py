@@ -37,6 +37,8 @@ class Setup(msgspec.Struct, frozen=True):
     connections_per_target: int
     fetch_threads: int
     put_threads: int
+    seal_key: str = ""  # path of the file; the mover reads it
+    seal: str = ""  # as kvstore.seal.open_seal takes it
 
 
 class Load(msgspec.Struct, tag="load", array_like=True, frozen=True):
