@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
+from components.worker import __main__ as worker
 from kvstore import seal
 from kvstore.errors import ConfigError
 from kvstore.net import wire
@@ -338,3 +341,47 @@ def test_rejections_are_logged_once_in_a_while(caplog: pytest.LogCaptureFixture)
     ring._complain_at = time.monotonic()
     ring.reject("there:1", Reason.UNSEALED)
     assert "altered 1000, unsealed 1" in caplog.text
+
+
+# ---- a worker's options
+
+
+def command(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    worker.main(["--model", "owner/model", "--store", "a:1", "--print", *options])
+    return capsys.readouterr().out
+
+
+def test_a_worker_passes_the_path_on_and_no_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "keys", listed(1))
+    said = command(capsys, "--seal-key", str(path), "--seal", "encrypt")
+    assert f'"seal_key": "{path}", "seal": "encrypt"' in said
+    assert SECRETS[1] not in said
+    assert '"seal_key": "", "seal": ""' in command(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--seal-key", "{path}"], "only its owner can read, not with mode 0644 (chmod 600)"),
+        (["--seal", "mac"], "seal: 'mac' given, expected off where no seal-key is given"),
+        (["--seal", "other"], "seal: 'other' given, expected"),
+        (["--seal-key", "{path}.not"], "a file that can be read (No such file or directory)"),
+    ],
+)
+def test_a_worker_with_a_wrong_seal_is_refused(tmp_path: Path, options: list[str], expected: str) -> None:
+    path = write(tmp_path / "keys", listed(1), 0o644)
+    given = [option.format(path=path) for option in options]
+    command = [sys.executable, "-m", "components.worker", "--model", "owner/model", "--store", "a:1", *given]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert expected in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert SECRETS[1] not in ended.stderr
+
+
+def test_off_is_as_without_a_key(tmp_path: Path) -> None:
+    assert seal.open_seal(str(tmp_path / "absent"), "off") is None
+    assert seal.open_seal("", "") is None
+    default = seal.open_seal(str(write(tmp_path / "keys", listed(1))), "")
+    assert default is not None
+    assert default.mode is Mode.MAC
