@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -111,7 +112,7 @@ class SealKey:
         if mode is Mode.MAC:
             encryptor.authenticate_additional_data(payload)
         else:
-            content = memoryview(bytearray(len(payload)))
+            content = _room(len(payload))
             encryptor.update_into(payload, content)
         encryptor.finalize()
         return content, head + encryptor.tag
@@ -134,7 +135,7 @@ class SealKey:
         if mode == Mode.MAC:
             decryptor.authenticate_additional_data(content)
         else:
-            piece = memoryview(bytearray(min(_PIECE_BYTES, len(content))))
+            piece = _room(min(_PIECE_BYTES, len(content)))
             for start in range(0, len(content), _PIECE_BYTES):
                 here = content[start : start + _PIECE_BYTES]
                 decryptor.update_into(here, piece)
@@ -217,6 +218,11 @@ class SealFile(Seal):
             logger.error("the seal keys stay as they were: %s", error)
             return
         logger.info("%s: seals with key %d, opens with %s", self._path, self._keys[0].id, ids(self._keys))
+
+
+def _room(size: int) -> memoryview:
+    """Memory that is about to be written to. A bytearray would fill it with zeros first, with the interpreter held."""
+    return memoryview(np.empty(size, np.uint8))
 
 
 def open_seal(path: str, mode: str) -> SealFile | None:
