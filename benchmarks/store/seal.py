@@ -4,8 +4,8 @@
 
 A figure is the best of many short windows, as the machine may be shared. `off` is crc32c. Sealing is computed in
 addition to it, since the target checks it; opening in its place. "Lock held" is the longest time for which another
-thread could not run while a value of 512 MiB was sealed or opened, as a share of that: near 1 where the package holds the
-interpreter's lock in one call, near 0 where it releases it.
+thread could not run while a value of 512 MiB was sealed or opened, as a share of that: near 1 where the package holds
+the interpreter's lock in one call, near 0 where it releases it.
 """
 
 import argparse
