@@ -7,6 +7,7 @@ Names and paths are not: the same checkpoint may lie in different places, and a 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from components.worker.compat import (
     VLLM_VERSION,
@@ -22,6 +23,7 @@ from components.worker.compat import (
     current_platform,
     iter_layer_specs,
 )
+from kvstore.seal import seal_mode
 
 # Block outermost, then heads: a block of all layers is one piece, and the pieces of tensor-parallel ranks side by side
 # are the piece of an engine with one rank.
@@ -93,7 +95,14 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
             }
         ),
         "draft": draft_digest(config),
+        # Or a router would plan fetches of sealed chunks for workers without seals, and the other way round.
+        **({"sealed": True} if _sealed(extra) else {}),
     }
+
+
+def _sealed(extra: Mapping[str, object]) -> bool:
+    tiers = cast(list[dict[str, str]], extra.get("secondary_tiers", []))
+    return any(seal_mode(tier.get("seal_key", ""), tier.get("seal", "")) != "off" for tier in tiers)
 
 
 def check_kinds(kv_cache: KVCacheConfig, *, speculative: bool = False) -> None:

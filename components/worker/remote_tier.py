@@ -59,7 +59,7 @@ from components.worker.mover.link import MoverLink
 from kvstore.bus.plan import Plan, read_plan
 from kvstore.net.client import good_connections
 from kvstore.net.wire import Outcome
-from kvstore.seal import open_seal
+from kvstore.seal import Reason, open_seal
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ _STORED_BYTES = "vllm:kvtier_stored_bytes"
 _CUT = "vllm:kvtier_cut_chunks"
 _OVERDUE = "vllm:kvtier_overdue_chunks"
 _MOVER_STARTS = "vllm:kvtier_mover_starts"
+_REJECTED = "vllm:kvtier_rejected_values"
 _FETCHED_OUTCOMES = [outcome.name.lower() for outcome in Outcome if outcome is not Outcome.STORED]
 _STORED_OUTCOMES = ["stored", "known", "dropped", "refused", "unreachable"]
 
@@ -669,6 +670,8 @@ class RemoteTier(SecondaryTierManager):
 
     def _loaded(self, report: Loaded) -> None:
         self._store_bytes_per_second = report.store_bytes_per_second
+        for reason, values in report.rejected.items():
+            self._stats.increase_counter(_REJECTED, values, (reason,))
         load = self._loads.get(report.job)
         if load is None or len(report.outcomes) != len(load.keys):
             self.link.kill(f"it says nonsense of load {report.job}")
@@ -795,6 +798,11 @@ class RemoteTier(SecondaryTierManager):
                 "their deadline"
             ),
             _OVERDUE: OffloadingCounterMetadata("Chunks whose fetch was still under way at its deadline"),
+            _REJECTED: OffloadingCounterMetadata(
+                "Values from the kvtier store whose seal did not hold, by reason: somebody planted or altered them, or "
+                "something is broken. They were not used",
+                ("reason",),
+            ),
             _MOVER_STARTS: OffloadingCounterMetadata(
                 "Starts of the mover process but for the first: more than none is worth a look into the worker's log"
             ),
@@ -816,6 +824,8 @@ def _zeros() -> OffloadingConnectorStats:
     for name, outcomes in ((_FETCHED, _FETCHED_OUTCOMES), (_STORED, _STORED_OUTCOMES)):
         for outcome in outcomes:
             stats.increase_counter(name, 0, (outcome,))
+    for reason in Reason:
+        stats.increase_counter(_REJECTED, 0, (str(reason),))
     for name in (_FETCHED_BYTES, _STORED_BYTES, _CUT, _OVERDUE, _MOVER_STARTS):
         stats.increase_counter(name, 0)
     return stats

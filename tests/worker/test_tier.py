@@ -34,6 +34,9 @@ from components.worker.remote_tier import FETCHES_PER_CHUNK, RemoteTier
 from kvstore.bus.plan import FIELD, make_plan
 from kvstore.errors import ConfigError
 from kvstore.keys import chunk_key, sequence_hashes
+from kvstore.net.client import Item
+from kvstore.net.wire import Outcome
+from kvstore.seal import TRAILER_BYTES, SealKey
 from tests.conftest import RunningTarget, eventually
 from tests.worker.stock import offload_key, primary
 
@@ -266,16 +269,19 @@ def test_sealed_chunks_are_for_those_with_the_key(
     path.chmod(0o600)
     seals = {"seal_key": str(path), "seal": mode}
     contents = stored(engines(target.address, **seals), target)
-    with Path(target.log.path, "segment-000000.kvt").open("r+b") as file:
-        file.seek(next(iter(target.log.entries())).payload_offset)
-        file.write(b"nonsense")
+    name = SealKey(7, bytes.fromhex(secret)).name(chunk_key(DIGEST, (4).to_bytes(32, "big")))
+    planter = target.client()
+    planted = memoryview(bytes(ROW + TRAILER_BYTES))
+    assert planter.put([Item(name, planted, 0, 7, 1)], time.monotonic() + SOON) == [Outcome.STORED]
+    planter.close()
     reader, stranger = engines(target.address, **seals), engines(target.address)
     context = reader.arrive(engine_request(), KEYS, plan(target, 5))
     failed = reader.load(context, KEYS[:5], [0, 1, 2, 3, 4]).failed
-    assert len(failed) == 2
-    rows = [row for row in range(4) if KEYS[row] not in failed]
-    assert [reader.memory[row].tobytes() for row in rows] == [contents[row] for row in rows]
-    assert reader.tier.get_stats().reduce()["vllm:kvtier_fetched_chunks:('corrupt',)"] == 1
+    assert failed == frozenset([KEYS[4]])
+    assert [reader.memory[row].tobytes() for row in range(4)] == contents
+    counted = reader.counted()
+    assert counted["vllm:kvtier_fetched_chunks:('corrupt',)"] == 1
+    assert counted["vllm:kvtier_rejected_values:('unsealed',)"] == 1
     context = stranger.arrive(engine_request(), KEYS, plan(target, 4))
     assert stranger.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[:4])
     assert stranger.tier.get_stats().reduce()["vllm:kvtier_fetched_chunks:('miss',)"] == 4

@@ -48,7 +48,7 @@ from kvstore.net.carrier import borrower
 from kvstore.net.client import Item, StoreClient
 from kvstore.net.membership import open_membership
 from kvstore.net.wire import Outcome
-from kvstore.seal import announce, open_seal, sealed_layout
+from kvstore.seal import announce, open_seal
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,6 @@ class Mover:
         self._seal = open_seal(setup.seal_key, setup.seal)
         announce(self._seal, setup.store)
         self._digest = bytes.fromhex(setup.digest)
-        if self._seal is not None:
-            self._digest = sealed_layout(self._digest)
         self._fingerprint = fingerprint(self._digest)
         self._region = mmap.mmap(setup.region_fd, setup.region_bytes, flags=mmap.MAP_SHARED)
         self._memory = memoryview(self._region)
@@ -128,6 +126,7 @@ class Mover:
         self._moving_seconds = 0.0
         self._sampled = -SAMPLE_VALID_SECONDS
         self._pace = Pace(0, 0, 0, 0, 0, 0, 0)
+        self._rejected: Counter[str] = Counter()  # values by reason, as far as the engine was told of them
         self._fetched: Counter[str] = Counter()  # chunks by outcome, without loads that were called off
         self._reporter: Reporter | None = None
 
@@ -254,7 +253,10 @@ class Mover:
         return self._throughput.bytes_per_second if time.monotonic() < self._sampled + SAMPLE_VALID_SECONDS else 0.0
 
     def _loaded(self, load: Load, outcomes: list[Outcome]) -> None:
-        self._send(Loaded(load.job, bytes(outcomes), self._bytes_per_second()))
+        with self._lock:
+            news = Counter(self._seal.rejected if self._seal is not None else {}) - self._rejected
+            self._rejected += news
+        self._send(Loaded(load.job, bytes(outcomes), self._bytes_per_second(), news))
 
     # ---- puts
 

@@ -123,6 +123,7 @@ class Loaded(msgspec.Struct, tag="loaded", array_like=True, frozen=True):
     job: int
     outcomes: bytes  # one Outcome a chunk
     store_bytes_per_second: float  # 0: not measured yet
+    rejected: dict[str, int] = {}  # values whose seal did not hold, by reason, since the last Loaded
 
 
 class Stored(msgspec.Struct, tag="stored", array_like=True, frozen=True):
