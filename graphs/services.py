@@ -41,6 +41,8 @@ _TIER_FLAGS = {
     "deadline-ms",
     "namespace",
     "nats",
+    "seal",
+    "seal-key",
 }  # of components.worker alone
 _WORKER_FLAGS = {"model", "endpoint"} | _TIER_FLAGS
 
@@ -172,6 +174,8 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
     if "model" not in flags:
         raise ConfigError("model", "nothing", "a folder with a config.json, or a name on the hub (owner/model)")
     flags["model"] = place_model(deployment, str(flags["model"]))
+    if flags.get("seal") is False:
+        flags["seal"] = "off"  # which YAML takes for a no
     if mode == "prefill":
         # Under the public name a frontend would go round the router, whatever the endpoint types.
         flags["served-model-name"] = f"{model_name(deployment)}-prefill"

@@ -20,6 +20,7 @@ from kvstore.bus import messages
 from kvstore.bus.messages import Bus
 from kvstore.errors import ConfigError, run_command, validated
 from kvstore.net.membership import checked_address
+from kvstore.seal import open_seal
 
 HELP = """Start a stock dynamo.vllm worker with the kvtier offload tier: HBM -> host DRAM -> remote NVMe store.
 
@@ -41,6 +42,8 @@ class Options(CommonOptions):
     carrier: Literal["", "nixl"] = ""
     tp_private: bool = False
     share_images: bool = False
+    seal_key: Path | None = None
+    seal: Literal["", "mac", "encrypt", "off"] = ""
 
     @field_validator("store")
     @classmethod
@@ -60,6 +63,16 @@ def parse(argv: list[str]) -> tuple[Options, bool, list[str]]:
     parser.add_argument("--dram", help="host memory of the DRAM tier; default 8GiB")
     parser.add_argument("--blocks-per-chunk", help="KV blocks in one stored chunk; aim at 1 to 8 MiB; default 1")
     parser.add_argument("--carrier", help="'nixl' to fetch by RDMA from targets that have it; default none")
+    parser.add_argument(
+        "--seal-key",
+        help="file with keys that workers share and targets do not have: values are sealed, and what a target returns "
+        "is believed only if its seal holds (docs/security.md); default none",
+    )
+    parser.add_argument(
+        "--seal",
+        help="'mac': values are authenticated (default with --seal-key); 'encrypt': targets cannot read them either; "
+        "'off': as without --seal-key",
+    )
     parser.add_argument(
         "--tp-private",
         action="store_true",
@@ -89,6 +102,8 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
         "nats": options.nats,
         "endpoint": options.endpoint,
         "carrier": options.carrier,
+        "seal_key": str(options.seal_key.absolute()) if options.seal_key else "",
+        "seal": options.seal,
     }
     transfer = {
         "kv_connector": "KvtierConnector",
@@ -132,6 +147,7 @@ def check(options: Options) -> None:
     folder = Path(options.model)
     if not (folder / "config.json").is_file() and (folder.is_absolute() or "/" not in options.model or folder.exists()):
         raise ConfigError("model", options.model, "a folder with a config.json, or a name on the hub (owner/model)")
+    open_seal(str(options.seal_key or ""), options.seal)
     asyncio.run(Bus.check(options.nats))
 
 

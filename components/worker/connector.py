@@ -395,7 +395,7 @@ def _identity(config: VllmConfig, kv_cache: KVCacheConfig) -> Identity:
         parallel.prefill_context_parallel_size,
         parallel.decode_context_parallel_size,
     ]
-    layout = engine_layout(config, kv_cache)
+    layout = engine_layout(config, kv_cache, extra)
     identity = Identity(config, layout, ranks, alike=tp_agnostic(config, kv_cache, extra))
     if problem := identity.establish():
         raise ValueError(problem)

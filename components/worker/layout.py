@@ -8,6 +8,7 @@ What is not known from the engine's configuration, its ranks say (weights.py). d
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from components.worker.compat import (
     VLLM_VERSION,
@@ -23,6 +24,7 @@ from components.worker.compat import (
     current_platform,
     iter_layer_specs,
 )
+from kvstore.seal import seal_mode
 
 # Block outermost, then heads: a block of all layers is one piece, and the pieces of tensor-parallel ranks side by side
 # are the piece of an engine with one rank.
@@ -53,7 +55,7 @@ _UNTESTED = {
 }
 
 
-def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig) -> dict[str, object]:
+def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> dict[str, object]:
     """The layout of this engine's chunks, but for what ranks say of their weights (identity.py). Raises ValueError,
     with what to do, if they cannot be shared."""
     cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
@@ -93,7 +95,14 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig) -> dict[str, obje
             }
         ),
         "draft": described_draft(config),
+        # Or a router would plan fetches of sealed chunks for workers without seals, and the other way round.
+        **({"sealed": True} if _sealed(extra) else {}),
     }
+
+
+def _sealed(extra: Mapping[str, object]) -> bool:
+    tiers = cast(list[dict[str, str]], extra.get("secondary_tiers", []))
+    return any(seal_mode(tier.get("seal_key", ""), tier.get("seal", "")) != "off" for tier in tiers)
 
 
 def check_kinds(kv_cache: KVCacheConfig, *, speculative: bool = False) -> None:

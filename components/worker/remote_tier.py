@@ -61,6 +61,7 @@ from kvstore.bus.plan import Plan, read_plan
 from kvstore.keys import fingerprint
 from kvstore.net.client import good_connections
 from kvstore.net.wire import Outcome
+from kvstore.seal import Reason, open_seal
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ _CUT = "vllm:kvtier_cut_chunks"
 _OVERDUE = "vllm:kvtier_overdue_chunks"
 _MOVER_STARTS = "vllm:kvtier_mover_starts"
 _IDENTITY = "vllm:kvtier_identity_checks"
+_REJECTED = "vllm:kvtier_rejected_values"
 _FETCHED_OUTCOMES = [outcome.name.lower() for outcome in Outcome if outcome is not Outcome.STORED]
 _IDENTITY_OUTCOMES = ["same", "changed", "failed", "adapter", "adapter_changed"]
 _STORED_OUTCOMES = ["stored", "known", "dropped", "refused", "unreachable"]
@@ -185,9 +187,10 @@ class _Leftover:
 
 class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
-    for the contract of each method. `nats` and `endpoint` are for telling routers, and may be left out. `on_load` is
-    called for each fetched chunk, with the token that it ends at; `prefill` is what computing costs here, as far as it
-    is known, and `running` how many requests the engine is at.
+    for the contract of each method. `nats` and `endpoint` are for telling routers, and may be left out; so may
+    `seal_key` and `seal` (kvstore.seal.open_seal). `on_load` is called for each fetched chunk, with the token that it
+    ends at; `prefill` is what computing costs here, as far as it is known, and `running` how many requests the engine
+    is at.
     """
 
     medium = Medium.STORAGE
@@ -211,9 +214,12 @@ class RemoteTier(SecondaryTierManager):
         carrier: str = "",
         put_queue_share: float = 0.25,
         load_share: float = 0.25,
+        seal_key: str = "",
+        seal: str = "",
     ):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = Locality.REMOTE
+        open_seal(seal_key, seal)  # or the mover would end over it, and the engine go on without the store
         rows, row_bytes = primary_kv_view.shape or (0, 0)
         self.row_bytes = row_bytes
         self._block_tokens = offloading_spec.tokens_per_hash
@@ -269,6 +275,8 @@ class RemoteTier(SecondaryTierManager):
                 connections_per_target=connections_per_target or good_connections(),
                 fetch_threads=fetch_threads or good_connections(),
                 put_threads=put_threads,
+                seal_key=seal_key,
+                seal=seal,
             )
         )
 
@@ -705,6 +713,8 @@ class RemoteTier(SecondaryTierManager):
 
     def _loaded(self, report: Loaded) -> None:
         self._store_bytes_per_second = report.store_bytes_per_second
+        for reason, values in report.rejected.items():
+            self._stats.increase_counter(_REJECTED, values, (reason,))
         load = self._loads.get(report.job)
         if load is None or len(report.outcomes) != len(load.keys):
             self.link.kill(f"it says nonsense of load {report.job}")
@@ -837,6 +847,11 @@ class RemoteTier(SecondaryTierManager):
                 "changed, failed and adapter_changed the DRAM tier is empty; after failed the tier is off",
                 ("outcome",),
             ),
+            _REJECTED: OffloadingCounterMetadata(
+                "Values from the kvtier store whose seal did not hold, by reason: somebody planted or altered them, or "
+                "something is broken. They were not used",
+                ("reason",),
+            ),
             _MOVER_STARTS: OffloadingCounterMetadata(
                 "Starts of the mover process but for the first: more than none is worth a look into the worker's log"
             ),
@@ -859,6 +874,8 @@ def _zeros() -> OffloadingConnectorStats:
     for name, outcomes in series:
         for outcome in outcomes:
             stats.increase_counter(name, 0, (outcome,))
+    for reason in Reason:
+        stats.increase_counter(_REJECTED, 0, (str(reason),))
     for name in (_FETCHED_BYTES, _STORED_BYTES, _CUT, _OVERDUE, _MOVER_STARTS):
         stats.increase_counter(name, 0)
     return stats

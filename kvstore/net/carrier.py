@@ -13,7 +13,7 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
@@ -48,9 +48,15 @@ class Borrower(Protocol):
         """The name of the target that greets so. Raises ConnectionError."""
 
     def fetch(
-        self, target: str, place: bytes, into: memoryview, deadline: float, cancelled: Callable[[], bool] | None
+        self,
+        target: str,
+        place: bytes,
+        into: Sequence[memoryview],
+        deadline: float,
+        cancelled: Callable[[], bool] | None,
     ) -> None:
-        """Fill `into`. Raises TimeoutError, Cancelled and ConnectionError; then nothing arrives in `into` any more."""
+        """Fill the parts of `into`, one after the other. Raises TimeoutError, Cancelled and ConnectionError; then
+        nothing arrives in them any more."""
 
 
 class NixlLender:
@@ -91,11 +97,17 @@ class NixlBorrower:
         return name.decode() if isinstance(name, bytes) else str(name)
 
     def fetch(
-        self, target: str, place: bytes, into: memoryview, deadline: float, cancelled: Callable[[], bool] | None
+        self,
+        target: str,
+        place: bytes,
+        into: Sequence[memoryview],
+        deadline: float,
+        cancelled: Callable[[], bool] | None,
     ) -> None:
         address, length = _PLACE.unpack(place)
-        if length != len(into):
-            raise ConnectionError(f"nixl: a place of {length} bytes, {len(into)} were asked for")
+        wanted = sum(len(part) for part in into)
+        if length != wanted:
+            raise ConnectionError(f"nixl: a place of {length} bytes, {wanted} were asked for")
         self._sweep()
         buffer = self._staging.take(length, deadline)
         if buffer is None:
@@ -110,7 +122,10 @@ class NixlBorrower:
                 time.sleep(_POLL_SECONDS)
             if state != "DONE":
                 raise ConnectionError(f"nixl: the transfer ended as {state}")
-            _copy(buffer.payload, into)
+            start = 0
+            for part in into:
+                _copy(buffer.payload[start : start + len(part)], part)
+                start += len(part)
         finally:
             with self._lock:
                 self._transfers.append(transfer)

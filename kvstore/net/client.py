@@ -25,8 +25,9 @@ from kvstore.keys import KEY_VERSION
 from kvstore.net import transport, wire
 from kvstore.net.carrier import Borrower
 from kvstore.net.membership import Membership, place
-from kvstore.net.transport import Cancelled, Stream
+from kvstore.net.transport import Bytes, Cancelled, Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError, PutItem
+from kvstore.seal import TRAILER_BYTES, Reason, Seal, SealKey
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class StoreClient:
     """Talks to all live targets of a namespace. Thread-safe. Every `deadline` is a time.monotonic() value.
 
     With a `credential` only targets are believed that prove to know it.
+    With a `seal`, put seals each value, and get opens it in place of checking its crc: a value that does not open is
+    CORRUPT. To targets a sealed value is a longer one under another key (seal.py).
     """
 
     def __init__(
@@ -75,9 +78,10 @@ class StoreClient:
         connections_per_target: int | None = None,
         carrier: Borrower | None = None,
         credential: Credential | None = None,
+        seal: Seal | None = None,
     ):
         self._membership = membership
-        self._credential = credential
+        self._credential, self._seal = credential, seal
         self._carrier = carrier
         # The random part tells one client's connections from another's: clients take turns at a target.
         self._hello = wire.Hello(
@@ -101,29 +105,74 @@ class StoreClient:
         others is undefined. `targets` says where to look, by default where the key is placed; a target that is not a
         live member is not asked. `cancelled` is polled: once true, what is not there yet is LATE.
         """
-        return self._spread(
-            keys,
-            [len(destination) for destination in destinations],
-            targets,
-            lambda line, part: line.get(
-                [keys[index] for index in part], [destinations[index] for index in part], deadline, cancelled
-            ),
-        )
+
+        def get(names: Sequence[bytes], wanted: Sequence[int], seal_key: SealKey | None) -> list[Outcome]:
+            into = [destinations[index] for index in wanted]
+            return self._spread(
+                names,
+                [len(destination) for destination in into],
+                None if targets is None else [targets[index] for index in wanted],
+                lambda line, part: line.get(
+                    [names[index] for index in part], [into[index] for index in part], deadline, cancelled, seal_key
+                ),
+            )
+
+        return self._under_each_name(keys, get)
 
     def put(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
-        """STORED for each chunk that is in the store when the call returns."""
+        """STORED for each chunk that is in the store when the call returns. Sealing by encryption takes as much memory
+        again as the items have."""
+        seal_key = self._seal.keys[0] if self._seal is not None else None
+        if seal_key is not None:
+            items = [item._replace(key=seal_key.name(item.key)) for item in items]
         return self._spread(
             [item.key for item in items],
             [len(item.payload) for item in items],
             None,
-            lambda line, part: line.put([items[index] for index in part], deadline),
+            lambda line, part: line.put([items[index] for index in part], deadline, seal_key),
         )
 
     def exists(self, keys: Sequence[bytes], deadline: float) -> list[Outcome]:
         """HIT or MISS for each key, at the target where it is placed."""
-        return self._spread(
-            keys, [0] * len(keys), None, lambda line, part: line.exists([keys[index] for index in part], deadline)
-        )
+        return [outcome for outcome, _ in self._look_up(keys, deadline)]
+
+    def locate(self, keys: Sequence[bytes], deadline: float) -> list[str | None]:
+        """The target that has each key, None where none says so."""
+        return [target if outcome is Outcome.HIT else None for outcome, target in self._look_up(keys, deadline)]
+
+    def _look_up(self, keys: Sequence[bytes], deadline: float) -> list[tuple[Outcome, str | None]]:
+        """HIT or MISS for each key, and the target where it is placed."""
+        placed: list[str | None] = [None] * len(keys)
+
+        def exists(names: Sequence[bytes], wanted: Sequence[int], _: SealKey | None) -> list[Outcome]:
+            live = self._membership.targets()
+            targets = [place(name, live) for name in names]
+            for index, target in zip(wanted, targets, strict=True):
+                placed[index] = target
+            return self._spread(
+                names, [0] * len(names), targets, lambda line, part: line.exists([names[i] for i in part], deadline)
+            )
+
+        return list(zip(self._under_each_name(keys, exists), placed, strict=True))
+
+    def _under_each_name(
+        self,
+        keys: Sequence[bytes],
+        ask: Callable[[Sequence[bytes], Sequence[int], SealKey | None], list[Outcome]],
+    ) -> list[Outcome]:
+        """Ask for all keys; with several seal keys, ask for those that are missing under the name of the next one.
+        `ask` gets names, which of `keys` they stand for, and the seal key that they were made with."""
+        if self._seal is None:
+            return ask(keys, range(len(keys)), None)
+        outcomes = [Outcome.MISS] * len(keys)
+        for seal_key in self._seal.keys:
+            missing = [index for index, outcome in enumerate(outcomes) if outcome is Outcome.MISS]
+            if not missing:
+                break
+            asked = ask([seal_key.name(keys[index]) for index in missing], missing, seal_key)
+            for index, outcome in zip(missing, asked, strict=True):
+                outcomes[index] = outcome
+        return outcomes
 
     def stat(self, deadline: float) -> dict[str, wire.Status]:
         """What each live target says of itself; one that does not answer is missing."""
@@ -185,7 +234,8 @@ class StoreClient:
         with self._lock:
             line = self._targets.get(target)
             if line is None:
-                line = _TargetLine(target, self._hello, self._connections_per_target, self._carrier, self._credential)
+                limit = self._connections_per_target
+                line = _TargetLine(target, self._hello, limit, self._carrier, self._credential, self._seal)
                 self._targets[target] = line
             return line
 
@@ -218,10 +268,12 @@ class _TargetLine:
         connections_max: int,
         carrier: Borrower | None,
         credential: Credential | None,
+        seal: Seal | None,
     ):
         self._credential = credential
         self._target = target
         self._carrier = carrier
+        self._seal = seal
         self._carrier_greeting = b""
         self._carrier_target = ""
         self._hello = hello
@@ -245,58 +297,117 @@ class _TargetLine:
         destinations: Sequence[memoryview],
         deadline: float,
         cancelled: Callable[[], bool] | None,
+        seal_key: SealKey | None,
     ) -> list[Outcome]:
+        """With a seal key, `keys` are names made with it."""
+        room = [_Room(destination, seal_key is not None) for destination in destinations]
+        if any(one.size > wire.VALUE_BYTES_MAX for one in room):
+            return [Outcome.MISS] * len(keys)  # no target holds a value of that length
         outcomes: list[Outcome | None] = [None] * len(keys)
 
         def exchange(stream: Stream, request: int) -> None:
             left_ms = max(1, int((deadline - time.monotonic()) * 1000))
-            ask = wire.Get(list(keys), [len(destination) for destination in destinations], left_ms)
+            ask = wire.Get(list(keys), [one.size for one in room], left_ms)
             stream.send([wire.encode(Header(Op.GET, request), ask)], deadline)
             for _ in keys:
                 header = _expect(stream, (Op.VALUE, Op.PLACED), request, deadline, cancelled)
-                if header.number >= len(keys) or outcomes[header.number] is not None:
-                    raise ProtocolError(f"VALUE for key {header.number}, which was not asked for or came before")
-                destination = destinations[header.number]
-                receive = _receive_value if header.op is Op.VALUE else self._fetch_value
-                outcomes[header.number] = receive(stream, header, destination, deadline, cancelled)
+                number = header.number
+                if number >= len(keys) or outcomes[number] is not None:
+                    raise ProtocolError(f"VALUE for key {number}, which was not asked for or came before")
+                receive = self._receive_value if header.op is Op.VALUE else self._fetch_value
+                outcome = receive(stream, header, room[number], deadline, cancelled)
+                if outcome is Outcome.HIT and seal_key is not None:
+                    outcome = self._open(seal_key, keys[number], room[number])
+                outcomes[number] = outcome
 
         failure = self._exchange(exchange, deadline)
         return [failure if outcome is None else outcome for outcome in outcomes]
+
+    def _open(self, seal_key: SealKey, name: bytes, room: "_Room") -> Outcome:
+        assert room.trailer is not None
+        reason = seal_key.open(name, room.destination, room.trailer)
+        if reason is None:
+            return Outcome.HIT
+        self._reject(reason)
+        return Outcome.CORRUPT
+
+    def _reject(self, reason: Reason) -> None:
+        if self._seal is not None:
+            self._seal.reject(self._target, reason)
+
+    def _receive_value(
+        self,
+        stream: Stream,
+        header: Header,
+        room: "_Room",
+        deadline: float,
+        cancelled: Callable[[], bool] | None,
+    ) -> Outcome:
+        """A sealed value has yet to be opened when this says HIT."""
+        try:
+            outcome = Outcome(header.flags)
+        except ValueError:
+            raise ProtocolError(f"unknown outcome {header.flags}") from None
+        if outcome is not Outcome.HIT:
+            return outcome
+        if header.data_bytes != room.size:
+            self._reject(Reason.LENGTH)
+            raise ProtocolError(f"VALUE of {header.data_bytes} bytes, {room.size} were asked for")
+        if room.trailer is not None:
+            stream.receive(room.destination, deadline, cancelled)
+            stream.receive(memoryview(room.trailer), deadline, cancelled)
+            return Outcome.HIT
+        intact = stream.receive_checksum(room.destination, deadline, cancelled) == header.crc
+        return Outcome.HIT if intact else Outcome.CORRUPT
 
     def _fetch_value(
         self,
         stream: Stream,
         header: Header,
-        destination: memoryview,
+        room: "_Room",
         deadline: float,
         cancelled: Callable[[], bool] | None,
     ) -> Outcome:
-        """Take a value that the target has placed."""
+        """Take a value that the target has placed; see `_receive_value`."""
         place = wire.decode_control(stream.receive_control(header, deadline), wire.Placed).place
         if self._carrier is None:
             raise ProtocolError("PLACED, and no carrier was agreed on")
-        self._carrier.fetch(self._carrier_target, place, destination, deadline, cancelled)
-        stream.received_bytes += len(destination)
+        self._carrier.fetch(self._carrier_target, place, room.parts, deadline, cancelled)
+        stream.received_bytes += room.size
         stream.send([wire.encode(Header(Op.TAKEN, header.request), wire.Taken(header.number))], deadline)
-        return Outcome.HIT if crc32c(destination) == header.crc else Outcome.CORRUPT
+        if room.trailer is not None:
+            return Outcome.HIT
+        return Outcome.HIT if crc32c(room.destination) == header.crc else Outcome.CORRUPT
 
-    def put(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
-        if any(len(item.payload) > self._value_bytes_max for item in items):
+    def put(self, items: Sequence[Item], deadline: float, seal_key: SealKey | None) -> list[Outcome]:
+        added = TRAILER_BYTES if seal_key is not None else 0
+        if any(len(item.payload) + added > self._value_bytes_max for item in items):
             return [Outcome.REFUSED] * len(items)
         answer: list[Outcome] = []
 
         def exchange(stream: Stream, request: int) -> None:
+            values = [self._value(item, seal_key) for item in items]
             described = [
-                PutItem(key, len(payload), crc32c(payload), router_hash, layout, blocks, _microseconds(saved), version)
-                for key, payload, router_hash, layout, blocks, saved, version in items
+                PutItem(
+                    key, len(payload) + added, _crc(value), router_hash, layout, blocks, _microseconds(saved), version
+                )
+                for (key, payload, router_hash, layout, blocks, saved, version), value in zip(
+                    items, values, strict=True
+                )
             ]
             total = sum(item.length for item in described)
             frame = wire.encode(Header(Op.PUT, request, data_bytes=total), wire.Put(described))
-            stream.send([frame, *(item.payload for item in items)], deadline)
+            stream.send([frame, *itertools.chain.from_iterable(values)], deadline)
             answer.extend(_receive(stream, Op.STORED, request, deadline, wire.Outcomes, len(items)).outcomes)
 
         failure = self._exchange(exchange, deadline)
         return answer or [failure] * len(items)
+
+    def _value(self, item: Item, seal_key: SealKey | None) -> Sequence[Bytes]:
+        """What is stored of an item, in one part or two."""
+        if self._seal is None or seal_key is None:
+            return [item.payload]
+        return seal_key.seal(item.key, item.payload, self._seal.mode)
 
     def exists(self, keys: Sequence[bytes], deadline: float) -> list[Outcome]:
         answer: list[Outcome] = []
@@ -512,6 +623,29 @@ def _prove(
     return welcome
 
 
+class _Room:
+    """Where a value goes: the caller's memory, and a trailer's if the value is to be sealed."""
+
+    def __init__(self, destination: memoryview, sealed: bool):
+        self.destination = destination
+        self.trailer = bytearray(TRAILER_BYTES) if sealed else None
+
+    @property
+    def size(self) -> int:
+        return len(self.destination) + len(self.trailer or b"")
+
+    @property
+    def parts(self) -> list[memoryview]:
+        return [self.destination] if self.trailer is None else [self.destination, memoryview(self.trailer)]
+
+
+def _crc(parts: Sequence[Bytes]) -> int:
+    crc = 0
+    for part in parts:
+        crc = crc32c(part, crc)
+    return crc
+
+
 def _microseconds(seconds: float) -> int:
     return min(int(1e6 * seconds), 0xFFFFFFFF)
 
@@ -531,21 +665,6 @@ def _expect(
     if header.op not in ops or header.request != request:
         raise ProtocolError(f"{header.op.name} {header.request} where {ops[0].name} {request} was expected")
     return header
-
-
-def _receive_value(
-    stream: Stream, header: Header, destination: memoryview, deadline: float, cancelled: Callable[[], bool] | None
-) -> Outcome:
-    try:
-        outcome = Outcome(header.flags)
-    except ValueError:
-        raise ProtocolError(f"unknown outcome {header.flags}") from None
-    if outcome is not Outcome.HIT:
-        return outcome
-    if header.data_bytes != len(destination):
-        raise ProtocolError(f"VALUE of {header.data_bytes} bytes, {len(destination)} were asked for")
-    intact = stream.receive_checksum(destination, deadline, cancelled) == header.crc
-    return Outcome.HIT if intact else Outcome.CORRUPT
 
 
 def _receive(

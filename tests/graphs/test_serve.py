@@ -42,6 +42,15 @@ def test_no_port_is_given_twice_before_anybody_can_listen_on_it(monkeypatch: pyt
     assert [free_port(), free_port()] == [first, second]
 
 
+@pytest.mark.parametrize(("seal", "flags"), [("", ""), ("off", "--seal off "), ("encrypt", "--seal encrypt ")])
+def test_seals_are_the_workers_alone(tmp_path: Path, seal: str, flags: str) -> None:
+    """`off` in YAML is a no, and not the word."""
+    given = [f"--VllmWorker.seal={seal}"] if seal else []
+    shown = commands(load_deployment(GRAPH, QUICKSTART, ["--VllmWorker.seal-key=/k.yaml", *given], tmp_path))
+    assert f"--seal-key /k.yaml {flags}-- " in shown["VllmWorker-0"]
+    assert not any("--seal" in command for name, command in shown.items() if not name.startswith("VllmWorker"))
+
+
 def test_the_quickstart_is_what_it_says(tmp_path: Path) -> None:
     deployment = load_deployment(GRAPH, QUICKSTART, [], tmp_path)
     assert [service.name for service in deployment.services] == [

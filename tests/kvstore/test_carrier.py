@@ -14,6 +14,7 @@ from kvstore.net.carrier import borrower
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import StaticMembership
 from kvstore.net.wire import Outcome
+from kvstore.seal import Mode, Seal, SealKey
 from tests.conftest import MIB, RunningTarget, eventually, item, key, payload, soon
 
 LENGTH = 100_000
@@ -68,6 +69,27 @@ def test_memory_that_changed_under_the_client_is_corrupt(start_target) -> None:
     target.target._lender.place = place
     into = rooms(1)
     assert store.get([key(1)], into, soon(20)) == [Outcome.HIT]
+    store.close()
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_sealed_values_come_by_the_carrier(start_target, mode: Mode) -> None:
+    target = start_target(carrier="nixl", buffer_bytes=64 * MIB)
+    seal = Seal([SealKey(1, bytes([1]) * 32)], mode)
+    store = StoreClient(StaticMembership([target.address]), carrier=borrower("nixl"), seal=seal)
+    assert set(store.put([item(n) for n in range(5)], soon())) == {Outcome.STORED}
+    into = rooms(5)
+    assert store.get([key(n) for n in range(5)], into, soon(20)) == [Outcome.HIT] * 5
+    assert all(bytes(into[n]) == payload(n) for n in range(5))
+    place = target.target._lender.place
+
+    def spoil(buffer) -> bytes:
+        buffer.payload[LENGTH + 40] ^= 1  # in the trailer
+        return place(buffer)
+
+    target.target._lender.place = spoil
+    assert store.get([key(1)], rooms(1), soon(20)) == [Outcome.CORRUPT]
+    assert seal.rejected == {"altered": 1}
     store.close()
 
 

@@ -48,7 +48,7 @@ def test_a_kind_that_was_never_tested_is_refused_at_the_start(spec: KVCacheSpec,
         cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256_cbor"), model_config=None, parallel_config=None
     )
     with pytest.raises(ValueError, match=f"^kvtier: {words} is not supported: .*; run this model without kvtier$"):
-        layout.engine_layout(config, cache(FULL, spec))
+        layout.engine_layout(config, cache(FULL, spec), {})
 
 
 def test_a_kind_is_found_in_a_group_of_layers_that_differ() -> None:

@@ -397,6 +397,17 @@ def test_pages_with_padding_are_not_shared(tmp_path: Path) -> None:
     assert one.layout != other.layout
 
 
+def test_engines_with_seals_share_with_their_like_alone(tmp_path: Path) -> None:
+    def tier(**seals: str) -> list[dict[str, str]]:
+        return [{"type": "kvtier", "store": "a:1", **seals}]
+
+    plain = [tier(), tier(seal_key="", seal=""), tier(seal_key="k", seal="off")]
+    sealed = [tier(seal_key="k"), tier(seal_key="k", seal="encrypt"), tier(seal_key="elsewhere", seal="mac")]
+    layouts = [[engine(tmp_path, secondary_tiers=tiers).layout for tiers in group] for group in (plain, sealed)]
+    assert all(layout == group[0] for group in layouts for layout in group)
+    assert layouts[0][0] == engine(tmp_path).layout != layouts[1][0]
+
+
 # ---- which layout is asked for
 
 

@@ -32,7 +32,11 @@ from components.worker.manager import HoldingTieringManager
 from components.worker.mover.__main__ import PUT_PATIENCE_SECONDS
 from components.worker.remote_tier import FETCHES_PER_CHUNK, RemoteTier
 from kvstore.bus.plan import FIELD, make_plan
+from kvstore.errors import ConfigError
 from kvstore.keys import chunk_key, sequence_hashes
+from kvstore.net.client import Item
+from kvstore.net.wire import Outcome
+from kvstore.seal import TRAILER_BYTES, SealKey
 from tests.conftest import RunningTarget, eventually
 from tests.worker.stock import offload_key, primary
 
@@ -254,6 +258,46 @@ def test_a_corrupt_chunk_is_not_used(start_target: Any, engines: Any) -> None:
     counted = engine.tier.get_stats().reduce()
     assert counted["vllm:kvtier_fetched_chunks:('hit',)"] == 3
     assert counted["vllm:kvtier_fetched_chunks:('corrupt',)"] == 1
+
+
+@pytest.mark.parametrize("mode", ["", "encrypt"])  # mac, where a key is given
+def test_sealed_chunks_are_for_those_with_the_key(
+    start_target: Any, engines: Any, tmp_path: Path, mode: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target, secret = start_target(), "5a" * 32
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"- {{id: 7, key: '{secret}'}}")
+    path.chmod(0o600)
+    seals = {"seal_key": str(path), "seal": mode}
+    contents = stored(engines(target.address, **seals), target)
+    name = SealKey(7, bytes.fromhex(secret)).name(chunk_key(DIGEST, (4).to_bytes(32, "big")))
+    planter = target.client()
+    planted = memoryview(bytes(ROW + TRAILER_BYTES))
+    assert planter.put([Item(name, planted, 0, 7, 1)], time.monotonic() + SOON) == [Outcome.STORED]
+    planter.close()
+    reader, stranger = engines(target.address, **seals), engines(target.address)
+    context = reader.arrive(engine_request(), KEYS, plan(target, 5))
+    failed = reader.load(context, KEYS[:5], [0, 1, 2, 3, 4]).failed
+    assert failed == frozenset([KEYS[4]])
+    assert [reader.memory[row].tobytes() for row in range(4)] == contents
+    counted = reader.counted()
+    assert counted["vllm:kvtier_fetched_chunks:('corrupt',)"] == 1
+    assert counted["vllm:kvtier_rejected_values:('unsealed',)"] == 1
+    context = stranger.arrive(engine_request(), KEYS, plan(target, 4))
+    assert stranger.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[:4])
+    assert stranger.tier.get_stats().reduce()["vllm:kvtier_fetched_chunks:('miss',)"] == 4
+    said = capfd.readouterr().err
+    assert f"values are sealed ({mode or 'mac'}) with key 7; opens with 7" in said
+    assert f"values are not sealed: what a target of {target.address} returns is believed" in said
+    assert secret not in said
+    assert str(path) in str(reader.tier.link._process.args)
+    assert secret not in str(reader.tier.link._process.args)
+
+
+def test_without_a_seal_key_that_can_be_read_an_engine_does_not_start(engines: Any, tmp_path: Path) -> None:
+    for seals in ({"seal_key": str(tmp_path / "absent")}, {"seal": "mac"}, {"seal": "other"}):
+        with pytest.raises(ConfigError, match="seal"):
+            engines("127.0.0.1:9", **seals)
 
 
 def test_what_the_store_holds_is_not_sent_again(start_target: Any, engines: Any) -> None:

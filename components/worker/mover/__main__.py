@@ -43,12 +43,13 @@ from components.worker.mover.frames import (
 )
 from components.worker.mover.report import Reporter
 from kvstore.bus.messages import WorkerReport
-from kvstore.errors import UnavailableError
+from kvstore.errors import ConfigError, UnavailableError
 from kvstore.keys import SequenceHasher, chunk_key, fingerprint
 from kvstore.net.carrier import borrower
 from kvstore.net.client import Item, StoreClient
-from kvstore.net.membership import open_membership, place
+from kvstore.net.membership import open_membership
 from kvstore.net.wire import Outcome
+from kvstore.seal import announce, open_seal
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class Mover:
     def __init__(self, link: socket.socket, setup: Setup):
         self._link = link
         self._setup = setup
+        self._seal = open_seal(setup.seal_key, setup.seal)
+        announce(self._seal, setup.store)
         self._region = mmap.mmap(setup.region_fd, setup.region_bytes, flags=mmap.MAP_SHARED)
         self._memory = memoryview(self._region)
         self._membership = open_membership(setup.store, setup.namespace)
@@ -92,14 +95,19 @@ class Mover:
             name="worker",
             connections_per_target=setup.connections_per_target,
             carrier=borrower(setup.carrier) if setup.carrier else None,
+            seal=self._seal,
         )
         # Connections and threads of their own, so that a put that stalls is never in the way of a load, and loads are
         # not in the way of a question.
         self._put_client = StoreClient(
-            self._membership, namespace=setup.namespace, name="writer", connections_per_target=setup.put_threads
+            self._membership,
+            namespace=setup.namespace,
+            name="writer",
+            connections_per_target=setup.put_threads,
+            seal=self._seal,
         )
         self._ask_client = StoreClient(
-            self._membership, namespace=setup.namespace, name="asker", connections_per_target=1
+            self._membership, namespace=setup.namespace, name="asker", connections_per_target=1, seal=self._seal
         )
         self._lock = threading.Condition()
         self._send_lock = threading.Lock()
@@ -119,6 +127,7 @@ class Mover:
         self._sampled = -SAMPLE_VALID_SECONDS
         self._pace = Pace(0, 0, 0, 0, 0, 0, 0)
         self._identified = Identified(0, {})
+        self._rejected: Counter[str] = Counter()  # values by reason, as far as the engine was told of them
         self._fetched: Counter[str] = Counter()  # chunks by outcome, without loads that were called off
         self._reporter: Reporter | None = None
 
@@ -245,7 +254,10 @@ class Mover:
         return self._throughput.bytes_per_second if time.monotonic() < self._sampled + SAMPLE_VALID_SECONDS else 0.0
 
     def _loaded(self, load: Load, outcomes: list[Outcome]) -> None:
-        self._send(Loaded(load.job, bytes(outcomes), self._bytes_per_second()))
+        with self._lock:
+            news = Counter(self._seal.rejected if self._seal is not None else {}) - self._rejected
+            self._rejected += news
+        self._send(Loaded(load.job, bytes(outcomes), self._bytes_per_second(), news))
 
     # ---- puts
 
@@ -319,12 +331,7 @@ class Mover:
         found: list[str | None] = []
         try:
             keys = [chunk_key(ask.identity, *name) for name in ask.names]
-            live = self._membership.targets()
-            outcomes = self._ask_client.exists(keys, ask.deadline)
-            found += [
-                place(key, live) if outcome is Outcome.HIT else None
-                for key, outcome in zip(keys, outcomes, strict=True)
-            ]
+            found += self._ask_client.locate(keys, ask.deadline)
         finally:
             self._send(Found(ask.request, found))
 
@@ -381,7 +388,7 @@ def main() -> None:
         signal.signal(interrupt, signal.SIG_IGN)
     try:
         Mover(socket.socket(fileno=fd), setup).run()
-    except UnavailableError as error:
+    except (ConfigError, UnavailableError) as error:
         logger.error("kvtier mover: %s", error)
         os._exit(EXIT_UNAVAILABLE)
     except Exception:

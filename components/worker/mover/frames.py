@@ -36,6 +36,8 @@ class Setup(msgspec.Struct, frozen=True):
     connections_per_target: int
     fetch_threads: int
     put_threads: int
+    seal_key: str = ""  # path of the file; the mover reads it
+    seal: str = ""  # as kvstore.seal.open_seal takes it
 
 
 class Load(msgspec.Struct, tag="load", array_like=True, frozen=True):
@@ -130,6 +132,7 @@ class Loaded(msgspec.Struct, tag="loaded", array_like=True, frozen=True):
     job: int
     outcomes: bytes  # one Outcome a chunk
     store_bytes_per_second: float  # 0: not measured yet
+    rejected: dict[str, int] = {}  # values whose seal did not hold, by reason, since the last Loaded
 
 
 class Stored(msgspec.Struct, tag="stored", array_like=True, frozen=True):

@@ -1,0 +1,240 @@
+"""What a seal costs: GB/s of one thread and of two, sealing and opening, beside the crc32c without it.
+
+    python -m benchmarks.store.seal [--seconds S] [--rounds N] [--json FILE]
+
+A figure is the best of many short windows, as the machine may be shared. `off` is crc32c. Sealing is computed in
+addition to it, since the target checks it; opening in its place. "Lock held" is the longest time for which another
+thread could not run while a value of 512 MiB was sealed or opened, as a share of that: near 1 where the package holds
+the interpreter's lock in one call, near 0 where it releases it.
+
+Then a client gets values out of a target's hot cache and puts new ones, in rounds that play all modes in turn: the
+median over the rounds, and of the ratios to `off` in the same round.
+"""
+
+import argparse
+import itertools
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cryptography
+import msgspec
+from crc32c import crc32c
+
+from benchmarks.store.results import paired, spread
+from benchmarks.store.wire_fuzz import TargetProcess
+from kvstore.errors import UnavailableError, run_command
+from kvstore.net.client import Item, StoreClient
+from kvstore.net.membership import StaticMembership
+from kvstore.net.wire import Outcome
+from kvstore.seal import Mode, Seal, SealKey
+
+SIZES = (512 << 10, 2_600_000, 8 << 20)
+_LOCK_BYTES = 512 << 20
+_LOCK_TRIES = 7
+_WINDOW_SECONDS = 0.05
+_NAME = bytes(16)
+_BATCH_BYTES = 64 << 20  # of a put, and of each get that follows
+_GETS = 4
+_BOUND_SECONDS = 60.0
+_TARGET_OPTIONS = ("--capacity", "4GiB", "--segment-size", "64MiB", "--buffers", "256MiB", "--hot", "512MiB")
+MODES: dict[str, Mode | None] = {"off": None, "mac": Mode.MAC, "encrypt": Mode.ENCRYPT}
+Work = Callable[[], object]
+
+
+class Row(msgspec.Struct):
+    mode: str
+    action: str
+    value_bytes: int
+    threads: int
+    gbytes_per_second: float
+
+
+class Moved(msgspec.Struct):
+    """Values that went over a UNIX socket."""
+
+    mode: str
+    operation: str
+    value_bytes: int
+    gbytes_per_second: float
+    ratio_to_off: float
+
+
+class Report(msgspec.Struct):
+    machine: str
+    cores: int
+    cryptography: str
+    lock_held_share: dict[str, float]
+    rows: list[Row]
+    moved: list[Moved]
+
+
+class Value(NamedTuple):
+    """What a thread works on; each has its own."""
+
+    payload: memoryview
+    key: SealKey
+
+    def seal(self, mode: Mode | None) -> Work:
+        if mode is None:
+            return lambda: crc32c(self.payload)
+        return lambda: self.key.seal(_NAME, self.payload, mode)
+
+    def open(self, mode: Mode | None) -> Work:
+        """Decrypting changes what it decrypts; how it ends does not change how long it takes."""
+        if mode is None:
+            return lambda: crc32c(self.payload)
+        content, trailer = self.key.seal(_NAME, self.payload, mode)
+        return lambda: self.key.open(_NAME, content, trailer)
+
+
+def rate(works: list[Work], value_bytes: int, seconds: float) -> float:
+    """GB/s of all together, each on a thread of its own; the best window."""
+    best = 0.0
+    for _ in range(max(1, round(seconds / _WINDOW_SECONDS))):
+        counts = [0] * len(works)
+        start = time.perf_counter()
+        until = start + _WINDOW_SECONDS
+
+        def loop(number: int, work: Work, counts: list[int] = counts, until: float = until) -> None:
+            while time.perf_counter() < until:
+                work()
+                counts[number] += 1
+
+        threads = [threading.Thread(target=loop, args=pair) for pair in enumerate(works)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, sum(counts) * value_bytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def lock_held_share(work: Work) -> float:
+    """The best of some tries: a pause may be another process's doing."""
+    shares = []
+    for _ in range(_LOCK_TRIES):
+        begun, done = threading.Event(), threading.Event()
+        took: list[float] = []
+
+        def run(begun: threading.Event = begun, done: threading.Event = done, took: list[float] = took) -> None:
+            begun.wait()
+            start = time.perf_counter()
+            work()
+            took.append(time.perf_counter() - start)
+            done.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        begun.set()
+        longest, last = 0.0, time.perf_counter()
+        while not done.is_set():
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+        longest = max(longest, time.perf_counter() - last)
+        thread.join()
+        shares.append(longest / took[0])
+    return min(1.0, round(min(shares), 2))
+
+
+def move(size: int, rounds: int, batch_bytes: int = _BATCH_BYTES) -> list[Moved]:
+    """Gets and puts of one size, through a target of its own."""
+    count = max(1, batch_bytes // size)
+    speeds: dict[tuple[str, str], list[float]] = {(name, kind): [] for name in MODES for kind in ("get", "put")}
+    key = SealKey(1, os.urandom(32))
+    with tempfile.TemporaryDirectory() as folder:
+        target = TargetProcess(Path(folder), *_TARGET_OPTIONS)
+        clients = {
+            name: StoreClient(StaticMembership([target.address]), seal=Seal([key], mode) if mode is not None else None)
+            for name, mode in MODES.items()
+        }
+        rooms = [memoryview(bytearray(os.urandom(size))) for _ in range(count)]
+        numbers = itertools.count()
+        try:
+            for number in range(rounds):
+                for name in list(MODES) if number % 2 else reversed(MODES):
+                    keys = [next(numbers).to_bytes(16, "big") for _ in range(count)]
+                    items = [Item(one, room, 0, 7, 1) for one, room in zip(keys, rooms, strict=True)]
+                    store = clients[name]
+                    begin = time.perf_counter()
+                    _all(store.put(items, time.monotonic() + _BOUND_SECONDS), Outcome.STORED)
+                    middle = time.perf_counter()
+                    for _ in range(_GETS):
+                        _all(store.get(keys, rooms, time.monotonic() + _BOUND_SECONDS), Outcome.HIT)
+                    end = time.perf_counter()
+                    speeds[name, "put"].append(count * size / (middle - begin) / 1e9)
+                    speeds[name, "get"].append(_GETS * count * size / (end - middle) / 1e9)
+        finally:
+            for store in clients.values():
+                store.close()
+            target.stop()
+    return [
+        Moved(name, kind, size, spread(found).median, paired(found, speeds["off", kind]).median)
+        for (name, kind), found in speeds.items()
+    ]
+
+
+def _all(outcomes: list[Outcome], wanted: Outcome) -> None:
+    if set(outcomes) != {wanted}:
+        raise UnavailableError(f"a target that is measured answers {set(outcomes)}, expected {wanted.name}")
+
+
+def measure(
+    seconds: float, rounds: int, sizes: tuple[int, ...] = SIZES, lock_bytes: int = _LOCK_BYTES, **options: int
+) -> Report:
+    key = SealKey(1, os.urandom(32))
+    large = Value(memoryview(bytearray(lock_bytes)), key)
+    shares = {
+        f"{name} {kind}": lock_held_share(getattr(large, kind)(mode))
+        for name, mode in MODES.items()
+        for kind in ("seal", "open")
+    }
+    del large
+    rows = []
+    for size in sizes:
+        values = [Value(memoryview(bytearray(os.urandom(size))), key) for _ in range(2)]
+        for name, mode in MODES.items():
+            for kind in ("seal", "open"):
+                for threads in (1, 2):
+                    works = [getattr(value, kind)(mode) for value in values[:threads]]
+                    rows.append(Row(name, kind, size, threads, round(rate(works, size, seconds), 2)))
+    moved = [row for size in sizes if rounds for row in move(size, rounds, **options)]
+    cores = len(os.sched_getaffinity(0))
+    return Report(f"{platform.machine()} {platform.release()}", cores, cryptography.__version__, shares, rows, moved)
+
+
+def table(report: Report) -> str:
+    lines = [f"{report.machine}, {report.cores} cores, cryptography {report.cryptography}"]
+    lines += [f"lock held, {name}: {share}" for name, share in report.lock_held_share.items()]
+    lines.append(f"{'GB/s':<10}{'value bytes':>12}{'seal':>8}{'2 threads':>11}{'open':>8}{'2 threads':>11}")
+    found = {(row.mode, row.value_bytes, row.action, row.threads): row.gbytes_per_second for row in report.rows}
+    for mode, size in dict.fromkeys((row.mode, row.value_bytes) for row in report.rows):
+        cells = [found[mode, size, action, threads] for action in ("seal", "open") for threads in (1, 2)]
+        lines.append(f"{mode:<10}{size:>12}{cells[0]:>8}{cells[1]:>11}{cells[2]:>8}{cells[3]:>11}")
+    for row in report.moved:
+        lines.append(
+            f"{row.operation} {row.mode:<8}{row.value_bytes:>10} bytes {row.gbytes_per_second:>7} GB/s, "
+            f"{row.ratio_to_off} of off"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.store.seal", description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each figure; default 1")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--rounds", type=int, default=8, help="with a target; default 8, 0 for none")
+    options = parser.parse_args()
+    report = measure(options.seconds, options.rounds)
+    print(table(report))
+    if options.json:
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+
+
+if __name__ == "__main__":
+    run_command("benchmarks.store.seal", main)

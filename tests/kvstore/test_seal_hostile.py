@@ -1,0 +1,35 @@
+"""The adversary of benchmarks/store/hostile.py, with few answers."""
+
+import pytest
+
+from benchmarks.store import hostile
+from benchmarks.store.seal import measure, table
+from kvstore.seal import Mode
+
+ANSWERS = 400
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_no_manipulated_answer_is_accepted_with_seals(mode: Mode, seed: int) -> None:
+    side = hostile.play(mode, seed, ANSWERS)
+    assert side.manipulated >= ANSWERS
+    assert (side.accepted, side.uncounted) == (0, 0)
+    assert side.honest == side.honest_hits > ANSWERS // 20
+    assert sum(side.reasons.values()) == side.manipulated
+    assert {"altered", "unsealed", "other_key", "format", "length", "miss"} <= side.reasons.keys()
+
+
+def test_the_same_answers_are_accepted_without(seed: int) -> None:
+    side = hostile.play(None, seed, ANSWERS)
+    assert side.honest == side.honest_hits
+    assert side.accepted > side.manipulated // 2
+    # What a crc and a length tell, and what claims nothing.
+    told = {"bits flipped, old crc", "truncated", "extended", "cut off", "a miss for what is there"}
+    assert not (told | {"an outcome that does not exist"}) & side.accepted_by_kind.keys()
+
+
+def test_what_a_seal_costs_is_measured() -> None:
+    report = measure(0.01, 1, sizes=(1000,), lock_bytes=1000, batch_bytes=4000)
+    assert {row.mode for row in report.rows} == {"off", "mac", "encrypt"}
+    assert {(row.mode, row.operation) for row in report.moved} >= {("off", "get"), ("encrypt", "put")}
+    assert len(table(report).splitlines()) == 17
