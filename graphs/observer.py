@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from components.router.view.explain import explained
 from components.router.view.state import SOURCES, Latency, State, Summary, Update
+from kvstore import credentials
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.net.membership import checked_address
 from kvstore.net.wire import Status
@@ -93,7 +94,7 @@ class Observer:
         targets = list(dict.fromkeys([*known, *self._options.targets()]))
         before, self._look = self._look, Look(time.monotonic(), {})
         if targets:
-            self._look = await asyncio.to_thread(take_look, targets, self._options.namespace)
+            self._look = await asyncio.to_thread(take_look, targets, self._options.namespace, credentials.load(None))
         return Frame(self._state, list(reversed(self._decisions.values())), self._look, before, self._trouble)
 
     async def explain(self, decision_id: str) -> str:

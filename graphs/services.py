@@ -41,6 +41,7 @@ _TIER_FLAGS = {
     "deadline-ms",
     "namespace",
     "nats",
+    "credential-file",
     "seal",
     "seal-key",
 }  # of components.worker alone

@@ -24,6 +24,7 @@ from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorCont
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 from pydantic import BaseModel, Field, field_validator
 
+from kvstore import credentials
 from kvstore.bus.messages import checked_namespace
 from kvstore.errors import ConfigError, validated
 from kvstore.keys import chunk_key, fingerprint, layout_digest
@@ -91,7 +92,9 @@ class KvtierConnector(RemoteConnector):
         self._probe = ""
         self._deadline_seconds = options.deadline_ms / 1000
         membership = open_membership(options.store, options.namespace, isolated=True)
-        self._client = StoreClient(membership, namespace=options.namespace, name="lmcache")
+        self._client = StoreClient(
+            membership, namespace=options.namespace, name="lmcache", credential=credentials.load(None)
+        )
         self._getters = ThreadPoolExecutor(GET_THREADS, thread_name_prefix="kvtier-get")
         self._putters = ThreadPoolExecutor(PUT_THREADS, thread_name_prefix="kvtier-put")
 

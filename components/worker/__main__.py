@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import ByteSize, Field, field_validator
 
 from components.options import CommonOptions, add_common_arguments
+from kvstore import credentials
 from kvstore.bus import messages
 from kvstore.bus.messages import Bus
 from kvstore.errors import ConfigError, run_command, validated
@@ -42,6 +43,7 @@ class Options(CommonOptions):
     carrier: Literal["", "nixl"] = ""
     tp_private: bool = False
     share_images: bool = False
+    credential_file: Path | None = None
     seal_key: Path | None = None
     seal: Literal["", "mac", "encrypt", "off"] = ""
 
@@ -63,6 +65,11 @@ def parse(argv: list[str]) -> tuple[Options, bool, list[str]]:
     parser.add_argument("--dram", help="host memory of the DRAM tier; default 8GiB")
     parser.add_argument("--blocks-per-chunk", help="KV blocks in one stored chunk; aim at 1 to 8 MiB; default 1")
     parser.add_argument("--carrier", help="'nixl' to fetch by RDMA from targets that have it; default none")
+    parser.add_argument(
+        "--credential-file",
+        help="file with the secret of the namespace, where targets ask for one; default: the environment's "
+        "KVTIER_CREDENTIAL, if it is set",
+    )
     parser.add_argument(
         "--seal-key",
         help="file with keys that workers share and targets do not have: values are sealed, and what a target returns "
@@ -102,6 +109,7 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
         "nats": options.nats,
         "endpoint": options.endpoint,
         "carrier": options.carrier,
+        "credential_file": str(options.credential_file.absolute()) if options.credential_file else "",
         "seal_key": str(options.seal_key.absolute()) if options.seal_key else "",
         "seal": options.seal,
     }
@@ -147,6 +155,7 @@ def check(options: Options) -> None:
     folder = Path(options.model)
     if not (folder / "config.json").is_file() and (folder.is_absolute() or "/" not in options.model or folder.exists()):
         raise ConfigError("model", options.model, "a folder with a config.json, or a name on the hub (owner/model)")
+    credentials.load(options.credential_file)
     open_seal(str(options.seal_key or ""), options.seal)
     asyncio.run(Bus.check(options.nats))
 

@@ -16,6 +16,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from components.pricing.patience import due_seconds, worth_waiting_for
 from components.pricing.prefill import Prefill
@@ -57,6 +58,7 @@ from components.worker.mover.frames import (
     Tokens,
 )
 from components.worker.mover.link import MoverLink
+from kvstore import credentials
 from kvstore.bus.plan import Plan, read_plan
 from kvstore.keys import fingerprint
 from kvstore.net.client import good_connections
@@ -188,9 +190,9 @@ class _Leftover:
 class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
     for the contract of each method. `nats` and `endpoint` are for telling routers, and may be left out; so may
-    `seal_key` and `seal` (kvstore.seal.open_seal). `on_load` is called for each fetched chunk, with the token that it
-    ends at; `prefill` is what computing costs here, as far as it is known, and `running` how many requests the engine
-    is at.
+    `credential_file` (kvstore.credentials.load), `seal_key` and `seal` (kvstore.seal.open_seal). `on_load` is called
+    for each fetched chunk, with the token that it ends at; `prefill` is what computing costs here, as far as it is
+    known, and `running` how many requests the engine is at.
     """
 
     medium = Medium.STORAGE
@@ -214,11 +216,13 @@ class RemoteTier(SecondaryTierManager):
         carrier: str = "",
         put_queue_share: float = 0.25,
         load_share: float = 0.25,
+        credential_file: str = "",
         seal_key: str = "",
         seal: str = "",
     ):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = Locality.REMOTE
+        credentials.load(Path(credential_file) if credential_file else None)
         open_seal(seal_key, seal)  # or the mover would end over it, and the engine go on without the store
         rows, row_bytes = primary_kv_view.shape or (0, 0)
         self.row_bytes = row_bytes
@@ -275,6 +279,7 @@ class RemoteTier(SecondaryTierManager):
                 connections_per_target=connections_per_target or good_connections(),
                 fetch_threads=fetch_threads or good_connections(),
                 put_threads=put_threads,
+                credential_file=credential_file,
                 seal_key=seal_key,
                 seal=seal,
             )

@@ -26,12 +26,14 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import TransferJob
 
+from benchmarks.store.tenants import Site
 from components.pricing.prefill import Prefill
 from components.worker import remote_tier
 from components.worker.manager import HoldingTieringManager
 from components.worker.mover.__main__ import PUT_PATIENCE_SECONDS
 from components.worker.remote_tier import FETCHES_PER_CHUNK, RemoteTier
 from kvstore.bus.plan import FIELD, make_plan
+from kvstore.credentials import Credential
 from kvstore.errors import ConfigError
 from kvstore.keys import chunk_key, sequence_hashes
 from kvstore.net.client import Item
@@ -292,6 +294,28 @@ def test_sealed_chunks_are_for_those_with_the_key(
     assert secret not in said
     assert str(path) in str(reader.tier.link._process.args)
     assert secret not in str(reader.tier.link._process.args)
+
+
+def test_chunks_of_a_namespace_are_for_those_with_its_credential(engines: Any, tmp_path: Path) -> None:
+    secret = "a secret of tenants, long enough"
+    path = tmp_path / "credential"
+    path.write_text(secret)
+    folder = tmp_path / "site"
+    folder.mkdir()
+    site = Site(folder, {"a": 8 << 20}, {"a": Credential(secret.encode())})
+    try:
+        (target,) = site.clients["a"]._membership.targets()
+        member, stranger = engines(target, namespace="a", credential_file=str(path)), engines(target, namespace="a")
+        for engine, stored_chunks in ((stranger, 0), (member, 1)):
+            context = engine.arrive(engine_request(), KEYS[:1], None)
+            engine.memory[0] = 7
+            job = engine.begin_store(context, KEYS[:1], [0])
+            assert engine.result(job).success
+            counted = engine.counted()
+            assert counted.get("vllm:kvtier_stored_chunks:('stored',)", 0) == stored_chunks
+        assert secret not in str(member.tier.link._process.args)
+    finally:
+        site.close()
 
 
 def test_without_a_seal_key_that_can_be_read_an_engine_does_not_start(engines: Any, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
@@ -42,6 +43,7 @@ from components.worker.mover.frames import (
     Tokens,
 )
 from components.worker.mover.report import Reporter
+from kvstore import credentials
 from kvstore.bus.messages import WorkerReport
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.keys import SequenceHasher, chunk_key, fingerprint
@@ -85,6 +87,7 @@ class Mover:
         self._link = link
         self._setup = setup
         self._seal = open_seal(setup.seal_key, setup.seal)
+        credential = credentials.load(Path(setup.credential_file) if setup.credential_file else None)
         announce(self._seal, setup.store)
         self._region = mmap.mmap(setup.region_fd, setup.region_bytes, flags=mmap.MAP_SHARED)
         self._memory = memoryview(self._region)
@@ -95,6 +98,7 @@ class Mover:
             name="worker",
             connections_per_target=setup.connections_per_target,
             carrier=borrower(setup.carrier) if setup.carrier else None,
+            credential=credential,
             seal=self._seal,
         )
         # Connections and threads of their own, so that a put that stalls is never in the way of a load, and loads are
@@ -104,10 +108,16 @@ class Mover:
             namespace=setup.namespace,
             name="writer",
             connections_per_target=setup.put_threads,
+            credential=credential,
             seal=self._seal,
         )
         self._ask_client = StoreClient(
-            self._membership, namespace=setup.namespace, name="asker", connections_per_target=1, seal=self._seal
+            self._membership,
+            namespace=setup.namespace,
+            name="asker",
+            connections_per_target=1,
+            credential=credential,
+            seal=self._seal,
         )
         self._lock = threading.Condition()
         self._send_lock = threading.Lock()

@@ -36,6 +36,7 @@ class Setup(msgspec.Struct, frozen=True):
     connections_per_target: int
     fetch_threads: int
     put_threads: int
+    credential_file: str = ""  # path; the mover reads it
     seal_key: str = ""  # path of the file; the mover reads it
     seal: str = ""  # as kvstore.seal.open_seal takes it
 
