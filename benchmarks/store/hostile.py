@@ -307,10 +307,13 @@ def play(mode: Mode | None, seed: int, answers: int) -> Side:
     groups = {name: _group(adversary, mode, seed, name, id) for name, id in _KEY_IDS.items()}
     ring = [key for name in ("ours", "older") if (key := groups[name].seal_key) is not None]
     client = Client(adversary.address, Seal(ring, mode) if mode is not None else None)
-    logging.getLogger("kvstore").setLevel(logging.ERROR)  # each answer is one that the client would complain of
+    logger = logging.getLogger("kvstore")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # each answer is one that the client would complain of
     try:
         return _Game(adversary, client, groups, mode, seed).run(answers)
     finally:
+        logger.setLevel(level)
         client.close()
         adversary.close()
 
