@@ -44,6 +44,8 @@ _TIER_FLAGS = {
     "credential-file",
     "seal",
     "seal-key",
+    "share-images",
+    "tp-private",
 }  # of components.worker alone
 _WORKER_FLAGS = {"model", "endpoint"} | _TIER_FLAGS
 

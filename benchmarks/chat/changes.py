@@ -50,6 +50,7 @@ ENVIRONMENT = {
 }
 CHANGES = ("reload", "write in place", "adapter", "crash", "crash in an update", "empty", "call")
 _RESET_STEPS = 200
+_ANSWER_SECONDS = 300.0  # to start, to answer a prompt
 
 
 class Options(BaseModel):
@@ -112,7 +113,8 @@ class Engine:
         self.engine: Any = self.llm.llm_engine
         if transfer is not None:
             tier = self.engine.engine_core.engine_core.scheduler.connector._tiers[0]
-            while not tier.link.ready:  # a first prompt would not wait for that
+            until = time.monotonic() + _ANSWER_SECONDS
+            while not tier.link.ready and time.monotonic() < until:  # a first prompt would not wait for that
                 tier.get_finished_jobs()
                 time.sleep(0.05)
 
@@ -237,10 +239,16 @@ class Served:
         self._process = spawn.Process(target=_serve, args=(theirs, self.folder, self.transfer, options))
         self._process.start()
         theirs.close()
-        self._orders.recv()
+        self._answer("start")
 
     def call(self, name: str, *args: object, **more: object) -> Any:
         self._orders.send((name, args, more))
+        return self._answer(name)
+
+    def _answer(self, name: str) -> Any:
+        if not self._orders.poll(_ANSWER_SECONDS):
+            self._process.kill()
+            raise RuntimeError(f"engine {self.folder.name} does not {name} within {_ANSWER_SECONDS:.0f} s")
         return self._orders.recv()
 
     def kill(self) -> None:

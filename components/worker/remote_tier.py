@@ -330,10 +330,12 @@ class RemoteTier(SecondaryTierManager):
 
     def announce(self, base: bytes | None, adapters: dict[str, bytes]) -> None:
         """For routers: which chunks this worker can use, and those of requests with an adapter by its name."""
-        self._identified = Identified(
+        identified = Identified(
             fingerprint(base) if base is not None else 0, {name: fingerprint(one) for name, one in adapters.items()}
         )
-        self._say(self._identified)
+        if identified != self._identified:
+            self._identified = identified
+            self._say(identified)
 
     def note_identity(self, outcome: str) -> None:
         self._stats.increase_counter(_IDENTITY, 1, (outcome,))

@@ -275,9 +275,9 @@ def _place(module: Any, matrix: torch.Tensor) -> _Place | None:
     if isinstance(module, RoutedExperts):
         return _place_of_experts(module, matrix)
     if isinstance(module, VocabParallelEmbedding):
-        if rows != module.num_embeddings_per_partition:
-            return None
         shard = module.shard_indices
+        if rows != module.num_embeddings_per_partition or shard.num_added_elements:
+            return None  # words that were added lie behind the padding
         place = torch.arange(shard.org_vocab_start_index, shard.org_vocab_end_index)
         return place, module.org_vocab_size, torch.arange(columns), columns
     if isinstance(module, ColumnParallelLinear) and rows == module.output_size_per_partition:

@@ -114,7 +114,9 @@ def test_an_adapter_is_known_by_what_was_loaded(tmp_path: Path) -> None:
 def test_answers_stay_right_while_weights_and_adapters_change(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.chat.changes", "--requests", "60", "--change-share", "0.25"]
     report = tmp_path / "report.json"
-    ended = subprocess.run([*command, "--dir", str(tmp_path), "--json", str(report)], capture_output=True, text=True)
+    ended = subprocess.run(
+        [*command, "--dir", str(tmp_path), "--json", str(report)], capture_output=True, text=True, timeout=900
+    )
     print(ended.stdout, ended.stderr[-2000:])
     found = json.loads(report.read_text())
     assert ended.returncode == 0
@@ -129,7 +131,7 @@ def asked_in_turn(folder: Path, engines: list[dict[str, Any]]) -> dict[str, int]
     orders, answers = folder / "orders.json", folder / "answers.json"
     orders.write_text(json.dumps(engines))
     command = [sys.executable, "-m", "tests.engine.test_identity", str(folder), str(orders), str(answers)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stderr[-4000:]
     found: dict[str, int] = json.loads(answers.read_text())
     print(found)

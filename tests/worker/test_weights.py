@@ -587,8 +587,8 @@ def row(ranks: int, rank: int, weight: torch.Tensor, bias: torch.Tensor) -> nn.M
     )
 
 
-def vocabulary(ranks: int, rank: int, weight: torch.Tensor, padding: int) -> nn.Module:
-    """Of 30 words, in rows for 32, of which those without a word have whatever was there."""
+def vocabulary(ranks: int, rank: int, weight: torch.Tensor, padding: int, added: int = 0) -> nn.Module:
+    """Of 30 words, in rows for 32, of which those without a word have whatever was there, if none was added."""
     of_rank = 32 // ranks
     first, last = min(30, rank * of_rank), min(30, (rank + 1) * of_rank)
     filler = normal(padding, of_rank - (last - first), weight.shape[1], dtype=weight.dtype)
@@ -597,7 +597,7 @@ def vocabulary(ranks: int, rank: int, weight: torch.Tensor, padding: int) -> nn.
         {"weight": torch.cat([weight[first:last], filler])},
         num_embeddings_per_partition=of_rank,
         org_vocab_size=30,
-        shard_indices=SimpleNamespace(org_vocab_start_index=first, org_vocab_end_index=last),
+        shard_indices=SimpleNamespace(org_vocab_start_index=first, org_vocab_end_index=last, num_added_elements=added),
     )
 
 
@@ -627,6 +627,17 @@ def latent(ranks: int, rank: int, keys: torch.Tensor, values: torch.Tensor) -> n
     one.W_UK_T = keys[mine].clone()
     one.W_UV = values[mine].permute(1, 0, 2).contiguous().permute(1, 0, 2)
     return one
+
+
+@pytest.mark.parametrize(("added", "same"), [(0, True), (2, False)])
+def test_rows_without_a_word_do_not_count_and_words_that_were_added_do(added: int, same: bool) -> None:
+    weight = normal(1, 30, 8)
+    found = []
+    for seed in (2, 3):
+        digest = weights._Digest()
+        digest.add("", vocabulary(1, 0, weight, seed, added))
+        found.append(digest.result())
+    assert (found[0] == found[1]) == same
 
 
 class Whole:
