@@ -335,7 +335,7 @@ class RemoteTier(SecondaryTierManager):
         )
         if identified != self._identified:
             self._identified = identified
-            self._say(identified)
+            self._say_identified()
 
     def note_identity(self, outcome: str) -> None:
         self._stats.increase_counter(_IDENTITY, 1, (outcome,))
@@ -629,7 +629,7 @@ class RemoteTier(SecondaryTierManager):
             self.link.start_when_due()
             if not self.link.dead:
                 self._stats.increase_counter(_MOVER_STARTS, 1)
-                self._say(self._identified)
+                self._say_identified()
                 self._put_progress = time.monotonic()
                 for put in self._puts.values():
                     self._queue(put)
@@ -665,6 +665,11 @@ class RemoteTier(SecondaryTierManager):
         self._outbox.append(command)
         self._flush()
         return True
+
+    def _say_identified(self) -> None:
+        """Not kept until the mover is ready: an idle engine does not hear that it is, and routers send requests only to a
+        worker that they know."""
+        self.link.send(self._identified)
 
     def _flush(self) -> None:
         while self._outbox and self.link.ready:
@@ -826,7 +831,7 @@ class RemoteTier(SecondaryTierManager):
         """For the heartbeat, about once a second. `queue` counts requests that the engine has not begun with."""
         bytes_per_token = self.row_bytes // (self._blocks_per_chunk * self._block_tokens)
         in_flight = self._load_rows * self.row_bytes
-        self._say(self._identified)  # again, in case that there was no room for it
+        self._say_identified()  # again, in case that there was no room for it
         self._say(Pace(*self.prefill, dram_bytes_per_second, bytes_per_token, in_flight, queue))
 
     @classmethod

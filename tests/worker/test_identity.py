@@ -1246,25 +1246,25 @@ def test_a_request_that_was_forgotten_and_is_known_again_is_served(start_target:
 
 
 async def test_routers_hear_what_a_worker_computes_with(nats_url: str, start_target: Any) -> None:
-    """Also from a mover that was started after it was said."""
+    """Of an engine that nobody has asked yet, too, and from a mover that was started after it was said."""
     line = await Bus.connect(nats_url, "test")
     said_last: list[tuple[int, dict[str, int]]] = []
 
     async def hear(report: WorkerReport) -> None:
         said_last[:] = [(report.fingerprint, report.adapters)]
 
-    async def until(*expected: object) -> None:
+    async def until(*expected: object, idle: bool = False) -> None:
         async with asyncio.timeout(SOON):
             while said_last != [expected]:
-                await asyncio.to_thread(engine.step)
+                if not idle:
+                    await asyncio.to_thread(engine.step)
                 await asyncio.sleep(0.05)
 
     await line.subscribe(messages.subject("default", "speed.worker"), WorkerReport, hear)
     engine = Engine(start_target().address, nats=nats_url, endpoint="identity.b.c")
     try:
         engine.tier.announce(DIGEST, {})
-        await asyncio.to_thread(engine.until_ready)
-        await until(fingerprint(DIGEST), {})
+        await until(fingerprint(DIGEST), {}, idle=True)
         engine.tier.announce(DIGEST, {"one": OTHER})
         await until(fingerprint(DIGEST), {"one": fingerprint(OTHER)})
         os.kill(engine.tier.link.pid, signal.SIGKILL)
