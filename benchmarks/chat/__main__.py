@@ -12,12 +12,13 @@ played once, which fills its tiers. Each mode is a fresh engine with the same HB
     files      vLLM's own file tier under that DRAM
     store      this project: that DRAM, and a target on the same disk, without a hot cache
     store-hot  the same engine, and the target started again with a hot cache (--hot; as large as the pool's KV)
+    store-mac, store-encrypt  as store-hot, with an engine and a store of their own, whose values are sealed
 
 With --rounds N all of it is done N times, every other time in the opposite order, and figures are medians over rounds.
-What the store holds stays for the rounds that follow. --with FILE counts in the points of an earlier run's --json, made
-on the same machine. With --fresh N each engine also has N prompts that nobody goes on with, the same for all: what the
-tier costs where it cannot help. With --first-token N prompts of that length are asked for one at a time, from each
-place where they can be.
+What the store holds stays for the rounds that follow. --over names the mode that others are compared with, round by
+round. --with FILE counts in the points of an earlier run's --json, made on the same machine. With --fresh N each engine
+also has N prompts that nobody goes on with, the same for all: what the tier costs where it cannot help. With
+--first-token N prompts of that length are asked for one at a time, from each place where they can be.
 With --url a server that runs already is measured.
 """
 
@@ -26,6 +27,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -59,19 +61,22 @@ from benchmarks.chat.load import (
     warm_up,
 )
 from benchmarks.chat.plot import plot
-from benchmarks.chat.results import OverPlain, Spread, best, medians, over_plain
+from benchmarks.chat.results import Over, Spread, best, medians, over
 from components.worker.__main__ import Options as WorkerOptions
 from components.worker.__main__ import compose
 from graphs.services import free_port
 from kvstore.errors import ConfigError, FailedError, run_command, validated
+from kvstore.seal import SECRET_BYTES
 
 MODES = ("plain", "dram", "files", "store", "store-hot")
+SEALED = {"store-mac": "mac", "store-encrypt": "encrypt"}
 MEDIA = {
     "plain": ("cold", "hbm"),
     "dram": ("cold", "hbm", "dram"),
     "files": ("cold", "hbm", "dram", "store"),
     "store": ("cold", "hbm", "dram", "store"),
     "store-hot": ("cold", "hbm", "dram", "store"),
+    **dict.fromkeys(SEALED, ("cold", "hbm", "dram", "store")),
 }
 START_SECONDS = 400.0
 SETTLE_SECONDS = 3.0  # without another write: what is written behind the warm-up is written
@@ -106,6 +111,7 @@ class Options(BaseModel):
     fresh: int = Field(0, ge=0)
     fills: Positive = 1
     rounds: Positive = 1
+    over: str = "plain"
     earlier: list[Path] = []
     first_token: list[Positive] = []
     repeats: Positive = 5
@@ -134,7 +140,7 @@ class Report(msgspec.Struct):
     warm_ups: dict[str, dict[str, float]] = {}  # mode -> what the tier counted before the first point
     # mode -> the most requests per second with a mean TPOT of at most so many ms, between the numbers of clients
     best: dict[str, dict[str, float]] = {}
-    over_plain: list[OverPlain] = []
+    over: list[Over] = []
 
 
 class EngineError(FailedError):
@@ -165,7 +171,7 @@ def parse(argv: list[str]) -> Options:
     )
     add = parser.add_argument
     add("--url", help="measure this server instead of starting engines")
-    add("--modes", help=f"default {','.join(MODES)}")
+    add("--modes", help=f"default {','.join(MODES)}; also {', '.join(SEALED)}")
     add("--clients", help="numbers of clients; default 8,16,32")
     add("--pool", help="conversations; default 80")
     add("--fills", help="how often the pool is asked for before: again if the disk writes too slowly; default 1")
@@ -175,6 +181,7 @@ def parse(argv: list[str]) -> Options:
     add("--seed")
     add("--fresh", help="then also so many prompts that share nothing, with the fewest clients; default 0")
     add("--rounds", help="default 1")
+    add("--over", help="mode that the others are compared with; default plain")
     add("--with", dest="earlier", help="JSON of earlier runs, to be counted in: FILE,FILE")
     add("--first-token", help="prompt lengths to time one by one, such as 2200,8000")
     add("--repeats", help="of these; default 5")
@@ -187,9 +194,10 @@ def parse(argv: list[str]) -> Options:
         if values[name] is not None:
             values[name] = values[name].split(",")
     options = validated(Options, values)
-    for mode in options.modes:
-        if mode not in MODES:
-            raise ConfigError("modes", mode, f"some of {','.join(MODES)}")
+    known = (*MODES, *SEALED)
+    for name, mode in [("over", options.over), *(("modes", mode) for mode in options.modes)]:
+        if mode not in known:
+            raise ConfigError(name, mode, f"{'one' if name == 'over' else 'some'} of {','.join(known)}")
     for path in options.earlier:
         if not path.is_file():
             raise ConfigError("with", path, "a file that --json wrote")
@@ -248,7 +256,9 @@ async def until_ready(endpoint: Endpoint, session: aiohttp.ClientSession, proces
     raise EngineError(f"not ready after {START_SECONDS:.0f} s" if process.poll() is None else "it ended")
 
 
-def transfer_config(options: Options, mode: str, store: str, files: Path) -> dict[str, object] | None:
+def transfer_config(
+    options: Options, mode: str, store: str, files: Path, seal_key: Path | None = None
+) -> dict[str, object] | None:
     """What goes into --kv-transfer-config; the same DRAM and the same chunks for all that have any."""
     stock = {
         "cpu_bytes_to_use": int(options.dram),
@@ -263,7 +273,7 @@ def transfer_config(options: Options, mode: str, store: str, files: Path) -> dic
             tier = {"type": "fs", "root_dir": str(files)}
             spec = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [tier]}
             return {**connector, "kv_connector_extra_config": {**stock, **spec}}
-        case "store" | "store-hot":
+        case "store" | "store-hot" | "store-mac" | "store-encrypt":
             worker = validated(
                 WorkerOptions,
                 {
@@ -272,6 +282,7 @@ def transfer_config(options: Options, mode: str, store: str, files: Path) -> dic
                     "dram": int(options.dram),
                     "blocks_per_chunk": options.blocks_per_chunk,
                     "nats": "",
+                    **({"seal_key": seal_key, "seal": SEALED[mode]} if mode in SEALED else {}),
                 },
             )
             command, _ = compose(worker, [])
@@ -300,7 +311,7 @@ def engine_arguments(options: Options, transfer: dict[str, object] | None) -> li
 @contextlib.contextmanager
 def target_running(options: Options, mode: str, folder: Path, address: str, log: Path) -> Iterator[None]:
     """A target that listens, until the block ends."""
-    hot = int(options.hot) if mode == "store-hot" else 0
+    hot = 0 if mode == "store" else int(options.hot)
     command = [sys.executable, "-m", "kvstore", "--dir", str(folder), "--capacity", str(int(options.capacity))]
     with running([*command, "--listen", address, "--nats", "", "--hot", str(hot)], {}, log) as target:
         deadline = time.monotonic() + START_SECONDS
@@ -319,7 +330,7 @@ class Bench:
         self.options = options
         self.logs = logs
         self._round = 0
-        self._of_store: Pool | None = None  # as far as it was played
+        self._of_store: dict[Path, Pool] = {}  # as far as it was played
         pool = self._pool(CHAT)
         self.report = Report(shlex.join(["python", "-m", "benchmarks.chat", *sys.argv[1:]]), pool.prompt_tokens)
         for path in options.earlier:
@@ -365,25 +376,26 @@ class Bench:
         endpoint = Endpoint(session, f"http://127.0.0.1:{port}", options.model)
         address = f"127.0.0.1:{free_port()}"
         with ExitStack() as stack:
-            own = folder / "store"
+            own = folder / (mode if mode in SEALED else "store")
             if mode.startswith("store"):
                 own.mkdir(exist_ok=True)
             else:
                 own = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
             target = stack.enter_context(self._target(mode, own, address))
             begun = time.monotonic()
-            command = engine_command(options, port, transfer_config(options, mode, address, own))
+            transfer = transfer_config(options, mode, address, own, seal_key(folder) if mode in SEALED else None)
+            command = engine_command(options, port, transfer)
             engine = stack.enter_context(running(command, ENGINE_ENVIRONMENT, self.logs / "engine.log"))
             await until_ready(endpoint, session, engine)
             say(f"{mode}: up after {time.monotonic() - begun:.0f} s")
-            pool = self._of_store if mode.startswith("store") else None
+            pool = self._of_store.get(own)
             if pool is None:
                 pool = self._pool(CHAT)
                 await self._fill(endpoint, mode, pool)
-            elif mode == "store-hot":
+            elif mode != "store":
                 await ask_again(endpoint, pool, max(options.clients))
             if mode.startswith("store"):
-                self._of_store = pool
+                self._of_store[own] = pool
             serving = mode
 
             async def served_by(wanted: str) -> None:
@@ -452,7 +464,7 @@ class Bench:
 
     def write(self) -> None:
         self.report.best = best(medians(self.report.points))
-        self.report.over_plain = over_plain(self.report.points)
+        self.report.over = over(self.options.over, self.report.points)
         if self.options.json_file:
             content = msgspec.json.format(msgspec.json.encode(self.report), indent=2)
             self.options.json_file.write_bytes(content + b"\n")
@@ -463,6 +475,15 @@ def by_engine(modes: list[str]) -> list[list[str]]:
     store = [mode for mode in reversed(MODES) if mode in modes and mode.startswith("store")]
     found = [[mode] for mode in modes if mode not in store]
     return [*found, store] if store else found
+
+
+def seal_key(folder: Path) -> Path:
+    """A file with a key for this run's workers."""
+    path = folder / "seal.yaml"
+    if not path.exists():
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"- {{id: 1, key: '{secrets.token_hex(SECRET_BYTES)}'}}\n")
+    return path
 
 
 def listens(address: str) -> bool:
@@ -477,14 +498,14 @@ def say(text: str) -> None:
 
 
 HEADER = (
-    f"{'mode':<10}{'clients':>8}{'requests/s':>12}{'TTFT ms':>9}{'p50':>8}{'p99':>8}{'TPOT ms':>9}{'gap p99':>9}"
+    f"{'mode':<13}{'clients':>8}{'requests/s':>12}{'TTFT ms':>9}{'p50':>8}{'p99':>8}{'TPOT ms':>9}{'gap p99':>9}"
     f"{'out tok/s':>11}{'HBM':>6}{'tiers':>7}{'store GB/s':>12}{'failed':>8}"
 )
 
 
 def line(point: Point) -> str:
     return (
-        f"{point.mode:<10}{point.clients:>8}{point.requests_per_second:>12.2f}{point.ttft_ms_mean:>9.0f}"
+        f"{point.mode:<13}{point.clients:>8}{point.requests_per_second:>12.2f}{point.ttft_ms_mean:>9.0f}"
         f"{point.ttft_ms_p50:>8.0f}{point.ttft_ms_p99:>8.0f}{point.tpot_ms_mean:>9.1f}{point.gap_ms_p99:>9.0f}"
         f"{point.output_tokens_per_second:>11.0f}{point.hbm_hit_share:>6.0%}{point.external_hit_share:>7.0%}"
         f"{point.store_bytes_per_second / 1e9:>12.2f}{point.failed:>8}"
@@ -508,9 +529,9 @@ def table(report: Report) -> str:
     for mode, of_mode in report.best.items():
         lines += [f"{mode}: {most:.2f} requests/s with TPOT <= {limit} ms" for limit, most in of_mode.items()]
     lines += [
-        f"{one.mode}, {one.clients} clients, over plain: requests/s {spread(one.requests_per_second)},"
+        f"{one.mode}, {one.clients} clients, over {one.base}: requests/s {spread(one.requests_per_second)},"
         f" TTFT {spread(one.ttft)}"
-        for one in report.over_plain
+        for one in report.over
     ]
     lines += [
         f"{one.mode}: first token of {one.prompt_tokens} tokens, {one.medium}: {one.ttft_ms_median:.0f} ms"

@@ -13,10 +13,11 @@ TPOT_LIMITS_MS = (40, 60)
 Spread = tuple[float, float, float]  # median, lowest, highest
 
 
-class OverPlain(msgspec.Struct):
-    """A mode's figures over those of `plain` in the same round with as many clients, over all rounds."""
+class Over(msgspec.Struct):
+    """A mode's figures over those of another, `base`, in the same round with as many clients, over all rounds."""
 
     mode: str
+    base: str
     clients: int
     requests_per_second: Spread
     ttft: Spread
@@ -68,21 +69,21 @@ def _at(limit: float, one: Point, other: Point) -> float:
     return one.requests_per_second + share * (other.requests_per_second - one.requests_per_second)
 
 
-def over_plain(points: Sequence[Point]) -> list[OverPlain]:
-    """Round by round. Prompts without reuse are compared with plain's."""
+def over(base: str, points: Sequence[Point]) -> list[Over]:
+    """Round by round. Prompts without reuse are compared with the base's."""
     grouped = by_mode_and_clients(points)
     found = []
     for (mode, clients), of_one in grouped.items():
-        _, comma, kind = mode.partition(", ")
-        plain = grouped.get((f"plain{comma}{kind}", clients), [])
-        if mode.startswith("plain") or not plain:
+        name, comma, kind = mode.partition(", ")
+        compared = grouped.get((f"{base}{comma}{kind}", clients), [])
+        if name == base or not compared:
             continue
-        pairs = list(zip(of_one, plain, strict=False))
+        pairs = list(zip(of_one, compared, strict=False))
 
         def ratios(value: Callable[[Point], float], pairs: list[tuple[Point, Point]] = pairs) -> Spread:
             values = sorted(value(one) / (value(other) or math.nan) for one, other in pairs)
             return round(statistics.median(values), 3), round(values[0], 3), round(values[-1], 3)
 
         requests = ratios(lambda point: point.requests_per_second)
-        found.append(OverPlain(mode, clients, requests, ratios(lambda point: point.ttft_ms_mean)))
+        found.append(Over(mode, base, clients, requests, ratios(lambda point: point.ttft_ms_mean)))
     return found

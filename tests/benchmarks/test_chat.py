@@ -27,7 +27,7 @@ from benchmarks.chat.load import (
     warm_up,
 )
 from benchmarks.chat.plot import plot
-from benchmarks.chat.results import best, medians, over_plain
+from benchmarks.chat.results import best, medians, over
 from graphs.services import free_port
 from kvstore.errors import ConfigError
 from kvstore.net.client import StoreClient
@@ -141,16 +141,19 @@ def test_points_of_several_rounds_are_summed_up_and_compared_round_by_round() ->
     points += [of("plain, fresh", 10, 0.5), of("store, fresh", 9, 0.5), of("dram", 5, 1.0), of("store", 7, 1.0, 8)]
     store = next(one for one in medians(points) if (one.mode, one.clients) == ("store", 4))
     assert (store.requests_per_second, store.requests, store.tier) == (11.0, 44, {"kvtier_fetched_bytes": 10.0})
-    found = {(one.mode, one.clients): one for one in over_plain(points)}
+    found = {(one.mode, one.clients): one for one in over("plain", points)}
     assert set(found) == {("store", 4), ("store, fresh", 4), ("dram", 4)}
     assert found["store", 4].requests_per_second == (2.5, 2.0, 3.0)
     assert found["store", 4].ttft == (0.417, 0.333, 0.5)
     assert found["store, fresh", 4].requests_per_second == (0.9, 0.9, 0.9)
+    (other,) = [one for one in over("dram", points) if one.mode == "plain"]
+    assert (other.base, other.requests_per_second) == ("dram", (2.0, 2.0, 2.0))
 
 
 def test_modes_of_the_store_share_an_engine_and_begin_with_the_hot_cache() -> None:
     assert by_engine(["store", "plain", "store-hot", "dram"]) == [["plain"], ["dram"], ["store-hot", "store"]]
     assert by_engine(["files"]) == [["files"]]
+    assert by_engine(["store-hot", "store-mac"]) == [["store-mac"], ["store-hot"]]
 
 
 async def test_what_is_asked_again_is_what_the_next_turns_go_on_with() -> None:
@@ -187,6 +190,7 @@ def model(tmp_path: Path) -> Path:
     ("arguments", "says"),
     [
         ({"--modes": "plain,magic"}, "modes: 'magic' given, expected some of plain,dram"),
+        ({"--over": "magic"}, "over: 'magic' given, expected one of plain,dram"),
         ({"--model": "/nowhere"}, "model: '/nowhere' given, expected a folder with a config.json"),
         ({"--dir": "/nowhere"}, "dir: '/nowhere' given, expected a folder that exists"),
         ({"--clients": "0"}, "clients.0: '0' given"),
