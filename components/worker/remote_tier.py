@@ -667,8 +667,8 @@ class RemoteTier(SecondaryTierManager):
         return True
 
     def _say_identified(self) -> None:
-        """Not kept until the mover is ready: an idle engine does not hear that it is, and routers send requests only to a
-        worker that they know."""
+        """Not kept until the mover is ready, of which an idle engine does not hear: routers plan for no worker whose
+        identity they do not know."""
         self.link.send(self._identified)
 
     def _flush(self) -> None:
