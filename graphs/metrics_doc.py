@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from components.pricing.cost import Speeds
 from components.router.decisions import Decisions
 from components.router.speeds import LiveSpeeds
-from kvstore.__main__ import LabelledMetrics, Metrics
+from kvstore.__main__ import LabelledMetrics, Metrics, TlsMetrics
 from kvstore.bus.residency import Mirror
 from kvstore.disk.log import Log
 from kvstore.disk.shelf import Shelf
@@ -80,6 +80,7 @@ def of_target() -> list[Series]:
             registry = CollectorRegistry()
             registry.register(Metrics(target))
             registry.register(LabelledMetrics(Lobby()))
+            registry.register(TlsMetrics(None))
             return [*_registered(registry), *_registered(target.registry)]
         finally:
             log.close()

@@ -45,6 +45,9 @@ _TIER_FLAGS = {
     "seal",
     "seal-key",
     "share-images",
+    "store-tls-ca",
+    "store-tls-cert",
+    "store-tls-key",
     "tp-private",
 }  # of components.worker alone
 _WORKER_FLAGS = {"model", "endpoint"} | _TIER_FLAGS

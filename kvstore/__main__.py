@@ -24,13 +24,15 @@ from kvstore import tools
 from kvstore.bus import messages, residency
 from kvstore.bus.messages import Bus
 from kvstore.bus.residency import Announcer
+from kvstore.certificates import Files
 from kvstore.disk.device import Device
 from kvstore.disk.log import Log
 from kvstore.disk.shelf import Rack, Shelf
 from kvstore.errors import ConfigError, UnavailableError, run_command, validated
-from kvstore.net import membership, tenants, transport
+from kvstore.net import membership, tenants, tls, transport
 from kvstore.net.lobby import Lobby
 from kvstore.net.target import Target
+from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.tenancy import Settings, Tenancy, report
 
@@ -68,6 +70,9 @@ class Options(BaseModel):
     advertise: str | None = None
     unix_socket: str | None = None
     unix_uids: str = ""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     namespace: str = "default"
     namespaces: Path | None = None
     nats: str = messages.DEFAULT_NATS
@@ -101,6 +106,15 @@ def parse(argv: list[str] | None = None) -> Options:
         "--unix-uids",
         help="user ids that may use the UNIX socket, with commas between them, or 'any'; default: this process's own. "
         "Others are served over TCP",
+    )
+    parser.add_argument(
+        "--tls-cert",
+        help="certificate in PEM, for the host that clients know the target by: over TCP only TLS 1.3 is served; read "
+        "again on SIGHUP (docs/security.md); default: no TLS",
+    )
+    parser.add_argument("--tls-key", help="the private key of --tls-cert, in a file that only its owner can read")
+    parser.add_argument(
+        "--tls-client-ca", help="CAs: clients must have a certificate from one of them; default: clients need none"
     )
     parser.add_argument("--namespace", help="whose chunks these are; clients must name the same; default 'default'")
     parser.add_argument(
@@ -180,6 +194,20 @@ class Metrics(Collector):
             yield GaugeMetricFamily(f"kvtier_target_{name}", text, value=level)
 
 
+class TlsMetrics(Collector):
+    """Shows a target's TLS to Prometheus; zeros without one."""
+
+    def __init__(self, tls: ServerTls | None):
+        self._tls = tls
+
+    def collect(self) -> Iterator[Metric]:
+        refused, until = (self._tls.refused, self._tls.valid_until) if self._tls else (0, 0.0)
+        text = "With --tls-cert: connections whose TLS handshake failed"
+        yield CounterMetricFamily("kvtier_target_refused_handshakes", text, value=refused)
+        text = "With --tls-cert: when the certificate ends, in seconds since 1970"
+        yield GaugeMetricFamily("kvtier_target_certificate_end_seconds", text, value=until)
+
+
 class LabelledMetrics(Collector):
     """The same of every namespace, told apart by a label. There are as many as the namespaces file has."""
 
@@ -205,6 +233,11 @@ async def serve(options: Options) -> None:
         await _serve_one(options)
 
 
+def _open_tls(options: Options) -> ServerTls | None:
+    given = (options.tls_cert, options.tls_key, options.tls_client_ca)
+    return tls.open_server(Files(*(str(path or "") for path in given)), options.carrier)
+
+
 def _unix_uids(options: Options) -> frozenset[int] | None:
     """Who may use the UNIX socket; None: everybody."""
     if options.unix_uids == "any":
@@ -216,7 +249,7 @@ def _unix_uids(options: Options) -> frozenset[int] | None:
 
 
 async def _serve_tenants(options: Options, path: Path) -> None:
-    grants, unix_uids = tenants.load(path), _unix_uids(options)
+    grants, unix_uids, server_tls = tenants.load(path), _unix_uids(options), _open_tls(options)
     listener = _listen("listen", options.listen)
     name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
     rack = Rack(
@@ -229,17 +262,27 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
     unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
     settings = Settings(
-        name, options.capacity, options.buffers, options.hot, unix_path, options.carrier, options.etcd, unix_uids
+        name=name,
+        capacity_bytes=options.capacity,
+        buffer_bytes=options.buffers,
+        hot_bytes=options.hot,
+        unix_path=unix_path,
+        carrier=options.carrier,
+        etcd=options.etcd,
+        unix_uids=unix_uids,
+        tls=server_tls,
     )
     tenancy = Tenancy(path, rack, settings, line)
     await tenancy.begin(grants)
-    _show_metrics(options, LabelledMetrics(tenancy.lobby))
+    _show_metrics(options, LabelledMetrics(tenancy.lobby), TlsMetrics(server_tls))
     if unix_path:
         tenancy.lobby.serve(_listen("unix-socket", unix_path))
     tenancy.lobby.serve(listener)
     reloads: set[asyncio.Task[None]] = set()
 
     def reload() -> None:
+        if server_tls:
+            server_tls.reload()
         task = asyncio.get_running_loop().create_task(tenancy.reload())
         reloads.add(task)
         task.add_done_callback(reloads.discard)
@@ -278,7 +321,7 @@ def _stop_signal() -> asyncio.Event:
 
 async def _serve_one(options: Options) -> None:
     namespace = messages.checked_namespace(options.namespace)
-    unix_uids = _unix_uids(options)
+    unix_uids, server_tls = _unix_uids(options), _open_tls(options)
     listener = _listen("listen", options.listen)
     name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
     shelf = _open_shelf(options, namespace)
@@ -299,8 +342,9 @@ async def _serve_one(options: Options) -> None:
         unix_path=unix_path,
         carrier=options.carrier,
         unix_uids=unix_uids,
+        tls=server_tls,
     )
-    _show_metrics(options, Metrics(target), target.registry)
+    _show_metrics(options, Metrics(target), target.registry, TlsMetrics(server_tls))
     if unix_path:
         target.serve(_listen("unix-socket", unix_path))
     target.serve(listener)
@@ -308,6 +352,8 @@ async def _serve_one(options: Options) -> None:
     if line:
         tasks.append(asyncio.create_task(residency.announce(announcer, line, namespace)))
         tasks.append(asyncio.create_task(report(target, line, namespace)))
+    if server_tls:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server_tls.reload)
     stop = _stop_signal()
     where = ", ".join(map(str, options.dir))
     logger.info("serving %d chunks from %s at %s, epoch %d", shelf.stats().entries, where, name, epoch)

@@ -26,7 +26,6 @@ import enum
 import hashlib
 import logging
 import os
-import stat
 import struct
 import threading
 import time
@@ -41,6 +40,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
+from kvstore import private
 from kvstore.errors import ConfigError
 from kvstore.keys import KEY_BYTES
 
@@ -60,7 +60,7 @@ _NAME, _DATA = b"kvtier-seal-name", b"kvtier-seal-data"  # BLAKE2b's personaliza
 # Decryption goes through a buffer of this size, which stays in the processor's cache. That `update_into` may write over
 # what it reads is documented nowhere; writing in place would bring 10.5 GB/s in place of 8.4.
 _PIECE_BYTES = 256 << 10
-_FILE_BYTES_MAX = 64 << 10
+_FIELD = "seal-key"
 # A changed file is noticed within this time.
 RELOAD_SECONDS = 1.0
 _COMPLAIN_SECONDS = 10.0
@@ -193,7 +193,7 @@ class SealFile(Seal):
 
     def __init__(self, path: Path, mode: Mode = Mode.MAC):
         """Raises ConfigError."""
-        self._stamp = _stamp(path)
+        self._stamp = private.stamp(path)
         super().__init__(read_keys(path), mode)
         self._path = path
         self._look_at = time.monotonic() + RELOAD_SECONDS
@@ -208,7 +208,7 @@ class SealFile(Seal):
     def _reload(self) -> None:
         """With the lock held."""
         self._look_at = time.monotonic() + RELOAD_SECONDS
-        stamp = _stamp(self._path)
+        stamp = private.stamp(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -264,7 +264,7 @@ def read_keys(path: Path) -> tuple[SealKey, ...]:
     """The keys of a file, YAML or JSON: a list of {id: 1 to 2^32 - 1, key: 64 hexadecimal digits}. Raises ConfigError,
     which quotes nothing of the content."""
     try:
-        listed = yaml.safe_load(_read(path))
+        listed = yaml.safe_load(private.read(_FIELD, path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # the error's own text quotes the line
         where = f"; line {mark.line + 1} is neither" if mark is not None else ""
@@ -293,35 +293,5 @@ def _key(path: Path, number: int, entry: object) -> SealKey:
     return SealKey(id, secret)
 
 
-def _read(path: Path) -> bytes:
-    """The content of a file that nobody else may read. Checks the file that is open, not what its name points to a
-    moment before."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise _wrong(path, f"a file that can be read ({os.strerror(error.errno or 0)})") from None
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > _FILE_BYTES_MAX:
-            raise _wrong(path, f"a regular file of at most {_FILE_BYTES_MAX} bytes")
-        if facts.st_uid not in (0, os.geteuid()):
-            raise _wrong(path, f"a file of this process's user or of root, not of user {facts.st_uid}")
-        if facts.st_mode & 0o077:
-            permissions = stat.S_IMODE(facts.st_mode)
-            raise _wrong(path, f"a file that only its owner can read, not with mode {permissions:04o} (chmod 600)")
-        return os.read(descriptor, _FILE_BYTES_MAX)
-    finally:
-        os.close(descriptor)
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Changes when the file does; () while there is none."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return ()
-    return facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_size
-
-
 def _wrong(path: Path, expected: str) -> ConfigError:
-    return ConfigError("seal-key", path, expected)
+    return ConfigError(_FIELD, path, expected)

@@ -19,6 +19,7 @@ from kvstore.net.lobby import Lobby
 from kvstore.net.membership import Registration
 from kvstore.net.target import Target
 from kvstore.net.tenants import Grants, Tenant
+from kvstore.net.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Settings:
     carrier: str
     etcd: str | None
     unix_uids: frozenset[int] | None
+    tls: ServerTls | None
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Tenancy:
     """Serves the namespaces of a file. For one event loop; `rack` is this object's to close."""
 
     def __init__(self, path: Path, rack: Rack, settings: Settings, line: Bus | None):
-        self.lobby = Lobby(settings.unix_uids)
+        self.lobby = Lobby(settings.unix_uids, settings.tls)
         self._path = path
         self._rack = rack
         self._settings = settings

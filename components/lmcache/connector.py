@@ -22,12 +22,14 @@ from lmcache.v1.config import LMCacheEngineConfig
 from lmcache.v1.memory_management import MemoryObj
 from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorContext, extract_plugin_type
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 
 from kvstore import credentials
 from kvstore.bus.messages import checked_namespace
+from kvstore.certificates import ClientOptions
 from kvstore.errors import ConfigError, validated
 from kvstore.keys import chunk_key, fingerprint, layout_digest
+from kvstore.net import tls
 from kvstore.net.client import Item, StoreClient
 from kvstore.net.membership import open_membership
 from kvstore.net.wire import VALUE_BYTES_MAX, Outcome
@@ -45,7 +47,7 @@ PUT_SECONDS = 10.0
 Found = list[MemoryObj | None]
 
 
-class Options(BaseModel):
+class Options(ClientOptions):
     """What LMCache's `extra_config` says under `remote_storage_plugin.<plugin>.`, checked."""
 
     store: str = Field("", validate_default=True)
@@ -91,9 +93,14 @@ class KvtierConnector(RemoteConnector):
         self._layout = layout_digest(self._describe(context))
         self._probe = ""
         self._deadline_seconds = options.deadline_ms / 1000
+        client_tls = tls.open_client(options.tls_files)
         membership = open_membership(options.store, options.namespace, isolated=True)
         self._client = StoreClient(
-            membership, namespace=options.namespace, name="lmcache", credential=credentials.load(None)
+            membership,
+            namespace=options.namespace,
+            name="lmcache",
+            credential=credentials.load(None),
+            tls=client_tls,
         )
         self._getters = ThreadPoolExecutor(GET_THREADS, thread_name_prefix="kvtier-get")
         self._putters = ThreadPoolExecutor(PUT_THREADS, thread_name_prefix="kvtier-put")

@@ -19,7 +19,9 @@ from components.options import CommonOptions, add_common_arguments
 from kvstore import credentials
 from kvstore.bus import messages
 from kvstore.bus.messages import Bus
+from kvstore.certificates import ClientOptions, add_client_arguments
 from kvstore.errors import ConfigError, run_command, validated
+from kvstore.net import tls
 from kvstore.net.membership import checked_address
 from kvstore.seal import open_seal
 
@@ -33,7 +35,7 @@ size and --blocks-per-chunk.
 """
 
 
-class Options(CommonOptions):
+class Options(CommonOptions, ClientOptions):
     """The command line, checked."""
 
     model: str
@@ -80,6 +82,7 @@ def parse(argv: list[str]) -> tuple[Options, bool, list[str]]:
         help="'mac': values are authenticated (default with --seal-key); 'encrypt': targets cannot read them either; "
         "'off': as without --seal-key",
     )
+    add_client_arguments(parser)
     parser.add_argument(
         "--tp-private",
         action="store_true",
@@ -101,6 +104,7 @@ def parse(argv: list[str]) -> tuple[Options, bool, list[str]]:
 
 def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str]]:
     """The command and what it needs in the environment beyond what is there."""
+    files = options.tls_files
     tier = {
         "type": "kvtier",
         "store": options.store,
@@ -112,6 +116,9 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
         "credential_file": str(options.credential_file.absolute()) if options.credential_file else "",
         "seal_key": str(options.seal_key.absolute()) if options.seal_key else "",
         "seal": options.seal,
+        "store_tls_ca": files.ca,
+        "store_tls_cert": files.cert,
+        "store_tls_key": files.key,
     }
     transfer = {
         "kv_connector": "KvtierConnector",
@@ -157,6 +164,7 @@ def check(options: Options) -> None:
         raise ConfigError("model", options.model, "a folder with a config.json, or a name on the hub (owner/model)")
     credentials.load(options.credential_file)
     open_seal(str(options.seal_key or ""), options.seal)
+    tls.open_client(options.tls_files, options.carrier)
     asyncio.run(Bus.check(options.nats))
 
 

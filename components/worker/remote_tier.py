@@ -60,7 +60,9 @@ from components.worker.mover.frames import (
 from components.worker.mover.link import MoverLink
 from kvstore import credentials
 from kvstore.bus.plan import Plan, read_plan
+from kvstore.certificates import Files
 from kvstore.keys import fingerprint
+from kvstore.net import tls
 from kvstore.net.client import good_connections
 from kvstore.net.wire import Outcome
 from kvstore.seal import Reason, open_seal
@@ -190,7 +192,8 @@ class _Leftover:
 class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
     for the contract of each method. `nats` and `endpoint` are for telling routers, and may be left out; so may
-    `credential_file` (kvstore.credentials.load), `seal_key` and `seal` (kvstore.seal.open_seal). `on_load` is called
+    `credential_file` (kvstore.credentials.load), `seal_key` and `seal` (kvstore.seal.open_seal), and `store_tls_ca`,
+    `store_tls_cert` and `store_tls_key` (kvstore.net.tls.open_client). `on_load` is called
     for each fetched chunk, with the token that it ends at; `prefill` is what computing costs here, as far as it is
     known, and `running` how many requests the engine is at.
     """
@@ -219,11 +222,16 @@ class RemoteTier(SecondaryTierManager):
         credential_file: str = "",
         seal_key: str = "",
         seal: str = "",
+        store_tls_ca: str = "",
+        store_tls_cert: str = "",
+        store_tls_key: str = "",
     ):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = Locality.REMOTE
         credentials.load(Path(credential_file) if credential_file else None)
         open_seal(seal_key, seal)  # or the mover would end over it, and the engine go on without the store
+        tls_files = Files(store_tls_cert, store_tls_key, store_tls_ca)
+        tls.open_client(tls_files, carrier)
         rows, row_bytes = primary_kv_view.shape or (0, 0)
         self.row_bytes = row_bytes
         self._block_tokens = offloading_spec.tokens_per_hash
@@ -282,6 +290,7 @@ class RemoteTier(SecondaryTierManager):
                 credential_file=credential_file,
                 seal_key=seal_key,
                 seal=seal,
+                tls=tls_files,
             )
         )
 

@@ -25,6 +25,7 @@ from kvstore.keys import KEY_VERSION
 from kvstore.net import transport, wire
 from kvstore.net.carrier import Borrower
 from kvstore.net.membership import Membership, place
+from kvstore.net.tls import HANDSHAKE_SECONDS, ClientTls
 from kvstore.net.transport import Bytes, Cancelled, Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError, PutItem
 from kvstore.seal import TRAILER_BYTES, Reason, Seal, SealKey
@@ -67,6 +68,7 @@ class StoreClient:
     With a `credential` only targets are believed that prove to know it.
     With a `seal`, put seals each value, and get opens it in place of checking its crc: a value that does not open is
     CORRUPT. To targets a sealed value is a longer one under another key (seal.py).
+    With `tls` only targets are spoken to whose certificate is valid for the host of their address.
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class StoreClient:
         carrier: Borrower | None = None,
         credential: Credential | None = None,
         seal: Seal | None = None,
+        tls: ClientTls | None = None,
     ):
         self._membership = membership
-        self._credential, self._seal = credential, seal
+        self._credential, self._seal, self._tls = credential, seal, tls
         self._carrier = carrier
         # The random part tells one client's connections from another's: clients take turns at a target.
         self._hello = wire.Hello(
@@ -182,6 +185,10 @@ class StoreClient:
                 answers[target] = self._line(target).stat(deadline)
         return answers
 
+    def failure(self, target: str) -> str:
+        """Why a request to this target failed last; "" if none did."""
+        return self._line(target).failure
+
     @property
     def received_bytes(self) -> int:
         """From all targets since the start, what is coming in now included."""
@@ -235,7 +242,7 @@ class StoreClient:
             line = self._targets.get(target)
             if line is None:
                 limit = self._connections_per_target
-                line = _TargetLine(target, self._hello, limit, self._carrier, self._credential, self._seal)
+                line = _TargetLine(target, self._hello, limit, self._carrier, self._credential, self._seal, self._tls)
                 self._targets[target] = line
             return line
 
@@ -269,8 +276,9 @@ class _TargetLine:
         carrier: Borrower | None,
         credential: Credential | None,
         seal: Seal | None,
+        tls: ClientTls | None,
     ):
-        self._credential = credential
+        self._credential, self._tls = credential, tls
         self._target = target
         self._carrier = carrier
         self._seal = seal
@@ -288,6 +296,7 @@ class _TargetLine:
         self._failures = 0
         self._silent_seconds = 0.0  # waited for since the target last said something
         self._retry_at = 0.0
+        self.failure = ""  # the last one's reason
         self._closed = False
         self._value_bytes_max = wire.VALUE_BYTES_MAX
 
@@ -499,7 +508,7 @@ class _TargetLine:
                 return self._connect_near(self._near, deadline)
             except _FAILURES:
                 self._near = None  # gone, or another start of the target: greet anew over TCP
-        stream = transport.connect(self._target, deadline)
+        stream = self._connect(deadline)
         try:
             welcome = self._greet(stream, self._hello, deadline)
             near = self._nearer(welcome, deadline)
@@ -511,6 +520,19 @@ class _TargetLine:
         stream.close()
         self._near = welcome
         return near
+
+    def _connect(self, deadline: float) -> Stream:
+        """A connection over TCP, with TLS if that was asked for."""
+        if self._tls is None:
+            return transport.connect(self._target, deadline)
+        stream = self._tls.connect(self._target, deadline)
+        try:
+            with self._abortable(stream):
+                stream.shake_hands(min(deadline, time.monotonic() + HANDSHAKE_SECONDS))
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
     def _nearer(self, welcome: wire.Welcome, deadline: float) -> Stream | None:
         """A connection to the target's UNIX socket, if it has one and nobody else answers there."""
@@ -579,6 +601,7 @@ class _TargetLine:
             pause = min(longest, first * 2**self._failures)
             self._failures += 1
             self._retry_at = time.monotonic() + pause
+            self.failure = reason
         for stream in free:
             stream.close()
         logger.warning("%s: %s; next try in %.1f s", self._target, reason, pause)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from kvstore.credentials import Credential
 from kvstore.net import transport, wire
 from kvstore.net.target import Target
+from kvstore.net.tls import ServerTls
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, ProtocolError
 
@@ -39,10 +40,11 @@ class Member(NamedTuple):
 
 class Lobby:
     """Listens for the targets of several namespaces. Thread-safe. Only users of `unix_uids` are heard on a UNIX socket;
-    None: all who can open it."""
+    None: all who can open it. With `tls` nobody is heard over TCP without it."""
 
-    def __init__(self, unix_uids: Collection[int] | None = None) -> None:
+    def __init__(self, unix_uids: Collection[int] | None = None, tls: ServerTls | None = None) -> None:
         self._unix_uids = unix_uids
+        self._tls = tls
         self._members: dict[str, Member] = {}
         self._nobody = Credential.random()  # of namespaces that are not served: a proof of it costs the same
         self._listeners: list[socket.socket] = []
@@ -107,21 +109,25 @@ class Lobby:
                 if not transport.is_permitted(sock, self._unix_uids):
                     sock.close()
                     continue
-                self._begin(Stream(sock))
+                if self._tls is not None and sock.family != socket.AF_UNIX:
+                    self._tls.accept(sock, self._admit)
+                else:
+                    self._admit(Stream(sock))
             except (OSError, RuntimeError) as error:  # the client is gone, or no descriptor or thread to be had
                 logger.error("a client cannot be served: %s", error)
                 sock.close()
 
-    def _begin(self, stream: Stream) -> None:
+    def _admit(self, stream: Stream) -> None:
         with self._lock:
             self._greeting[stream] = None
             if len(self._greeting) > GREETINGS_MAX:
                 next(iter(self._greeting)).abort()
         try:
             threading.Thread(target=self._session, args=(stream,), name="kvtier-session", daemon=True).start()
-        except RuntimeError:
+        except RuntimeError as error:
+            logger.error("a client cannot be served: %s", error)
             self._forget(stream)
-            raise
+            stream.close()
 
     def _forget(self, stream: Stream) -> None:
         with self._lock:

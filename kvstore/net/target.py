@@ -26,6 +26,7 @@ from kvstore.disk.shelf import Shelf
 from kvstore.net import transport, wire
 from kvstore.net.carrier import Lender, lender
 from kvstore.net.queues import BATCH_BYTES, Answer, Read, Reader, ReadQueue, Want, Write, WriteQueue
+from kvstore.net.tls import ServerTls
 from kvstore.net.transport import Bytes, Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError
 
@@ -59,7 +60,8 @@ class Target:
     """Serves `shelf` on listening sockets until `stop`. `name` is the address under which clients know it.
 
     `buffer_bytes` of memory are for payloads on their way, and with `hot_bytes` as much more for those that were there
-    last. Only users of `unix_uids` are served on a UNIX socket; None: all who can open it.
+    last. Only users of `unix_uids` are served on a UNIX socket; None: all who can open it. With `tls` nobody is served
+    over TCP without it.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Target:
         unix_path: str = "",
         carrier: str = "",
         unix_uids: Collection[int] | None = None,
+        tls: ServerTls | None = None,
         readable: bool = True,
         writable: bool = True,
     ):
@@ -89,6 +92,7 @@ class Target:
         self._namespace = namespace
         self._unix_path = unix_path
         self._unix_uids = unix_uids
+        self._tls = tls
         self._passes = Credential.random()
         self._boot_id = transport.boot_id()
         # Where memory is scarce, what is read at once is a small part of it, too.
@@ -157,19 +161,29 @@ class Target:
             if not transport.is_permitted(sock, self._unix_uids):
                 sock.close()
                 continue
-            with self._lock:
-                if len(self._connections) >= self.connections_max:
-                    sock.close()
-                    continue
-                try:
-                    self._begin(sock)
-                except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
-                    logger.error("a client cannot be served: %s", error)
-                    sock.close()
+            try:
+                if self._tls is not None and sock.family != socket.AF_UNIX:
+                    self._tls.accept(sock, self._admit)
+                else:
+                    self._admit(Stream(sock))
+            except (OSError, RuntimeError) as error:  # the client is gone, or no descriptor or thread to be had
+                logger.error("a client cannot be served: %s", error)
+                sock.close()
 
-    def _begin(self, sock: socket.socket) -> None:
+    def _admit(self, stream: Stream) -> None:
+        with self._lock:
+            if self._stopping or len(self._connections) >= self.connections_max:
+                stream.close()
+                return
+            try:
+                self._begin(stream)
+            except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
+                logger.error("a client cannot be served: %s", error)
+                stream.close()
+
+    def _begin(self, stream: Stream) -> None:
         """Start a connection's session; with the lock held."""
-        connection = _Connection(Stream(sock), self.pool, self._made_room)
+        connection = _Connection(stream, self.pool, self._made_room)
         thread = threading.Thread(target=self._session, args=(connection,), name="kvtier-session", daemon=True)
         self._connections[connection] = thread
         try:

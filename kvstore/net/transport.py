@@ -28,7 +28,7 @@ _NEAR_TCP_BUFFER_BYTES = 128 << 10
 _UNIX_BUFFER_BYTES = 512 << 10
 Bytes = bytes | bytearray | memoryview
 _SEND_PARTS_MAX = 512  # below IOV_MAX
-_PATIENCE_SECONDS = 3600.0
+PATIENCE_SECONDS = 3600.0
 _STALL_LOOK_SECONDS = 1.0
 
 
@@ -58,9 +58,9 @@ class Stream:
         for a second: if so, that is a TimeoutError before the deadline."""
         rest = [memoryview(part).cast("B") for part in parts if len(part)]
         while rest:
-            self._arm(deadline if given_up is None else min(deadline, time.monotonic() + _STALL_LOOK_SECONDS))
+            until = deadline if given_up is None else min(deadline, time.monotonic() + _STALL_LOOK_SECONDS)
             try:
-                sent = self._socket.sendmsg(rest[:_SEND_PARTS_MAX])
+                sent = self._send_some(rest, until)
             except TimeoutError:
                 if given_up is None or given_up() or time.monotonic() >= deadline:
                     raise
@@ -87,13 +87,22 @@ class Stream:
         while done < len(into):
             if cancelled is not None and cancelled():
                 raise Cancelled
-            self._arm(deadline)
-            count = self._socket.recv_into(into[done:])
+            count = self._receive_some(into[done:], deadline)
             if count == 0:
                 raise ConnectionResetError("the peer closed the connection")
             yield into[done : done + count]
             done += count
             self.received_bytes += count
+
+    def _send_some(self, parts: Sequence[memoryview], deadline: float) -> int:
+        """How many bytes from the first part on need not be sent again."""
+        self._arm(deadline)
+        return self._socket.sendmsg(parts[:_SEND_PARTS_MAX])
+
+    def _receive_some(self, into: memoryview, deadline: float) -> int:
+        """How many bytes of `into` were filled: at least one, or 0 at the end of the connection."""
+        self._arm(deadline)
+        return self._socket.recv_into(into)
 
     def receive_header(self, deadline: float, cancelled: Callable[[], bool] | None = None) -> Header:
         self.receive(memoryview(self._header), deadline, cancelled)
@@ -114,7 +123,7 @@ class Stream:
     def wait_for_frame(self) -> bool:
         """Block, without a deadline, until a frame begins; False if the peer closed the connection instead."""
         # Never without a timeout: that would make the socket a blocking one for its twin, too.
-        self._socket.settimeout(_PATIENCE_SECONDS)
+        self._socket.settimeout(PATIENCE_SECONDS)
         while True:
             with contextlib.suppress(TimeoutError):
                 return bool(self._socket.recv(1, socket.MSG_PEEK))
@@ -160,19 +169,24 @@ def _send_buffer_bytes(sock: socket.socket) -> int:
 
 def connect(address: str, deadline: float) -> Stream:
     """Open a stream to `host:port`, `[v6]:port` or the path of a UNIX socket (anything with a slash)."""
+    return Stream(connected(address, deadline))
+
+
+def connected(address: str, deadline: float) -> socket.socket:
+    """A socket for `connect`."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
-    if "/" in address:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(left)
-            sock.connect(address)
-        except BaseException:
-            sock.close()
-            raise
-        return Stream(sock)
-    return Stream(socket.create_connection(split_address(address), timeout=left))
+    if "/" not in address:
+        return socket.create_connection(split_address(address), timeout=left)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(left)
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def listen(address: str) -> socket.socket:

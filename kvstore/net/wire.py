@@ -14,6 +14,7 @@ from kvstore.keys import KEY_BYTES
 
 VERSION = 1
 MAGIC = b"KVTR"
+_TLS_HANDSHAKE = b"\x16\x03"  # how a client that speaks TLS begins
 HEADER = struct.Struct("<4sBBHIIIIQ")
 HEADER_BYTES = HEADER.size
 
@@ -213,6 +214,11 @@ def decode_header(raw: bytes | bytearray | memoryview) -> Header:
     if len(raw) != HEADER_BYTES:
         raise ProtocolError(f"a header of {len(raw)} bytes, expected {HEADER_BYTES}")
     magic, version, op, flags, request, number, crc, control_bytes, data_bytes = HEADER.unpack(raw)
+    if magic.startswith(_TLS_HANDSHAKE):
+        raise ProtocolError(
+            "the client speaks TLS, this target does not: give the target --tls-cert and --tls-key, or the client no "
+            "--store-tls-ca"
+        )
     if magic != MAGIC:
         raise ProtocolError(f"not a kvtier frame: it begins with {bytes(magic)!r}, expected {MAGIC!r}")
     if version != VERSION:

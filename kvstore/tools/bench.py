@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import ByteSize, ConfigDict, Field
 
 from kvstore import credentials
 from kvstore.bus import messages
+from kvstore.certificates import ClientOptions, add_client_arguments
 from kvstore.disk.record import PAGE_BYTES
 from kvstore.errors import ConfigError, validated
+from kvstore.net import tls
 from kvstore.net.wire import VALUE_BYTES_MAX
 from kvstore.tools import speeds, words
 from kvstore.tools.speeds import Speed, StoreSpeeds
@@ -64,7 +66,7 @@ class Verdict(msgspec.Struct):
     advice: str
 
 
-class Options(BaseModel):
+class Options(ClientOptions):
     model_config = ConfigDict(extra="forbid")
 
     dir: Path | None = None
@@ -116,6 +118,7 @@ def main(argv: list[str]) -> int:
             options.size,
             seconds,
             credential=credentials.load(options.credential_file),
+            tls=tls.open_client(options.tls_files),
         )
         measured += [store.put, store.get]
     limit = slowest(measured)
@@ -140,6 +143,7 @@ def _parse(argv: list[str]) -> Options:
     parser.add_argument(
         "--credential-file", help=f"the namespace's credential; default: the variable {credentials.VARIABLE}, if set"
     )
+    add_client_arguments(parser)
     parser.add_argument("--size", help="bytes of a chunk; default 2MiB")
     parser.add_argument("--seconds", help="for each thing that is measured; default 5")
     parser.add_argument("--tokens-per-second", help="prefill speed of one of your workers, for a model of your own")

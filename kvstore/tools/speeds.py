@@ -26,6 +26,7 @@ from kvstore.net import transport, wire
 from kvstore.net.client import Item, StoreClient, good_connections
 from kvstore.net.membership import open_membership
 from kvstore.net.queues import READERS, WRITERS
+from kvstore.net.tls import ClientTls
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome
 
@@ -180,13 +181,24 @@ class StoreSpeeds(msgspec.Struct):
 
 
 def of_store(
-    store: str, namespace: str, chunk_bytes: int, seconds: float, *, credential: Credential | None = None
+    store: str,
+    namespace: str,
+    chunk_bytes: int,
+    seconds: float,
+    *,
+    credential: Credential | None = None,
+    tls: ClientTls | None = None,
 ) -> StoreSpeeds:
     """Put chunks that nobody else asks for into running targets, and get them again. They stay until they are evicted:
     about a fiftieth of the capacity at most."""
     membership = open_membership(store, namespace)
     client = StoreClient(
-        membership, namespace=namespace, name="kvtier-bench", connections_per_target=_CONNECTIONS, credential=credential
+        membership,
+        namespace=namespace,
+        name="kvtier-bench",
+        connections_per_target=_CONNECTIONS,
+        credential=credential,
+        tls=tls,
     )
     try:
         before = client.stat(time.monotonic() + _DEADLINE_SECONDS)

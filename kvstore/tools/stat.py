@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from kvstore import credentials
 from kvstore.bus import messages
+from kvstore.certificates import ClientOptions, add_client_arguments
 from kvstore.credentials import Credential
 from kvstore.errors import validated
-from kvstore.net import membership, transport
+from kvstore.net import membership, tls, transport
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import Membership, StaticMembership
+from kvstore.net.tls import ClientTls
 from kvstore.net.wire import Outcome, Status
 from kvstore.tools import words
 
@@ -49,7 +51,7 @@ _GROWING = (
 )
 
 
-class Options(BaseModel):
+class Options(ClientOptions):
     model_config = ConfigDict(extra="forbid")
 
     address: str
@@ -70,11 +72,11 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     logging.basicConfig(level=logging.ERROR)  # why a target does not answer is said in the table
     targets = _membership(options)
-    credential = credentials.load(options.credential_file)
+    credential, client_tls = credentials.load(options.credential_file), tls.open_client(options.tls_files)
     before: Look | None = None
     try:
         while True:
-            look = take_look(targets.targets(), options.namespace, credential)
+            look = take_look(targets.targets(), options.namespace, credential, client_tls)
             print(_as_json(look, before) if options.as_json else _as_tables(look, before), flush=True)
             if options.watch is None:
                 return 1 if any(isinstance(answer, str) for answer in look.answers.values()) or not look.answers else 0
@@ -96,6 +98,7 @@ def _parse(argv: list[str]) -> Options:
     parser.add_argument(
         "--credential-file", help=f"the namespace's credential; default: the variable {credentials.VARIABLE}, if set"
     )
+    add_client_arguments(parser)
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object a look, each on its line")
     return validated(Options, vars(parser.parse_args(argv)))
 
@@ -108,34 +111,37 @@ def _membership(options: Options) -> Membership:
     return membership.open_membership(options.address, options.namespace)
 
 
-def take_look(targets: Sequence[str], namespace: str, credential: Credential | None = None) -> Look:
+def take_look(
+    targets: Sequence[str], namespace: str, credential: Credential | None = None, tls: ClientTls | None = None
+) -> Look:
     """Ask all targets at once."""
     with ThreadPoolExecutor(max(1, len(targets))) as pool:
-        answers = pool.map(lambda target: _ask(target, namespace, credential), targets)
+        answers = pool.map(lambda target: _ask(target, namespace, credential, tls), targets)
         return Look(time.monotonic(), dict(zip(targets, answers, strict=True)))
 
 
-def _ask(target: str, namespace: str, credential: Credential | None) -> Status | str:
+def _ask(target: str, namespace: str, credential: Credential | None, tls: ClientTls | None) -> Status | str:
     client = StoreClient(
         StaticMembership([target]),
         namespace=namespace,
         name="kvtier-stat",
         connections_per_target=1,
         credential=credential,
+        tls=tls,
     )
     try:
         answer = client.stat(time.monotonic() + _PATIENCE_SECONDS).get(target)
     finally:
         client.close()
-    return answer or _reason(target, namespace)
+    return answer or _reason(target, namespace, client.failure(target))
 
 
-def _reason(target: str, namespace: str) -> str:
+def _reason(target: str, namespace: str, failure: str) -> str:
     try:
         transport.connect(target, time.monotonic() + _PATIENCE_SECONDS).close()
     except OSError as error:
         return (error.strerror or "nothing heard").lower()
-    return f"something listens there: it hangs, or serves another namespace than {namespace!r}, or wants its credential"
+    return failure or f"something listens there: it hangs, or serves another namespace than {namespace!r}"
 
 
 # ---- what is shown

@@ -47,6 +47,7 @@ from kvstore import credentials
 from kvstore.bus.messages import WorkerReport
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.keys import SequenceHasher, chunk_key, fingerprint
+from kvstore.net import tls
 from kvstore.net.carrier import borrower
 from kvstore.net.client import Item, StoreClient
 from kvstore.net.membership import open_membership
@@ -88,6 +89,7 @@ class Mover:
         self._setup = setup
         self._seal = open_seal(setup.seal_key, setup.seal)
         credential = credentials.load(Path(setup.credential_file) if setup.credential_file else None)
+        client_tls = tls.open_client(setup.tls, setup.carrier)
         announce(self._seal, setup.store)
         self._region = mmap.mmap(setup.region_fd, setup.region_bytes, flags=mmap.MAP_SHARED)
         self._memory = memoryview(self._region)
@@ -100,6 +102,7 @@ class Mover:
             carrier=borrower(setup.carrier) if setup.carrier else None,
             credential=credential,
             seal=self._seal,
+            tls=client_tls,
         )
         # Connections and threads of their own, so that a put that stalls is never in the way of a load, and loads are
         # not in the way of a question.
@@ -110,6 +113,7 @@ class Mover:
             connections_per_target=setup.put_threads,
             credential=credential,
             seal=self._seal,
+            tls=client_tls,
         )
         self._ask_client = StoreClient(
             self._membership,
@@ -118,6 +122,7 @@ class Mover:
             connections_per_target=1,
             credential=credential,
             seal=self._seal,
+            tls=client_tls,
         )
         self._lock = threading.Condition()
         self._send_lock = threading.Lock()

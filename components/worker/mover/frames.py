@@ -9,6 +9,8 @@ import socket
 
 import msgspec
 
+from kvstore.certificates import Files
+
 # What a packet socket takes with the kernel's default buffers is about 200 KiB; every frame is cut to fit well below.
 FRAME_BYTES_MAX = 128 << 10
 # Of a job, and of a question: about 40 KiB of names at most.
@@ -39,6 +41,7 @@ class Setup(msgspec.Struct, frozen=True):
     credential_file: str = ""  # path; the mover reads it
     seal_key: str = ""  # path of the file; the mover reads it
     seal: str = ""  # as kvstore.seal.open_seal takes it
+    tls: Files = Files()  # paths; the mover reads them
 
 
 class Load(msgspec.Struct, tag="load", array_like=True, frozen=True):

@@ -1,0 +1,142 @@
+"""TLS contexts made of PEM files: a certificate chain with its key, and the CAs that the other side's must lead to.
+
+TLS 1.3 alone. A key must be readable for its owner alone (private.py).
+"""
+
+import argparse
+import os
+import ssl
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from pydantic import BaseModel
+
+from kvstore import private
+from kvstore.errors import ConfigError
+
+_BYTES_MAX = 1 << 20  # of certificates
+
+
+class Files(NamedTuple):
+    """Paths, each "" if it was not given. `ca` signs the certificates of the other side."""
+
+    cert: str = ""
+    key: str = ""
+    ca: str = ""
+
+
+class Names(NamedTuple):
+    """The options that gave the files, for errors."""
+
+    cert: str
+    key: str
+    ca: str
+
+
+SERVER = Names("tls-cert", "tls-key", "tls-client-ca")
+CLIENT = Names("store-tls-cert", "store-tls-key", "store-tls-ca")
+
+
+class Loaded(NamedTuple):
+    context: ssl.SSLContext
+    valid_until: datetime | None  # the certificate; None without one
+
+
+class ClientOptions(BaseModel):
+    """What clients of the store are given, on a command line or in a file."""
+
+    store_tls_ca: Path | None = None
+    store_tls_cert: Path | None = None
+    store_tls_key: Path | None = None
+
+    @property
+    def tls_files(self) -> Files:
+        given = (self.store_tls_cert, self.store_tls_key, self.store_tls_ca)
+        return Files(*(str(path.absolute()) if path else "" for path in given))
+
+
+def add_client_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store-tls-ca",
+        help="file with the CAs of the targets' certificates: connections over TCP use TLS (docs/security.md); "
+        "default: no TLS",
+    )
+    parser.add_argument("--store-tls-cert", help="certificate for targets that ask for one (--tls-client-ca)")
+    parser.add_argument("--store-tls-key", help="the private key of --store-tls-cert")
+
+
+def checked(files: Files, names: Names) -> bool:
+    """Whether there is to be TLS. A server needs a certificate, a client CAs, a certificate its key. Raises ConfigError
+    if one is missing."""
+    missing = {
+        names.cert: not files.cert and (names is SERVER or bool(files.key)),
+        names.key: not files.key and bool(files.cert),
+        names.ca: not files.ca and names is CLIENT,
+    }
+    for name in (name for name, is_missing in missing.items() if is_missing and any(files)):
+        given = ", ".join(f"--{given}" for given, path in zip(names, files, strict=True) if path)
+        raise ConfigError(name, "", f"a file, beside {given}")
+    return any(files)
+
+
+def load(files: Files, names: Names) -> Loaded:
+    """A context for a server if `names` are SERVER, otherwise for a client. `files` are checked. Raises ConfigError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if names is SERVER else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if names is SERVER:
+        context.num_tickets = 0  # a session that is resumed would outlive a CA that was replaced
+    if files.ca:
+        authorities = _certificates(names.ca, Path(files.ca))
+        context.load_verify_locations(cadata=b"".join(one.public_bytes(Encoding.DER) for one in authorities))
+        context.verify_mode = ssl.CERT_REQUIRED
+    if not files.cert:
+        return Loaded(context, None)
+    return Loaded(context, _load_chain(context, Path(files.cert), Path(files.key), names))
+
+
+def _load_chain(context: ssl.SSLContext, cert: Path, key: Path, names: Names) -> datetime:
+    chain, secret = _certificates(names.cert, cert), private.read(names.key, key)
+    begins, ends, now = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc, datetime.now(UTC)
+    if not begins <= now <= ends:
+        raise ConfigError(names.cert, cert, f"a certificate that is valid now, not from {begins} to {ends}")
+    try:
+        private_key = load_pem_private_key(secret, None)
+        pem = private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ConfigError(names.key, key, "a private key in PEM, without a passphrase") from None
+    form = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
+    if private_key.public_key().public_bytes(*form) != chain[0].public_key().public_bytes(*form):
+        raise ConfigError(names.key, key, f"the private key of the first certificate in {cert}")
+    # ssl reads names of files alone. This one is what was checked, whatever becomes of the others.
+    with os.fdopen(os.memfd_create("kvtier-tls"), "wb") as file:
+        file.write(b"".join([*(one.public_bytes(Encoding.PEM) for one in chain), pem]))
+        file.flush()
+        try:
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+        except ssl.SSLError as error:
+            raise ConfigError(names.cert, cert, f"a certificate that OpenSSL takes ({error.reason})") from None
+    return ends
+
+
+def _certificates(field: str, path: Path) -> list[x509.Certificate]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError(field, path, f"a file that can be read ({error.strerror})") from None
+    if len(content) > _BYTES_MAX:
+        raise ConfigError(field, path, f"a file of at most {_BYTES_MAX} bytes")
+    try:
+        return x509.load_pem_x509_certificates(content)
+    except ValueError:
+        raise ConfigError(field, path, "certificates in PEM") from None
