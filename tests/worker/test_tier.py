@@ -26,6 +26,7 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import TransferJob
 
+from benchmarks.store.authority import Authority
 from benchmarks.store.tenants import Site
 from components.pricing.prefill import Prefill
 from components.worker import remote_tier
@@ -37,6 +38,7 @@ from kvstore.credentials import Credential
 from kvstore.errors import ConfigError
 from kvstore.keys import chunk_key, sequence_hashes
 from kvstore.net.client import Item
+from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.seal import TRAILER_BYTES, SealKey
 from tests.conftest import RunningTarget, eventually
@@ -316,6 +318,24 @@ def test_chunks_of_a_namespace_are_for_those_with_its_credential(engines: Any, t
         assert secret not in str(member.tier.link._process.args)
     finally:
         site.close()
+
+
+def test_a_worker_reaches_targets_with_tls_by_its_certificate(start_target: Any, engines: Any, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    target = start_target(tls=ServerTls(authority.issue("target")))
+    cert, key, ca = authority.issue("worker")
+    given = {"store_tls_ca": ca, "store_tls_cert": cert, "store_tls_key": key}
+    contents = stored(engines(target.address, **given), target)
+    for engine, failed in (
+        (engines(target.address, **given), []),
+        (engines(target.address, store_tls_ca=ca), KEYS[:4]),
+    ):
+        context = engine.arrive(engine_request(), KEYS, plan(target, 4))
+        assert engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(failed)
+        assert failed or [engine.memory[row].tobytes() for row in range(4)] == contents
+    for wrong in ({**given, "store_tls_key": ""}, {**given, "carrier": "nixl"}):
+        with pytest.raises(ConfigError, match="store-tls"):
+            engines(target.address, **wrong)
 
 
 def test_without_a_seal_key_that_can_be_read_an_engine_does_not_start(engines: Any, tmp_path: Path) -> None:
