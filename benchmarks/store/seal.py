@@ -1,4 +1,4 @@
-"""What a seal costs: GB/s of one thread and of two, sealing and opening, beside the crc32c without it.
+"""What seals and TLS cost: GB/s of one thread and of two, sealing and opening, beside the crc32c without it.
 
     python -m benchmarks.store.seal [--seconds S] [--rounds N] [--json FILE]
 
@@ -7,14 +7,18 @@ addition to it, since the target checks it; opening in its place. "Lock held" is
 thread could not run while a value of 512 MiB was sealed or opened, as a share of that: near 1 where the package holds
 the interpreter's lock in one call, near 0 where it releases it.
 
-Then a client gets values out of a target's hot cache and puts new ones, in rounds that play all modes in turn: the
-median over the rounds, and of the ratios to `off` in the same round.
+Then a client puts new values, and gets them out of the target's hot cache, all at once and one at a time (`hit`), in
+rounds that play all modes in turn: the median over the rounds, and of the ratios to another mode in the same round; and
+what a second of a core moves, of the client's and of the target's. `off`, `mac` and `encrypt` go over a UNIX socket,
+`tcp` and `tls` over TCP on loopback, without seals.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import platform
+import statistics
 import tempfile
 import threading
 import time
@@ -26,11 +30,14 @@ import cryptography
 import msgspec
 from crc32c import crc32c
 
+from benchmarks.store.authority import Authority
 from benchmarks.store.results import paired, spread
 from benchmarks.store.wire_fuzz import TargetProcess
+from kvstore.certificates import Files
 from kvstore.errors import UnavailableError, run_command
 from kvstore.net.client import Item, StoreClient
 from kvstore.net.membership import StaticMembership
+from kvstore.net.tls import ClientTls
 from kvstore.net.wire import Outcome
 from kvstore.seal import Mode, Seal, SealKey
 
@@ -44,6 +51,10 @@ _GETS = 4
 _BOUND_SECONDS = 60.0
 _TARGET_OPTIONS = ("--capacity", "4GiB", "--segment-size", "64MiB", "--buffers", "256MiB", "--hot", "512MiB")
 MODES: dict[str, Mode | None] = {"off": None, "mac": Mode.MAC, "encrypt": Mode.ENCRYPT}
+# What each mode is compared to.
+BASES = {"off": "off", "mac": "off", "encrypt": "off", "tcp": "off", "tls": "tcp"}
+_OPERATIONS = ("put", "get", "hit")
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 Work = Callable[[], object]
 
 
@@ -56,13 +67,17 @@ class Row(msgspec.Struct):
 
 
 class Moved(msgspec.Struct):
-    """Values that went over a UNIX socket."""
+    """Values that went between a client and a target."""
 
     mode: str
     operation: str
     value_bytes: int
     gbytes_per_second: float
-    ratio_to_off: float
+    milliseconds: float  # a value
+    base: str
+    ratio_to_base: float
+    client_gbytes_per_core_second: float
+    target_gbytes_per_core_second: float
 
 
 class Report(msgspec.Struct):
@@ -142,41 +157,92 @@ def lock_held_share(work: Work) -> float:
     return min(1.0, round(min(shares), 2))
 
 
+class _Path:
+    """A client and its target, and what moved between them."""
+
+    def __init__(self, store: StoreClient, target: TargetProcess):
+        self.store = store
+        self.speeds: dict[str, list[float]] = {operation: [] for operation in _OPERATIONS}
+        self.moved_bytes = dict.fromkeys(_OPERATIONS, 0)
+        self.client_seconds = dict.fromkeys(_OPERATIONS, 0.0)  # of a core
+        self.target_seconds = dict.fromkeys(_OPERATIONS, 0.0)
+        self._pid = target.pid
+
+    def run(self, operation: str, moved_bytes: int, call: Work) -> None:
+        before = self._core_seconds()
+        begin = time.perf_counter()
+        call()
+        self.speeds[operation].append(moved_bytes / (time.perf_counter() - begin) / 1e9)
+        client, target = (after - then for after, then in zip(self._core_seconds(), before, strict=True))
+        self.moved_bytes[operation] += moved_bytes
+        self.client_seconds[operation] += client
+        self.target_seconds[operation] += target
+
+    def _core_seconds(self) -> tuple[float, float]:
+        """This process's, and the target's in steps of the kernel's clock."""
+        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
+        return time.process_time(), (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND
+
+
 def move(size: int, rounds: int, batch_bytes: int = _BATCH_BYTES) -> list[Moved]:
-    """Gets and puts of one size, through a target of its own."""
+    """Puts, gets and hits of one size, through targets of its own."""
     count = max(1, batch_bytes // size)
-    speeds: dict[tuple[str, str], list[float]] = {(name, kind): [] for name in MODES for kind in ("get", "put")}
-    key = SealKey(1, os.urandom(32))
-    with tempfile.TemporaryDirectory() as folder:
-        target = TargetProcess(Path(folder), *_TARGET_OPTIONS)
-        clients = {
-            name: StoreClient(StaticMembership([target.address]), seal=Seal([key], mode) if mode is not None else None)
-            for name, mode in MODES.items()
-        }
+    with contextlib.ExitStack() as stack:
+        paths = {name: _open(name, stack) for name in BASES}
         rooms = [memoryview(bytearray(os.urandom(size))) for _ in range(count)]
         numbers = itertools.count()
-        try:
-            for number in range(rounds):
-                for name in list(MODES) if number % 2 else reversed(MODES):
-                    keys = [next(numbers).to_bytes(16, "big") for _ in range(count)]
-                    items = [Item(one, room, 0, 7, 1) for one, room in zip(keys, rooms, strict=True)]
-                    store = clients[name]
-                    begin = time.perf_counter()
-                    _all(store.put(items, time.monotonic() + _BOUND_SECONDS), Outcome.STORED)
-                    middle = time.perf_counter()
-                    for _ in range(_GETS):
-                        _all(store.get(keys, rooms, time.monotonic() + _BOUND_SECONDS), Outcome.HIT)
-                    end = time.perf_counter()
-                    speeds[name, "put"].append(count * size / (middle - begin) / 1e9)
-                    speeds[name, "get"].append(_GETS * count * size / (end - middle) / 1e9)
-        finally:
-            for store in clients.values():
-                store.close()
-            target.stop()
+        for number in range(rounds):
+            for name in list(paths) if number % 2 else reversed(paths):
+                keys = [next(numbers).to_bytes(16, "big") for _ in range(count)]
+                _play(paths[name], keys, rooms)
     return [
-        Moved(name, kind, size, spread(found).median, paired(found, speeds["off", kind]).median)
-        for (name, kind), found in speeds.items()
+        Moved(
+            name,
+            operation,
+            size,
+            spread(path.speeds[operation]).median,
+            round(size / statistics.median(path.speeds[operation]) / 1e6, 3),
+            BASES[name],
+            paired(path.speeds[operation], paths[BASES[name]].speeds[operation]).median,
+            round(path.moved_bytes[operation] / 1e9 / path.client_seconds[operation], 2),
+            round(path.moved_bytes[operation] / 1e9 / max(path.target_seconds[operation], 1 / _TICKS_PER_SECOND), 2),
+        )
+        for name, path in paths.items()
+        for operation in _OPERATIONS
     ]
+
+
+def _open(name: str, stack: contextlib.ExitStack) -> _Path:
+    """A target of its own for each mode, so that what one costs is not counted as another's."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    options, tls, seal = [*_TARGET_OPTIONS], None, None
+    if name in ("tcp", "tls"):
+        options += ["--unix-socket", ""]
+    if name == "tls":
+        files = Authority(folder).issue("target")
+        options += ["--tls-cert", files.cert, "--tls-key", files.key]
+        tls = ClientTls(Files(ca=files.ca))
+    if mode := MODES.get(name):
+        seal = Seal([SealKey(1, os.urandom(32))], mode)
+    target = TargetProcess(folder, *options)
+    stack.callback(target.stop)
+    store = StoreClient(StaticMembership([target.address]), seal=seal, tls=tls)
+    stack.callback(store.close)
+    return _Path(store, target)
+
+
+def _play(path: _Path, keys: list[bytes], rooms: list[memoryview]) -> None:
+    """A round of one mode."""
+    items = [Item(key, room, 0, 7, 1) for key, room in zip(keys, rooms, strict=True)]
+    total = sum(map(len, rooms))
+
+    def get(*which: slice) -> None:
+        for one in which:
+            _all(path.store.get(keys[one], rooms[one], time.monotonic() + _BOUND_SECONDS), Outcome.HIT)
+
+    path.run("put", total, lambda: _all(path.store.put(items, time.monotonic() + _BOUND_SECONDS), Outcome.STORED))
+    path.run("get", _GETS * total, lambda: get(*[slice(None)] * _GETS))
+    path.run("hit", total, lambda: get(*[slice(number, number + 1) for number in range(len(keys))]))
 
 
 def _all(outcomes: list[Outcome], wanted: Outcome) -> None:
@@ -219,7 +285,8 @@ def table(report: Report) -> str:
     for row in report.moved:
         lines.append(
             f"{row.operation} {row.mode:<8}{row.value_bytes:>10} bytes {row.gbytes_per_second:>7} GB/s, "
-            f"{row.ratio_to_off} of off"
+            f"{row.milliseconds:.2f} ms each, {row.ratio_to_base} of {row.base}; a second of a core: client "
+            f"{row.client_gbytes_per_core_second} GB, target {row.target_gbytes_per_core_second} GB"
         )
     return "\n".join(lines)
 

@@ -331,7 +331,7 @@ def test_stat_tells_who_does_not_answer(busy: RunningTarget, run: Callable[..., 
     dead = f"127.0.0.1:{free_port()}"
     ended = run("stat", busy.address, "--namespace", "other")
     assert ended.code == 1
-    assert "serves another namespace than 'other'" in ended.said
+    assert "the target says: namespace 'other' is not served here" in ended.said
     ended = run("stat", f"{dead},{busy.address}")
     assert ended.code == 1
     assert f"{dead} does not answer: connection refused" in ended.said
