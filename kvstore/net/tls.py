@@ -13,9 +13,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 from kvstore import certificates, private
 from kvstore.certificates import CLIENT, SERVER, Files
@@ -36,6 +35,7 @@ RELOAD_SECONDS = 1.0
 RECORDS_MAX = 1 << 24
 _RECORD_BYTES = 16 << 10
 _PIECE_BYTES = 4 * _RECORD_BYTES  # encrypted at once; with 256 KiB it is no faster
+_ROOM_BYTES = _PIECE_BYTES + 1024  # a piece with what its records add: what is received ends where a record does
 _LINGER_SECONDS = 1.0
 _LINGER_BYTES_MAX = 64 << 10
 _COMPLAIN_SECONDS = 1.0
@@ -114,7 +114,7 @@ class TlsStream(Stream):
 
     def _receive_raw(self, deadline: float) -> int:
         if not self._room:
-            self._room = memoryview(bytearray(_PIECE_BYTES))
+            self._room = memoryview(bytearray(_ROOM_BYTES))
         self._arm(deadline)
         return self._socket.recv_into(self._room)
 
@@ -156,11 +156,13 @@ class _Session:
 
     def shake_hands(self) -> bool:
         """Whether the handshake is done; otherwise the peer has to say more."""
-        with self._lock, self._worded():
+        with self._lock:
             try:
                 self._ssl.do_handshake()
             except ssl.SSLWantReadError:
                 return False
+            except ssl.SSLError as error:
+                raise self._worded(error) from None
             return True
 
     def check_not_plain(self, first: int) -> None:
@@ -182,31 +184,37 @@ class _Session:
     def encrypt(self, parts: Sequence[memoryview]) -> tuple[int, bytes]:
         """How many bytes from the first part on were encrypted, and what became of them."""
         done = 0
-        with self._lock, self._worded():
-            for part in parts:
-                part = part[: _PIECE_BYTES - done]
-                while part:
-                    count = self._ssl.write(part)
-                    self._records[0] += -(-count // _RECORD_BYTES)
-                    done, part = done + count, part[count:]
-                if done == _PIECE_BYTES:
-                    break
+        with self._lock:
+            try:
+                for part in parts:
+                    part = part[: _PIECE_BYTES - done]
+                    while part:
+                        count = self._ssl.write(part)
+                        self._records[0] += -(-count // _RECORD_BYTES)
+                        done, part = done + count, part[count:]
+                    if done == _PIECE_BYTES:
+                        break
+            except ssl.SSLError as error:
+                raise self._worded(error) from None
             return done, self._outgoing.read()
 
     def decrypt(self, into: memoryview) -> int | None:
         """How many bytes came; 0 at the end of the session, None if ciphertext is needed first."""
         done = 0
-        with self._lock, self._worded():
+        with self._lock:
             try:
-                while done < min(len(into), _PIECE_BYTES):
-                    count = cast(int, self._ssl.read(len(into) - done, into[done:]))
+                # Without these two there is nothing to be had, and ssl takes longer to say so than to decrypt a record.
+                while done < len(into) and (self._incoming.pending or self._ssl.pending()):
+                    count: int = self._ssl.read(len(into) - done, into[done:])  # type: ignore[assignment]
                     if not count:
-                        break
+                        return done
                     self._records[1] += 1
                     done += count
             except ssl.SSLWantReadError:
-                return done or None
-            return done
+                pass  # the beginning of a record
+            except ssl.SSLError as error:
+                raise self._worded(error) from None
+            return done or None
 
     @property
     def is_fresh(self) -> bool:
@@ -214,13 +222,8 @@ class _Session:
         with self._lock:
             return not self._incoming.pending and not self._ssl.pending() and max(self._records) < RECORDS_MAX
 
-    @contextlib.contextmanager
-    def _worded(self) -> Iterator[None]:
-        """With ssl's errors as ConnectionErrors that say what to do."""
-        try:
-            yield
-        except ssl.SSLError as error:
-            raise _TlsError(f"TLS: {_words(error, self._is_server)}") from None
+    def _worded(self, error: ssl.SSLError) -> _TlsError:
+        return _TlsError(f"TLS: {_words(error, self._is_server)}")
 
 
 def _words(error: ssl.SSLError, is_server: bool) -> str:
