@@ -523,9 +523,12 @@ class _TargetLine:
 
     def _connect(self, deadline: float) -> Stream:
         """A connection over TCP, with TLS if that was asked for."""
-        if self._tls is None:
-            return transport.connect(self._target, deadline)
-        stream = self._tls.connect(self._target, deadline)
+        try:
+            if self._tls is None:
+                return transport.connect(self._target, deadline)
+            stream = self._tls.connect(self._target, deadline)
+        except ValueError as error:  # whoever registers in etcd may say anything
+            raise ConnectionError(f"no address: {error}") from None
         try:
             with self._abortable(stream):
                 stream.shake_hands(min(deadline, time.monotonic() + HANDSHAKE_SECONDS))

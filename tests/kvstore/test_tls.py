@@ -309,6 +309,16 @@ def test_who_registers_without_a_certificate_gets_no_connection(
         one.close()
 
 
+@pytest.mark.parametrize("encrypted", [True, False])
+@pytest.mark.parametrize("registered", ["nonsense", ".host:1", f"{'x' * 64}:1", "nul\0:1"])
+def test_an_address_that_is_none_is_unreachable(made: Certificates, registered: str, encrypted: bool) -> None:
+    membership = StaticMembership(["127.0.0.1:1"])
+    membership._addresses = (registered,)  # as etcd may name it
+    client = StoreClient(membership, tls=ClientTls(made.client) if encrypted else None)
+    assert client.put([item(1)], soon()) == [Outcome.UNREACHABLE]
+    client.close()
+
+
 # ---- handshakes that are not finished
 
 
