@@ -193,9 +193,9 @@ class RemoteTier(SecondaryTierManager):
     """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
     for the contract of each method. `nats` and `endpoint` are for telling routers, and may be left out; so may
     `credential_file` (kvstore.credentials.load), `seal_key` and `seal` (kvstore.seal.open_seal), and `store_tls_ca`,
-    `store_tls_cert` and `store_tls_key` (kvstore.net.tls.open_client). `on_load` is called
-    for each fetched chunk, with the token that it ends at; `prefill` is what computing costs here, as far as it is
-    known, and `running` how many requests the engine is at.
+    `store_tls_cert` and `store_tls_key` (kvstore.net.tls.open_client). `on_load` is called for each fetched chunk, with
+    the token that it ends at; `prefill` is what computing costs here, as far as it is known, and `running` how many
+    requests the engine is at.
     """
 
     medium = Medium.STORAGE

@@ -51,6 +51,13 @@ def test_seals_are_the_workers_alone(tmp_path: Path, seal: str, flags: str) -> N
     assert not any("--seal" in command for name, command in shown.items() if not name.startswith("VllmWorker"))
 
 
+def test_tls_reaches_targets_and_workers(tmp_path: Path) -> None:
+    given = ["--Store.tls-cert=/c.pem", "--Store.tls-key=/c.key", "--VllmWorker.store-tls-ca=/ca.pem"]
+    shown = commands(load_deployment(GRAPH, QUICKSTART, given, tmp_path))
+    assert "--tls-cert /c.pem --tls-key /c.key" in shown["Store-0"]
+    assert "--store-tls-ca /ca.pem" in shown["VllmWorker-0"]
+
+
 def test_the_quickstart_is_what_it_says(tmp_path: Path) -> None:
     deployment = load_deployment(GRAPH, QUICKSTART, [], tmp_path)
     assert [service.name for service in deployment.services] == [
