@@ -4,7 +4,8 @@ import argparse
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from kvstore.bus import messages
+from kvstore.bus.broker import DEFAULT_URLS, checked_urls
+from kvstore.errors import masked
 
 DEFAULT_ENDPOINT = "dynamo.backend.generate"  # of the workers, as in stock Dynamo
 
@@ -16,8 +17,13 @@ class CommonOptions(BaseModel):
 
     endpoint: str = DEFAULT_ENDPOINT
     namespace: str = "default"
-    nats: str = messages.DEFAULT_NATS
+    nats: str = Field(DEFAULT_URLS, validate_default=True)
     deadline_ms: int = Field(2000, ge=1, le=600_000)
+
+    @field_validator("nats")
+    @classmethod
+    def _nats_urls(cls, urls: str) -> str:
+        return checked_urls("nats", urls)
 
     @field_validator("endpoint")
     @classmethod
@@ -30,5 +36,5 @@ class CommonOptions(BaseModel):
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", help=f"the workers' Dynamo endpoint; default {DEFAULT_ENDPOINT}")
     parser.add_argument("--namespace", help="the store's namespace; default 'default'")
-    parser.add_argument("--nats", help=f"where store, workers and routers meet; default {messages.DEFAULT_NATS}")
+    parser.add_argument("--nats", help=f"where store, workers and routers meet; default {masked(DEFAULT_URLS)}")
     parser.add_argument("--deadline-ms", help="longest that a request may wait for the store; default 2000")

@@ -18,18 +18,20 @@ from typing import Annotated, Literal
 from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from kvstore import tools
 from kvstore.bus import messages, residency
+from kvstore.bus.broker import DEFAULT_URLS, checked_urls
 from kvstore.bus.messages import Bus
 from kvstore.bus.residency import Announcer
 from kvstore.certificates import Files
 from kvstore.disk.device import Device
 from kvstore.disk.log import Log
 from kvstore.disk.shelf import Rack, Shelf
-from kvstore.errors import ConfigError, UnavailableError, run_command, validated
+from kvstore.errors import ConfigError, UnavailableError, masked, run_command, validated
 from kvstore.net import membership, tenants, tls, transport
+from kvstore.net.etcd import checked_servers
 from kvstore.net.lobby import Lobby
 from kvstore.net.target import Target
 from kvstore.net.tls import ServerTls
@@ -75,13 +77,25 @@ class Options(BaseModel):
     tls_client_ca: Path | None = None
     namespace: str = "default"
     namespaces: Path | None = None
-    nats: str = messages.DEFAULT_NATS
+    nats: str = Field(DEFAULT_URLS, validate_default=True)
     etcd: str | None = None
     buffers: ByteSize = ByteSize(256 << 20)
     connections: int = Field(512, ge=1)
     carrier: Literal["", "nixl"] = ""
     metrics_port: int = Field(0, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("nats")
+    @classmethod
+    def _nats_urls(cls, urls: str) -> str:
+        return checked_urls("nats", urls)
+
+    @field_validator("etcd")
+    @classmethod
+    def _etcd_servers(cls, servers: str | None) -> str | None:
+        if servers is not None:
+            checked_servers("etcd", servers)
+        return servers
 
 
 def parse(argv: list[str] | None = None) -> Options:
@@ -122,8 +136,10 @@ def parse(argv: list[str] | None = None) -> Options:
         help="file of namespaces that share the target, each with a credential and a quota (docs/operations.md); read "
         "again on SIGHUP",
     )
-    parser.add_argument("--nats", help=f"where residency is announced; '' for nowhere; default {messages.DEFAULT_NATS}")
-    parser.add_argument("--etcd", help="host:port of an etcd server to register with; default: not registered")
+    parser.add_argument("--nats", help=f"where residency is announced; '' for nowhere; default {masked(DEFAULT_URLS)}")
+    parser.add_argument(
+        "--etcd", help="host:port of an etcd server to register with, or of several; default: not registered"
+    )
     parser.add_argument("--buffers", help="memory for payloads in flight; default 256MiB")
     parser.add_argument("--connections", help="how many clients may be connected at once; default 512")
     parser.add_argument("--carrier", help="'nixl' for clients that ask for RDMA; needs the package nixl; default none")

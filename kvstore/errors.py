@@ -1,5 +1,6 @@
-"""Errors that a person reads: what was given, what was wanted; and how a command ends with one."""
+"""Errors that a person reads: what was given, what was wanted; and how a command ends with one. No passwords."""
 
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar, cast
@@ -15,14 +16,21 @@ _EXPECTED = {
 
 Model = TypeVar("Model", bound=BaseModel)
 
+# scheme://user:password@host, and user:password@host.
+_USERINFO = re.compile(r"(?<=://)[^/\s]*@|(?<![\w.%+-])[\w.%+-]*:[^\s/,:@]*@(?=[\w\[])")
 USAGE = 2  # exit code of a command that was asked for something it cannot do
+
+
+def masked(text: str) -> str:
+    """The text with what stands before the @ of URLs hidden."""
+    return _USERINFO.sub("***@", text)
 
 
 class ConfigError(Exception):
     """Bad input, in one line: the field, the value given, and what was expected."""
 
     def __init__(self, name: str, value: object, expected: str):
-        super().__init__(f"{name}: {str(value)!r} given, expected {expected}")
+        super().__init__(masked(f"{name}: {str(value)!r} given, expected {expected}"))
 
     def within(self, where: str) -> "ConfigError":
         """The same of a field that is a part of `where`."""
@@ -34,6 +42,9 @@ class UnavailableError(Exception):
     """Something that must answer at start does not, in one line: what, where, and what to do."""
 
     exit_code = USAGE
+
+    def __init__(self, text: str):
+        super().__init__(masked(text))
 
 
 class FailedError(UnavailableError):

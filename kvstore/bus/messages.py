@@ -6,26 +6,31 @@ on serving and routers fall back to what they know by themselves.
 
 import asyncio
 import logging
-import os
 import re
+import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
+from nats.errors import SecureConnRequiredError
 
-from kvstore.errors import ConfigError, UnavailableError
+from kvstore.bus.broker import client_and_options
+from kvstore.errors import ConfigError, UnavailableError, masked
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NATS = os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222")  # the variable that Dynamo reads, too
 CONNECT_SECONDS = 5.0
 HEARTBEAT_SECONDS = 1.0
+_RECONNECT: dict[str, Any] = {
+    "reconnect_time_wait": 0.5,
+    "max_reconnect_attempts": -1,
+    "pending_size": 1 << 20,  # held while disconnected; more is dropped, which a mirror notices as a gap
+}
 
 
 class Residency(msgspec.Struct, array_like=True, frozen=True):
@@ -132,33 +137,24 @@ class Bus:
 
     @classmethod
     async def connect(cls, url: str, name: str) -> "Bus":
-        """Raises UnavailableError if no NATS server answers within a few seconds."""
-
+        """`url`: one or several, with commas between them. Raises UnavailableError if no NATS server answers within a
+        few seconds or lets us in, and ConfigError for a URL, a secret or a certificate that can never be right."""
+        client, options = client_and_options(url)
         errors: list[Exception] = []
 
         async def log_error(error: Exception) -> None:
             errors[:] = [error]
-            logger.debug("nats: %r", error)
+            logger.debug("nats: %s", masked(repr(error)))
 
         try:
-            client = await asyncio.wait_for(
-                nats.connect(
-                    url,
-                    name=name,
-                    connect_timeout=2,
-                    reconnect_time_wait=0.5,
-                    max_reconnect_attempts=-1,
-                    pending_size=1 << 20,  # held while disconnected; more is dropped, which a mirror notices as a gap
-                    error_cb=log_error,
-                ),
+            await asyncio.wait_for(
+                client.connect(**options, **_RECONNECT, name=name, connect_timeout=2, error_cb=log_error),
                 CONNECT_SECONDS,
             )
         except (TimeoutError, OSError, NatsError, ValueError) as error:
+            await _leave(client)
             last = errors[-1] if errors else error
-            reason = str(last) or type(last).__name__
-            raise UnavailableError(
-                f"nats: no server answers at {url} ({reason}): start one there (nats-server), or name another"
-            ) from None
+            raise UnavailableError(_unreachable(url, str(last) or type(last).__name__, last)) from None
         return cls(client)
 
     @property
@@ -205,7 +201,24 @@ class Bus:
         await (await cls.connect(url, "kvtier check")).close()
 
     async def close(self) -> None:
-        try:
-            await asyncio.wait_for(self._client.close(), 2)
-        except (TimeoutError, OSError, NatsError):
-            logger.debug("nats: closing took too long")
+        await _leave(self._client)
+
+
+async def _leave(client: Client) -> None:
+    try:
+        await asyncio.wait_for(client.close(), 2)
+    except (TimeoutError, OSError, NatsError):
+        logger.debug("nats: closing took too long")
+
+
+def _unreachable(url: str, reason: str, error: Exception) -> str:
+    where = f"at {url}" if "," not in url else f"at any of {url}"
+    if isinstance(error, SecureConnRequiredError):
+        return f"nats: the server {where} has no TLS: give it certificates, or write nats:// for tls://"
+    if isinstance(error, ssl.SSLError):
+        return (
+            f"nats: no TLS with the server {where} ({reason}): NATS_TLS_CA_CERT_PATH names who signed its certificate"
+        )
+    if "authorization" in reason.lower() or "authentication" in reason.lower():
+        return f"nats: the server {where} lets nobody in without other credentials ({reason}): see NATS_AUTH_USERNAME"
+    return f"nats: no server answers {where} ({reason}): start one there (nats-server), or name another"

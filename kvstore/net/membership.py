@@ -7,7 +7,6 @@ prints the live targets as they change; a process that must not import etcd3 (se
 import argparse
 import contextlib
 import logging
-import os
 import select
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import msgspec
 import xxhash
 
 from kvstore.errors import ConfigError, UnavailableError, run_command
+from kvstore.net.etcd import Etcd, checked_servers
 from kvstore.net.transport import split_address
 
 logger = logging.getLogger(__name__)
@@ -53,15 +53,11 @@ class StaticMembership:
 class EtcdMembership:
     """The targets registered under a namespace in etcd; the last known ones while etcd does not answer."""
 
-    def __init__(self, endpoint: str, namespace: str):
-        self._client = _etcd(endpoint)
+    def __init__(self, servers: str, namespace: str):
+        self._etcd = Etcd(servers)
         self._prefix = _prefix(namespace)
-        self._targets: tuple[str, ...] = ()
         self._closed = threading.Event()
-        try:
-            self._targets = self._read()
-        except Exception as error:
-            raise _etcd_unavailable(endpoint, error) from None
+        self._targets = self._read()
         threading.Thread(target=self._poll, name="kvtier-etcd", daemon=True).start()
 
     def targets(self) -> Sequence[str]:
@@ -74,19 +70,20 @@ class EtcdMembership:
         while not self._closed.wait(POLL_SECONDS):
             try:
                 self._targets = self._read()
-            except Exception as error:
-                logger.warning("etcd does not answer, keeping the targets known: %r", error)
+            except UnavailableError as error:
+                logger.warning("keeping the targets known: %s", error)
 
     def _read(self) -> tuple[str, ...]:
-        return tuple(sorted(value.decode() for value, _ in self._client.get_prefix(self._prefix)))
+        found = self._etcd.call(lambda client: list(client.get_prefix(self._prefix)))
+        return tuple(sorted(value.decode() for value, _ in found))
 
 
 class ChildMembership:
     """EtcdMembership in a process of its own: one JSON list a line comes through its standard output."""
 
-    def __init__(self, endpoint: str, namespace: str):
+    def __init__(self, servers: str, namespace: str):
         self._targets: tuple[str, ...] = ()
-        command = [sys.executable, "-m", "kvstore.net.membership", "--etcd", endpoint, "--namespace", namespace]
+        command = [sys.executable, "-m", "kvstore.net.membership", "--etcd", servers, "--namespace", namespace]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         threading.Thread(target=self._read, name="kvtier-membership", daemon=True).start()
 
@@ -108,15 +105,12 @@ class ChildMembership:
 class Registration:
     """A target's own lease. `epoch` is the etcd revision of its registration, so a later start has a higher one."""
 
-    def __init__(self, endpoint: str, namespace: str, target: str):
-        self._client = _etcd(endpoint)
+    def __init__(self, servers: str, namespace: str, target: str):
+        self._etcd = Etcd(servers)
         self._key = _prefix(namespace) + target
         self._target = target
         self._closed = threading.Event()
-        try:
-            self._lease, self.epoch = self._register()
-        except Exception as error:
-            raise _etcd_unavailable(endpoint, error) from None
+        self._lease, self.epoch = self._etcd.call(self._register)
         self._thread = threading.Thread(target=self._keep, name="kvtier-lease", daemon=True)
         self._thread.start()
 
@@ -124,31 +118,33 @@ class Registration:
         """Leave at once, rather than when the lease runs out."""
         self._closed.set()
         self._thread.join(LEASE_SECONDS)
-        with contextlib.suppress(Exception):
-            self._lease.revoke()
+        with contextlib.suppress(UnavailableError):
+            self._etcd.call(lambda client: client.revoke_lease(self._lease))
+        self._etcd.close()
 
-    def _register(self) -> tuple[Any, int]:
-        lease = self._client.lease(LEASE_SECONDS)
-        answer = self._client.put(self._key, self._target, lease=lease)
-        return lease, int(answer.header.revision)
+    def _register(self, client: Any) -> tuple[int, int]:
+        """The lease's number, and the revision."""
+        lease = client.lease(LEASE_SECONDS)
+        answer = client.put(self._key, self._target, lease=lease)
+        return int(lease.id), int(answer.header.revision)
 
     def _keep(self) -> None:
         while not self._closed.wait(LEASE_SECONDS / 3):
             try:
-                (answer,) = self._lease.refresh()
+                (answer,) = self._etcd.call(lambda client: list(client.refresh_lease(self._lease)))
                 if answer.TTL <= 0:
-                    self._lease, _ = self._register()
-            except Exception as error:
-                logger.warning("etcd does not answer, the lease of %s may run out: %r", self._target, error)
+                    self._lease, _ = self._etcd.call(self._register)
+            except UnavailableError as error:
+                logger.warning("the lease of %s may run out: %s", self._target, error)
 
 
 def open_membership(stores: str, namespace: str, *, isolated: bool = False) -> Membership:
-    """The membership that `stores` describes: `host:port,host:port`, or `etcd://host:port`. With `isolated`, etcd3 is
-    not imported into this process. Raises ConfigError and UnavailableError."""
+    """The membership that `stores` describes: `host:port,host:port`, or `etcd://` and the same of etcd's servers. With
+    `isolated`, etcd3 is not imported into this process. Raises ConfigError and UnavailableError."""
     if stores.startswith("etcd://"):
-        endpoint = stores.removeprefix("etcd://").rstrip("/")
-        checked_address("store", endpoint)
-        return ChildMembership(endpoint, namespace) if isolated else EtcdMembership(endpoint, namespace)
+        servers = stores.removeprefix("etcd://").rstrip("/")
+        checked_servers("store", servers)
+        return ChildMembership(servers, namespace) if isolated else EtcdMembership(servers, namespace)
     return StaticMembership(part.strip() for part in stores.split(",") if part.strip())
 
 
@@ -171,28 +167,13 @@ def _prefix(namespace: str) -> str:
     return f"/kvtier/{namespace}/targets/"
 
 
-def _etcd(endpoint: str) -> Any:
-    """A client of etcd3 0.12. Its generated code predates protobuf 4 and needs protobuf's Python implementation, which
-    is chosen once a process: so never in the engine's."""
-    os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
-    import etcd3
-
-    host, port = split_address(endpoint)
-    return etcd3.client(host=host, port=port, timeout=3)
-
-
-def _etcd_unavailable(endpoint: str, error: Exception) -> UnavailableError:
-    reason = str(error) or type(error).__name__
-    return UnavailableError(f"etcd: no server answers at {endpoint} ({reason}): start one there, or name another")
-
-
 def main() -> None:
     """Print the live targets, one JSON list a line, when they change; end when standard input does."""
     parser = argparse.ArgumentParser(prog="python -m kvstore.net.membership", description=main.__doc__)
-    parser.add_argument("--etcd", required=True, help="host:port of an etcd server")
+    parser.add_argument("--etcd", required=True, help="host:port of an etcd server, or of several")
     parser.add_argument("--namespace", default="default")
     options = parser.parse_args()
-    membership = EtcdMembership(checked_address("etcd", options.etcd), options.namespace)
+    membership = EtcdMembership(options.etcd, options.namespace)
     shown: Sequence[str] | None = None
     while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
         if membership.targets() != shown:

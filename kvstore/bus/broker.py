@@ -1,0 +1,121 @@
+"""How a NATS server is reached: its URLs from the command line, secrets and certificates from the environment.
+
+The variables are those that Dynamo reads, so that one environment serves both:
+
+    NATS_SERVER                              where no command line names one
+    NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD   or NATS_AUTH_TOKEN, or NATS_AUTH_NKEY (a seed),
+    or NATS_AUTH_CREDENTIALS_FILE            a .creds file; both of the last need the package nkeys
+    NATS_TLS_CA_CERT_PATH                    who signed the server's certificate; default: whom the system trusts
+    NATS_TLS_CLIENT_CERT_PATH, NATS_TLS_CLIENT_KEY_PATH
+
+With a `tls://` URL or one of the NATS_TLS_ variables, a server without TLS is refused before anything is sent to it.
+"""
+
+import os
+import ssl
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nats.aio.client import Client
+from nats.errors import SecureConnRequiredError
+
+from kvstore.errors import ConfigError
+from kvstore.secrecy import without_userinfo
+
+DEFAULT_URLS = os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222")
+_CA, _CERTIFICATE, _KEY = "NATS_TLS_CA_CERT_PATH", "NATS_TLS_CLIENT_CERT_PATH", "NATS_TLS_CLIENT_KEY_PATH"
+_EXPECTED = "nats://host:port or tls://host:port, several with commas between them"
+_INSTEAD = "give NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD in the environment"
+
+
+def checked_urls(field: str, urls: str) -> str:
+    """The URLs, if they are such: "" for none. Raises ConfigError."""
+    without_userinfo(field, urls, _INSTEAD)
+    for url in split(urls):
+        try:
+            parts = urlsplit(url if "://" in url else f"nats://{url}")
+            right = parts.scheme in ("nats", "tls") and parts.hostname and not parts.path.strip("/") and parts.port != 0
+        except ValueError:  # of the port
+            right = False
+        if not right:
+            raise ConfigError(field, url, _EXPECTED)
+    return urls
+
+
+def split(urls: str) -> list[str]:
+    return [url.strip() for url in urls.split(",") if url.strip()]
+
+
+class SecureClient(Client):
+    """nats-py sends its secrets to a server that does not offer TLS, also where `tls://` was asked for. This one
+    does not."""
+
+    secure = False
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if self.secure and initial_connection and not info.get("tls_required"):
+            raise SecureConnRequiredError
+        await super()._process_info(info, initial_connection)
+
+
+def client_and_options(urls: str, environ: Mapping[str, str] = os.environ) -> tuple[SecureClient, dict[str, Any]]:
+    """A client that is not connected, and what its `connect` takes. Raises ConfigError."""
+    client, servers = SecureClient(), split(checked_urls("nats", urls))
+    client.secure = any(url.startswith("tls://") for url in servers) or any(map(environ.get, (_CA, _CERTIFICATE, _KEY)))
+    options: dict[str, Any] = {"servers": servers, **_secrets(environ)}
+    if client.secure:
+        options["tls"] = _context(environ)
+    return client, options
+
+
+def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """The first that there is, as in Dynamo."""
+    user, password = environ.get("NATS_AUTH_USERNAME"), environ.get("NATS_AUTH_PASSWORD")
+    if user or password:
+        if not (user and password):
+            missing = "NATS_AUTH_PASSWORD" if user else "NATS_AUTH_USERNAME"
+            raise ConfigError(missing, "", "a value: user and password belong together")
+        return {"user": user, "password": password}
+    if token := environ.get("NATS_AUTH_TOKEN"):
+        return {"token": token}
+    if seed := environ.get("NATS_AUTH_NKEY"):
+        _need_nkeys("NATS_AUTH_NKEY")
+        return {"nkeys_seed_str": seed}
+    if path := environ.get("NATS_AUTH_CREDENTIALS_FILE"):
+        _need_nkeys("NATS_AUTH_CREDENTIALS_FILE")
+        return {"user_credentials": _readable("NATS_AUTH_CREDENTIALS_FILE", path)}
+    return {}
+
+
+def _need_nkeys(field: str) -> None:
+    if find_spec("nkeys") is None:
+        raise ConfigError(field, "a value", "the package that reads it: pip install nkeys")
+
+
+def _context(environ: Mapping[str, str]) -> ssl.SSLContext:
+    authority, certificate, key = (environ.get(name) for name in (_CA, _CERTIFICATE, _KEY))
+    if bool(certificate) is not bool(key):
+        raise ConfigError(
+            _KEY if certificate else _CERTIFICATE, "", f"a file: {_CERTIFICATE} and {_KEY} belong together"
+        )
+    try:
+        context = ssl.create_default_context(cafile=_readable(_CA, authority) if authority else None)
+    except ssl.SSLError:
+        raise ConfigError(_CA, authority, "certificates in PEM") from None
+    if certificate and key:
+        try:
+            context.load_cert_chain(_readable(_CERTIFICATE, certificate), _readable(_KEY, key), password="")
+        except ssl.SSLError:
+            raise ConfigError(_CERTIFICATE, certificate, f"a certificate in PEM, and its key in {_KEY}") from None
+    return context
+
+
+def _readable(field: str, path: str) -> str:
+    try:
+        Path(path).open("rb").close()
+    except OSError as error:
+        raise ConfigError(field, path, f"a file that can be read ({error.strerror})") from None
+    return path

@@ -1,0 +1,110 @@
+"""How etcd is reached: its servers from the command line, secrets and certificates from the environment.
+
+The variables are those that Dynamo reads, so that one environment serves both: ETCD_AUTH_USERNAME and
+ETCD_AUTH_PASSWORD, ETCD_AUTH_CA (who signed the servers' certificates; with it, TLS is spoken and nothing else), and
+ETCD_AUTH_CLIENT_CERT with ETCD_AUTH_CLIENT_KEY.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvstore.errors import ConfigError, UnavailableError
+from kvstore.net.transport import split_address
+from kvstore.secrecy import without_userinfo
+
+Answer = TypeVar("Answer")
+
+_CALL_SECONDS = 3
+_USER, _PASSWORD = "ETCD_AUTH_USERNAME", "ETCD_AUTH_PASSWORD"
+_CA, _CERTIFICATE, _KEY = "ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY"
+
+
+def checked_servers(field: str, servers: str) -> tuple[tuple[str, int], ...]:
+    """Host and port of each of `host:port,host:port`. Raises ConfigError."""
+    without_userinfo(field, servers, f"give {_USER} and {_PASSWORD} in the environment")
+    listed = [part.strip() for part in servers.split(",") if part.strip()]
+    try:
+        found = tuple(map(split_address, listed))
+    except ValueError:
+        found = ()
+    if not found:
+        raise ConfigError(field, servers, "host:port, several with commas between them")
+    return found
+
+
+class Etcd:
+    """A client that goes on with the next server when one fails, and greets it anew: tokens end, too, with a server's
+    start or their time. From any thread; one call at a time."""
+
+    def __init__(self, servers: str, field: str = "etcd", environ: Mapping[str, str] = os.environ):
+        """Raises ConfigError. Nothing is asked yet."""
+        self._servers = servers
+        self._addresses = list(checked_servers(field, servers))
+        self._options = _options(environ)
+        self._client: Any = None
+        self._lock = threading.Lock()
+
+    def call(self, work: Callable[[Any], Answer]) -> Answer:
+        """What `work` makes of a client of etcd3. It may be called again, with another client. Raises UnavailableError
+        if no server answers; each has a few seconds."""
+        with self._lock:
+            for _ in range(max(2, len(self._addresses))):  # one server again, too: its token may have ended
+                try:
+                    if self._client is None:
+                        self._client = _connect(*self._addresses[0], self._options)
+                    return work(self._client)
+                except Exception as error:  # of grpc and of etcd3, which have no kind in common
+                    reason = _reason(error)
+                self._leave()
+                self._addresses.append(self._addresses.pop(0))
+            raise UnavailableError(_unreachable(self._servers, reason))
+
+    def close(self) -> None:
+        with self._lock:
+            self._leave()
+
+    def _leave(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+
+def _options(environ: Mapping[str, str]) -> dict[str, str]:
+    user, password = environ.get(_USER), environ.get(_PASSWORD)
+    if bool(user) is not bool(password):
+        raise ConfigError(_PASSWORD if user else _USER, "", "a value: user and password belong together")
+    authority, certificate, key = (environ.get(name) for name in (_CA, _CERTIFICATE, _KEY))
+    if bool(certificate) is not bool(key) or (certificate and not authority):
+        missing = _CA if not authority else _KEY if certificate else _CERTIFICATE
+        raise ConfigError(missing, "", f"a file: {_CERTIFICATE}, {_KEY} and {_CA} belong together")
+    for name, path in ((_CA, authority), (_CERTIFICATE, certificate), (_KEY, key)):
+        try:
+            if path:
+                Path(path).open("rb").close()
+        except OSError as error:
+            raise ConfigError(name, path, f"a file that can be read ({error.strerror})") from None
+    given = {"user": user, "password": password, "ca_cert": authority, "cert_cert": certificate, "cert_key": key}
+    return {name: value for name, value in given.items() if value}
+
+
+def _connect(host: str, port: int, options: Mapping[str, str]) -> Any:
+    """A client of etcd3 0.12. Its generated code predates protobuf 4 and needs protobuf's Python implementation, which
+    is chosen once a process: so never in the engine's."""
+    os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
+    import etcd3
+
+    return etcd3.client(host=host, port=port, timeout=_CALL_SECONDS, **options)
+
+
+def _reason(error: Exception) -> str:
+    details = getattr(error, "details", None)  # of grpc's, whose text has many lines
+    return str(details() if callable(details) else error) or type(error).__name__
+
+
+def _unreachable(servers: str, reason: str) -> str:
+    if "auth" in reason or "permission" in reason:
+        return f"etcd: the server at {servers} wants other credentials ({reason}): see {_USER} and {_PASSWORD}"
+    return f"etcd: no server answers at {servers} ({reason}): start one there, or name another"
