@@ -21,6 +21,7 @@ from graphs.discovery import forget_dead
 from graphs.service import Deployment, Process, Service
 from kvstore.errors import FailedError, UnavailableError
 from kvstore.net.transport import split_address
+from kvstore.secrecy import shown
 
 # A 70B model loads in minutes; a worker that says nothing for longer will not come.
 READY_SECONDS = 900.0
@@ -303,15 +304,16 @@ def _last_words(child: Child, log: Path) -> str:
 
 
 def dry_run(deployment: Deployment) -> Sequence[str]:
-    """The processes that would be started, for a shell: a setting a line, so that two of them can be compared."""
-    shown = []
+    """The processes that would be started, for a shell: a setting a line, so that two of them can be compared. Secrets
+    are hidden."""
+    found = []
     for process in deployment.processes():
-        lines = [f"{key}={shlex.quote(value)}" for key, value in process.env.items()]
+        lines = [f"{key}={shlex.quote(shown(key, value))}" for key, value in process.env.items()]
         flags = [number for number, word in enumerate(process.command) if word.startswith("--")]
         for first, beyond in zip([0, *flags], [*flags, len(process.command)], strict=True):
             lines.append(shlex.join(process.command[first:beyond]))
-        shown.append(f"# {process.name}\n" + " \\\n  ".join(lines) + "\n")
-    return shown
+        found.append(f"# {process.name}\n" + " \\\n  ".join(lines) + "\n")
+    return found
 
 
 def _check_free(process: Process) -> None:

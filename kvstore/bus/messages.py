@@ -141,10 +141,14 @@ class Bus:
         few seconds or lets us in, and ConfigError for a URL, a secret or a certificate that can never be right."""
         client, options = client_and_options(url)
         errors: list[Exception] = []
+        greeting = True
 
         async def log_error(error: Exception) -> None:
-            errors[:] = [error]
             logger.debug("nats: %s", masked(repr(error)))
+            if greeting:
+                errors.append(error)
+                if len(errors) >= len(options["servers"]) and all(map(_is_final, errors)):
+                    raise error  # out of `connect`, which would try again
 
         try:
             await asyncio.wait_for(
@@ -153,8 +157,10 @@ class Bus:
             )
         except (TimeoutError, OSError, NatsError, ValueError) as error:
             await _leave(client)
-            last = errors[-1] if errors else error
-            raise UnavailableError(_unreachable(url, str(last) or type(last).__name__, last)) from None
+            # A server may close a connection before it was heard why.
+            telling = next(filter(_is_final, errors), errors[-1] if errors else error)
+            raise UnavailableError(_unreachable(url, telling)) from None
+        greeting = False
         return cls(client)
 
     @property
@@ -211,14 +217,24 @@ async def _leave(client: Client) -> None:
         logger.debug("nats: closing took too long")
 
 
-def _unreachable(url: str, reason: str, error: Exception) -> str:
+def _is_final(error: Exception) -> bool:
+    """Whether the server will say the same again."""
+    return isinstance(error, SecureConnRequiredError | ssl.SSLCertVerificationError) or _wants_credentials(error)
+
+
+def _wants_credentials(error: Exception) -> bool:
+    return isinstance(error, NatsError) and "authorization" in str(error).lower()
+
+
+def _unreachable(url: str, error: Exception) -> str:
     where = f"at {url}" if "," not in url else f"at any of {url}"
+    reason = str(error) or type(error).__name__
     if isinstance(error, SecureConnRequiredError):
         return f"nats: the server {where} has no TLS: give it certificates, or write nats:// for tls://"
     if isinstance(error, ssl.SSLError):
         return (
             f"nats: no TLS with the server {where} ({reason}): NATS_TLS_CA_CERT_PATH names who signed its certificate"
         )
-    if "authorization" in reason.lower() or "authentication" in reason.lower():
+    if _wants_credentials(error):
         return f"nats: the server {where} lets nobody in without other credentials ({reason}): see NATS_AUTH_USERNAME"
     return f"nats: no server answers {where} ({reason}): start one there (nats-server), or name another"

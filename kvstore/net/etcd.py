@@ -96,7 +96,9 @@ def _connect(host: str, port: int, options: Mapping[str, str]) -> Any:
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     import etcd3
 
-    return etcd3.client(host=host, port=port, timeout=_CALL_SECONDS, **options)
+    client = etcd3.client(host=host, port=port, timeout=_CALL_SECONDS, **options)
+    client.call_credentials = None  # which need TLS; the token goes in `metadata`, too
+    return client
 
 
 def _reason(error: Exception) -> str:
@@ -105,6 +107,6 @@ def _reason(error: Exception) -> str:
 
 
 def _unreachable(servers: str, reason: str) -> str:
-    if "auth" in reason or "permission" in reason:
+    if any(word in reason for word in ("auth", "permission", "user name")):
         return f"etcd: the server at {servers} wants other credentials ({reason}): see {_USER} and {_PASSWORD}"
     return f"etcd: no server answers at {servers} ({reason}): start one there, or name another"

@@ -119,6 +119,27 @@ def test_overrides_replicas_and_gpus(tmp_path: Path) -> None:
     assert max(ports) < 32_768
 
 
+def test_brokers_that_run_already_and_their_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children read the secrets from the environment, as this process does; a command line shows none."""
+    monkeypatch.setenv("NATS_AUTH_PASSWORD", "s3cret")
+    overrides = ["--Nats.ServiceArgs.workers=0", "--Nats.servers=tls://a:4222,tls://b:4222"]
+    config = tmp_path / "my.yaml"
+    config.write_text(QUICKSTART.read_text().replace("  env:\n", "  env:\n    HF_TOKEN: s3cret\n"))
+    deployment = load_deployment(GRAPH, config, overrides, tmp_path)
+    lines = "\n".join(dry_run(deployment))
+    assert "--nats tls://a:4222,tls://b:4222" in lines
+    assert "NATS_SERVER=tls://a:4222,tls://b:4222" in lines
+    assert "HF_TOKEN='***'" in lines
+    assert "s3cret" not in lines
+    for wrong, expected in (
+        (overrides[1:], "beside it"),
+        ([overrides[0], "--Nats.servers=nats://me:s3cret@a:4222"], "NATS_AUTH_USERNAME"),
+    ):
+        with pytest.raises(ConfigError, match=f"Nats.servers.*{expected}") as raised:
+            load_deployment(GRAPH, QUICKSTART, wrong, tmp_path).processes()
+        assert "s3cret" not in str(raised.value)
+
+
 def test_flags() -> None:
     assert as_flags({"a": 1, "b": True, "c": False, "d": "x y"}) == ["--a", "1", "--b", "--d", "x y"]
 

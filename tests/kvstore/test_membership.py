@@ -71,7 +71,7 @@ def test_the_last_known_targets_outlive_etcd(etcd_address: str, monkeypatch: pyt
     assert isinstance(membership, EtcdMembership)
 
     def down() -> tuple[str, ...]:
-        raise ConnectionError("etcd is away")
+        raise UnavailableError("etcd is away")
 
     monkeypatch.setattr(membership, "_read", down)
     time.sleep(1.5)
