@@ -527,7 +527,8 @@ def test_kills_under_load_lose_and_mix_nothing(tmp_path: Path, arguments: list[s
         threads = [threading.Thread(target=put, args=(name, acked[name])) for name in counts]
         for thread in threads:
             thread.start()
-        time.sleep(chance.uniform(0.5, 1.5))
+        eventually(lambda acked=acked: min(map(len, acked.values())) > 10, 60)
+        time.sleep(chance.uniform(0, 1))
         process.end(signal.SIGKILL)
         for thread in threads:
             thread.join()
