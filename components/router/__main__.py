@@ -14,6 +14,7 @@ from pydantic import Field
 
 from components.options import CommonOptions, add_common_arguments
 from components.pricing.cost import Policy, Speeds
+from components.router.deadlines import Deadlines
 from components.router.router import Router
 from components.router.speeds import LiveSpeeds
 from components.router.view.feed import Feed
@@ -53,6 +54,18 @@ class Options(CommonOptions):
     stall_price: float = Field(0.2, ge=0)
     session_affinity_seconds: float = Field(0, ge=0)
     page: str = ""
+    first_token_floor_seconds: float = Field(10, gt=0, le=3600)
+    first_token_multiple: float = Field(5, ge=1, le=1000)
+    first_token_max_seconds: float = Field(300, gt=0, le=86_400)
+    next_token_seconds: float = Field(60, gt=0, le=3600)
+
+    def deadlines(self) -> Deadlines:
+        return Deadlines(
+            self.first_token_floor_seconds,
+            self.first_token_multiple,
+            self.first_token_max_seconds,
+            self.next_token_seconds,
+        )
 
     def speeds(self) -> Speeds:
         return Speeds(
@@ -96,6 +109,17 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument(
         "--page", help="host:port of a page that shows decisions and why, such as 127.0.0.1:8300; default: none"
     )
+    parser.add_argument(
+        "--first-token-multiple",
+        help="a worker is suspect when a first token takes this many times its prediction, and the prompt goes to "
+        "another worker if there is one; default 5",
+    )
+    parser.add_argument("--first-token-floor-seconds", help="but not before this long; default 10")
+    parser.add_argument(
+        "--first-token-max-seconds",
+        help="longest wait for a first token, on all workers together: then 503; default 300",
+    )
+    parser.add_argument("--next-token-seconds", help="longest wait between two tokens: then an error; default 60")
     return validated(Options, vars(parser.parse_args(argv)))
 
 
@@ -145,6 +169,7 @@ async def serve(runtime: Any, options: Options) -> None:
         speeds=speeds,
         policy=Policy(options.gpu_price, options.pressure_ms / 1e3, options.stall_price),
         deadline_ms=(min(100, options.deadline_ms), options.deadline_ms),
+        deadlines=options.deadlines(),
         session_idle_seconds=options.session_affinity_seconds,
         own_id=public.connection_id(),
     )
@@ -174,6 +199,7 @@ async def serve(runtime: Any, options: Options) -> None:
         options.model_path or options.model_name,
         options.model_name,
         kv_cache_block_size=block_tokens,
+        runtime_config=_runtime_config(workers),
         worker_type=WorkerType.Prefill if prefill else WorkerType.Aggregated,
         needs=[[WorkerType.Decode]] if prefill else None,
     )
@@ -181,7 +207,7 @@ async def serve(runtime: Any, options: Options) -> None:
     runtime.set_health_status(True)  # /health of a process that is no engine stays at 503 otherwise
     print(f"components.router: ready for {options.model_name}, blocks of {block_tokens} tokens", flush=True)
     try:
-        await public.serve_endpoint(router.generate, graceful_shutdown=True)
+        await public.serve_endpoint(router.handle, graceful_shutdown=True)
     finally:
         if page is not None:
             await page.cleanup()
@@ -189,6 +215,19 @@ async def serve(runtime: Any, options: Options) -> None:
             task.cancel()
         cards.shutdown()
         await line.close()
+
+
+def _runtime_config(workers: Workers) -> Any:
+    """With it the frontend refuses what is too long for a worker, saying the limit. A worker that comes later and takes
+    less gets shorter prompts only."""
+    from dynamo.common.token_budget import TokenBudget, publish_token_budget
+    from dynamo.llm import ModelRuntimeConfig
+
+    config = ModelRuntimeConfig()
+    if shortest := workers.context_tokens(least=True):
+        config.context_length = shortest
+        publish_token_budget(config, TokenBudget(shortest, reject_prompt_overflow=True, reject_total_overflow=True))
+    return config
 
 
 async def _first_card(cards: Any, workers: Workers, options: Options) -> int:

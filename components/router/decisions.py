@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -127,6 +127,20 @@ class Decisions:
             self._outcomes.labels(outcome)
         for missing in ("overlap query", "worker report"):
             self._fallbacks.labels(missing)
+        self._missed = Counter(
+            "kvtier_router_missed_deadlines",
+            "Deadlines missed: first_token (the worker is suspect), next_token and request (no worker had a first "
+            "token). With the last two the client gets an error",
+            ["deadline"],
+            registry=self.registry,
+        )
+        for deadline in ("first_token", "next_token", "request"):
+            self._missed.labels(deadline)
+        self.suspects = Gauge(
+            "kvtier_router_suspect_workers",
+            "Workers that failed or missed a deadline: for a while they get a prompt only if all are suspect",
+            registry=self.registry,
+        )
         self._error = Histogram(
             "kvtier_router_ttft_actual_to_predicted_ratio",
             "Time to first token over what was predicted: 1 is a right prediction",
@@ -308,6 +322,9 @@ class Decisions:
             full = explained(decision.id, decision.prompt_tokens, *priced)
             decision.candidates, decision.targets = full.candidates, full.targets
         return decision
+
+    def missed(self, deadline: str) -> None:
+        self._missed.labels(deadline).inc()
 
     def retried(self, failed: Choice) -> None:
         self._retries.labels(label(failed)).inc()

@@ -1,7 +1,8 @@
 """The request path: price every worker, pin the cheapest, attach the fetch plan, pass the answer through.
 
 Dynamo's KvRouter says what lies in HBM and DRAM, keeps the books on load, and carries the request; the mirror says what
-lies in the store. A worker that fails before its first token is left out and the prompt is decided again.
+lies in the store. A worker that fails before its first token, or keeps it waiting past its deadline, is left out and
+the prompt is decided again.
 """
 
 import asyncio
@@ -19,7 +20,18 @@ import msgspec
 from components.pricing import cost
 from components.pricing.cost import Candidate, Choice, Choices, Policy
 from components.router.constraints import Constraints
+from components.router.deadlines import ALIVE_FACTOR, Deadlines, Suspects
 from components.router.decisions import Decision, Decisions, explained, label
+from components.router.failures import (
+    Disconnected,
+    Late,
+    NoWorker,
+    Refused,
+    RequestError,
+    WorkerError,
+    frame,
+    of_dynamo,
+)
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Card, Workers
@@ -29,13 +41,13 @@ from kvstore.keys import sequence_hashes
 
 logger = logging.getLogger(__name__)
 
-# A prompt is tried on this many workers; then the client hears of it.
+# A prompt that fails is tried on this many workers; then the client hears of it. Late workers do not count: time bounds
+# how many there can be.
 ATTEMPTS = 3
-# A worker that failed is not chosen for this long, unless there is no other: discovery takes seconds to notice.
-SUSPECT_SECONDS = 10.0
-
-# How the text of an error in Dynamo's stream begins.
-_INVALID, _GONE = "InvalidRequest: ", "Unavailable: "
+# Dynamo's router is in this process, and answers within a millisecond.
+_ASK_SECONDS = 1.0
+# While there is no other worker to go to, one is looked for so often.
+_LOOK_SECONDS = 1.0
 
 Request = dict[str, Any]
 Result = TypeVar("Result")
@@ -64,22 +76,6 @@ class _Located(NamedTuple):
 _NOWHERE = _Located()
 
 
-class NoWorker(Exception):
-    """There is nobody to send the prompt to."""
-
-
-class Disconnected(Exception):
-    """The client is gone."""
-
-
-class WorkerError(Exception):
-    """The worker answered with an error: its own fault, or the request's."""
-
-
-class WorkerGone(Exception):
-    """The worker ended before its answer did."""
-
-
 class Router:
     """Serves `generate` for one model. For one event loop.
 
@@ -97,6 +93,7 @@ class Router:
         speeds: LiveSpeeds,
         policy: Policy,
         deadline_ms: tuple[int, int] = (100, 2000),
+        deadlines: Deadlines | None = None,
         session_idle_seconds: float = 0.0,
         own_id: int | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -108,10 +105,11 @@ class Router:
         self._speeds = speeds
         self._policy = policy
         self._deadline_ms = deadline_ms
+        self._deadlines = deadlines or Deadlines()
         self._sessions = Sessions(session_idle_seconds)
         self._own_id = own_id
         self._clock = clock
-        self._suspects: dict[int, float] = {}
+        self._suspects = Suspects()
         # By worker, for prompts whose first token is still to come: what they fetch, which Dynamo's books on load
         # take for tokens to prefill.
         self._fetching_tokens: defaultdict[int, int] = defaultdict(int)
@@ -124,6 +122,7 @@ class Router:
         # would all go to the same worker.
         self._unbooked_tokens: defaultdict[int, int] = defaultdict(int)
         self.decisions = Decisions(block_tokens)
+        self.decisions.suspects.set_function(lambda: self._suspects.count(self._clock()))
 
     def booked(self) -> dict[str, int]:
         """What is counted for prompts without a first token, over all workers: nothing, once all of them have ended."""
@@ -135,54 +134,73 @@ class Router:
             "unbooked tokens": sum(self._unbooked_tokens.values()),
         }
 
+    async def handle(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        """Dynamo's handler: `generate`, with an error of the request as the last item of the stream."""
+        try:
+            async with aclosing(self.generate(request, context)) as outputs:
+                async for output in outputs:
+                    yield output
+        except RequestError as error:
+            level = logging.INFO if isinstance(error, Refused) else logging.WARNING
+            logger.log(level, "request %s: %s: %s", context.id(), type(error).__name__, error)
+            yield frame(error)
+
     async def generate(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
-        """Dynamo's handler: a preprocessed request in, the worker's outputs out."""
-        failed: set[int] = set()
-        last: Exception | None = None
-        for attempt in range(1, ATTEMPTS + 1):
+        """A preprocessed request in, the worker's outputs out. Raises RequestError."""
+        tried: set[int] = set()  # workers that failed this prompt
+        failures = 0
+        last: RequestError | None = None
+        arrived = self._clock()
+        while True:
             try:
-                decided = await self.decide(request, failed)
+                decided = await self.decide(request, tried)
             except NoWorker as error:
-                raise _for_the_client(last or error) from None
-            choice, decision_id = decided.chosen, decided.id
+                raise last or error from None
+            worker, decision_id = decided.chosen.candidate.worker, decided.id
             started, outcome = False, "left"  # what a caller that drops this generator leaves behind
             try:
-                async with aclosing(self._serve(request, context, decided)) as outputs:
+                async with aclosing(self._serve(request, context, decided, tried, arrived)) as outputs:
                     async for output in outputs:
                         if not started:
-                            self._suspect(failed)  # this worker can do what they could not
-                        started = True
+                            started = True
+                            self._suspects.clear(worker)
+                            for one in tried:  # this worker can do what they could not
+                                self._suspects.add(one, self._clock())
                         yield output
                 outcome = "finished"
                 return
             except Disconnected:
                 logger.info("decision %s: the client left", decision_id)
                 return
-            except Exception as error:
+            except RequestError as error:
                 outcome = "failed"
-                if started or attempt == ATTEMPTS:
-                    raise _for_the_client(error) from None
-                logger.warning("decision %s: worker %s failed: %s", decision_id, label(choice), error)
+                failures += not isinstance(error, Late)
+                if started or isinstance(error, Refused) or failures == ATTEMPTS:
+                    raise
+                logger.warning("decision %s: worker %s failed: %s", decision_id, label(decided.chosen), error)
                 last = error
-                failed.add(choice.candidate.worker)
+                tried.add(worker)
                 if not isinstance(error, WorkerError):
-                    self._suspect({choice.candidate.worker})
-                self.decisions.retried(choice)
+                    self._suspects.add(worker, self._clock())
+                self.decisions.retried(decided.chosen)
+            except Exception:
+                outcome = "failed"
+                raise
             finally:
                 self.decisions.ended(decision_id, outcome)
 
-    def _suspect(self, workers: set[int]) -> None:
-        self._suspects.update(dict.fromkeys(workers, self._clock() + SUSPECT_SECONDS))
-
     async def decide(self, request: Request, failed: Collection[int] = ()) -> Decided:
-        """Price the live workers but for those in `failed`, and choose. Raises NoWorker."""
+        """Price the live workers but for those in `failed`, and choose. Raises NoWorker, and Refused for a prompt that
+        is too long for all of them."""
         chosen, choices, stages = await self._priced(request, failed, self.decisions.fell_back)
+        now = self._clock()
         self.decisions.took(stages)
-        self._sessions.bind(session_of(request), (chosen.candidate.worker, chosen.candidate.dp_rank), self._clock())
+        self._suspects.sent(chosen.candidate.worker, now)
+        self._sessions.bind(session_of(request), (chosen.candidate.worker, chosen.candidate.dp_rank), now)
         return Decided(uuid.uuid4().hex[:12], len(request["token_ids"]), chosen, choices)
 
     async def explain(self, request: Request) -> Decision:
-        """What `decide` would decide now. Nothing is sent, counted or kept. Raises NoWorker."""
+        """What `decide` would decide now. Nothing is sent, counted or kept. Raises what that does."""
         chosen, choices, _ = await self._priced(request, (), lambda missing: None)
         return explained("", len(request["token_ids"]), chosen, choices)
 
@@ -197,25 +215,28 @@ class Router:
         hashes = sequence_hashes(tokens, self._block_tokens, **identity)
         hashed = time.perf_counter()
         try:
-            overlaps, loads = await self._known_to_dynamo(tokens, identity)
+            async with asyncio.timeout(_ASK_SECONDS):
+                overlaps, loads = await self._known_to_dynamo(tokens, identity)
         except Exception as error:
             fell_back("overlap query")
-            logger.warning("Dynamo's router does not say what workers hold: %s", error)
+            logger.warning("Dynamo's router does not say what workers hold: %r", error)
             overlaps, loads = self._nothing_known(), []
         asked = time.perf_counter()
         constraints = Constraints.of(routing, self._own_id)
         candidates = self._candidates(
-            overlaps, loads, hashes, constraints, failed, fell_back, adapter=identity["lora_name"]
+            overlaps, loads, hashes, constraints, failed, fell_back, tokens=len(tokens), adapter=identity["lora_name"]
         )
         located = time.perf_counter()
         now = self._clock()
-        self._suspects = {worker: until for worker, until in self._suspects.items() if until > now}
-        trusted = [candidate for candidate in candidates if candidate.worker not in self._suspects]
-        candidates = trusted or candidates
+        if not candidates:
+            raise self._nobody(tokens)
+        trusted = [one for one in candidates if self._suspects.trusts(one.worker, now)]
+        if not trusted:
+            fewest = min(self._suspects.failures(one.worker) for one in candidates)
+            trusted = [one for one in candidates if self._suspects.failures(one.worker) == fewest]
+        candidates = trusted
         if place := self._sessions.place(session_of(request), now):
             candidates = [one for one in candidates if (one.worker, one.dp_rank) == place] or candidates
-        if not candidates:
-            raise NoWorker("no worker is live that could serve this prompt")
         chosen, choices = cost.choose(candidates, len(tokens), self._block_tokens, self._policy)
         stages = {
             "hash": hashed - begun,
@@ -236,6 +257,17 @@ class Router:
         )
         return overlaps["workers"], loads
 
+    def _fits(self, card: Card, tokens: int) -> bool:
+        """Whether a worker with this card can take a prompt of so many tokens."""
+        return card.block_tokens in (0, self._block_tokens) and not 0 < card.context_tokens <= tokens
+
+    def _nobody(self, tokens: Sequence[int]) -> RequestError:
+        """Why there is no candidate."""
+        context = self._workers.context_tokens()
+        if 0 < context <= len(tokens):
+            return Refused(f"the prompt has {len(tokens)} tokens, expected less than {context}, the context length")
+        return NoWorker("no worker is live that could serve this prompt")
+
     def _nothing_known(self) -> list[dict[str, int]]:
         """If Dynamo's router fails, its workers are as good as empty: the store still tells them apart from nothing,
         and prompts are served."""
@@ -251,6 +283,7 @@ class Router:
         failed: Collection[int],
         fell_back: Callable[[str], None],
         *,
+        tokens: int,
         adapter: str | None,
     ) -> list[Candidate]:
         now = self._clock()
@@ -260,9 +293,7 @@ class Router:
         for row in overlaps:
             worker, rank = row["worker_id"], row["dp_rank"]
             card = self._workers.cards.get(worker, _NO_CARD)
-            if worker in failed or card.block_tokens not in (0, self._block_tokens):
-                continue
-            if not constraints.allow(worker, rank, card.taints):
+            if worker in failed or not self._fits(card, tokens) or not constraints.allow(worker, rank, card.taints):
                 continue
             hbm = row["device_blocks"]
             load = load_of.get((worker, rank), {})
@@ -322,16 +353,20 @@ class Router:
             bytes_per_second=speed.bytes_per_second,
         )
 
-    async def _serve(self, request: Request, context: Any, decided: Decided) -> AsyncGenerator[dict[str, Any], None]:
+    async def _serve(
+        self, request: Request, context: Any, decided: Decided, tried: Collection[int], arrived: float
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Send the request to the chosen worker. Dropping Dynamo's stream stops the worker's generation, so whenever
-        the client is gone this returns or raises, and the stream goes with it. A response buffer of 0 is what makes
-        that work before the first token, too: a buffered stream notices only when it has something to pass on."""
+        the client is gone or a deadline is missed this raises, and the stream goes with it. A response buffer of 0 is
+        what makes that work before the first token, too: a buffered stream notices only when it has something to pass
+        on."""
         choice, decision_id = decided.chosen, decided.id
         sent = self._clock()
         prepared = self._prepared(request, choice, decision_id)
-        with _Client(context) as client:
-            with self._counted(choice):
-                worker, tokens = choice.candidate.worker, choice.missing_tokens + choice.store_tokens
+        with _Client(context, self._clock) as client:
+            worker, tokens = choice.candidate.worker, choice.missing_tokens + choice.store_tokens
+            late = self._first_token_check(client, request, choice, tried, arrived, sent)
+            with self._counted(choice), _checked(late):
                 with _added(self._unbooked_tokens, worker, tokens):
                     coming = self._kv_router.generate_from_request(prepared, response_buffer_size=0)
                     self.decisions.decided(*decided)  # which takes its time, now that the prompt is on its way
@@ -347,11 +382,87 @@ class Router:
             begun, tokens = self._clock(), 0
             # It names the worker. To the frontend that is this router: it would log an error for each answer.
             first.pop("routing_data", None)
+            self._workers.progressed(worker, begun)
             yield first
-            while (output := await client.next_of(outputs)) is not None:
-                tokens += _tokens(output)
-                yield output
+            with _checked(self._next_token_check(client, choice)):
+                while (output := await client.next_of(outputs)) is not None:
+                    tokens += _tokens(output)
+                    self._workers.progressed(worker, client.heard)
+                    yield output
         self.decisions.answered(decision_id, _tokens(first), tokens, self._clock() - begun)
+
+    def _first_token_check(
+        self,
+        client: "_Client",
+        request: Request,
+        choice: Choice,
+        tried: Collection[int],
+        arrived: float,
+        sent: float,
+    ) -> Callable[[], float | None]:
+        """Looks whether the first token is late. The worker is suspect if it has no token for anyone meanwhile, or
+        some for others and none for this prompt for much longer. The prompt leaves it only for another worker: where
+        none is trusted, the prompt keeps its place."""
+        worker = choice.candidate.worker
+        patience = self._deadlines.first_token(choice.ttft_seconds)
+        last = max(arrived + self._deadlines.first_token_max, sent + patience)
+        suspected = False
+
+        def check() -> float | None:
+            nonlocal suspected
+            now = self._clock()
+            if now >= last:
+                self.decisions.missed("request")
+                client.interrupt(Late(f"no worker had a first token within {now - arrived:.0f} s"))
+                return None
+            silent_until = max(sent, self._workers.last_progress(worker)) + patience
+            due = min(silent_until, sent + ALIVE_FACTOR * patience, last)
+            if now < due:
+                return due - now
+            if not suspected:
+                suspected = True
+                self._suspects.add(worker, now)
+                self.decisions.missed("first_token")
+                logger.warning(
+                    "worker %s: no first token after %.1f s, %.1f predicted: it is suspect",
+                    label(choice),
+                    now - sent,
+                    choice.ttft_seconds,
+                )
+            if self._another(request, {*tried, worker}, now):
+                client.interrupt(Late(f"no first token after {now - sent:.1f} s"))
+                return None
+            return min(_LOOK_SECONDS, last - now)
+
+        return check
+
+    def _next_token_check(self, client: "_Client", choice: Choice) -> Callable[[], float | None]:
+        """Looks whether the next token is late. The time in which the client does not read does not count."""
+        bound = self._deadlines.next_token
+
+        def check() -> float | None:
+            waited = client.waited
+            if waited < bound:
+                return bound - waited
+            self.decisions.missed("next_token")
+            if self._clock() - self._workers.last_progress(choice.candidate.worker) >= bound:
+                self._suspects.add(choice.candidate.worker, self._clock())
+            client.interrupt(Late(f"no token for {waited:.0f} s: the answer is incomplete"))
+            return None
+
+        return check
+
+    def _another(self, request: Request, tried: Collection[int], now: float) -> bool:
+        """Whether there is a trusted worker that this prompt was not tried on."""
+        constraints = Constraints.of(request.get("routing") or {}, self._own_id)
+        tokens = len(request["token_ids"])
+        return any(
+            worker not in tried
+            and self._suspects.trusts(worker, now)
+            and self._fits(card, tokens)
+            and constraints.allow(worker, constraints.dp_rank or 0, card.taints)
+            for worker, card in self._workers.cards.items()
+        )
 
     @contextmanager
     def _counted(self, choice: Choice) -> Iterator[None]:
@@ -409,15 +520,23 @@ def _added(amounts: defaultdict[Key, int], key: Key, amount: int) -> Iterator[No
             del amounts[key]
 
 
-def _for_the_client(error: Exception) -> Exception:
-    """The frontend makes 400 of InvalidArgument, with its text, and 500 of others. Do not raise Dynamo's errors for a
-    worker that is not reached: the frontend would take this router for dead."""
-    text = str(error)
-    if isinstance(error, WorkerError) and text.startswith(_INVALID):
-        from dynamo.llm.exceptions import InvalidArgument
+@contextmanager
+def _checked(check: Callable[[], float | None]) -> Iterator[None]:
+    """Call `check` now and then: each time, it returns the seconds until the next, or None for never."""
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle | None = None
 
-        return InvalidArgument(text.removeprefix(_INVALID))
-    return error
+    def look() -> None:
+        nonlocal timer
+        seconds = check()
+        timer = None if seconds is None else loop.call_later(seconds, look)
+
+    look()
+    try:
+        yield
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 def _tokens(output: dict[str, Any]) -> int:
@@ -425,12 +544,16 @@ def _tokens(output: dict[str, Any]) -> int:
 
 
 class _Client:
-    """Who waits for the answer, or has left: then whatever is awaited is cancelled."""
+    """Who waits for the answer, until it has left or waited for too long: then whatever is awaited is cancelled."""
 
-    def __init__(self, context: Any):
+    def __init__(self, context: Any, clock: Callable[[], float]):
         self._gone = asyncio.ensure_future(context.async_killed_or_stopped())
-        self._gone.add_done_callback(lambda _: self._awaited and self._awaited.cancel())
+        self._gone.add_done_callback(self._left)
+        self._clock = clock
         self._awaited: asyncio.Future[Any] | None = None
+        self._since = 0.0
+        self._error: RequestError | None = None
+        self.heard = 0.0  # when what was awaited last had come
 
     def __enter__(self) -> Self:
         return self
@@ -438,28 +561,47 @@ class _Client:
     def __exit__(self, *_: object) -> None:
         self._gone.cancel()
 
+    @property
+    def waited(self) -> float:
+        """Seconds, up to now, for what is awaited; 0 if nothing is."""
+        return self._clock() - self._since if self._awaited else 0.0
+
+    def _left(self, gone: asyncio.Future[Any]) -> None:
+        if not gone.cancelled():
+            self.interrupt(Disconnected())
+
+    def interrupt(self, error: RequestError) -> None:
+        """Raise the error where something is awaited, now or next."""
+        self._error = self._error or error
+        if self._awaited is not None:
+            self._awaited.cancel()
+
     async def next_of(self, outputs: AsyncIterator[dict[str, Any]]) -> dict[str, Any] | None:
-        """None at the end. Raises WorkerError and WorkerGone."""
+        """None at the end. Raises RequestError."""
         try:
             # Not anext(): of Dynamo's stream this is a future already, which needs no task around it for each token.
             return await self.waits_for(outputs.__anext__())
         except StopAsyncIteration:
             return None
-        except ValueError as error:  # how Dynamo's stream passes an error on: "Internal: what the worker says"
-            text = str(error)
-            raise (WorkerGone if text.startswith(_GONE) else WorkerError)(text) from None
 
     async def waits_for(self, result: Awaitable[Result]) -> Result:
-        """Raises Disconnected as soon as the client is gone: no output need come that would show it."""
+        """The result. Raises RequestError: Disconnected as soon as the client is gone, since no output need come that
+        would show it."""
         self._awaited = asyncio.ensure_future(result)
-        if self._gone.done():
+        self._since = self._clock()
+        if self._error is not None:
             self._awaited.cancel()
         try:
             return await self._awaited
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self._gone.done() and not (task and task.cancelling()):
-                raise Disconnected from None
+            if self._error is not None and not (task and task.cancelling()):
+                raise self._error from None
             raise
+        except StopAsyncIteration:
+            raise
+        except Exception as error:
+            raise of_dynamo(error) from None
         finally:
             self._awaited = None
+            self.heard = self._clock()

@@ -5,6 +5,7 @@ Plain state, filled from Dynamo's discovery and from the bus; no I/O of its own.
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 
 from kvstore.bus.messages import WorkerReport
@@ -23,6 +24,7 @@ class Card:
     total_blocks: int
     model: str
     taints: frozenset[str] = frozenset()  # its topology's, too: dynamo.topology/zone=a
+    context_tokens: int = 0  # prompt and answer together, where the engine refuses more; 0 where it does not say
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Workers:
         self._cards: dict[int, Card] = {}
         self._parsed: dict[str, Card | None] = {}
         self._reports: dict[int, _Report] = {}
+        self._progress: dict[int, float] = {}  # when each was last seen to get on
 
     @property
     def cards(self) -> dict[int, Card]:
@@ -49,10 +52,28 @@ class Workers:
         self._parsed = {text: self._parsed.get(text) or parse_card(text) for text in cards.values()}
         parsed = {int(worker): self._parsed[text] for worker, text in cards.items()}
         self._cards = {worker: card for worker, card in parsed.items() if card is not None}
+        self._progress = {worker: when for worker, when in self._progress.items() if worker in self._cards}
+
+    def context_tokens(self, least: bool = False) -> int:
+        """The longest context of a worker, or the shortest; 0 if none says how long its is."""
+        lengths = [card.context_tokens for card in self._cards.values() if card.context_tokens]
+        return (min if least else max)(lengths, default=0)
 
     def heard(self, report: WorkerReport, now: float) -> None:
-        if report.endpoint == self._endpoint and report.worker.isdigit():
-            self._reports[int(report.worker)] = _Report(report, now)
+        if report.endpoint != self._endpoint or not report.worker.isdigit():
+            return
+        worker = int(report.worker)
+        known = self._reports.get(worker)
+        if known is not None and _of_engine(known.report) != _of_engine(report):
+            self.progressed(worker, now)
+        self._reports[worker] = _Report(report, now)
+
+    def progressed(self, worker: int, now: float) -> None:
+        """The worker's engine did something, for whichever request."""
+        self._progress[worker] = now
+
+    def last_progress(self, worker: int) -> float:
+        return self._progress.get(worker, -math.inf)
 
     def report(self, worker: int, block_tokens: int, now: float) -> WorkerReport | None:
         """The worker's tier, or None if it has none that the router can use."""
@@ -71,16 +92,29 @@ class Workers:
         }
 
 
+def _of_engine(report: WorkerReport) -> tuple[float, ...]:
+    """What is the engine's own in a report, which comes from a process beside it: it changes as the engine works."""
+    return (
+        report.queue,
+        report.prefill_base_seconds,
+        report.prefill_seconds_per_token,
+        report.prefill_seconds_per_token_squared,
+        report.dram_bytes_per_second,
+    )
+
+
 def parse_card(text: str) -> Card | None:
     """A model deployment card, or None if it says nothing of a KV cache."""
     try:
         card = json.loads(text)
         runtime = card.get("runtime_config") or {}
+        budget = (runtime.get("runtime_data") or {}).get("token_budget") or {}
         return Card(
             int(card["kv_cache_block_size"]),
             int(runtime.get("total_kv_blocks") or 0),
             card["display_name"],
             frozenset(runtime.get("taints") or ()),
+            int(budget["combined_limit"]) if budget.get("reject_prompt_overflow") else 0,
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -16,6 +16,8 @@ import msgspec
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.bus.plan import FIELD, HINT_TYPE, make_plan, read_plan
+from tests.router.stock_late import FLOOR_SECONDS
+from tests.router.stock_worker import CONTEXT_TOKENS, DIE, FAIL_AT_ONCE, FINISH, REFUSE, SILENT, STUCK
 
 ENDPOINT = "dynamo.backend.generate"
 WORKERS = 3
@@ -58,15 +60,48 @@ def test_under_churn_nothing_stays_booked_here_or_in_dynamos_books(nats_url: str
     assert set(told["outcomes"]) == {"finished", "failed", "left"}
 
 
+def test_with_half_of_the_workers_failing_every_prompt_has_its_first_token_in_time(
+    nats_url: str, tmp_path: Path
+) -> None:
+    """Two of four hang, stop, begin nothing, are slow or cut off. Prompts that have no token go elsewhere, once; those
+    that have one end with an error; all workers serve again when they can."""
+    model = make_tiny_model(tmp_path / "model", layers=1)
+    environment = planes(nats_url, tmp_path)
+    worker = [sys.executable, "-m", "tests.router.stock_worker", str(model), ENDPOINT]
+    workers = [subprocess.Popen(worker, env=environment, stderr=subprocess.DEVNULL) for _ in range(4)]
+    late = [sys.executable, "-m", "tests.router.stock_late", ENDPOINT, str(tmp_path / "discovery")]
+    try:
+        pids = [str(one.pid) for one in workers]
+        ran = subprocess.run([*late, *pids], env=environment, capture_output=True, text=True, timeout=300)
+    finally:
+        for one in workers:
+            one.kill()
+            one.wait()
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert not any(told.pop("booked").values())
+    assert len(told) == 6
+    for fault, found in told.items():
+        assert found["first"] < 4 * FLOOR_SECONDS + 2, fault  # the longest that a worker that is alive may take
+        assert found["tokens"] == [["[0, 1, 2, 3]", 24]], fault
+        assert (found["missed"]["first_token"] > 0) == (fault != "slow"), fault
+        assert found["missed"]["request"] == 0, fault
+    assert told["hung while they answer"]["begun"] == ["", "", "Late", "Late"]
+    assert told["half dead"]["begun"] == [""] * 4
+
+
 @asynccontextmanager
 async def running(
-    commands: Sequence[list[str]], environment: dict[str, str], **for_the_router: str
+    commands: Sequence[list[str]], environment: dict[str, str], log: Path | None = None, **for_the_router: str
 ) -> AsyncIterator[aiohttp.ClientSession]:
-    """Python processes, and a session to talk to them for 90 s."""
+    """Python processes, and a session to talk to them for 90 s. The router's standard error goes to `log`."""
     started = []
-    for command in commands:
-        env = {**environment, **(for_the_router if "components.router" in command else {})}
-        started.append(subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.DEVNULL))
+    with (log or Path(os.devnull)).open("w") as errors:
+        for command in commands:
+            router = "components.router" in command
+            env = {**environment, **(for_the_router if router else {})}
+            to = errors if router else subprocess.DEVNULL
+            started.append(subprocess.Popen([sys.executable, *command], env=env, stderr=to))
     try:
         async with aiohttp.ClientSession() as session, asyncio.timeout(90):
             yield session
@@ -184,6 +219,61 @@ async def test_a_clients_plan_never_reaches_the_engine(nats_url: str, tmp_path: 
             assert (reply.status, (await reply.json())["error"]["message"]) == (404, "Model not found: tiny")
         async with session.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": [40]}) as reply:
             assert (reply.status, (await reply.json())["message"]) == (400, "ValueError: one token is too few")
+
+
+async def test_clients_see_why_there_is_no_answer_and_the_log_has_no_traceback(nats_url: str, tmp_path: Path) -> None:
+    """What the request is to blame for is 400 with the reason, from the first worker that says so; what no worker
+    answers is 503, within a bound."""
+    model = make_tiny_model(tmp_path / "model", layers=1)
+    port, page = free_port(), free_port()
+    worker = ["-m", "tests.router.stock_worker", str(model), ENDPOINT, "aggregated", "hidden"]
+    options = [
+        "--model-name=tiny",
+        f"--model-path={model}",
+        f"--nats={nats_url}",
+        f"--page=127.0.0.1:{page}",
+        "--first-token-floor-seconds=0.5",
+        "--first-token-max-seconds=2",
+        "--next-token-seconds=1",
+    ]
+    commands = [
+        worker,
+        worker,
+        ["-m", "components.router", *options],
+        ["-m", "dynamo.frontend", "--http-port", str(port)],
+    ]
+    log = tmp_path / "router.log"
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    async with running(commands, planes(nats_url, tmp_path), log) as session:
+
+        async def answer(way: int, tokens: int = 20, **more: Any) -> tuple[int, str]:
+            body = {"model": "tiny", "prompt": [way, *[50] * (tokens - 1)], "max_tokens": 4, **more}
+            async with session.post(url, json=body) as reply:
+                return reply.status, await reply.text()
+
+        async def decisions() -> list[dict[str, Any]]:
+            async with session.get(f"http://127.0.0.1:{page}/decisions") as reply:
+                return list(await reply.json())
+
+        await first_answer(session, url, {"model": "tiny", "prompt": [FINISH], "max_tokens": 4})
+        before = len(await decisions())
+        status, text = await answer(FINISH, CONTEXT_TOKENS + 1)
+        assert (status, json.loads(text)["details"]["limit"]) == (400, CONTEXT_TOKENS)
+        status, text = await answer(REFUSE)
+        assert (status, json.loads(text)["message"]) == (400, "a refused parameter")
+        _, text = await answer(REFUSE, stream=True)
+        assert '"code":400' in text
+        assert "a refused parameter" in text
+        assert [one["outcome"] for one in (await decisions())[:-before]] == ["failed", "failed"]
+        status, text = await answer(SILENT)
+        assert (status, "within" in text) == (503, True)
+        status, text = await answer(STUCK)
+        assert (status, "incomplete" in text) == (503, True)
+        _, text = await answer(STUCK, stream=True)
+        assert "incomplete" in text
+        assert (await answer(FAIL_AT_ONCE))[0] == 500
+        assert (await answer(DIE))[0] == 503
+        assert "Traceback" not in log.read_text()
 
 
 def text_of(answer: dict[str, Any]) -> str:

@@ -30,6 +30,28 @@ def test_cards_are_read_and_others_passed_over() -> None:
     assert parse_card(card(runtime_config=None)) is not None
 
 
+def test_the_context_length_is_what_the_engine_refuses_more_than() -> None:
+    def of(limit: int, refuses: bool) -> str:
+        budget = {"combined_limit": limit, "reject_prompt_overflow": refuses, "reject_total_overflow": refuses}
+        return card(runtime_config={"runtime_data": {"token_budget": budget}})
+
+    workers = Workers(ENDPOINT)
+    workers.set_cards({"5": card(), "6": of(500, False)})
+    assert workers.context_tokens() == 0
+    workers.set_cards({"5": card(), "6": of(500, False), "7": of(2000, True), "8": of(1000, True)})
+    assert (workers.context_tokens(least=True), workers.context_tokens()) == (1000, 2000)
+
+
+def test_a_report_is_progress_if_the_engine_says_something_new() -> None:
+    workers = Workers(ENDPOINT)
+    workers.set_cards({"5": card()})
+    workers.heard(report(queue=3), 1.0)
+    workers.heard(report(queue=3, ts_ms=1000, store_bytes_per_second=5.0), 2.0)
+    assert workers.last_progress(5) < 1.0
+    workers.heard(report(queue=2, ts_ms=2000), 3.0)
+    assert workers.last_progress(5) == 3.0
+
+
 def test_a_report_counts_for_its_worker_while_it_is_fresh() -> None:
     workers = Workers(ENDPOINT)
     workers.heard(report(), 100.0)

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import msgspec
 from aiohttp import web
 
-from components.router.router import NoWorker, Router
+from components.router.failures import NoWorker, Refused
+from components.router.router import Router
 
 Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 Handler = Callable[[web.Request], Awaitable[web.Response]]
@@ -73,6 +74,8 @@ def explain_handler(router: Router, model_path: str) -> Handler:
             raise web.HTTPBadRequest(text=f"{given[0]}: no token\n")
         try:
             decision = await router.explain({"token_ids": tokens, "routing": msgspec.to_builtins(question.routing)})
+        except Refused as error:
+            raise web.HTTPBadRequest(text=f"{error}\n") from None
         except NoWorker as error:
             raise web.HTTPServiceUnavailable(text=f"{error}\n") from None
         return web.Response(body=msgspec.json.encode(decision), content_type="application/json")
