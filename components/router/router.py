@@ -178,7 +178,7 @@ class Router:
                 if started or isinstance(error, Refused) or failures == ATTEMPTS:
                     raise
                 logger.warning("decision %s: worker %s failed: %s", decision_id, label(decided.chosen), error)
-                last = error
+                last = error.with_traceback(None)  # which holds Dynamo's stream, and it this
                 tried.add(worker)
                 if not isinstance(error, WorkerError):
                     self._suspects.add(worker, self._clock())
@@ -576,6 +576,13 @@ class _Client:
         if self._awaited is not None:
             self._awaited.cancel()
 
+    def _forgotten(self) -> RequestError:
+        """The error, kept here no more: once raised, it holds Dynamo's stream by its traceback, and this would hold
+        both until the garbage collector runs."""
+        error, self._error = self._error, None
+        assert error is not None
+        return error
+
     async def next_of(self, outputs: AsyncIterator[dict[str, Any]]) -> dict[str, Any] | None:
         """None at the end. Raises RequestError."""
         try:
@@ -596,7 +603,7 @@ class _Client:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._error is not None and not (task and task.cancelling()):
-                raise self._error from None
+                raise self._forgotten() from None
             raise
         except StopAsyncIteration:
             raise
