@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import mmap
 import random
 import threading
 import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -44,10 +45,17 @@ _LAYOUTS_MAX = 64
 _SLOTS_MIN = 1024
 # Fuller, and a miss takes more than four looks; emptier, and an entry takes more memory.
 _LOAD_MAX = 0.75
-_LOAD_FRESH = 0.6  # of a table made anew: the room between the two is what pays for making it
+_LOAD_FRESH = 0.6  # of a new table: in the room between the two, each entry added moves some slots of the old one
+_LOAD_NEXT = 0.65  # the new table's memory is touched from here on: the system clears it then, 2 MiB at a time
+_TOUCHED_PER_ENTRY = 24  # more than 2 / (_LOAD_MAX - _LOAD_NEXT): all of it, before it is used
+_MOVED_PER_ENTRY = 8  # more than 1 / (_LOAD_MAX - _LOAD_FRESH): the old table is empty before the new one is full
+# Entries, or slots, in one step: some milliseconds, between which the event loop does other things.
+_STEP_ENTRIES, _STEP_SLOTS = 2048, 32_768
+_RELEASED_BYTES = 4 << 20
 _U64 = (1 << 64) - 1
 
 Hashes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
+Steps: TypeAlias = Generator[None, None, bool]
 Slots: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
@@ -157,74 +165,63 @@ async def announce(announcer: Announcer, line: Bus, namespace: str, *, interval_
             await asked.unsubscribe()  # the namespace may come back, with another announcer
 
 
-class _Table:
-    """Which targets hold which chunks of one layout: router hash -> bit mask of targets, by open addressing.
+class _Slots:
+    """Router hash -> bit mask of targets, by open addressing, in two arrays of a size that is a power of two."""
 
-    Two arrays, 16 bytes a slot and 21 to 53 an entry; whole batches are looked up and changed at once. The place of a
-    hash depends on a number that nobody else knows, so that nobody can make up hashes that collide.
-    """
-
-    def __init__(self) -> None:
-        self._secret = np.uint64(random.getrandbits(64) | 1)
-        self._used = 0  # slots with a hash, its mask maybe 0: who goes keeps the slot until the table is made anew
-        self._allocate(_SLOTS_MIN)
-
-    def _allocate(self, slots: int) -> None:
-        self._hashes = np.zeros(slots, np.uint64)  # 0: free
-        self._masks = np.zeros(slots, np.uint64)
+    def __init__(self, slots: int, secret: np.uint64):
+        self._secret = secret
         self._shift = np.uint64(64 - (slots.bit_length() - 1))
+        # Of mmap, which provides zeros when they are touched: malloc clears up to 32 MiB at once.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = [mmap.mmap(-1, 8 * slots, flags=flags) for _ in range(2)]
+        for one in self._memory:
+            with contextlib.suppress(OSError):
+                one.madvise(mmap.MADV_HUGEPAGE)  # or a look-up misses the TLB, too
+        self._hashes, self.masks = (np.frombuffer(one, np.uint64) for one in self._memory)  # hash 0: free
+        self._touched = self._released = 0  # slots
+        self.used = 0  # slots with a hash, its mask maybe 0: what goes keeps its slot
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def touch(self, slots: int) -> None:
+        """Have the system provide memory for so many more slots of a table that is not in use yet: first for hashes,
+        then for masks, so that it clears one large page at a time."""
+        array, at = (self._hashes, 0) if self._touched < len(self) else (self.masks, len(self))
+        array[self._touched - at : self._touched - at + slots] = 0
+        self._touched = min(self._touched + slots, at + len(self))
+
+    def release(self) -> bool:
+        """Give back some of the memory of a table that is not in use any more: all at once takes long. False at the
+        end."""
+        start, whole = 8 * self._released, 8 * len(self)
+        if start >= whole:
+            return False
+        for one in self._memory:
+            one.madvise(mmap.MADV_DONTNEED, start, min(_RELEASED_BYTES, whole - start))
+        self._released += _RELEASED_BYTES // 8
+        return True
 
     @property
     def size_bytes(self) -> int:
-        return int(self._hashes.nbytes + self._masks.nbytes)
+        return int(self._hashes.nbytes + self.masks.nbytes)
 
-    def masks(self, hashes: Hashes) -> Hashes:
-        """Of each hash; 0 of those that nobody holds."""
-        found, slots = self._find(hashes)
-        masks: Hashes = np.where(found, self._masks[slots], np.uint64(0))
+    def held(self, part: slice) -> tuple[Hashes, Hashes]:
+        """Hashes and masks in these slots, of what somebody holds."""
+        masks = self.masks[part]
+        there = np.flatnonzero(masks)
+        return self._hashes[part][there], masks[there]
+
+    def masks_of(self, hashes: Hashes) -> Hashes:
+        found, slots = self.find(hashes)
+        masks: Hashes = np.where(found, self.masks[slots], np.uint64(0))
         return masks
-
-    def add(self, hashes: Hashes, bit: int) -> int:
-        """Set `bit` for hashes that differ; returns for how many it was not set before."""
-        self.reserve(len(hashes))
-        slots = self._claim(hashes)
-        masks = self._masks[slots]
-        new = int(np.count_nonzero((masks & np.uint64(bit)) == 0))
-        self._masks[slots] = masks | np.uint64(bit)
-        return new
-
-    def remove(self, hashes: Hashes, bit: int) -> int:
-        """Clear `bit` for hashes that differ; returns for how many it was set."""
-        found, slots = self._find(hashes)
-        slots = slots[found]
-        masks = self._masks[slots]
-        gone = int(np.count_nonzero(masks & np.uint64(bit)))
-        self._masks[slots] = masks & ~np.uint64(bit)
-        return gone
-
-    def clear(self, bit: int) -> None:
-        self._masks &= ~np.uint64(bit)
-
-    def reserve(self, entries: int) -> None:
-        """Make room for so many more, which takes the longer the more there are: seconds for 10 million."""
-        slots = len(self._hashes)
-        if self._used + entries <= _LOAD_MAX * slots:
-            return
-        held = np.flatnonzero(self._masks)
-        while len(held) + entries > _LOAD_FRESH * slots:
-            slots *= 2
-        hashes, masks = self._hashes[held], self._masks[held]
-        self._used = 0
-        self._allocate(slots)
-        for start in range(0, len(hashes), MESSAGE_HASHES):
-            part = slice(start, start + MESSAGE_HASHES)
-            self._masks[self._claim(hashes[part])] = masks[part]
 
     def _start(self, hashes: Hashes) -> Slots:
         start: Slots = ((hashes * self._secret) >> self._shift).astype(np.int64)
         return start
 
-    def _find(self, hashes: Hashes) -> tuple["np.ndarray[tuple[int], np.dtype[np.bool_]]", Slots]:
+    def find(self, hashes: Hashes) -> tuple["np.ndarray[tuple[int], np.dtype[np.bool_]]", Slots]:
         """Whether each hash has a slot, and which. Steps grow by one: with a power of two they visit every slot."""
         last = len(self._hashes) - 1
         slots = self._start(hashes)
@@ -242,7 +239,7 @@ class _Table:
             open_ = open_[~match & (there != 0)]
         return found, slots
 
-    def _claim(self, hashes: Hashes) -> Slots:
+    def claim(self, hashes: Hashes) -> Slots:
         """The slot of each of `hashes`, which differ; a hash without one gets one. There must be room."""
         last = len(self._hashes) - 1
         slots = self._start(hashes)
@@ -255,12 +252,131 @@ class _Table:
             if free.any():
                 self._hashes[at[free]] = wanted[free]  # of several that want a slot one gets it
                 now = self._hashes[at]
-                self._used += int(np.count_nonzero(free & (now == wanted)))
+                self.used += int(np.count_nonzero(free & (now == wanted)))
                 there = now
             open_ = open_[there != wanted]
             step += 1
             slots[open_] = (slots[open_] + step) & last
         return slots
+
+
+class _Table:
+    """Which targets hold which chunks of one layout. 16 bytes a slot and 21 to 53 an entry; whole batches are looked up
+    and changed at once. The place of a hash depends on a number that nobody else knows, so that nobody can make up
+    hashes that collide.
+
+    No call takes longer the more there is. A full table moves to a new one incrementally, some slots for each entry
+    that is added; until the end a hash may be in both, and has the bits of both. The bits of a target that is gone are
+    cleared incrementally, too.
+    """
+
+    def __init__(self) -> None:
+        self._secret = np.uint64(random.getrandbits(64) | 1)
+        self._now = _Slots(_SLOTS_MIN, self._secret)
+        self._before: _Slots | None = None  # what is moved from
+        self._moved = 0  # slots of it
+        self._next: _Slots | None = None  # in preparation
+        self._gone: _Slots | None = None  # whose memory is given back
+        self._live = 0  # hashes with a mask
+        self.stale = 0  # bits that are being cleared
+        self._cleared = 0  # slots of `_now` without any of them
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(table.size_bytes for table in (self._before, self._now, self._next) if table is not None)
+
+    def masks(self, hashes: Hashes) -> Hashes:
+        """Of each hash; 0 of those that nobody holds."""
+        return self._now.masks_of(hashes) | self._masks_before(hashes)
+
+    def add(self, hashes: Hashes, bit: int) -> int:
+        """Set `bit` for hashes that differ; returns for how many it was not set before."""
+        self._reserve(len(hashes))
+        self._move(_MOVED_PER_ENTRY * len(hashes))
+        slots = self._now.claim(hashes)
+        own = self._now.masks[slots]
+        masks = own | self._masks_before(hashes)
+        self._live += int(np.count_nonzero(masks == 0))
+        self._now.masks[slots] = own | np.uint64(bit)
+        return int(np.count_nonzero((masks & np.uint64(bit)) == 0))
+
+    def remove(self, hashes: Hashes, bit: int) -> int:
+        """Clear `bit` for hashes that differ; returns for how many it was set."""
+        masks = self.masks(hashes)
+        for table in (self._now, self._before):
+            if table is not None:
+                found, slots = table.find(hashes)
+                table.masks[slots[found]] &= ~np.uint64(bit)
+        self._live -= int(np.count_nonzero(masks == np.uint64(bit)))
+        return int(np.count_nonzero(masks & np.uint64(bit)))
+
+    def forget(self, bit: int) -> None:
+        """Clear `bit` everywhere, by and by: until `stale` is 0 it must not be set again."""
+        self.stale |= bit
+        self._cleared = 0
+
+    def release(self) -> bool:
+        """Give some of the memory back, of a table that is in use no more; False at the end."""
+        return any(one.release() for one in (self._before, self._now, self._next, self._gone) if one is not None)
+
+    def _reserve(self, entries: int) -> None:
+        """Make room for so many more, in a new table if need be."""
+        now = self._now
+        if now.used + entries <= _LOAD_NEXT * len(now):
+            return
+        if self._next is None:
+            self._next = self._larger(entries + int((_LOAD_MAX - _LOAD_NEXT) * len(now)))
+        self._next.touch(2 * _TOUCHED_PER_ENTRY * entries)
+        if now.used + entries <= _LOAD_MAX * len(now):
+            return
+        self._move(len(self._before or ()))  # nothing is left: as many slots were moved as entries needed room
+        if self._live + entries > _LOAD_FRESH * len(self._next):
+            self._next = self._larger(entries)
+        self._before, self._now, self._next = now, self._next, None
+        self._moved, self._cleared = 0, len(self._now)
+
+    def _larger(self, entries: int) -> _Slots:
+        """A table with room for so many more, of the same size if what is gone makes that room."""
+        slots = len(self._now)
+        while self._live + entries > _LOAD_FRESH * slots:
+            slots *= 2
+        return _Slots(slots, self._secret)
+
+    def work(self, slots: int) -> bool:
+        """Move or clear so many slots; False if nothing is left to do."""
+        if self._before is not None or self._gone is not None:
+            self._move(slots)
+        elif self._cleared < len(self._now):
+            part = self._now.masks[self._cleared : self._cleared + slots]
+            held = int(np.count_nonzero(part))
+            part &= ~np.uint64(self.stale)
+            self._live -= held - int(np.count_nonzero(part))
+            self._cleared += slots
+        else:
+            self.stale = 0
+            return False
+        return True
+
+    def _move(self, slots: int) -> None:
+        if self._gone is not None and not self._gone.release():
+            self._gone = None
+        if self._before is None:
+            return
+        part = slice(self._moved, self._moved + slots)
+        hashes, masks = self._before.held(part)
+        kept = masks & ~np.uint64(self.stale)
+        live = kept != 0
+        own = self._now.masks_of(hashes)
+        self._live -= int(np.count_nonzero(~live & (own == 0)))
+        hashes, kept = hashes[live], kept[live]
+        self._now.masks[self._now.claim(hashes)] |= kept
+        self._before.masks[part] = 0
+        self._moved += slots
+        if self._moved >= len(self._before):
+            self._before, self._gone = None, self._before
+
+    def _masks_before(self, hashes: Hashes) -> Hashes:
+        return np.zeros_like(hashes) if self._before is None else self._before.masks_of(hashes)
 
 
 @dataclass
@@ -275,6 +391,7 @@ class _View:
     resident: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # fingerprint -> chunks
     waiting: list[Residency] = field(default_factory=list)  # announced while a snapshot is under way
     waiting_hashes: int = 0
+    joining: bool = False  # a snapshot is being taken in
 
     def forget_waiting(self) -> None:
         self.waiting.clear()
@@ -283,6 +400,9 @@ class _View:
 
 class Mirror:
     """A router's copy of what every target holds. For one thread; no I/O.
+
+    What takes long comes as a generator of steps of a few milliseconds: `applying` and `joining`, which `apply` and
+    `apply_snapshot` run to their end, and `work`, to be called now and then.
 
     A target that has been silent for `max_age_seconds` is left out of answers until it is heard again. Beyond
     `max_entries` (chunk on a target) nothing more is taken in: what is not known is computed anew. `ignored` counts,
@@ -295,12 +415,17 @@ class Mirror:
         self._max_entries = max_entries
         self._views: dict[str, _View] = {}
         self._tables: dict[int, _Table] = {}  # by fingerprint
+        self._gone: list[_Table] = []  # whose memory is given back
         self._entries = 0
         self.ignored: Counter[str] = Counter()
         self.resyncs = 0
 
     def apply(self, message: Residency, now: float) -> bool:
         """Take in an announcement; True if the target must be asked for a snapshot now."""
+        return _all_of(self.applying(message, now))
+
+    def applying(self, message: Residency, now: float) -> Steps:
+        """`apply`, in steps. The next announcement comes after the last one."""
         view = self._views.get(message.target)
         if reason := self._wrong(message, view):
             # Not heard, either: a target whose epochs begin anew is forgotten for its silence, and then believed.
@@ -310,11 +435,11 @@ class Mirror:
             view = self._views[message.target] = _View()
         view.heard = now
         if view.complete and (message.epoch, message.seq) == (view.epoch, view.seq + 1):
-            self._change(view, message)
+            yield from self._change(view, message)
             return False
         if view.complete and message.epoch == view.epoch and message.seq <= view.seq:
             return False  # heard before
-        begin = view.complete or not view.waiting
+        begin = not view.joining and (view.complete or not view.waiting)
         if begin or len(view.waiting) >= self._waiting_max or view.waiting_hashes >= WAITING_HASHES:
             view.forget_waiting()
         view.complete = False
@@ -339,12 +464,14 @@ class Mirror:
 
     def apply_snapshot(self, pages: Sequence[SnapshotPage]) -> bool:
         """Take in a whole snapshot and what was announced since; False if it does not join up with that."""
+        return _all_of(self.joining(pages))
+
+    def joining(self, pages: Sequence[SnapshotPage]) -> Steps:
+        """`apply_snapshot`, in steps. What is announced meanwhile waits for its turn."""
         first = pages[0]
         view = self._views.get(first.target)
-        if view is None:
+        if view is None or view.joining:
             return False  # forgotten meanwhile
-        later = [message for message in view.waiting if message.epoch == first.epoch and message.seq > first.seq]
-        expected = range(first.seq + 1, first.seq + 1 + len(later))
         sound = all(
             (page.target, page.epoch) == (first.target, first.epoch)
             and 0 <= page.fingerprint <= _U64
@@ -355,25 +482,30 @@ class Mirror:
             self.ignored["snapshot"] += 1
         elif first.epoch < view.epoch:
             self.ignored["old epoch"] += 1
-        if not sound or first.epoch < view.epoch or [message.seq for message in later] != list(expected):
+        later = [message.seq for message in view.waiting if message.epoch == first.epoch and message.seq > first.seq]
+        expected = range(first.seq + 1, first.seq + 1 + len(later))
+        if not sound or first.epoch < view.epoch or later != list(expected):
             view.forget_waiting()
             return False
         self._clear(view)
-        view.bit = view.bit or self._free_bit()
-        view.epoch, view.seq, view.complete = first.epoch, first.seq, True
-        coming: Counter[int] = Counter()
-        for page in pages:
-            coming[page.fingerprint] += len(page.hashes) // 8
-        for fingerprint, entries in coming.items():
-            if entries and (table := self._table(fingerprint)):
-                table.reserve(min(entries, self._max_entries - self._entries))
-        for page in pages:
-            self._store(view, page.fingerprint, np.frombuffer(page.hashes, "<u8").astype(np.uint64))
-        view.forget_waiting()
-        for message in later:
-            self._change(view, message)
-        self.resyncs += 1
-        return True
+        view.bit = self._free_bit()
+        view.epoch, view.seq, view.complete, view.joining = first.epoch, first.seq, False, True
+        try:
+            for page in pages:
+                yield from self._store(view, page.fingerprint, np.frombuffer(page.hashes, "<u8").astype(np.uint64))
+            while view.waiting:
+                message = view.waiting.pop(0)
+                view.waiting_hashes -= len(message.stored) + len(message.removed)
+                if (message.epoch, message.seq) > (view.epoch, view.seq + 1):
+                    view.forget_waiting()
+                    return False
+                if (message.epoch, message.seq) == (view.epoch, view.seq + 1):
+                    yield from self._change(view, message)
+            view.complete = self._views.get(first.target) is view
+        finally:
+            view.joining = False
+        self.resyncs += view.complete
+        return view.complete
 
     def locate(self, fingerprint: int, router_hashes: list[int], now: float) -> list[str | None]:
         """For each chunk a target that holds it, or None."""
@@ -411,7 +543,13 @@ class Mirror:
         for target in [target for target, view in self._views.items() if now - view.heard > after_seconds]:
             self._clear(self._views.pop(target))
         wanted = {fingerprint for view in self._views.values() for fingerprint in view.resident}
-        self._tables = {fingerprint: table for fingerprint, table in self._tables.items() if fingerprint in wanted}
+        self._gone += [self._tables.pop(fingerprint) for fingerprint in self._tables.keys() - wanted]
+
+    def work(self) -> bool:
+        """One step of what is left to do in the tables; False if nothing is."""
+        if self._gone and not self._gone[-1].release():
+            self._gone.pop()
+        return bool(self._gone) or any(table.work(_STEP_SLOTS) for table in self._tables.values())
 
     def give_up_snapshot(self, target: str) -> None:
         """The next announcement asks for a snapshot again."""
@@ -419,15 +557,23 @@ class Mirror:
             view.forget_waiting()
 
     def _free_bit(self) -> int:
-        taken = {view.bit for view in self._views.values()}
-        return next(1 << number for number in range(_TARGETS_MAX) if 1 << number not in taken)
+        """A bit that no view has, and no table any more."""
+        while True:
+            taken = {view.bit for view in self._views.values()}
+            stale = 0
+            for table in self._tables.values():
+                stale |= table.stale
+            free = [1 << bit for bit in range(_TARGETS_MAX) if 1 << bit not in taken and not stale >> bit & 1]
+            if free:
+                return free[0]
+            self.work()
 
     def _clear(self, view: _View) -> None:
         for fingerprint, chunks in view.resident.items():
             self._entries -= chunks
-            if chunks:
-                self._tables[fingerprint].clear(view.bit)
+            self._tables[fingerprint].forget(view.bit)
         view.resident.clear()
+        view.bit = 0
 
     def _table(self, fingerprint: int) -> _Table | None:
         if fingerprint not in self._tables:
@@ -437,21 +583,29 @@ class Mirror:
             self._tables[fingerprint] = _Table()
         return self._tables[fingerprint]
 
-    def _change(self, view: _View, message: Residency) -> None:
+    def _change(self, view: _View, message: Residency) -> Iterator[None]:
         try:
             removed, stored = _u64s(message.removed), _u64s(message.stored)
         except (OverflowError, TypeError):
             self.ignored["hash out of range"] += 1
             return  # and the next message finds a gap
         view.seq = message.seq
-        table = self._tables.get(message.fingerprint)
-        if len(removed) and table is not None and message.fingerprint in view.resident:
-            gone = table.remove(np.unique(removed), view.bit)
-            view.resident[message.fingerprint] -= gone
-            self._entries -= gone
-        self._store(view, message.fingerprint, stored)
+        for part in _parts(removed):
+            table = self._tables.get(message.fingerprint)
+            if table is not None and message.fingerprint in view.resident:
+                gone = table.remove(np.unique(part), view.bit)
+                view.resident[message.fingerprint] -= gone
+                self._entries -= gone
+            yield
+        yield from self._store(view, message.fingerprint, stored)
 
-    def _store(self, view: _View, fingerprint: int, hashes: Hashes) -> None:
+    def _store(self, view: _View, fingerprint: int, hashes: Hashes) -> Iterator[None]:
+        for part in _parts(hashes):
+            if view.bit:  # the target is not forgotten
+                self._store_part(view, fingerprint, part)
+            yield
+
+    def _store_part(self, view: _View, fingerprint: int, hashes: Hashes) -> None:
         hashes = np.unique(hashes[hashes != 0])
         table = self._table(fingerprint) if len(hashes) else None
         if table is None:
@@ -466,6 +620,29 @@ class Mirror:
         self._entries += new
 
 
+def _parts(hashes: Hashes) -> Iterator[Hashes]:
+    return (hashes[start : start + _STEP_ENTRIES] for start in range(0, len(hashes), _STEP_ENTRIES))
+
+
+def _all_of(steps: Steps) -> bool:
+    """Run the steps, one after the other; returns what they do."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return bool(end.value)
+
+
+async def _between_others(steps: Steps) -> bool:
+    """Run the steps, with a turn for everything else in between."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return bool(end.value)
+        await asyncio.sleep(0)
+
+
 def _u64s(numbers: list[int]) -> Hashes:
     packed = array("Q")
     packed.fromlist(numbers)  # four times as fast as array("Q", numbers)
@@ -477,15 +654,18 @@ async def follow(mirror: Mirror, line: Bus, namespace: str) -> None:
     snapshots: set[asyncio.Task[None]] = set()
 
     async def heard(message: Residency) -> None:
-        if mirror.apply(message, time.monotonic()):
+        if await _between_others(mirror.applying(message, time.monotonic())):
             task = asyncio.create_task(_fetch_snapshot(mirror, line, namespace, message.target))
             snapshots.add(task)
             task.add_done_callback(snapshots.discard)
 
     await line.subscribe(messages.subject(namespace, "residency"), Residency, heard)
+    forgot = 0.0
     while True:
-        await asyncio.sleep(5)
-        mirror.forget_silent(time.monotonic())
+        await asyncio.sleep(0.005 if mirror.work() else 0.5)
+        if time.monotonic() - forgot >= 5:
+            forgot = time.monotonic()
+            mirror.forget_silent(forgot)
 
 
 async def _fetch_snapshot(mirror: Mirror, line: Bus, namespace: str, target: str) -> None:
@@ -498,7 +678,7 @@ async def _fetch_snapshot(mirror: Mirror, line: Bus, namespace: str, target: str
             mirror.give_up_snapshot(target)
             return
         pages.append(page)
-    if mirror.apply_snapshot(pages):
+    if await _between_others(mirror.joining(pages)):
         logger.info("%s: %d chunks mirrored", target, sum(len(page.hashes) // 8 for page in pages))
 
 

@@ -354,3 +354,51 @@ async def test_over_nats_two_mirrors_follow_two_targets(nats_url: str, seed: int
     for task in tasks:
         task.cancel()
     await line.close()
+
+
+def test_no_step_takes_longer_the_more_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables grow, and are cleaned of what went, a few slots at a time."""
+    moved: list[int] = []
+    move = residency._Table._move
+
+    def counted(self: residency._Table, slots: int) -> None:
+        if self._before is not None:
+            moved.append(min(slots, len(self._before) - self._moved))
+        move(self, slots)
+
+    monkeypatch.setattr(residency._Table, "_move", counted)
+    _, mirror = mirrored([])
+    chance, held, sizes = random.Random(1), [], []
+    for seq in range(2, 82):
+        stored = [chance.getrandbits(64) | 1 for _ in range(10_000)]
+        removed, held = (held[:10_000], held[10_000:]) if len(held) > 200_000 else ([], held)
+        held += stored
+        mirror.apply(Residency("t", 5, seq, 7, 2, stored, removed, 0), 0.0)
+        sizes.append(mirror.size_bytes)
+    assert len(set(sizes)) > 5
+    assert 0 < max(moved) <= residency._MOVED_PER_ENTRY * residency._STEP_ENTRIES
+    assert mirror.size_bytes < 150 * len(held)
+    assert known(mirror, held) == set(held)
+    assert mirror.counts(0.0) == {"t": len(held)}
+    mirror.forget_silent(100.0)
+    while mirror.work():
+        pass
+    assert mirror.counts(0.0) == {}
+
+
+def test_what_is_announced_between_the_steps_of_a_snapshot_comes_after_it() -> None:
+    holdings, mirror = Holdings(epoch=5, held=range(1, 10_000)), Mirror()
+    assert mirror.apply(holdings.announcer.announcements()[0], 0.0)
+    steps = mirror.joining(holdings.snapshot())
+    joined, others = False, iter(range(10_000, 10_003))
+    while not joined:
+        if (router_hash := next(others, None)) is not None:
+            holdings.remove(router_hash - 9_999)
+            holdings.store(router_hash)
+            assert not mirror.apply(holdings.announcer.announcements()[0], 0.0)
+            assert known(mirror, [5000]) == set()  # half of a snapshot is of no use
+        try:
+            next(steps)
+        except StopIteration as end:
+            joined = bool(end.value)
+    assert known(mirror, range(1, 11_000)) == set(range(4, 10_003))
