@@ -17,7 +17,8 @@ ALIVE_FACTOR = 4.0
 class Deadlines:
     """In seconds. A worker whose first token takes longer than `first_token_multiple` times its prediction, and than
     `first_token_floor`, is suspect, and the prompt goes elsewhere if there is another worker. `first_token_max` bounds
-    the wait on all of them together; `next_token` the wait between two tokens."""
+    the wait on all of them together, unless the prediction allows one of them more; `next_token` the wait between two
+    tokens."""
 
     first_token_floor: float = 10.0  # an engine that compiles kernels for its first prompts takes several seconds
     first_token_multiple: float = 5.0  # predictions were seen to be 4 times too low where HBM is full

@@ -42,6 +42,10 @@ class Late(RequestError):
     """The worker missed the deadline for a token."""
 
 
+class GivenUp(Late):
+    """No worker had a first token within the bound."""
+
+
 class WorkerError(RequestError):
     """The worker answered with an error of its own."""
 

@@ -24,6 +24,7 @@ from components.router.deadlines import ALIVE_FACTOR, Deadlines, Suspects
 from components.router.decisions import Decision, Decisions, explained, label
 from components.router.failures import (
     Disconnected,
+    GivenUp,
     Late,
     NoWorker,
     Refused,
@@ -175,7 +176,7 @@ class Router:
             except RequestError as error:
                 outcome = "failed"
                 failures += not isinstance(error, Late)
-                if started or isinstance(error, Refused) or failures == ATTEMPTS:
+                if started or isinstance(error, Refused | GivenUp) or failures == ATTEMPTS:
                     raise
                 logger.warning("decision %s: worker %s failed: %s", decision_id, label(decided.chosen), error)
                 last = error.with_traceback(None)  # which holds Dynamo's stream, and it this
@@ -413,7 +414,7 @@ class Router:
             now = self._clock()
             if now >= last:
                 self.decisions.missed("request")
-                client.interrupt(Late(f"no worker had a first token within {now - arrived:.0f} s"))
+                client.interrupt(GivenUp(f"no worker had a first token within {now - arrived:.0f} s"))
                 return None
             silent_until = max(sent, self._workers.last_progress(worker)) + patience
             due = min(silent_until, sent + ALIVE_FACTOR * patience, last)

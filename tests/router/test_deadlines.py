@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from components.router.deadlines import SUSPECT_SECONDS, SUSPECT_SECONDS_MAX, Deadlines, Suspects
-from components.router.failures import Late, NoWorker, Refused, WorkerGone, frame
+from components.router.failures import GivenUp, Late, NoWorker, Refused, WorkerGone, frame
 from components.router.router import Router
 from components.router.workers import Card
 from tests.router.test_router import BLOCK, TOKENS, Context, KvRouter, make, serve, until
@@ -39,18 +39,20 @@ async def test_a_prompt_leaves_a_hung_worker_and_the_next_ones_do_not_go_there()
     assert not any(router.booked().values())
 
 
-async def test_without_another_worker_the_prompt_keeps_its_place_up_to_the_bound() -> None:
-    kv_router = KvRouter([1])
-    kv_router.silent = {1}
+@pytest.mark.parametrize("workers", [[1], [1, 2]])
+async def test_without_a_trusted_worker_the_prompt_keeps_its_place_up_to_the_bound(workers: list[int]) -> None:
+    kv_router = KvRouter(workers)
+    kv_router.rows[1]["device_blocks"] = 9
+    kv_router.silent = set(workers)
     router = make(kv_router, deadlines=Deadlines(first_token_floor=FLOOR, first_token_max=4 * FLOOR))
     begun = time.monotonic()
-    with pytest.raises(Late, match="no worker had a first token"):
+    with pytest.raises(GivenUp, match="no worker had a first token"):
         await serve(router)
     assert 4 * FLOOR <= time.monotonic() - begun < 4 * FLOOR + 2
-    assert sent_to(kv_router) == [1]
-    with pytest.raises(Late):
+    assert sent_to(kv_router) == workers
+    with pytest.raises(GivenUp):
         await serve(router)  # all are suspect: the least bad is asked
-    assert sent_to(kv_router) == [1, 1]
+    assert len(kv_router.sent) == len(workers) + 1
 
 
 @pytest.mark.parametrize("alive", [True, False])
