@@ -10,18 +10,21 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 import aiohttp
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
+from components.router.view.access import bearer, page_token, unknown
 from components.router.view.explain import explained
 from components.router.view.state import SOURCES, Latency, State, Summary, Update
 from kvstore import credentials
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.net.membership import checked_address
 from kvstore.net.wire import Status
+from kvstore.text import clean, shown
 from kvstore.tools import words
 from kvstore.tools.stat import Look, column, take_look
 
@@ -49,6 +52,7 @@ class Options(BaseModel):
     namespace: str = "default"
     every: float = Field(1.0, ge=EVERY_SECONDS_MIN, le=EVERY_SECONDS_MAX)
     once: bool = False
+    page_token_file: Path | None = None
 
     def targets(self) -> list[str]:
         return [checked_address("store", address.strip()) for address in self.store.split(",") if address.strip()]
@@ -70,6 +74,7 @@ class Observer:
     def __init__(self, options: Options):
         self._options = options
         self._url = options.url.rstrip("/")
+        self._token = page_token(options.page_token_file)
         self._state: State | None = None
         self._decisions: OrderedDict[str, Summary] = OrderedDict()
         self._trouble = ""
@@ -100,21 +105,23 @@ class Observer:
     async def explain(self, decision_id: str) -> str:
         """A decision in full, or why there is none."""
         try:
-            return await explained(self._url, decision_id, 1)
+            return await explained(self._url, decision_id, 1, token=self._token)
         except (ConfigError, UnavailableError) as error:
             return str(error)
 
     async def _follow(self) -> None:
         while True:
             try:
-                async with self._session.get(f"{self._url}/events") as reply:
+                async with self._session.get(f"{self._url}/events", headers=bearer(self._token)) as reply:
+                    if reply.status == 401:
+                        raise PermissionError(unknown(self._token))
                     reply.raise_for_status()
                     async for line in reply.content:
                         if line.startswith(b"data: "):
-                            self._take(msgspec.json.decode(line[6:], type=Update))
+                            self._take(msgspec.convert(clean(msgspec.json.decode(line[6:])), Update))
                 raise ConnectionError("it is gone")
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.DecodeError) as error:
-                self._trouble = f"no router answers at {self._url} ({str(error) or type(error).__name__})"
+                self._trouble = f"no router answers at {self._url} ({shown(error) or type(error).__name__})"
             self._heard.set()
             await asyncio.sleep(_RETRY_SECONDS)
 

@@ -25,7 +25,7 @@ PROMETHEUS_IMAGE = "prom/prometheus:v3.5.0"
 GRAFANA_IMAGE = "grafana/grafana:12.3.0"
 IMAGES = {"store": "store.Dockerfile", "worker": "worker.Dockerfile", "worker-cpu": "worker-cpu.Dockerfile"}
 
-_COMPOSE = Place("python", {"Nats": "nats", "Etcd": "etcd", "Store": "store-{replica}"})
+_COMPOSE = Place("python", {"Nats": "nats", "Etcd": "etcd", "Store": "store-{replica}"}, is_private=True)
 PLACES = {
     "compose": _COMPOSE,
     "prometheus": _COMPOSE,

@@ -61,6 +61,7 @@ class Place:
     python: str = sys.executable
     hosts: Mapping[str, str] = field(default_factory=dict)  # a service's name in the network, with {replica}
     pins_cores: bool = True
+    is_private: bool = False  # nobody else is in their network
 
     @property
     def apart(self) -> bool:

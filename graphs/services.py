@@ -284,7 +284,10 @@ def _router(workers: str, worker_type: str, settings: Settings, deployment: Depl
     for replica, env, _ in replicas("Router", deployment):
         port = _port(settings, "system-port", replica, place)
         page = page_address(deployment, replica)
-        command = [place.python, "-m", "components.router", *as_flags({**flags, **({"page": page} if page else {})})]
+        shown: dict[str, Setting] = {"page": page} if page else {}
+        if page and place.is_private and "page-token-file" not in settings.flags:
+            shown["page-open"] = True
+        command = [place.python, "-m", "components.router", *as_flags({**flags, **shown})]
         env = {**runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)}
         processes.append(
             Process(

@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import sys
 
+from components.router.view.access import TOKEN_HELP
 from graphs.observer import (
     DECISIONS,
     TARGETS,
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
     parser.add_argument("--every", metavar="SECONDS", help="how often to look; default 1")
     parser.add_argument("--once", action="store_true", help="print one frame as text")
+    parser.add_argument("--page-token-file", help=TOKEN_HELP)
     options = validated(Options, vars(parser.parse_args(argv)))
     messages.checked_namespace(options.namespace)
     options.targets()

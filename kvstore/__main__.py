@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
-from prometheus_client import REGISTRY, start_http_server
+from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
@@ -36,6 +36,7 @@ from kvstore.net.lobby import Lobby
 from kvstore.net.target import Target
 from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
+from kvstore.scrape import Scrapes
 from kvstore.tenancy import Settings, Tenancy, report
 
 logger = logging.getLogger("kvstore")
@@ -290,7 +291,7 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     )
     tenancy = Tenancy(path, rack, settings, line)
     await tenancy.begin(grants)
-    _show_metrics(options, LabelledMetrics(tenancy.lobby), TlsMetrics(server_tls))
+    await _show_metrics(options, LabelledMetrics(tenancy.lobby), TlsMetrics(server_tls))
     if unix_path:
         tenancy.lobby.serve(_listen("unix-socket", unix_path))
     tenancy.lobby.serve(listener)
@@ -317,15 +318,12 @@ async def _serve_tenants(options: Options, path: Path) -> None:
         await line.close()
 
 
-def _show_metrics(options: Options, *collectors: Collector) -> None:
+async def _show_metrics(options: Options, *collectors: Collector) -> None:
     if not options.metrics_port:
         return
     for collector in collectors:
         REGISTRY.register(collector)
-    try:
-        start_http_server(options.metrics_port, "127.0.0.1" if _is_loopback(options.listen) else "0.0.0.0")
-    except OSError as error:
-        raise ConfigError("metrics-port", options.metrics_port, f"a free port ({error})") from None
+    await Scrapes().open("127.0.0.1" if _is_loopback(options.listen) else "0.0.0.0", options.metrics_port)
 
 
 def _stop_signal() -> asyncio.Event:
@@ -360,7 +358,7 @@ async def _serve_one(options: Options) -> None:
         unix_uids=unix_uids,
         tls=server_tls,
     )
-    _show_metrics(options, Metrics(target), target.registry, TlsMetrics(server_tls))
+    await _show_metrics(options, Metrics(target), target.registry, TlsMetrics(server_tls))
     if unix_path:
         target.serve(_listen("unix-socket", unix_path))
     target.serve(listener)

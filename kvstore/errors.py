@@ -7,6 +7,8 @@ from typing import NoReturn, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
+from kvstore.text import shown
+
 # In place of pydantic's words, where those say how it parses and not what to write.
 _EXPECTED = {
     "byte_size": "a size such as 500G or 1.5TiB",
@@ -18,6 +20,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 # scheme://user:password@host, and user:password@host.
 _USERINFO = re.compile(r"(?<=://)[^/\s]*@|(?<![\w.%+-])[\w.%+-]*:[^\s/,:@]*@(?=[\w\[])")
+_LINE_CHARACTERS_MAX = 10_000
 USAGE = 2  # exit code of a command that was asked for something it cannot do
 
 
@@ -75,7 +78,7 @@ def _settings(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
 
 
 def fail(program: str, error: Exception) -> NoReturn:
-    print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    print(f"{program}: error: {shown(error, _LINE_CHARACTERS_MAX)}", file=sys.stderr, flush=True)
     sys.exit(getattr(error, "exit_code", USAGE))
 
 

@@ -43,6 +43,7 @@ from cryptography.hazmat.primitives.ciphers.modes import GCM
 from kvstore import private
 from kvstore.errors import ConfigError
 from kvstore.keys import KEY_BYTES
+from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class Seal:
             self._complain_at = now + _COMPLAIN_SECONDS
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self._rejected.items()))
         logger.warning(
-            "%s: a value whose seal does not hold (%s); rejected since the start: %s", target, reason, counts
+            "%s: a value whose seal does not hold (%s); rejected since the start: %s", shown(target), reason, counts
         )
 
 

@@ -26,6 +26,7 @@ from benchmarks.chat.load import quantile
 from components.pricing.cost import Policy, Speeds
 from components.router.router import Decided, Router
 from components.router.speeds import LiveSpeeds
+from components.router.view.access import page_access
 from components.router.view.feed import Feed
 from components.router.view.page import open_page
 from components.router.workers import Workers
@@ -212,8 +213,7 @@ async def measure(viewers: int, workers: int, tokens: int, rounds: int, seconds:
             async with contextlib.AsyncExitStack() as stack:
                 if way != "without":
                     feed = Feed(cluster.router.decisions, cluster.workers, cluster.speeds, cluster.mirror)
-                    page = await open_page("127.0.0.1:0", feed)
-                    assert page is not None
+                    page = await open_page(page_access("127.0.0.1:0"), feed)
                     stack.push_async_callback(page.cleanup)
                     ticking = asyncio.create_task(feed.run())
                     stack.callback(ticking.cancel)

@@ -1,6 +1,6 @@
 """An adversary that is the target: manipulated answers, and how many a client takes for hits, with seals and without.
 
-    python -m benchmarks.store.hostile --seed S [--answers 10000] [--json FILE]
+    python -m benchmarks.store.hostile --seed S [--answers 10000] [--forged 300] [--json FILE]
 
 The adversary is a server that speaks the protocol. It keeps what honest workers put, of the seal keys in use, of older
 and retired ones, and of another tenant, and answers each GET with a value that it has manipulated. The crc that it
@@ -8,18 +8,18 @@ sends along is right wherever it can be, so that nothing but a seal can tell. On
 be a hit. A manipulated answer is accepted if its outcome is HIT. The same manipulations are played to a client that
 authenticates, to one that encrypts, and, as the control, to one without seals.
 
+Then the adversary is on the bus and in etcd (hostile_bus.py).
+
 The exit code is 1 if a client with seals accepted anything, if an answer was not counted, if an honest answer was no
-hit, or if the client without seals accepted nothing.
+hit, if the client without seals accepted nothing, or if a router does not know soon after the last
+forged message what is so.
 """
 
 import argparse
-import contextlib
 import hashlib
 import logging
 import random
-import socket
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,16 +29,15 @@ from typing import NamedTuple
 import msgspec
 from crc32c import crc32c
 
-from kvstore.net import wire
+from benchmarks.store import hostile_bus
+from benchmarks.store.adversary import BOUND_SECONDS, Adversary, Answer
 from kvstore.net.client import Item, StoreClient
 from kvstore.net.membership import StaticMembership
-from kvstore.net.transport import Stream
-from kvstore.net.wire import Header, Op, Outcome
+from kvstore.net.wire import Outcome
 from kvstore.seal import TRAILER_BYTES, Mode, Seal, SealKey
 
 CHUNKS = 24
 SIZES = (16, 1000, 16_384)  # of chunks, in turn: short ones, of which the trailer is most, and those of several packets
-BOUND_SECONDS = 20.0
 HONEST_EVERY = 10
 EXCHANGED = "answers exchanged"
 OUR_KEY_ID = 2
@@ -48,79 +47,12 @@ _BITS_MAX = 8
 _VERSION_AT, _MODE_AT, _KEY_ID_AT, _NONCE_AT, _TAG_AT = 4, 5, 8, 12, 36
 
 
-class Answer(NamedTuple):
-    """What the adversary says to one key of a GET."""
-
-    value: bytes
-    outcome: int = Outcome.HIT
-    crc: int | None = None  # None: the right one
-    sent: int | None = None  # only so many bytes of the value, and then the end of the connection
-
-
 class Group(NamedTuple):
     """Workers that share values: of each chunk its content, and what they put."""
 
     seal_key: SealKey | None
     contents: list[bytes]
     stored: list[bytes]
-
-
-class Adversary:
-    """A target on a port of its own. `answer` is asked for each key of a GET, by its name and the client's room."""
-
-    def __init__(self) -> None:
-        self.values: dict[bytes, bytes] = {}
-        self.answer: Callable[[bytes, int], Answer] = lambda name, size: Answer(b"", Outcome.MISS)
-        self.exchange_numbers = False
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                sock, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(Stream(sock),), daemon=True).start()
-
-    def _serve(self, stream: Stream) -> None:
-        with contextlib.closing(stream), contextlib.suppress(OSError):
-            while stream.wait_for_frame():
-                deadline = time.monotonic() + BOUND_SECONDS
-                header = stream.receive_header(deadline)
-                control = stream.receive_control(header, deadline)
-                match header.op:
-                    case Op.HELLO:
-                        welcome = wire.Welcome(self.address, 1, wire.VALUE_BYTES_MAX, "")
-                        stream.send([wire.encode(Header(Op.WELCOME, header.request), welcome)], deadline)
-                    case Op.PUT:
-                        self._put(stream, header, wire.decode_control(control, wire.Put), deadline)
-                    case Op.GET:
-                        self._get(stream, header.request, wire.decode_control(control, wire.Get), deadline)
-                    case _:
-                        return
-
-    def _put(self, stream: Stream, header: Header, put: wire.Put, deadline: float) -> None:
-        for item in put.items:
-            value = bytearray(item.length)
-            stream.receive(memoryview(value), deadline)
-            self.values[item.key] = bytes(value)
-        outcomes = wire.Outcomes([Outcome.STORED] * len(put.items))
-        stream.send([wire.encode(Header(Op.STORED, header.request), outcomes)], deadline)
-
-    def _get(self, stream: Stream, request: int, get: wire.Get, deadline: float) -> None:
-        numbers = list(range(len(get.keys)))
-        if self.exchange_numbers:
-            numbers.reverse()
-        for number, name, size in zip(numbers, get.keys, get.sizes, strict=True):
-            value, outcome, crc, sent = self.answer(name, size)
-            crc = crc32c(value) if crc is None else crc
-            frame = wire.encode(Header(Op.VALUE, request, outcome, number, crc, data_bytes=len(value)))
-            stream.send([frame, value[:sent]], deadline)
-            if sent is not None:
-                raise ConnectionAbortedError
 
 
 class Manipulations:
@@ -252,6 +184,7 @@ class Result(msgspec.Struct):
     mac: Side
     encrypt: Side
     off: Side
+    bus: hostile_bus.Forged
 
     @property
     def failures(self) -> list[str]:
@@ -265,7 +198,7 @@ class Result(msgspec.Struct):
                 failed.append(f"{name}: {side.uncounted} manipulated answers were not counted")
         if not self.off.accepted:
             failed.append("off: nothing was accepted, so the manipulations are none")
-        return failed
+        return failed + self.bus.failures
 
 
 def chunk_key(chunk: int) -> bytes:
@@ -417,10 +350,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.store.hostile", description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--answers", type=int, default=10_000, help="manipulated ones, to each client")
+    parser.add_argument("--forged", type=int, default=300, help="forged messages of each kind on the bus")
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
     mac, encrypt, off = (play(mode, options.seed, options.answers) for mode in (Mode.MAC, Mode.ENCRYPT, None))
-    result = Result(options.seed, mac, encrypt, off)
+    result = Result(options.seed, mac, encrypt, off, hostile_bus.play(options.seed, options.forged))
     report = msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
     print(report)
     for failure in result.failures:

@@ -17,6 +17,7 @@ from components.pricing.cost import Policy, Speeds
 from components.router.deadlines import Deadlines
 from components.router.router import Router
 from components.router.speeds import LiveSpeeds
+from components.router.view.access import VARIABLE, Access, page_access
 from components.router.view.feed import Feed
 from components.router.view.page import open_page
 from components.router.view.question import explain_handler
@@ -54,6 +55,9 @@ class Options(CommonOptions):
     stall_price: float = Field(0.2, ge=0)
     session_affinity_seconds: float = Field(0, ge=0)
     page: str = ""
+    page_token_file: Path | None = None
+    page_hosts: str = ""
+    page_open: bool = False
     first_token_floor_seconds: float = Field(10, gt=0, le=3600)
     first_token_multiple: float = Field(5, ge=1, le=1000)
     first_token_max_seconds: float = Field(300, gt=0, le=86_400)
@@ -76,6 +80,12 @@ class Options(CommonOptions):
             store_bytes_per_second=self.store_gbytes_per_second * 1e9,
             store_latency_seconds=self.store_latency_ms / 1e3,
         )
+
+    def access(self) -> Access | None:
+        """Of the page, if there is to be one. Raises ConfigError."""
+        if not self.page:
+            return None
+        return page_access(self.page, self.page_token_file, self.page_hosts, is_open=self.page_open)
 
 
 def parse(argv: list[str] | None = None) -> Options:
@@ -120,10 +130,25 @@ def parse(argv: list[str] | None = None) -> Options:
         help="longest wait for a first token, on all workers together: then 503; default 300",
     )
     parser.add_argument("--next-token-seconds", help="longest wait between two tokens: then an error; default 60")
+    parser.add_argument(
+        "--page-token-file",
+        help=f"file with the token that the page asks for; default: the variable {VARIABLE}, if set. Required unless "
+        "the page is on loopback",
+    )
+    parser.add_argument(
+        "--page-hosts",
+        help="hosts, with commas between them, that a page without a token may be asked for beside its own, such as a "
+        "proxy's",
+    )
+    parser.add_argument(
+        "--page-open",
+        action="store_true",
+        help="show the page without a token to everybody who can reach it: for closed networks; `explain` is off then",
+    )
     return validated(Options, vars(parser.parse_args(argv)))
 
 
-async def serve(runtime: Any, options: Options) -> None:
+async def serve(runtime: Any, options: Options, access: Access | None) -> None:
     """Run the router until the runtime is shut down."""
     from dynamo.common.utils.prometheus import register_engine_metrics_callback
     from dynamo.llm import (
@@ -180,7 +205,7 @@ async def serve(runtime: Any, options: Options) -> None:
     router.decisions.watch(speeds, mirror, line.undecoded)
     explain = explain_handler(router, options.model_path or options.model_name)
     feed = Feed(router.decisions, workers, speeds, mirror, model=options.model_name, connected=lambda: line.connected)
-    page = await open_page(options.page, feed, explain)
+    page = await open_page(access, feed, explain) if access else None
     if page is not None:
         tasks.append(asyncio.create_task(feed.run()))
     # With the labels of Dynamo's own series.
@@ -270,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     model = Path(options.model_path or options.model_name)
     if model.is_absolute() and not (model / "config.json").is_file():
         raise ConfigError("model-path", model, "a folder with a config.json, or a name on the hub")
+    access = options.access()
     configure_dynamo_logging()
     logging.getLogger("components").setLevel(logging.INFO)
     asyncio.run(Bus.check(options.nats))
@@ -281,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         nonlocal started
         started = True
         try:
-            await serve(runtime, options)
+            await serve(runtime, options, access)
         except (ConfigError, UnavailableError) as error:
             failure.append(error)
             runtime.shutdown()

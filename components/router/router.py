@@ -39,6 +39,7 @@ from components.router.workers import Card, Workers
 from kvstore.bus.plan import FIELD, Plan, make_plan
 from kvstore.bus.residency import Mirror
 from kvstore.keys import sequence_hashes
+from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ class Router:
                 failures += not isinstance(error, Late)
                 if started or isinstance(error, Refused | GivenUp) or failures == ATTEMPTS:
                     raise
-                logger.warning("decision %s: worker %s failed: %s", decision_id, label(decided.chosen), error)
+                logger.warning("decision %s: worker %s failed: %s", decision_id, label(decided.chosen), shown(error))
                 last = error.with_traceback(None)  # which holds Dynamo's stream, and it this
                 tried.add(worker)
                 if not isinstance(error, WorkerError):

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from components.pricing.cost import Speeds
 from kvstore.bus.messages import TargetReport, WorkerReport
 from kvstore.net.wire import Outcome
+from kvstore.text import NAME_CHARACTERS_MAX, is_plain
 
 SAMPLES_MIN = 3
 _SAMPLES = 7
@@ -33,11 +34,14 @@ WORKERS_MAX = 16_384
 OLDER_MAX = 5
 _CHUNK_BYTES_MAX = 1 << 30
 _BLOCKS_PER_CHUNK_MAX = 1 << 16
-_WAITING_BYTES_MAX = 1 << 50
+_BYTES_MAX = 1 << 59  # of a target
 _OUTCOMES_MAX = 16  # kinds of outcomes of a fetch
+_ADAPTERS_MAX = 4096
 
 _OUTCOMES = tuple(outcome.name.lower() for outcome in Outcome if outcome is not Outcome.STORED)
 _PREFILL = ("prefill_base_seconds", "prefill_seconds_per_token", "prefill_seconds_per_token_squared")
+_TARGET_RATES = ("device_bytes_per_second", "sent_bytes_per_second", "received_bytes_per_second")
+_TARGET_SIZES = ("waiting_read_bytes", "waiting_write_bytes", "capacity_bytes", "payload_bytes", "connections")
 _RATES = ("dram_bytes_per_second", "store_bytes_per_second")
 
 
@@ -73,12 +77,12 @@ class LiveSpeeds:
     def __init__(self, prior: Speeds):
         self._prior = prior
         self._workers: dict[int, _Worker] = {}
-        self._targets: dict[str, tuple[TargetReport, float]] = {}
+        self._targets: dict[str, tuple[TargetReport, float, int]] = {}  # when it was heard, older ones since
         self.ignored: Counter[str] = Counter()  # reports, by reason
 
     def heard_worker(self, report: WorkerReport) -> bool:
         """Take in what a worker says; False if it is not to be believed, as a whole."""
-        if not (report.worker.isdigit() and len(report.worker) <= 20):
+        if not (report.worker.isascii() and report.worker.isdigit() and len(report.worker) <= 20):
             return self._ignore("worker id")
         prefill = tuple(getattr(report, name) for name in _PREFILL)
         numbers = [*prefill, *(getattr(report, name) for name in _RATES)]
@@ -88,6 +92,8 @@ class LiveSpeeds:
             return self._ignore("not a size")
         if not (0 < report.blocks_per_chunk <= _BLOCKS_PER_CHUNK_MAX and 0 < report.chunk_bytes <= _CHUNK_BYTES_MAX):
             return self._ignore("not a size")
+        if len(report.adapters) > _ADAPTERS_MAX:
+            return self._ignore("too many adapters")
         if len(report.fetched_chunks) > _OUTCOMES_MAX or any(count < 0 for count in report.fetched_chunks.values()):
             return self._ignore("not a count")
         # 1,000 tokens: a coefficient alone says little, the others may take its place.
@@ -116,21 +122,24 @@ class LiveSpeeds:
         return True
 
     def heard_target(self, report: TargetReport, now: float) -> bool:
-        if not math.isfinite(report.device_bytes_per_second) or report.device_bytes_per_second < 0:
+        if not is_plain(report.target, NAME_CHARACTERS_MAX):
+            return self._ignore("name")
+        if not all(0 <= getattr(report, name) < math.inf for name in _TARGET_RATES):
             return self._ignore("not a speed")
         rate = report.device_bytes_per_second
         if rate and not self._plausible(rate, self._prior.store_bytes_per_second):
             return self._ignore("absurd rate")
-        if not 0 <= report.waiting_read_bytes <= _WAITING_BYTES_MAX:
+        if not all(0 <= getattr(report, name) <= _BYTES_MAX for name in _TARGET_SIZES):
             return self._ignore("not a size")
-        if not math.isfinite(report.evicted_age_seconds):
+        if not 0 <= report.evicted_age_seconds < math.inf:
             return self._ignore("not an age")
-        last = self._targets.get(report.target)
-        if last is not None and (report.epoch, report.ts_ms) < (last[0].epoch, last[0].ts_ms):
-            return self._ignore("older than the last")
+        last, _, older = self._targets.get(report.target, (None, 0.0, 0))
         if last is None and len(self._targets) >= TARGETS_MAX:
             return self._ignore("too many targets")
-        self._targets[report.target] = report, now
+        if last is not None and (report.epoch, report.ts_ms) < (last.epoch, last.ts_ms) and older < OLDER_MAX:
+            self._targets[report.target] = last, self._targets[report.target][1], older + 1
+            return self._ignore("older than the last")
+        self._targets[report.target] = report, now, 0
         return True
 
     def of_worker(self, worker: int) -> Speeds:
@@ -152,14 +161,14 @@ class LiveSpeeds:
 
     def of_target(self, target: str, now: float) -> TargetSpeed | None:
         """None where nothing is known of now."""
-        report, heard = self._targets.get(target, (None, 0.0))
+        report, heard, _ = self._targets.get(target, (None, 0.0, 0))
         if report is None or now - heard > TARGET_SECONDS or report.device_bytes_per_second <= 0:
             return None
         return TargetSpeed(report.device_bytes_per_second, report.waiting_read_bytes)
 
     def targets(self, now: float) -> dict[str, tuple[TargetReport, float]]:
         """What each target said last, and seconds since."""
-        return {name: (report, now - heard) for name, (report, heard) in self._targets.items()}
+        return {name: (report, now - heard) for name, (report, heard, _) in self._targets.items()}
 
     @property
     def fetched_chunks(self) -> dict[int, dict[str, int]]:

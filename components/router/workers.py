@@ -60,7 +60,7 @@ class Workers:
         return (min if least else max)(lengths, default=0)
 
     def heard(self, report: WorkerReport, now: float) -> None:
-        if report.endpoint != self._endpoint or not report.worker.isdigit():
+        if report.endpoint != self._endpoint or not (report.worker.isascii() and report.worker.isdigit()):
             return
         worker = int(report.worker)
         known = self._reports.get(worker)

@@ -5,11 +5,12 @@ on serving and routers fall back to what they know by themselves.
 """
 
 import asyncio
+import contextlib
 import logging
 import re
 import ssl
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,10 +22,12 @@ from nats.errors import SecureConnRequiredError
 
 from kvstore.bus.broker import client_and_options
 from kvstore.errors import ConfigError, UnavailableError, masked
+from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
+_ANSWERS_MAX = 8  # kept of a conversation; one is expected at a time
 HEARTBEAT_SECONDS = 1.0
 _RECONNECT: dict[str, Any] = {
     "reconnect_time_wait": 0.5,
@@ -144,7 +147,7 @@ class Bus:
         greeting = True
 
         async def log_error(error: Exception) -> None:
-            logger.debug("nats: %s", masked(repr(error)))
+            logger.debug("nats: %s", shown(masked(repr(error))))
             if greeting:
                 errors.append(error)
                 if len(errors) >= len(options["servers"]) and all(map(_is_final, errors)):
@@ -185,7 +188,7 @@ class Bus:
                 message = msgspec.msgpack.decode(raw.data, type=kind)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 self.undecoded[kind.__name__] += 1
-                logger.debug("%s: not a %s: %s", raw.subject, kind.__name__, error)
+                logger.debug("%s: not a %s: %s", shown(raw.subject), kind.__name__, shown(error))
                 return
             answer = await handler(message)
             if answer is not None and raw.reply:
@@ -200,6 +203,17 @@ class Bus:
             return msgspec.msgpack.decode(raw.data, type=answer)
         except (TimeoutError, OSError, NatsError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
+
+    @contextlib.asynccontextmanager
+    async def conversation(self, to: str) -> AsyncIterator["Conversation"]:
+        """Several requests to one peer, in turn. Unlike with `request`, a second answer to one of them is noticed."""
+        inbox = self._client.new_inbox()
+        answers = await self._client.subscribe(inbox, pending_msgs_limit=_ANSWERS_MAX)
+        try:
+            yield Conversation(self._client, to, inbox, answers)
+        finally:
+            with contextlib.suppress(OSError, NatsError):
+                await answers.unsubscribe()
 
     @classmethod
     async def check(cls, url: str) -> None:
@@ -228,7 +242,7 @@ def _wants_credentials(error: Exception) -> bool:
 
 def _unreachable(url: str, error: Exception) -> str:
     where = f"at {url}" if "," not in url else f"at any of {url}"
-    reason = str(error) or type(error).__name__
+    reason = shown(masked(str(error))) or type(error).__name__
     if isinstance(error, SecureConnRequiredError):
         return f"nats: the server {where} has no TLS: give it certificates, or write nats:// for tls://"
     if isinstance(error, ssl.SSLError):
@@ -238,3 +252,30 @@ def _unreachable(url: str, error: Exception) -> str:
     if _wants_credentials(error):
         return f"nats: the server {where} lets nobody in without other credentials ({reason}): see NATS_AUTH_USERNAME"
     return f"nats: no server answers {where} ({reason}): start one there (nats-server), or name another"
+
+
+class Conversation:
+    """Requests to one peer and their answers, which come to an inbox of their own."""
+
+    def __init__(self, client: Client, to: str, inbox: str, answers: Subscription):
+        self._client = client
+        self._to = to
+        self._inbox = inbox
+        self._answers = answers
+
+    async def ask(self, message: msgspec.Struct, answer: type[Message], seconds: float) -> Message | None:
+        """The answer, or None if none came in time or it does not decode."""
+        try:
+            await self._client.publish(self._to, msgspec.msgpack.encode(message), reply=self._inbox)
+            raw = await self._answers.next_msg(seconds)
+            return msgspec.msgpack.decode(raw.data, type=answer)
+        except (TimeoutError, OSError, NatsError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+
+    async def hears_more(self, seconds: float) -> bool:
+        """Whether an answer comes that nothing was asked for: then somebody answers in another one's place."""
+        try:
+            await self._answers.next_msg(seconds)
+        except (TimeoutError, OSError, NatsError):
+            return False
+        return True

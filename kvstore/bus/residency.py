@@ -25,6 +25,7 @@ from nats.errors import Error as NatsError
 from kvstore.bus import messages
 from kvstore.bus.messages import Bus, Residency, SnapshotPage, SnapshotRequest
 from kvstore.disk.record import Entry
+from kvstore.text import NAME_CHARACTERS_MAX, is_plain, shown
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,14 @@ _SNAPSHOTS_KEPT = 2
 _CHANGES_MAX = 2 * MESSAGE_HASHES
 WAITING_HASHES = 4_000_000
 _TARGETS_MAX = 64  # bits of a mask
-_TARGET_CHARACTERS = 256
 _LAYOUTS_MAX = 64
+_PAGES_MAX = 4096  # of a snapshot: over 100 million chunks
+# Snapshots of one target are this far apart, however often it seems that something was missed. For so long after one, a
+# second answer is waited for.
+RESYNC_SECONDS = 1.0
+_DOUBT_SECONDS = 5.0
+# So many messages in a row of an epoch before the one that is known: that one was wrong, not theirs.
+_OLDER_MAX = 5
 _SLOTS_MIN = 1024
 # Fuller, and a miss takes more than four looks; emptier, and an entry takes more memory.
 _LOAD_MAX = 0.75
@@ -385,6 +392,8 @@ class _View:
 
     epoch: int = -1
     seq: int = -1
+    snapshot_seq: int = -1  # of the last snapshot
+    older: int = 0  # messages of an older epoch, in a row
     heard: float = 0.0  # time.monotonic() of the last announcement
     complete: bool = False  # False until a snapshot has been taken in
     bit: int = 0  # the target's in every table; 0 until a snapshot has been taken in
@@ -427,18 +436,26 @@ class Mirror:
     def applying(self, message: Residency, now: float) -> Steps:
         """`apply`, in steps. The next announcement comes after the last one."""
         view = self._views.get(message.target)
+        if view is None and len(self._views) >= _TARGETS_MAX:
+            self.forget_silent(now, self._max_age_seconds)
         if reason := self._wrong(message, view):
-            # Not heard, either: a target whose epochs begin anew is forgotten for its silence, and then believed.
+            # Not heard, either: a target whose epochs begin anew is forgotten, and then believed.
             self.ignored[reason] += 1
+            if view is not None and reason == "old epoch":
+                view.older += 1
+                if view.older >= _OLDER_MAX:
+                    self._clear(self._views.pop(message.target))
             return False
         if view is None:
             view = self._views[message.target] = _View()
-        view.heard = now
+        view.heard, view.older = now, 0
         if view.complete and (message.epoch, message.seq) == (view.epoch, view.seq + 1):
             yield from self._change(view, message)
             return False
         if view.complete and message.epoch == view.epoch and message.seq <= view.seq:
-            return False  # heard before
+            if message.seq <= view.snapshot_seq:
+                return False  # the snapshot has it
+            self.ignored["number used twice"] += 1  # by somebody else, and only a snapshot tells what is so
         begin = not view.joining and (view.complete or not view.waiting)
         if begin or len(view.waiting) >= self._waiting_max or view.waiting_hashes >= WAITING_HASHES:
             view.forget_waiting()
@@ -452,8 +469,8 @@ class Mirror:
         numbers = message.epoch, message.seq, message.fingerprint, message.blocks_per_chunk
         if not all(0 <= number <= _U64 for number in numbers):
             return "number out of range"
-        if len(message.target) > _TARGET_CHARACTERS:
-            return "name too long"
+        if not is_plain(message.target, NAME_CHARACTERS_MAX):
+            return "name"
         if len(message.stored) + len(message.removed) > _CHANGES_MAX:
             return "too many changes"
         if view is None and len(self._views) >= _TARGETS_MAX:
@@ -489,18 +506,20 @@ class Mirror:
             return False
         self._clear(view)
         view.bit = self._free_bit()
-        view.epoch, view.seq, view.complete, view.joining = first.epoch, first.seq, False, True
+        view.epoch, view.seq, view.snapshot_seq = first.epoch, first.seq, first.seq
+        view.complete, view.joining = False, True
         try:
             for page in pages:
                 yield from self._store(view, page.fingerprint, np.frombuffer(page.hashes, "<u8").astype(np.uint64))
             while view.waiting:
                 message = view.waiting.pop(0)
                 view.waiting_hashes -= len(message.stored) + len(message.removed)
-                if (message.epoch, message.seq) > (view.epoch, view.seq + 1):
+                number = message.epoch, message.seq
+                if number == (view.epoch, view.seq + 1):
+                    yield from self._change(view, message)
+                elif number > (view.epoch, view.snapshot_seq):  # a gap, or a number used twice
                     view.forget_waiting()
                     return False
-                if (message.epoch, message.seq) == (view.epoch, view.seq + 1):
-                    yield from self._change(view, message)
             view.complete = self._views.get(first.target) is view
         finally:
             view.joining = False
@@ -550,6 +569,13 @@ class Mirror:
         if self._gone and not self._gone[-1].release():
             self._gone.pop()
         return bool(self._gone) or any(table.work(_STEP_SLOTS) for table in self._tables.values())
+
+    def distrust(self, target: str) -> None:
+        """A snapshot had two answers. What is known of the target is not used until there is a new one."""
+        self.ignored["two snapshots"] += 1
+        if view := self._views.get(target):
+            view.complete = False
+            view.forget_waiting()
 
     def give_up_snapshot(self, target: str) -> None:
         """The next announcement asks for a snapshot again."""
@@ -652,10 +678,14 @@ def _u64s(numbers: list[int]) -> Hashes:
 async def follow(mirror: Mirror, line: Bus, namespace: str) -> None:
     """Keep `mirror` up with every target on the bus, until cancelled."""
     snapshots: set[asyncio.Task[None]] = set()
+    due: dict[str, float] = {}  # the next snapshot of each target
 
     async def heard(message: Residency) -> None:
-        if await _between_others(mirror.applying(message, time.monotonic())):
-            task = asyncio.create_task(_fetch_snapshot(mirror, line, namespace, message.target))
+        now = time.monotonic()
+        if await _between_others(mirror.applying(message, now)):
+            begin = max(now, due.get(message.target, now))
+            due[message.target] = begin + RESYNC_SECONDS
+            task = asyncio.create_task(_fetch_snapshot(mirror, line, namespace, message.target, begin - now))
             snapshots.add(task)
             task.add_done_callback(snapshots.discard)
 
@@ -666,20 +696,25 @@ async def follow(mirror: Mirror, line: Bus, namespace: str) -> None:
         if time.monotonic() - forgot >= 5:
             forgot = time.monotonic()
             mirror.forget_silent(forgot)
+            for target in [target for target, at in due.items() if at < forgot]:
+                del due[target]
 
 
-async def _fetch_snapshot(mirror: Mirror, line: Bus, namespace: str, target: str) -> None:
-    to = messages.subject(namespace, "snapshot", target)
+async def _fetch_snapshot(mirror: Mirror, line: Bus, namespace: str, target: str, wait_seconds: float) -> None:
+    await asyncio.sleep(wait_seconds)
     pages: list[SnapshotPage] = []
-    while not pages or len(pages) < pages[0].pages:
-        request = SnapshotRequest(pages[0].token if pages else 0, len(pages))
-        page = await line.request(to, request, SnapshotPage, seconds=5)
-        if page is None or not page.pages:
-            mirror.give_up_snapshot(target)
-            return
-        pages.append(page)
-    if await _between_others(mirror.joining(pages)):
-        logger.info("%s: %d chunks mirrored", target, sum(len(page.hashes) // 8 for page in pages))
+    async with line.conversation(messages.subject(namespace, "snapshot", target)) as peer:
+        while not pages or len(pages) < pages[0].pages:
+            request = SnapshotRequest(pages[0].token if pages else 0, len(pages))
+            page = await peer.ask(request, SnapshotPage, seconds=5)
+            if page is None or not 0 < page.pages <= _PAGES_MAX or len(page.hashes) > 8 * PAGE_HASHES:
+                mirror.give_up_snapshot(target)
+                return
+            pages.append(page)
+        if await _between_others(mirror.joining(pages)):
+            logger.info("%s: %d chunks mirrored", shown(target), sum(len(page.hashes) // 8 for page in pages))
+        if await peer.hears_more(_DOUBT_SECONDS):
+            mirror.distrust(target)
 
 
 def _batched(items: Iterable[tuple[int, bool]], size: int) -> Iterable[list[tuple[int, bool]]]:

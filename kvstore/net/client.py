@@ -29,6 +29,7 @@ from kvstore.net.tls import HANDSHAKE_SECONDS, ClientTls
 from kvstore.net.transport import Bytes, Cancelled, Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError, PutItem
 from kvstore.seal import TRAILER_BYTES, Reason, Seal, SealKey
+from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -546,7 +547,8 @@ class _TargetLine:
         except _FAILURES as error:
             self._far_until = time.monotonic() + FAR_SECONDS
             reason = str(error) or type(error).__name__
-            logger.warning("%s: staying with TCP, %r is not used: %s", self._target, welcome.unix_path, reason)
+            path = shown(welcome.unix_path)
+            logger.warning("%s: staying with TCP, %s is not used: %s", shown(self._target), path, shown(reason))
             return None
 
     def _connect_near(self, welcome: wire.Welcome, deadline: float) -> Stream:
@@ -558,7 +560,7 @@ class _TargetLine:
             hello = msgspec.structs.replace(self._hello, pass_id=welcome.pass_id)
             near = self._greet(stream, hello, deadline, welcome)
             if (near.target, near.epoch) != (welcome.target, welcome.epoch):
-                raise ProtocolError(f"it greets as {near.target!r}, not as {welcome.target!r}")
+                raise ProtocolError(f"it greets as {shown(near.target)}, not as {shown(welcome.target)}")
         except BaseException:
             stream.close()
             raise
@@ -607,7 +609,7 @@ class _TargetLine:
             self.failure = reason
         for stream in free:
             stream.close()
-        logger.warning("%s: %s; next try in %.1f s", self._target, reason, pause)
+        logger.warning("%s: %s; next try in %.1f s", shown(self._target), shown(reason), pause)
 
 
 def _greet(
@@ -687,7 +689,7 @@ def _expect(
     header = stream.receive_header(deadline, cancelled)
     if header.op is Op.ERROR:
         failure = wire.decode_control(stream.receive_control(header, deadline), wire.Failure)
-        raise ProtocolError(f"the target says: {failure.message}")
+        raise ProtocolError(f"the target says: {shown(failure.message)}")
     if header.op not in ops or header.request != request:
         raise ProtocolError(f"{header.op.name} {header.request} where {ops[0].name} {request} was expected")
     return header

@@ -19,6 +19,7 @@ from kvstore.net.target import Target
 from kvstore.net.tls import ServerTls
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, ProtocolError
+from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ class Lobby:
                 return
             self._complain_at = time.monotonic() + _COMPLAIN_SECONDS
             count = self.refused
-        logger.warning("closing a connection: %s (%d so far)", error, count)
+        logger.warning("closing a connection: %s (%d so far)", shown(error), count)
 
 
 def _expect(stream: Stream, op: Op, deadline: float) -> Header:

@@ -20,12 +20,14 @@ import xxhash
 from kvstore.errors import ConfigError, UnavailableError, run_command
 from kvstore.net.etcd import Etcd, checked_servers
 from kvstore.net.transport import split_address
+from kvstore.text import NAME_CHARACTERS_MAX, is_plain
 
 logger = logging.getLogger(__name__)
 
 # Long enough for a stalled machine to come back, short enough that a dead target is not asked for many requests.
 LEASE_SECONDS = 10
 POLL_SECONDS = 1.0
+TARGETS_MAX = 4096  # each is looked at for every key
 
 
 class Membership(Protocol):
@@ -56,6 +58,7 @@ class EtcdMembership:
     def __init__(self, servers: str, namespace: str):
         self._etcd = Etcd(servers)
         self._prefix = _prefix(namespace)
+        self._ignored = 0  # registrations, in the last look
         self._closed = threading.Event()
         self._targets = self._read()
         threading.Thread(target=self._poll, name="kvtier-etcd", daemon=True).start()
@@ -74,8 +77,13 @@ class EtcdMembership:
                 logger.warning("keeping the targets known: %s", error)
 
     def _read(self) -> tuple[str, ...]:
-        found = self._etcd.call(lambda client: list(client.get_prefix(self._prefix)))
-        return tuple(sorted(value.decode() for value, _ in found))
+        found = {value for value, _ in self._etcd.call(lambda client: list(client.get_prefix(self._prefix)))}
+        targets = sorted(address for value in found if (address := _as_address(value)))[:TARGETS_MAX]
+        if len(targets) != len(found) - self._ignored:
+            self._ignored = len(found) - len(targets)
+            if self._ignored:
+                logger.warning("etcd: %d registrations are ignored: no addresses, or too many", self._ignored)
+        return tuple(targets)
 
 
 class ChildMembership:
@@ -161,6 +169,16 @@ def place(key: bytes, targets: Sequence[str]) -> str | None:
     """The target that keeps `key`, by rendezvous hashing (Thaler and Ravishankar, 1998): when a target comes or goes,
     only its share moves."""
     return max(targets, key=lambda target: xxhash.xxh3_64_intdigest(key + target.encode()), default=None)
+
+
+def _as_address(value: bytes) -> str | None:
+    """What somebody registered, if it is the address of a target."""
+    address = value.decode("ascii", errors="replace")
+    try:
+        split_address(address)
+    except ValueError:
+        return None
+    return address if is_plain(address, NAME_CHARACTERS_MAX) else None
 
 
 def _prefix(namespace: str) -> str:

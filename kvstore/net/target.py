@@ -29,6 +29,7 @@ from kvstore.net.queues import BATCH_BYTES, Answer, Read, Reader, ReadQueue, Wan
 from kvstore.net.tls import ServerTls
 from kvstore.net.transport import Bytes, Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError
+from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ class Target:
                 return
             count, self._complaints = self._complaints, 0
             self._complain_at = time.monotonic() + _COMPLAIN_SECONDS
-        logger.warning("closing a connection: %s%s", error, f"; and {count - 1} more" if count > 1 else "")
+        logger.warning("closing a connection: %s%s", shown(error), f"; and {count - 1} more" if count > 1 else "")
 
     def _greet(self, connection: "_Connection") -> str:
         stream, deadline = connection.incoming, time.monotonic() + STALL_SECONDS

@@ -11,6 +11,7 @@ from typing import Annotated, NamedTuple, TypeVar
 import msgspec
 
 from kvstore.keys import KEY_BYTES
+from kvstore.text import shown
 
 VERSION = 1
 MAGIC = b"KVTR"
@@ -240,7 +241,7 @@ def decode_control(raw: bytes | bytearray | memoryview, kind: type[Control]) -> 
     try:
         control = msgspec.msgpack.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: nested too deep
-        raise ProtocolError(f"{kind.__name__}: {error}") from None
+        raise ProtocolError(f"{kind.__name__}: {shown(error)}") from None
     if isinstance(control, Get) and len(control.keys) != len(control.sizes):
         raise ProtocolError(f"Get: {len(control.keys)} keys with {len(control.sizes)} sizes")
     return control

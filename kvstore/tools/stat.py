@@ -22,6 +22,7 @@ from kvstore.net.client import StoreClient
 from kvstore.net.membership import Membership, StaticMembership
 from kvstore.net.tls import ClientTls
 from kvstore.net.wire import Outcome, Status
+from kvstore.text import clean
 from kvstore.tools import words
 
 HELP = """Show how targets are doing: what they hold, and what they did since their start. With --watch again and again;
@@ -133,7 +134,9 @@ def _ask(target: str, namespace: str, credential: Credential | None, tls: Client
         answer = client.stat(time.monotonic() + _PATIENCE_SECONDS).get(target)
     finally:
         client.close()
-    return answer or _reason(target, namespace, client.failure(target))
+    if answer is None:
+        return _reason(target, namespace, client.failure(target))
+    return msgspec.convert(clean(msgspec.to_builtins(answer)), Status)
 
 
 def _reason(target: str, namespace: str, failure: str) -> str:

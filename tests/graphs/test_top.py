@@ -23,6 +23,7 @@ from textual.widgets import DataTable, Static
 from components.pricing.cost import Speeds
 from components.router.decisions import Decisions
 from components.router.speeds import LiveSpeeds
+from components.router.view.access import page_access
 from components.router.view.feed import Feed
 from components.router.view.page import open_page
 from components.router.workers import Workers
@@ -69,8 +70,7 @@ async def cluster(start_target: Any) -> AsyncIterator[Cluster]:
     await asyncio.to_thread(client.put, [item(1)], soon())
     client.close()
     one = Cluster(target.address)
-    runner = await open_page(one.address, one.feed)
-    assert runner is not None
+    runner = await open_page(page_access(one.address), one.feed)
     yield one
     await runner.cleanup()
 
@@ -143,8 +143,7 @@ async def test_a_router_that_comes_back_is_seen_again(cluster: Cluster) -> None:
 
         assert (await observer.look()).state is None
         for _ in range(2):
-            runner = await open_page(address, cluster.feed)
-            assert runner is not None
+            runner = await open_page(page_access(address), cluster.feed)
             frame = await until(lambda frame: not frame.trouble)
             assert [one.id for one in frame.decisions] == ["d1"]
             await runner.cleanup()

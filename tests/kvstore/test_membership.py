@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from kvstore.errors import ConfigError, UnavailableError
+from kvstore.net.etcd import Etcd
 from kvstore.net.membership import EtcdMembership, Registration, open_membership, place
 from tests.conftest import eventually, key
 
@@ -48,6 +49,19 @@ def test_etcd_shows_who_comes_and_goes(etcd_address: str) -> None:
     assert again.epoch > second.epoch
     eventually(lambda: list(membership.targets()) == ["a:1", "b:2"])
     for one in (second, again, membership):
+        one.close()
+
+
+def test_what_is_no_address_in_etcd_is_left_out(etcd_address: str) -> None:
+    """Or whoever can write there ends what everybody knows of the targets."""
+    namespace = f"rogue-{os.getpid()}"
+    etcd = Etcd(etcd_address)
+    for number, value in enumerate([b"\xff\xfe", b"\x1b[31mred\r\n:1", b"nowhere", b"", b"a" * 300 + b":1"]):
+        etcd.call(lambda client, at=number, value=value: client.put(f"/kvtier/{namespace}/targets/{at}", value))
+    sound = Registration(etcd_address, namespace, "a:1")
+    membership = open_membership(f"etcd://{etcd_address}", namespace)
+    assert list(membership.targets()) == ["a:1"]
+    for one in (sound, membership):
         one.close()
 
 

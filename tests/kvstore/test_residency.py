@@ -6,12 +6,15 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable
 
+import msgspec
+import nats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from nats.aio.msg import Msg
 
-from kvstore.bus import residency
+from kvstore.bus import messages, residency
 from kvstore.bus.messages import Bus, Residency, SnapshotPage, SnapshotRequest
 from kvstore.bus.residency import Announcer, Mirror
 from kvstore.disk.record import Entry
@@ -225,7 +228,8 @@ class MirrorMachine(RuleBasedStateMachine):
     def lose(self, name: str) -> None:
         for other in self.seqs.keys() - {name}:
             epoch, seq = self.seqs[other]
-            self.mirror.apply(Residency(other, epoch, seq, 7, 2, [], [], 0), 100.0)
+            self.mirror.apply(Residency(other, epoch, seq + 1, 7, 2, [], [], 0), 100.0)
+            self.seqs[other] = epoch, seq + 1
         self.mirror.forget_silent(100.0)
         self.seqs.pop(name, None)
         self.held.pop(name, None)
@@ -263,7 +267,7 @@ def mirrored(held: Iterable[int], **options: int) -> tuple[Holdings, Mirror]:
         (Residency("t", 5, 2, 7, -2, [2], [], 0), "number out of range"),
         (Residency("t", 4, 2, 7, 2, [2], [1], 0), "old epoch"),
         (Residency("t", 5, 2, 7, 2, [2] * 70_000, [], 0), "too many changes"),
-        (Residency("t" * 300, 5, 2, 7, 2, [2], [], 0), "name too long"),
+        (Residency("t" * 300, 5, 2, 7, 2, [2], [], 0), "name"),
         (Residency("t", 5, 2, 7, 2, [2, -3], [1], 0), "hash out of range"),
         (Residency("t", 5, 2, 7, 2, [2], [1 << 64], 0), "hash out of range"),
     ],
@@ -303,6 +307,66 @@ def test_a_target_whose_epochs_begin_anew_is_believed_after_a_silence() -> None:
     assert mirror.apply(again.announcer.announcements()[0], 100.0)
     assert mirror.apply_snapshot(again.snapshot())
     assert known(mirror, [1, 2], 100.0) == {2}
+
+
+def test_a_forged_announcement_is_found_out_by_the_next_true_one() -> None:
+    """Two messages with one number: only a snapshot tells which was the target's."""
+    holdings, mirror = mirrored([1])
+    forged = Residency("t", 5, 2, 7, 2, [99], [1], 0)
+    assert not mirror.apply(forged, 0.0)
+    assert known(mirror, [1, 99]) == {99}
+    assert mirror.apply(holdings.announcer.announcements()[0], 0.0)
+    assert known(mirror, [1, 99]) == set()
+    assert mirror.apply_snapshot(holdings.snapshot())
+    assert known(mirror, [1, 99]) == {1}
+    assert mirror.ignored == {"number used twice": 1}
+
+
+def test_a_forged_epoch_counts_until_the_target_has_spoken_some_times() -> None:
+    holdings, mirror = mirrored([1])
+    mirror.apply(Residency("t", 1 << 60, 1, 7, 2, [], [], 0), 0.0)
+    assert mirror.apply_snapshot([SnapshotPage("t", 1 << 60, 1, 9, 1, 7, bytes([9] * 8))])
+    asked = [mirror.apply(holdings.announcer.announcements()[0], 0.0) for _ in range(6)]
+    assert asked == [False] * 5 + [True]
+    assert mirror.apply_snapshot(holdings.snapshot())
+    assert known(mirror, [1]) == {1}
+
+
+def test_targets_that_nobody_hears_make_room() -> None:
+    mirror = Mirror()
+    for number in range(70):
+        mirror.apply(Residency(f"forged-{number}", 1, 1, 7, 2, [], [], 0), 0.0)
+    assert not mirror.apply(Residency("t", 1, 1, 7, 2, [], [], 0), 5.0)
+    assert mirror.apply(Residency("t", 1, 1, 7, 2, [], [], 0), 11.0)
+
+
+async def test_a_snapshot_with_two_answers_is_not_believed(nats_url: str) -> None:
+    line, forger = await Bus.connect(nats_url, "test"), await nats.connect(nats_url)
+    mirror, holdings = Mirror(), Holdings("10.0.0.1:7600", held=range(1, 10))
+    lies = True
+
+    async def lie(raw: Msg) -> None:
+        if lies:
+            forged = SnapshotPage("10.0.0.1:7600", 1, 1, 9, 1, 7, (1 << 40).to_bytes(8, "little"))
+            await raw.respond(msgspec.msgpack.encode(forged))
+
+    await forger.subscribe(messages.subject("lies", "snapshot"), cb=lie)
+    await forger.flush()
+    tasks = [
+        asyncio.create_task(residency.follow(mirror, line, "lies")),
+        asyncio.create_task(residency.announce(holdings.announcer, line, "lies")),
+    ]
+    clock = asyncio.get_running_loop().time
+    async with asyncio.timeout(30):
+        while not mirror.ignored["two snapshots"]:
+            await asyncio.sleep(0.02)
+        lies = False
+        while known(mirror, [*range(1, 10), 1 << 40], clock()) != set(range(1, 10)):
+            await asyncio.sleep(0.02)
+    for task in tasks:
+        task.cancel()
+    await forger.close()
+    await line.close()
 
 
 def test_entries_are_bounded() -> None:

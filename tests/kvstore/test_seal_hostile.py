@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.store import hostile
+from benchmarks.store import hostile, hostile_bus
 from benchmarks.store.seal import measure, table
 from kvstore.seal import Mode
 
@@ -26,6 +26,24 @@ def test_the_same_answers_are_accepted_without(seed: int) -> None:
     # What a crc and a length tell, and what claims nothing.
     told = {"bits flipped, old crc", "truncated", "extended", "cut off", "a miss for what is there"}
     assert not (told | {"an outcome that does not exist"}) & side.accepted_by_kind.keys()
+
+
+def test_of_an_adversary_on_the_bus_and_in_etcd_nothing_stays(seed: int) -> None:
+    """Not one value of a rogue target is accepted, what a router keeps has a bound, and it soon knows what is so."""
+    result = hostile_bus.play(seed, 20)
+    assert result.failures == []
+    assert result.targets_most <= 64
+    assert result.table_bytes_most < 32 << 20
+    reasons = {
+        "name",
+        "not a speed",
+        "worker id",
+        "too many changes",
+        "old epoch",
+        "number used twice",
+        "two snapshots",
+    }
+    assert reasons <= result.ignored.keys()
 
 
 def test_what_a_seal_costs_is_measured() -> None:

@@ -13,8 +13,9 @@ from components.pricing.cost import Candidate, Policy, Speeds, choose
 from components.router.decisions import KEPT, LOGGED, Decisions
 from components.router.speeds import LiveSpeeds
 from components.router.view import explain
+from components.router.view.access import page_access
 from components.router.view.feed import ROWS, SAMPLES_PER_SECOND, Feed, Growth, Viewer
-from components.router.view.page import VIEWERS_MAX, open_page
+from components.router.view.page import VIEWERS_OF_PEER_MAX, open_page
 from components.router.view.state import Update
 from components.router.workers import Workers
 from graphs.services import free_port
@@ -73,8 +74,7 @@ async def test_decisions_can_be_read_over_http(capsys: pytest.CaptureFixture[str
     decided(decisions, "d1")
     decided(decisions, "d2", queued=30_000)
     url = f"http://127.0.0.1:{(port := free_port())}"
-    runner = await open_page(f"127.0.0.1:{port}", feed_of(decisions))
-    assert runner is not None
+    runner = await open_page(page_access(f"127.0.0.1:{port}"), feed_of(decisions))
     try:
         async with aiohttp.ClientSession() as session:
 
@@ -96,7 +96,7 @@ async def test_decisions_can_be_read_over_http(capsys: pytest.CaptureFixture[str
             async with session.post(url + "/decisions") as reply:
                 assert reply.status == 405
         with pytest.raises(UnavailableError, match="choose another port"):
-            await open_page(f"127.0.0.1:{port}", feed_of(decisions))
+            await open_page(page_access(f"127.0.0.1:{port}"), feed_of(decisions))
         print(await explain.explained(url, "d1", 10))
         shown = capsys.readouterr().out
         assert "-> worker 1" in shown
@@ -111,11 +111,10 @@ async def test_decisions_can_be_read_over_http(capsys: pytest.CaptureFixture[str
         await explain.explained(url, "", 10)
 
 
-async def test_a_page_needs_an_address() -> None:
-    assert await open_page("", feed_of(Decisions(16))) is None
+def test_a_page_needs_an_address() -> None:
     for address in ("8300", "localhost:", "localhost:99999"):
         with pytest.raises(ConfigError, match="page"):
-            await open_page(address, feed_of(Decisions(16)))
+            page_access(address)
 
 
 def test_of_a_large_cluster_the_cheapest_are_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -132,8 +131,7 @@ def test_of_a_large_cluster_the_cheapest_are_logged(caplog: pytest.LogCaptureFix
 async def test_what_is_sent_is_guarded() -> None:
     """A strict policy on every answer; only this machine's names; nothing but the page's own files."""
     port = free_port()
-    runner = await open_page(f"127.0.0.1:{port}", feed_of(Decisions(16)))
-    assert runner is not None
+    runner = await open_page(page_access(f"127.0.0.1:{port}"), feed_of(Decisions(16)))
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
             for path in ("/", "/page.css", "/main.js", "/vendor/uPlot.iife.min.js", "/state", "/nothing"):
@@ -168,13 +166,12 @@ async def test_viewers_are_bounded_and_a_slow_one_holds_up_nobody() -> None:
     decisions = Decisions(16)
     feed = feed_of(decisions)
     port = free_port()
-    runner = await open_page(f"127.0.0.1:{port}", feed)
-    assert runner is not None
+    runner = await open_page(page_access(f"127.0.0.1:{port}"), feed)
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
             _, slow = await asyncio.open_connection("127.0.0.1", port)
             slow.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")  # and never reads
-            replies = [await session.get("/events") for _ in range(VIEWERS_MAX - 1)]
+            replies = [await session.get("/events") for _ in range(VIEWERS_OF_PEER_MAX - 1)]
             async with asyncio.timeout(20):
                 while (full := await session.get("/events")).status == 200:
                     full.close()  # the slow one was not heard yet

@@ -16,6 +16,7 @@ from playwright.async_api import Browser, Page, expect
 from components.pricing.cost import Candidate, Choice, Choices, Policy, Speeds, choose
 from components.router.decisions import Decisions
 from components.router.speeds import LiveSpeeds
+from components.router.view.access import page_access
 from components.router.view.feed import Feed
 from components.router.view.page import open_page
 from components.router.workers import Workers
@@ -53,7 +54,7 @@ class Shown:
         self.feed = Feed(
             self.decisions, self.workers, self.speeds, self.mirror, model=model, connected=lambda: self.connected
         )
-        self.runner = await open_page(f"127.0.0.1:{self.port}", self.feed)
+        self.runner = await open_page(page_access(f"127.0.0.1:{self.port}"), self.feed)
 
     async def stop(self) -> None:
         assert self.runner is not None

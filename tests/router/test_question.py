@@ -10,6 +10,7 @@ import pytest
 
 from components.router.router import Router
 from components.router.view import explain
+from components.router.view.access import page_access
 from components.router.view.page import open_page
 from components.router.view.question import explain_handler
 from graphs.services import free_port
@@ -25,8 +26,7 @@ async def asked(tmp_path: Path) -> AsyncIterator[tuple[Router, str]]:
     router = make(KvRouter([1, 26]), mirror_with(8))
     model = make_tiny_model(tmp_path / "model", layers=1)
     address = f"127.0.0.1:{free_port()}"
-    runner = await open_page(address, feed_of(router.decisions), explain_handler(router, str(model)))
-    assert runner is not None
+    runner = await open_page(page_access(address), feed_of(router.decisions), explain_handler(router, str(model)))
     yield router, f"http://{address}"
     await runner.cleanup()
 
@@ -88,8 +88,7 @@ async def test_the_command_line_prices_a_prompt(
 async def test_a_router_that_cannot_be_asked_says_so(asked: tuple[Router, str]) -> None:
     router, _ = asked
     address = f"127.0.0.1:{free_port()}"
-    runner = await open_page(address, router.decisions)
-    assert runner is not None
+    runner = await open_page(page_access(address), router.decisions)
     with pytest.raises(UnavailableError):
         await asyncio.to_thread(explain.main, ["--tokens", "1", "--url", f"http://{address}"])
     await runner.cleanup()

@@ -10,19 +10,25 @@ priced on every worker as things are now, and not sent.
 import argparse
 import asyncio
 from pathlib import Path
+from typing import TypeVar
 
 import aiohttp
 import msgspec
 
 from components.router.decisions import Decision
+from components.router.view.access import TOKEN_HELP, bearer, page_token, unknown
 from components.router.view.question import Question
 from kvstore.errors import ConfigError, UnavailableError
+from kvstore.text import clean, shown
 from kvstore.tools import words
 
+Answer = TypeVar("Answer")
 _SOURCES = ("hbm", "dram", "store", "computed")
 
 
-async def explained(url: str, decision: str = "", limit: int = 20, question: Question | None = None) -> str:
+async def explained(
+    url: str, decision: str = "", limit: int = 20, question: Question | None = None, token: str | None = None
+) -> str:
     """Raises ConfigError for a decision that is not kept (any more) or a prompt that the router refuses,
     UnavailableError if no router answers."""
     path = f"/decisions/{decision}" if decision else f"/decisions?limit={limit}" if question is None else "/explain"
@@ -30,10 +36,14 @@ async def explained(url: str, decision: str = "", limit: int = 20, question: Que
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as session,
-            session.request("GET" if asked is None else "POST", url.rstrip("/") + path, data=asked) as reply,
+            session.request(
+                "GET" if asked is None else "POST", url.rstrip("/") + path, data=asked, headers=bearer(token)
+            ) as reply,
         ):
             body = await reply.read()
-            told = body.decode(errors="replace").strip()
+            told = shown(body.decode(errors="replace").strip())
+            if reply.status == 401:
+                raise UnavailableError(f"router: {url}: {unknown(token)}")
             if decision and reply.status == 404:
                 raise ConfigError("decision", decision, f"the id of a recent one ({told})")
             if asked is not None and reply.status in (400, 413):
@@ -42,12 +52,16 @@ async def explained(url: str, decision: str = "", limit: int = 20, question: Que
                 raise UnavailableError(f"router: {url}: {told}")
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         raise UnavailableError(
-            f"router: no router answers at {url} ({error}): start it with --page, or name its address with --url"
+            f"router: no router answers at {url} ({shown(error)}): start it with --page, or name its address with --url"
         ) from None
     if decision or question:
-        return _in_full(msgspec.json.decode(body, type=Decision))
+        return _in_full(_decoded(body, Decision))
     rows = [f"{'decision':<14}{'tokens':>8}{'worker':>18}{'fetch':>7}{'predicted s':>13}{'actual s':>10}  outcome"]
-    return "\n".join(rows + [_row(one) for one in msgspec.json.decode(body, type=list[Decision])])
+    return "\n".join(rows + [_row(one) for one in _decoded(body, list[Decision])])
+
+
+def _decoded(body: bytes, kind: type[Answer]) -> Answer:
+    return msgspec.convert(clean(msgspec.json.decode(body)), kind)
 
 
 def _row(one: Decision) -> str:
@@ -78,8 +92,8 @@ def _in_full(one: Decision) -> str:
     prices = [[_ms(seconds) for seconds in (*each.price.values(), each.price_seconds)] for each in candidates]
     for title, names, rows in (("tokens by source", _SOURCES, tokens), ("ms by term of the price", terms, prices)):
         marks = ["<-" if each.worker == one.chosen else "" for each in candidates]
-        shown = [[each.worker, *row, mark] for each, row, mark in zip(candidates, rows, marks, strict=True)]
-        lines += ["", title, words.table([["worker", *names, ""], *shown])]
+        table = [[each.worker, *row, mark] for each, row, mark in zip(candidates, rows, marks, strict=True)]
+        lines += ["", title, words.table([["worker", *names, ""], *table])]
     return "\n".join(lines)
 
 
@@ -103,8 +117,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chat", action="store_true", help="the text is a user's first message of a chat")
     parser.add_argument("--url", default="http://127.0.0.1:8300", help="the router's page; default %(default)s")
     parser.add_argument("--limit", type=int, default=20, help="how many to list; default 20")
+    parser.add_argument("--page-token-file", type=Path, help=TOKEN_HELP)
     options = parser.parse_args(argv)
-    print(asyncio.run(explained(options.url, options.decision, options.limit, _question(options))))
+    token = page_token(options.page_token_file)
+    print(asyncio.run(explained(options.url, options.decision, options.limit, _question(options), token)))
 
 
 def _question(options: argparse.Namespace) -> Question | None:

@@ -7,10 +7,11 @@ GET /decisions?limit=20&worker=1a    the latest first
 GET /decisions/<id>                  one, with every candidate and each term of its price
 POST /explain                        what would be decided of a prompt (question.py)
 GET /metrics                         Prometheus
+
+With a token (access.py), only /metrics and the page's own files are for everybody.
 """
 
 import asyncio
-import ipaddress
 from pathlib import Path
 
 import msgspec
@@ -19,29 +20,38 @@ from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from components.router.decisions import KEPT
+from components.router.view.access import Access, Door, is_of_another_site
 from components.router.view.feed import Feed, Viewer
 from components.router.view.state import SOURCES
-from kvstore.errors import ConfigError, UnavailableError
+from kvstore.errors import UnavailableError
+from kvstore.text import shown
 
 LIMIT = 100
 # More would cost the router more than looking is worth: an update takes it some 0.3 ms a viewer and second.
 VIEWERS_MAX = 16
+VIEWERS_OF_PEER_MAX = 8
 # One who does not take an update for so long is let go, and may come back.
 _SLOW_SECONDS = 20.0
+# A request's head must be there within this time of its connection, or of the answer before it; then its body, for
+# which a slow link has time enough; then it must be answered, and the answer taken. The first text that is explained
+# loads a tokenizer.
+_HEAD_SECONDS, _BODY_SECONDS, _ANSWER_SECONDS = 15.0, 10.0, 60.0
+_BODY_BYTES_MAX = 1 << 20
 _STATIC = Path(__file__).parent / "static"
+_LOGIN = _STATIC / "login.html"
 _TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 
 
-def make_app(feed: Feed, host: str = "127.0.0.1", explain: Handler | None = None) -> web.Application:
-    """Without a check of the Host header where `host` is not loopback: whoever binds it elsewhere shows it to all."""
-    viewers: set[asyncio.Task[object]] = set()
+def make_app(feed: Feed, access: Access, explain: Handler | None = None) -> web.Application:
+    viewers: dict[asyncio.Task[object], str | None] = {}  # and the address of each
 
     async def state(_: web.Request) -> web.Response:
         return _json(feed.state)
@@ -49,7 +59,7 @@ def make_app(feed: Feed, host: str = "127.0.0.1", explain: Handler | None = None
     async def several(request: web.Request) -> web.Response:
         limit = request.query.get("limit", str(LIMIT))
         if not limit.isdecimal() or not 0 < int(limit) <= KEPT:
-            raise web.HTTPBadRequest(text=f"limit: {limit}: expected 1 to {KEPT}\n")
+            raise web.HTTPBadRequest(text=f"limit: {shown(limit)}: expected 1 to {KEPT}\n")
         worker = request.query.get("worker", "")
         wanted = [one.id for one in feed.decisions.newest(KEPT) if worker in ("", one.chosen)][: int(limit)]
         found = []
@@ -62,7 +72,7 @@ def make_app(feed: Feed, host: str = "127.0.0.1", explain: Handler | None = None
     async def one(request: web.Request) -> web.Response:
         found = feed.find(request.match_info["id"])
         if found is None:
-            raise web.HTTPNotFound(text=f"no decision {request.match_info['id']} among the last {KEPT}\n")
+            raise web.HTTPNotFound(text=f"no decision {shown(request.match_info['id'])} among the last {KEPT}\n")
         return _json(found)
 
     async def metrics(_: web.Request) -> web.Response:
@@ -72,16 +82,16 @@ def make_app(feed: Feed, host: str = "127.0.0.1", explain: Handler | None = None
     async def events(request: web.Request) -> web.StreamResponse:
         source = request.query.get("source", "")
         if source not in ("", *SOURCES):
-            raise web.HTTPBadRequest(text=f"source: {source}: expected one of {', '.join(SOURCES)}\n")
-        if len(viewers) >= VIEWERS_MAX:
-            raise web.HTTPServiceUnavailable(text=f"{VIEWERS_MAX} look already; close one\n")
+            raise web.HTTPBadRequest(text=f"source: {shown(source)}: expected one of {', '.join(SOURCES)}\n")
+        if len(viewers) >= VIEWERS_MAX or list(viewers.values()).count(request.remote) >= VIEWERS_OF_PEER_MAX:
+            raise web.HTTPServiceUnavailable(text=f"{len(viewers)} look already; close one\n")
         task = asyncio.current_task()
         assert task is not None
-        viewers.add(task)
+        viewers[task] = request.remote
         try:
             return await _stream(request, Viewer(feed, request.query.get("worker", ""), source))
         finally:
-            viewers.discard(task)
+            del viewers[task]
 
     async def _stream(request: web.Request, viewer: Viewer) -> web.StreamResponse:
         """Nothing is queued: a viewer whose connection is full gets what is new when it has room again."""
@@ -98,12 +108,50 @@ def make_app(feed: Feed, host: str = "127.0.0.1", explain: Handler | None = None
                 request.transport.abort()
         return response
 
-    @web.middleware
-    async def checked(request: web.Request, handler: Handler) -> web.StreamResponse:
-        # A site whose name was made to point here must not read it from somebody's browser.
-        if _is_loopback(host) and not _is_loopback(request.host):
-            raise web.HTTPMisdirectedRequest(text=f"Host: {request.host}: expected {host}\n")
+    async def unexplained(_: web.Request) -> web.Response:
+        # It tells whether somebody's prompt is cached.
+        raise web.HTTPForbidden(text="explain: off without a token: start the router with --page-token-file\n")
+
+    async def log_in(request: web.Request) -> web.Response:
+        given = (await request.post()).get("token", "")
+        if not isinstance(given, str) or not access.is_token(given):
+            return _login_form()
+        response = web.Response(status=303, headers={"Location": "./"})
+        access.give_cookie(response)
+        return response
+
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if access.token is None and not access.is_own(request.host):
+            raise web.HTTPMisdirectedRequest(text=f"Host: {shown(request.host)}: expected {access.host}\n")
+        if request.method == "POST":
+            if is_of_another_site(request):
+                raise web.HTTPForbidden(text="another site's page sends this\n")
+            async with asyncio.timeout(_BODY_SECONDS):
+                await request.read()
+        if request.path in closed or request.path.startswith("/decisions"):
+            if not access.is_known(request):
+                text = "expected the page's token: Authorization: Bearer TOKEN\n"
+                raise web.HTTPUnauthorized(text=text, headers={"WWW-Authenticate": "Bearer"})
+        elif request.path == "/" and not access.is_known(request):
+            return _login_form()
         return await handler(request)
+
+    @web.middleware
+    async def bounded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Within a time that ends with the answer taken; whoever takes longer is cut off. An event stream has a time
+        for each event."""
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS) as bound:
+                if request.path == "/events":
+                    bound.reschedule(None)
+                response = await guarded(request, handler)
+                await response.prepare(request)
+                await response.write_eof()
+                return response
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+            raise web.HTTPRequestTimeout from None
 
     async def secured(_: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(_HEADERS)
@@ -113,7 +161,8 @@ def make_app(feed: Feed, host: str = "127.0.0.1", explain: Handler | None = None
         for task in viewers:
             task.cancel()
 
-    app = web.Application(middlewares=[checked])
+    closed = {"/state", "/events", "/explain"}
+    app = web.Application(middlewares=[bounded], client_max_size=_BODY_BYTES_MAX)
     app.on_response_prepare.append(secured)
     app.on_shutdown.append(leave)
     app.add_routes(
@@ -126,34 +175,42 @@ def make_app(feed: Feed, host: str = "127.0.0.1", explain: Handler | None = None
             *(web.get(path, _sending(file)) for path, file in _files().items()),
         ]
     )
+    if access.token is not None:
+        app.add_routes([web.post("/login", log_in)])
     if explain is not None:
-        app.add_routes([web.post("/explain", explain)])
+        app.add_routes([web.post("/explain", explain if access.explains else unexplained)])
     return app
 
 
-async def open_page(address: str, feed: Feed, explain: Handler | None = None) -> web.AppRunner | None:
-    """Serve at host:port until the runner's cleanup; None for no address.
-
-    Raises ConfigError for an address that is none and UnavailableError if it is taken.
-    """
-    if not address:
-        return None
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError("page", address, "host:port, such as 127.0.0.1:8300")
-    runner = web.AppRunner(make_app(feed, host, explain), access_log=None)
+async def open_page(access: Access, feed: Feed, explain: Handler | None = None) -> web.AppRunner:
+    """Serve until the runner's cleanup. Raises UnavailableError if the address is taken."""
+    app = make_app(feed, access, explain)
+    runner = web.AppRunner(app, access_log=None, keepalive_timeout=_HEAD_SECONDS, lingering_time=1.0)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host.strip("[]"), int(port)).start()
+        await _Site(runner, access.host, access.port).start()
     except OSError as error:
         await runner.cleanup()
+        address = f"{access.host}:{access.port}"
         raise UnavailableError(f"page: {address}: {error.strerror}: choose another port") from None
     return runner
+
+
+class _Site(web.TCPSite):
+    """Has each connection go through the door."""
+
+    async def start(self) -> None:
+        server = self._runner.server
+        assert server is not None
+        await web.BaseSite.start(self)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: Door(server), self._host, self._port)
 
 
 def _files() -> dict[str, Path]:
     """The page's files by path; nothing else can be asked for."""
     found = {f"/{file.relative_to(_STATIC)}": file for file in _STATIC.rglob("*") if file.suffix in _TYPES}
+    del found[f"/{_LOGIN.name}"]
     return {"/": found.pop("/index.html"), **found}
 
 
@@ -166,14 +223,9 @@ def _sending(file: Path) -> Handler:
     return send
 
 
-def _is_loopback(host: str) -> bool:
-    """Whether a host, with or without a port, is this machine's own."""
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() and not host.endswith("]") else host
-    name = name.strip("[]")
-    try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+def _login_form() -> web.Response:
+    headers = {"Cache-Control": "no-store", "WWW-Authenticate": "Bearer"}
+    return web.Response(status=401, body=_LOGIN.read_bytes(), content_type="text/html", headers=headers)
 
 
 def _json(content: object) -> web.Response:

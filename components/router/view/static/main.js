@@ -84,6 +84,7 @@ function connect() {
     if (mine.readyState !== EventSource.CLOSED) return;
     fetch("state").then(
       (reply) => {
+        if (reply.status === 401) location.reload(); // the cookie has expired: the form asks for the token again
         refused = reply.ok ? "Too many look at this router already" : "";
       },
       () => {

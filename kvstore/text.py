@@ -1,0 +1,30 @@
+"""Text that somebody else chose, made safe to show: names and messages from the bus, the wire, etcd and HTTP."""
+
+TEXT_CHARACTERS_MAX = 200
+NAME_CHARACTERS_MAX = 256  # of a target, as on the wire
+
+
+def shown(text: object, characters_max: int = TEXT_CHARACTERS_MAX) -> str:
+    """`str(text)` for a log, a terminal or an error message. What is not printable is escaped as in Python: control
+    characters, terminal escapes, line ends, marks that turn the direction of writing. A long text is cut."""
+    whole = str(text)
+    safe = "".join(one if one.isprintable() else _escaped(one) for one in whole[:characters_max])
+    return safe if len(whole) <= characters_max else f"{safe}... ({len(whole)} characters)"
+
+
+def is_plain(name: str, characters_max: int) -> bool:
+    """Whether a name has 1 to `characters_max` characters of printable ASCII, as every address and id has."""
+    return 0 < len(name) <= characters_max and name.isascii() and name.isprintable()
+
+
+def clean(value: object) -> object:
+    """Plain data, as JSON has it, with every text in it as `shown` has it."""
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, dict):
+        return {clean(key): clean(one) for key, one in value.items()}
+    return [clean(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
