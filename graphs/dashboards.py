@@ -476,6 +476,12 @@ def workers() -> dashboard.Dashboard:
                     stacked=True,
                 ),
                 graph(
+                    "Values rejected",
+                    "Their seal did not hold, by reason. Any at all is worth a look at who answers.",
+                    "short",
+                    (_rate("vllm:kvtier_rejected_values_total", mine, "reason"), "{{reason}}"),
+                ),
+                graph(
                     "Chunks stored",
                     "By outcome: known are those that the store had.",
                     "short",
