@@ -135,6 +135,7 @@ async def test_on_loopback_other_sites_get_nothing() -> None:
 def test_a_token_that_cannot_be_one_is_refused_and_not_shown(content: str, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(content)
+    file.chmod(0o600)
     with pytest.raises(ConfigError, match="page-token-file") as caught:
         accesses.page_token(file)
     assert not content or content not in str(caught.value)
@@ -142,6 +143,9 @@ def test_a_token_that_cannot_be_one_is_refused_and_not_shown(content: str, tmp_p
         accesses.page_token(tmp_path / "none")
     file.write_text(f"{TOKEN}\n")
     assert accesses.page_token(file) == TOKEN
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="only its owner can read"):
+        accesses.page_token(file)
 
 
 def test_the_router_ends_with_a_sentence() -> None:

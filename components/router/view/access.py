@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from kvstore import credentials
+from kvstore import credentials, private
 from kvstore.credentials import Credential
 from kvstore.errors import ConfigError
 from kvstore.net.transport import split_address
@@ -127,16 +127,13 @@ def page_access(
 
 
 def page_token(path: Path | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The page's token: a file's content, otherwise the environment's KVTIER_PAGE_TOKEN; None if there is neither.
-    Raises ConfigError, which does not show it."""
+    """The page's token: the content of a file that nobody else can read, otherwise the environment's KVTIER_PAGE_TOKEN;
+    None if there is neither. Raises ConfigError, which does not show it."""
     if path is None:
         field, source, text = VARIABLE, VARIABLE, environ.get(VARIABLE, "")
     else:
         field, source = "page-token-file", str(path)
-        try:
-            text = path.read_text(errors="replace")
-        except OSError as error:
-            raise ConfigError(field, source, f"a file that can be read ({error.strerror})") from None
+        text = private.read(field, path).decode(errors="replace")
     token = text.strip()
     if path is None and not token:
         return None
