@@ -1,4 +1,4 @@
-"""The console script, under two names: `kvtier serve|render|store|top|explain|size` and `dynamo serve|render`.
+"""The console script, under two names: `kvtier serve|render|store|connector|top|...` and `dynamo serve|render`.
 
 Each command imports what it needs when it is called. Only serve and render need Dynamo.
 """
@@ -21,6 +21,8 @@ HELP = """
                                         dynamo render k8s graphs.agg_router:Frontend -f config.yaml
                                         dynamo render prometheus graphs.agg_router:Frontend -f config.yaml
   store    run a target by itself:      kvtier store --dir /nvme0 --capacity 3T   (the same as python -m kvstore)
+  connector
+           the tier for vllm serve:     vllm serve MODEL --kv-transfer-config "$(kvtier connector --store HOST:7600)"
   top      look at it, on a terminal:   kvtier top --url http://127.0.0.1:8300   (the router's --page)
   explain  why a prompt went there:     kvtier explain [DECISION] --url http://127.0.0.1:8300   (the router's --page)
            where one would go:          kvtier explain --prompt TEXT
@@ -30,6 +32,7 @@ HELP = """
 """
 _MODULES = {
     "store": "kvstore.__main__",
+    "connector": "components.worker.transfer",
     "top": "graphs.top",
     "explain": "components.router.view.explain",
     "size": "graphs.size",

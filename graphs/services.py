@@ -234,7 +234,8 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
 def _disaggregated(mode: str, tier: Mapping[str, Setting] | None, *, on_gpu: bool) -> list[str]:
     """What a prefill or decode worker is told beyond the flags of any: its part, and that KV goes from one to the other
     by NIXL. The tier goes beside NIXL. Prefill and decode workers find each other through the frontend."""
-    from components.worker.__main__ import Options, compose
+    from components.worker.__main__ import Options
+    from components.worker.transfer import transfer_config
 
     role = "kv_producer" if mode == "prefill" else "kv_consumer"
     nixl: dict[str, object] = {"kv_connector": "NixlConnector", "kv_role": role}
@@ -245,8 +246,7 @@ def _disaggregated(mode: str, tier: Mapping[str, Setting] | None, *, on_gpu: boo
     arguments = ["--disaggregation-mode", mode]
     if tier is not None:
         options = validated(Options, {key.replace("-", "_"): value for key, value in tier.items()})
-        command, _ = compose(options, [])
-        ours = json.loads(command[command.index("--kv-transfer-config") + 1])
+        ours = transfer_config(options)
         # MultiConnector refuses two different wishes for the layout, and NIXL has one.
         ours["kv_connector_extra_config"]["kv_cache_layout"] = None
         transfer = {

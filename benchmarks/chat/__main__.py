@@ -62,8 +62,8 @@ from benchmarks.chat.load import (
 )
 from benchmarks.chat.plot import plot
 from benchmarks.chat.results import Over, Spread, best, medians, over
-from components.worker.__main__ import Options as WorkerOptions
-from components.worker.__main__ import compose
+from components.worker.transfer import Options as TierOptions
+from components.worker.transfer import transfer_config as tier_config
 from graphs.services import free_port
 from kvstore.errors import ConfigError, FailedError, run_command, validated
 from kvstore.seal import SECRET_BYTES
@@ -274,20 +274,13 @@ def transfer_config(
             spec = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [tier]}
             return {**connector, "kv_connector_extra_config": {**stock, **spec}}
         case "store" | "store-hot" | "store-mac" | "store-encrypt":
-            worker = validated(
-                WorkerOptions,
-                {
-                    "model": options.model,
-                    "store": store,
-                    "dram": int(options.dram),
-                    "blocks_per_chunk": options.blocks_per_chunk,
-                    "nats": "",
-                    **({"seal_key": seal_key, "seal": SEALED[mode]} if mode in SEALED else {}),
-                },
-            )
-            command, _ = compose(worker, [])
-            ours: dict[str, object] = json.loads(command[command.index("--kv-transfer-config") + 1])
-            return ours
+            given: dict[str, object] = {
+                "store": store,
+                "dram": int(options.dram),
+                "blocks_per_chunk": options.blocks_per_chunk,
+                **({"seal_key": seal_key, "seal": SEALED[mode]} if mode in SEALED else {}),
+            }
+            return tier_config(validated(TierOptions, given))
     return None
 
 

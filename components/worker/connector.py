@@ -39,7 +39,7 @@ from components.worker.compat import (
 )
 from components.worker.events import ChunkEvents
 from components.worker.identity import Identity, KnownRequests
-from components.worker.layout import WANTED_LAYOUT, engine_layout, needs_canonical, tp_agnostic
+from components.worker.layout import WANTED_LAYOUT, choose_block_hash, engine_layout, needs_canonical, tp_agnostic
 from components.worker.loads import Loads
 from components.worker.manager import HoldingTieringManager
 from components.worker.remote_tier import RemoteTier
@@ -58,6 +58,7 @@ class KvtierConnector(OffloadingConnector):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         extra["self_describing_kv_events"] = True
+        choose_block_hash(vllm_config)
         extra["canonical_layout"] = needs_canonical(vllm_config, kv_cache_config, extra)
         identity = _identity(vllm_config, kv_cache_config) if role == KVConnectorRole.SCHEDULER else None
         super().__init__(vllm_config, role, kv_cache_config)

@@ -6,6 +6,7 @@ What is not known from the engine's configuration, its ranks say (weights.py). d
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -30,6 +31,9 @@ from kvstore.seal import seal_mode
 # are the piece of an engine with one rank.
 WANTED_LAYOUT = "BHLNC"
 
+# vLLM seeds its block hashes with it, where it is set.
+_HASH_SEED = "PYTHONHASHSEED"
+
 # Of a model's configuration, what does not say what it computes.
 _NAMES = ("_name_or_path", "transformers_version")
 _MULTIMODAL = (
@@ -53,6 +57,13 @@ _UNTESTED = {
     "SinkFullAttentionSpec": "attention with sinks in KV blocks of their own",
     "SlidingWindowMLASpec": "MLA with a sliding window",
 }
+
+
+def choose_block_hash(config: VllmConfig) -> None:
+    """Before the engine makes its hash function: SHA-256 over a pickle, which is vLLM's default, becomes SHA-256 over
+    CBOR, which Dynamo's workers have. Without a seed given, either is the same in every process."""
+    if config.cache_config.prefix_caching_hash_algo == "sha256":
+        config.cache_config.prefix_caching_hash_algo = "sha256_cbor"
 
 
 def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> dict[str, object]:
@@ -97,6 +108,8 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
         "draft": described_draft(config),
         # Or a router would plan fetches of sealed chunks for workers without seals, and the other way round.
         **({"sealed": True} if _sealed(extra) else {}),
+        # Of another seed all block hashes are others.
+        **({"hash_seed": os.environ[_HASH_SEED]} if _HASH_SEED in os.environ else {}),
     }
 
 

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from benchmarks.chat.__main__ import ENGINE_ENVIRONMENT
-from components.worker.__main__ import Options, compose
+from components.worker.transfer import Options, transfer_config
 from graphs.services import free_port
 from graphs.tiny_model import ALPHABET, make_tiny_model
 from graphs.trial import BLOCK_TOKENS
@@ -55,13 +55,10 @@ class Engine:
         self._store = store
         model = make_tiny_model(folder / "model")
         self.lora = make_adapter(folder / ADAPTER)
-        options = validated(Options, {"model": str(model), "store": store, "dram": 64 * MIB, "nats": ""})
-        command, _ = compose(options, [])
-        transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
         self._llm = LLM(
             str(model),
             dtype="float32",  # or a chunk has half of CHUNK_BYTES
-            kv_transfer_config=transfer,
+            kv_transfer_config=transfer_config(validated(Options, {"store": store, "dram": 64 * MIB})),
             prefix_caching_hash_algo="sha256_cbor",
             max_model_len=2048,
             enforce_eager=True,

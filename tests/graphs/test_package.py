@@ -80,7 +80,7 @@ def test_a_storage_node_needs_neither_torch_nor_dynamo(plain: Path, tmp_path: Pa
     for program in ("kvtier", "dynamo"):
         assert run(plain / program, "--version", cwd=tmp_path).stdout == said
     assert "--capacity" in run(plain / "python", "-m", "kvstore", "--help", cwd=tmp_path).stdout
-    for command in ("store", "top", "explain", "size"):
+    for command in ("store", "connector", "top", "explain", "size"):
         assert "usage: " in run(plain / "kvtier", command, "--help", cwd=tmp_path).stdout
     run(plain / "python", "-c", "import graphs.top_app, etcd3", cwd=tmp_path)
     listed = json.loads(run(UV, "pip", "list", "--python", plain / "python", "--format", "json").stdout)
@@ -95,8 +95,13 @@ def test_render_says_that_it_needs_dynamo(plain: Path, tmp_path: Path) -> None:
     assert re.fullmatch(r"kvtier render: error: \w+ is not installed: render needs Dynamo 1.6 and .*\n", ended.stderr)
 
 
-def test_the_store_imports_nothing_heavy_where_it_is_installed() -> None:
-    for command in (["-c", "import kvstore"], ["-m", "kvstore", "--help"], ["-m", "graphs.cli", "--version"]):
+def test_what_runs_without_an_engine_imports_nothing_heavy() -> None:
+    for command in (
+        ["-c", "import kvstore"],
+        ["-m", "kvstore", "--help"],
+        ["-m", "graphs.cli", "--version"],
+        ["-m", "graphs.cli", "connector", "--store", "a:1"],
+    ):
         ended = run(sys.executable, "-X", "importtime", *command)
         imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
         assert "kvstore" in imported

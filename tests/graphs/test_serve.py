@@ -4,6 +4,8 @@ import asyncio
 import io
 import json
 import os
+import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -542,6 +544,11 @@ def test_killing_the_supervisor_ends_its_children(tmp_path: Path) -> None:
         (["serve", "graphs.nothing:X"], 2, "error: graph: 'graphs.nothing:X' given"),
         (["serve", GRAPH, "-f", "/nowhere.yaml"], 2, "error: config: '/nowhere.yaml' given"),
         (["store", "--dir", "/nowhere", "--capacity", "1G"], 2, "error: dir: '/nowhere' given"),
+        (["connector"], 2, "arguments are required: --store"),
+        (["connector", "--store", "nowhere"], 2, "connector: error: store: 'nowhere' given, expected host:port"),
+        (["connector", "--store", "a:1", "--dram", "x"], 2, "error: dram: 'x' given, expected a size"),
+        (["connector", "--store", "a:1", "--seal-key", "/nowhere"], 2, "error: seal-key: '/nowhere' given"),
+        (["connector", "--store", "a:1", "--credential-file", "/nowhere"], 2, "credential-file: '/nowhere' given"),
         (["serve", GRAPH, "-f", str(QUICKSTART), "--dry-run"], 0, "-m components.router"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
@@ -593,3 +600,29 @@ def test_the_worker_shows_what_it_would_run() -> None:
     assert "export DYN_EVENT_PLANE=nats" in ended.stdout
     assert '"kv_load_failure_policy": "recompute"' in ended.stdout
     assert ended.stdout.rstrip().endswith("--x")
+
+
+def test_vllm_serve_is_told_what_dynamos_workers_are_and_no_secret(tmp_path: Path) -> None:
+    secret = secrets.token_hex(32)
+    for name, text in {"credential": secret, "seal": f"[{{id: 1, key: '{secret}'}}]"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o600)
+    options = ["--store", "a:1,b:2", "--dram", "1G", "--credential-file", "credential", "--seal-key", "seal"]
+    said = []
+    for command in (
+        ["graphs.cli", "connector", *options],
+        ["components.worker", "--print", "--model", "a/b", *options, "--nats", ""],
+    ):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert secret not in ended.stdout + ended.stderr
+        said.append(ended.stdout)
+    words = shlex.split(said[1].splitlines()[-1])
+    told = json.loads(said[0])
+    assert told == json.loads(words[words.index("--kv-transfer-config") + 1])
+    (tier,) = told["kv_connector_extra_config"]["secondary_tiers"]
+    assert (tier["credential_file"], tier["seal_key"]) == (str(tmp_path / "credential"), str(tmp_path / "seal"))
+    assert told["kv_connector_extra_config"]["cpu_bytes_to_use"] == 10**9

@@ -201,6 +201,17 @@ def test_whatever_changes_the_bytes_changes_the_layout(tmp_path: Path, changes: 
     assert (engine(tmp_path).layout == changed(engine(tmp_path), **changes).layout) == same
 
 
+def test_every_engine_hashes_as_dynamos_workers_do_and_a_seed_of_its_own_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    plain = changed(engine(tmp_path), cache_config__prefix_caching_hash_algo="sha256")
+    layout.choose_block_hash(plain.config)
+    assert plain.layout == engine(tmp_path).layout
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert plain.layout == {**engine(tmp_path).layout, "hash_seed": "0"}
+
+
 def with_images(folder: Path, files: dict[str, object], **settings: object) -> Engine:
     folder.mkdir()
     for name, content in files.items():
