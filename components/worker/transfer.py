@@ -17,6 +17,7 @@ from kvstore.bus import messages
 from kvstore.certificates import ClientOptions, add_client_arguments
 from kvstore.errors import run_command, validated
 from kvstore.net import tls
+from kvstore.net.etcd import checked_servers
 from kvstore.net.membership import checked_address
 from kvstore.seal import open_seal
 
@@ -46,8 +47,11 @@ class TierOptions(CommonOptions, ClientOptions):
     @field_validator("store")
     @classmethod
     def _addresses(cls, store: str) -> str:
-        for address in store.removeprefix("etcd://").split(","):
-            checked_address("store", address.strip())
+        if store.startswith("etcd://"):
+            checked_servers("store", store.removeprefix("etcd://").rstrip("/"))
+        else:
+            for address in store.split(","):
+                checked_address("store", address.strip())
         return store
 
 

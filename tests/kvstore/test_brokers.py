@@ -338,6 +338,7 @@ def test_secret_variables_are_hidden(name: str, value: str, expected: str) -> No
             "--nats",
             f"tls://{PASSWORD}@127.0.0.1:9",
         ],
+        ["-m", "graphs.cli", "connector", "--store", f"etcd://me:{PASSWORD}@127.0.0.1:9"],
         ["-m", "kvstore", "stat", f"etcd://me:{PASSWORD}@127.0.0.1:9"],
         ["-m", "graphs.cli", "top", "--url", f"http://me:{PASSWORD}@127.0.0.1:9"],
         ["-m", "graphs.cli", "explain", "--url", f"http://me:{PASSWORD}@127.0.0.1:9"],
