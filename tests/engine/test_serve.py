@@ -10,7 +10,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from benchmarks.chat.identity import CPU_ENVIRONMENT, Answer, ask
 from benchmarks.chat.load import Endpoint
 from graphs.services import free_port
 from graphs.tiny_model import ALPHABET, make_tiny_model
+from kvstore.net.client import StoreClient
+from kvstore.net.membership import StaticMembership
+from tests.conftest import eventually, soon
 
 pytestmark = pytest.mark.engine
 
@@ -48,6 +51,7 @@ async def test_vllm_serve_takes_the_tier_by_one_flag(tmp_path: Path) -> None:
             cold = [await plain(prompt) for prompt in prompts]
             cached = [await plain(prompt) for prompt in prompts]
             written = [await writes(prompt) for prompt in prompts]
+            eventually(lambda: stored(address) == sum(tokens // BLOCK_TOKENS for tokens in PROMPTS), 30)
     assert all(one.equals(other) for one, other in zip(written, cold, strict=True))
     assert {one.from_tiers for one in written} == {0}
 
@@ -86,6 +90,13 @@ def connector(address: str, folder: Path) -> str:
     command = [*KVTIER, "connector", "--store", address, "--dram", "256M", "--deadline-ms", "60000"]
     command += ["--seal-key", str(keys), "--seal", "encrypt"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+
+
+def stored(address: str) -> int:
+    """Chunks in the store."""
+    with closing(StoreClient(StaticMembership([address]))) as client:
+        status = client.stat(soon()).get(address)
+    return status.entries if status is not None else 0
 
 
 class Served:
