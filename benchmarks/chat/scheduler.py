@@ -183,7 +183,8 @@ class Drive:
 
 def standing_in(config: Any) -> Any:
     """An executor of vLLM whose ranks compute nothing. Asked what they have loaded, each says `loaded`, which tests may
-    set to something else; `asked` counts how often."""
+    set to something else; `asked` counts how often, and `adapters_asked` has the numbers of adapters asked for. They
+    have room for any."""
     from vllm.v1.executor.abstract import Executor
 
     from components.worker import weights
@@ -192,15 +193,21 @@ def standing_in(config: Any) -> Any:
         def _init_executor(self) -> None:
             self.loaded: object = weights.RankDigest(b"one model", (1,), 1, 0.0)
             self.asked = 0
+            self.adapters_asked: list[int] = []
 
         def collective_rpc(
             self, method: object, timeout: float | None = None, args: tuple[object, ...] = (), **options: object
         ) -> list[object]:
             ranks = self.parallel_config.world_size
-            if method is not weights.answer or args != ("model_digest",):
+            if method is not weights.answer:
                 return [None] * ranks
-            self.asked += 1
-            return [self.loaded] * ranks
+            question, *of = args
+            if question == "model_digest":
+                self.asked += 1
+                return [self.loaded] * ranks
+            adapter: Any = of[0]
+            self.adapters_asked.append(adapter.lora_int_id)
+            return [weights.LoadedAdapter(adapter.lora_path, frozenset(range(1000)))] * ranks
 
         def check_health(self) -> None:
             pass

@@ -8,7 +8,7 @@ long as that does not hold up who decodes (loads.py).
 
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from types import SimpleNamespace
 
 from components.worker.compat import (
@@ -75,6 +75,7 @@ class KvtierConnector(OffloadingConnector):
         self._block_pool: BlockPool | None = None
         self._identity = identity
         identity.on_stale = self._undo_loaded
+        identity.on_unload = self._undo_unloaded
         self._known = KnownRequests(identity, self._note_answer, images=bool(extra.get("share_images")))
         # Requests with a load between steps that they were not computed after yet; of them those whose load is over,
         # and those whose load is not over, and of KV that is not valid any more.
@@ -142,11 +143,12 @@ class KvtierConnector(OffloadingConnector):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         self._known.look(request, self._engine_cache())
-        if self._drop and not self._drop_cache():
-            return None, False
+        if self._drop and not self._drop_cache() and self._copying():
+            return None, False  # for a step or two
         self._begin(request)
         self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
         if self._known.identity(request.request_id) is None:
+            self._known.admit(request)
             return 0, False
         # With a chunk or less to compute there is nothing to load.
         beyond = request.num_tokens - num_computed_tokens > min(group.tokens_per_chunk for group in self._groups)
@@ -159,8 +161,13 @@ class KvtierConnector(OffloadingConnector):
             tier.await_answer(request.request_id, self._clock.spare_seconds())
             if tier.await_chunks(request.request_id, self._clock.spare_seconds(copy_seconds)):
                 self._manager.take_in()
-        with self._loads.waited_for(request.num_tokens - num_computed_tokens, speed):
+        with self._loads.waited_for(request.num_tokens - num_computed_tokens, speed), self._hidden(request):
             found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        if found is None or not self._known.admit(request) or (found and self._drop):
+            return None, False
+        if self._drop and (identity := self._known.identity(request.request_id)) is not None:
+            for tier in self._tiers:
+                tier.identify(request.request_id, identity)  # to store it when DRAM is dropped
         found = found and self._loads.worth_loading(request, num_computed_tokens, found)
         if not found:
             return found, False
@@ -196,13 +203,39 @@ class KvtierConnector(OffloadingConnector):
         request.num_computed_tokens = 0
         self._kv_cache_manager.free(request)
 
-    def _drop_cache(self) -> bool:
-        """Forget what is in DRAM. Not while ranks copy to or from its rows, which the mover would fill meanwhile; nor
-        while a step is scheduled that has begun to load. Until then nothing is looked up and nothing is stored."""
+    def _undo_unloaded(self) -> None:
+        """An adapter may be another one when a request with it is computed after its load."""
+        for req_id, request in list(self._loading.items()):
+            if request.lora_request is not None and self._identity.known(request.lora_request) is None:
+                if req_id in self._loaded:
+                    self._undo(req_id)
+                else:
+                    self._void.add(req_id)
+
+    @contextlib.contextmanager
+    def _hidden(self, request: Request) -> Iterator[None]:
+        """While the mover still has jobs in DRAM that is to be dropped, nothing is found there."""
+        skip = request.skip_reading_prefix_cache
+        request.skip_reading_prefix_cache = skip or self._drop
+        yield
+        request.skip_reading_prefix_cache = skip
+
+    def _copying(self) -> bool:
+        """Whether ranks copy to or from DRAM, or a step is scheduled that has begun to load."""
         scheduler = self.connector_scheduler
-        if scheduler._jobs or scheduler._current_batch_allocated_block_ids or scheduler._current_batch_jobs_to_flush:
+        return bool(
+            scheduler._jobs or scheduler._current_batch_allocated_block_ids or scheduler._current_batch_jobs_to_flush
+        )
+
+    def _drop_cache(self) -> bool:
+        """Forget what is in DRAM. Not while its rows are copied to or from, by ranks or by the mover, which would fill
+        them meanwhile. Until then nothing is looked up and nothing is stored."""
+        if self._copying():
             return False
-        scheduler.reset_cache()
+        drained = [tier.drained() for tier in self._tiers]
+        if not all(drained):
+            return False
+        self.connector_scheduler.reset_cache()
         self._drop = False
         return True
 

@@ -262,6 +262,7 @@ class RemoteTier(SecondaryTierManager):
         self._put_parts: dict[JobId, int] = {}  # how many are still under way
         self._put_number = 0
         self._put_progress = 0.0
+        self._drain_until = 0.0
         self._suspect = False
         self._outbox: deque[frames.Command | _Load | _Put] = deque()
         self._finished: list[JobResult] = []
@@ -599,17 +600,28 @@ class RemoteTier(SecondaryTierManager):
         if self._loads or self._puts:
             self.link.wait(_WAIT_SECONDS)
 
-    def drain_jobs(self) -> None:
-        """Blocks for some seconds at most: then the mover is killed, and what it had not finished has failed."""
+    def drained(self) -> bool:
+        """End what is under way, without blocking; True once it has ended. To be called until then. After some seconds
+        the mover is killed, and what it had not finished has failed."""
         while self._leftovers:  # their rows are about to go
             self._take_over(self._leftovers[0], len(self._leftovers[0].keys))
         for load in list(self._loads.values()):
             self._cancel(load)
-        until = time.monotonic() + _DRAIN_SECONDS
-        while self._loads or self._puts:
-            if time.monotonic() > until:
-                self.link.kill("it did not finish its jobs in time")
-            self._step()
+        self._step()
+        if not self._loads and not self._puts:
+            self._drain_until = 0.0
+            return True
+        now = time.monotonic()
+        self._drain_until = self._drain_until or now + _DRAIN_SECONDS
+        if now > self._drain_until:
+            for put in self._puts.values():
+                put.retried = True
+            self.link.kill("it did not finish its jobs in time")
+        return False
+
+    def drain_jobs(self) -> None:
+        """Blocks until `drained`."""
+        while not self.drained():
             self.link.wait(0.01)
 
     def shutdown(self) -> None:

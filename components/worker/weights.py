@@ -70,7 +70,7 @@ class Unknown(str):
 def answer(worker: Any, question: str, *args: Any) -> Any:
     """What the scheduler's process has the ranks call. Raises nothing: to an engine, a rank that does has failed."""
     try:
-        return (model_digest if question == "model_digest" else adapter_digest)(worker, *args)
+        return (model_digest if question == "model_digest" else loaded_adapter)(worker, *args)
     except ValueError as error:
         return Unknown(error)
     except Exception as error:
@@ -115,17 +115,19 @@ _adapters: "WeakKeyDictionary[Any, str]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class AdapterDigest:
+class LoadedAdapter:
     digest: str
-    loaded: bool  # for this answer
+    held: frozenset[int]  # vLLM's numbers of all adapters that the rank has loaded now
 
 
-def adapter_digest(worker: Any, request: LoRARequest) -> AdapterDigest:
-    """Of the adapter that this rank computes the request's tokens with, which is loaded if it is not. It is read once
-    for each time that it was loaded."""
+def loaded_adapter(worker: Any, request: LoRARequest, in_use: list[int]) -> LoadedAdapter:
+    """The adapter that this rank computes the request's tokens with, which is loaded if it is not. It is read once for
+    each time that it was loaded. Of those `in_use` (vLLM's numbers) none makes room for it if others can, the first of
+    them last."""
     manager = worker.model_runner.lora_manager
-    loaded = request.lora_int_id not in manager.list_adapters()
-    if loaded:
+    for number in reversed(in_use):
+        manager._adapter_manager.get_adapter(number)  # which vLLM's LRU cache takes for a use
+    if request.lora_int_id not in manager.list_adapters():
         worker.add_lora(request)
     adapter = manager._adapter_manager.get_adapter(request.lora_int_id)
     if adapter is None:
@@ -139,7 +141,7 @@ def adapter_digest(worker: Any, request: LoRARequest) -> AdapterDigest:
                 hasher.update(_bytes(tensor))
             hasher.update(repr(sorted(_scalars(vars(parts[name])).items())).encode())
         _adapters[adapter] = hasher.hexdigest()
-    return AdapterDigest(_adapters[adapter], loaded)
+    return LoadedAdapter(_adapters[adapter], frozenset(manager.list_adapters()))
 
 
 class _Digest:

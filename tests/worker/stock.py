@@ -30,7 +30,7 @@ from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 from vllm.v1.request import Request
 
 from components.worker import weights
-from components.worker.weights import AdapterDigest, RankDigest
+from components.worker.weights import LoadedAdapter, RankDigest
 
 BLOCK_TOKENS = 4
 SPEC = FullAttentionSpec(BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32)
@@ -124,7 +124,8 @@ def step_output(finished: tuple[str, ...] = (), **scheduled: int) -> SchedulerOu
 
 
 class Ranks(Executor):
-    """As many ranks as there are models; `adapters` says what is loaded under a number. What they are asked is kept."""
+    """As many ranks as there are models; `adapters` says what is loaded under a number. What they are asked is kept:
+    "model", or the number of an adapter."""
 
     def __init__(self, config: Any = None, *models: Any):
         self.vllm_config = config
@@ -135,7 +136,8 @@ class Ranks(Executor):
         self.called: list[object] = []
         self.sleeping_tags: set[str] = set()
         self.broken: Exception | None = None
-        self.loading = False  # whether ranks load the adapters that they are asked for
+        self.room = 1000  # for so many adapters
+        self.loaded: list[int] = []  # what makes room first comes first
 
     def _init_executor(self) -> None:
         pass
@@ -157,10 +159,13 @@ class Ranks(Executor):
         if question == "model_digest":
             self.asked.append("model")
             return list(self.models)
-        self.asked.append(of[0].lora_int_id)
-        found = self.adapters.setdefault(of[0].lora_int_id, f"content of {of[0].lora_path}")
+        adapter, in_use = of
+        self.asked.append(adapter.lora_int_id)
+        used = [*(number for number in reversed(in_use) if number in self.loaded), adapter.lora_int_id]
+        self.loaded = [*(number for number in self.loaded if number not in used), *used][-self.room :]
+        found = self.adapters.setdefault(adapter.lora_int_id, f"content of {adapter.lora_path}")
         answers = found if isinstance(found, list) else [found] * len(self.models)
-        return [AdapterDigest(one, self.loading) if type(one) is str else one for one in answers]
+        return [LoadedAdapter(one, frozenset(self.loaded)) if type(one) is str else one for one in answers]
 
     def check_health(self) -> None:
         self.collective_rpc("check_health")

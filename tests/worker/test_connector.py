@@ -52,6 +52,10 @@ class Tier:
         self.outcomes: list[str] = []
         self.announced: list[tuple[bytes | None, dict[str, bytes]]] = []
         self.paces: list[tuple[float, int]] = []
+        self.busy = False
+
+    def drained(self) -> bool:
+        return not self.busy
 
     @property
     def has_room(self) -> bool:
@@ -105,6 +109,7 @@ class Known:
     def __init__(self) -> None:
         self.unknown: set[str] = set()
         self.may_not_store: set[str] = set()
+        self.admitted: list[str] = []
         self.running: list[str] = []
         self.gone: list[str] = []
         self.steps = self.resets = 0
@@ -113,6 +118,10 @@ class Known:
         pass
 
     look = arrived
+
+    def admit(self, request: Any) -> bool:
+        self.admitted.append(request.request_id)
+        return True
 
     def identity(self, req_id: str) -> bytes | None:
         return None if req_id in self.unknown else IDENTITY
@@ -223,7 +232,7 @@ def test_a_step_that_runs_nothing_waits_for_the_mover_and_others_do_not() -> Non
 
 def test_what_the_scheduler_looks_at_is_hurried_and_what_it_runs_is_let_go() -> None:
     one, tier, manager = connector(1, {"r": 1})
-    request = SimpleNamespace(request_id="r", num_tokens=7)
+    request = SimpleNamespace(request_id="r", num_tokens=7, skip_reading_prefix_cache=False)
     one.get_num_new_matched_tokens(request, 4)
     assert tier.hurried == ["r"]  # what is left is less than a chunk
     one.get_num_new_matched_tokens(request, 0)

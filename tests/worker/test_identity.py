@@ -2,12 +2,11 @@
 shared while it is not known."""
 
 import asyncio
-import functools
 import gc
 import os
-import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import Tr
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
-from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
@@ -35,7 +33,7 @@ from components.worker.weights import Unknown
 from graphs.services import free_port
 from kvstore.bus import messages
 from kvstore.bus.messages import Bus, WorkerReport
-from kvstore.keys import adapter_digest, fingerprint, layout_digest, sequence_hashes
+from kvstore.keys import adapter_digest, fingerprint, sequence_hashes
 from tests.conftest import eventually
 from tests.worker.stock import Ranks, engine_request, has, offloading, primary
 from tests.worker.stock import step_output as output
@@ -79,7 +77,8 @@ class Config:
 # ---- which executor
 
 
-def test_the_executor_is_the_one_of_the_engines_configuration() -> None:
+def test_the_executor_is_the_one_of_the_engines_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the one that there is: its configuration may be a copy."""
     configs = [Config() for _ in range(3)]
     several = [Ranks(config) for config in configs]
     for config, ranks in zip(configs, several, strict=True):
@@ -87,15 +86,9 @@ def test_the_executor_is_the_one_of_the_engines_configuration() -> None:
         assert one._executor is ranks
     with pytest.raises(RuntimeError, match=r"^kvtier: no executor found .*; run this engine without kvtier$"):
         Identity(Config(), LAYOUT, RANKS, alike=True)
-
-
-def test_an_executor_that_is_alone_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its configuration may be a copy."""
-    alone = Ranks(Config())
-    others = [object(), Ranks, Config()]
-    monkeypatch.setattr(identity_module, "gc", SimpleNamespace(get_objects=lambda: [*others, alone]))
-    one: Any = Identity(Config(), LAYOUT, RANKS, alike=True)
-    assert one._executor is alone
+    monkeypatch.setattr(identity_module, "gc", SimpleNamespace(get_objects=lambda: [object(), Ranks, several[0]]))
+    one = Identity(Config(), LAYOUT, RANKS, alike=True)
+    assert one._executor is several[0]
 
 
 # ---- the model
@@ -104,30 +97,15 @@ def test_an_executor_that_is_alone_is_the_engines(monkeypatch: pytest.MonkeyPatc
 def test_the_base_is_made_of_layout_weights_and_parallelism() -> None:
     ranks = Ranks(None, has("model", 1), has("model", 2))
     one = identity(ranks)
-    assert one.base is None
-    assert one.stale
+    assert (one.base, one.stale) == (None, True)
     assert one.establish() == ""
-    assert not one.stale
     assert one.base is not None
-    assert len(one.base) == 32
-    assert ranks.asked == ["model"]
+    assert (len(one.base), one.stale, ranks.asked) == (32, False, ["model"])
     assert established(Ranks(None, has("model", 3))).base == one.base  # what it is made of, not how it is shared out
     others = [Ranks(None, has("other", 3)), Ranks(None, has("model", 4)), Ranks(None, has("model", 3), has("other"))]
-    assert len({one.base, *(established(other).base for other in others)}) == 4
     apart = identity(ranks, alike=False)
     assert apart.establish() == ""
-    assert apart.base != one.base
-
-
-def test_ranks_that_are_not_alike_have_their_number_in_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[dict[str, object]] = []
-    monkeypatch.setattr(identity_module, "layout_digest", lambda one: (written.append(one), layout_digest(one))[1])
-    identity(Ranks(None, has("model"), has("model"))).establish()
-    identity(Ranks(None, has("model"), has("other"))).establish()
-    identity(Ranks(None, has("model"), has("model")), alike=False).establish()
-    assert [one["parallel"] for one in written] == ["any", RANKS, RANKS]
-    assert all(LAYOUT.items() <= one.items() for one in written)
-    assert all(re.fullmatch("[0-9a-f]{32}", str(one["weights"])) for one in written)
+    assert len({one.base, apart.base, *(established(other).base for other in others)}) == 5
 
 
 def test_a_rank_that_does_not_know_makes_the_model_unknown() -> None:
@@ -151,7 +129,6 @@ def test_ranks_are_not_asked_again_after_what_leaves_weights_alone() -> None:
     one: Any = established(ranks)
     one.on_stale = lambda: pytest.fail("nothing may have changed")
     for method in sorted(_HARMLESS):
-        ranks.collective_rpc(method)
         ranks.collective_rpc(method=method, timeout=1.0)
     calls: list[Callable[[Any], object]] = [
         lambda engine: engine.execute_model(None, non_block=True),
@@ -203,16 +180,9 @@ def reads_weights(worker: object) -> None:
         lambda engine: (engine.sleeping_tags.add("weights"), engine.wake_up(["weights"])),
         lambda engine: engine.discard(("weights",)),
         lambda engine: engine.collective_rpc("reload_weights"),
-        lambda engine: engine.collective_rpc("update_weights", args=({"names": []},)),
-        lambda engine: engine.collective_rpc("start_weight_update"),
-        lambda engine: engine.collective_rpc("load_model"),
         lambda engine: engine.collective_rpc("apply_model", args=(reads_weights,)),
-        lambda engine: engine.collective_rpc("checkpoint_restore"),
-        lambda engine: engine.collective_rpc("anything"),
         lambda engine: engine.collective_rpc(method="anything"),
-        lambda engine: engine.collective_rpc("Execute_Model"),
         lambda engine: engine.collective_rpc(reads_weights),
-        lambda engine: engine.collective_rpc(functools.partial(reads_weights, None)),
         lambda engine: engine.collective_rpc(Unhashable()),
     ],
 )
@@ -235,159 +205,56 @@ def test_what_happens_while_ranks_are_asked_makes_them_be_asked_again() -> None:
     """By another thread of the engine, say."""
     ranks = Ranks(Config())
     one = established(ranks)
-    answer = ranks.models
-    ranks.models = SimpleNamespace(__iter__=None)  # type: ignore[assignment]
 
     class Interrupted(list[Any]):
         def __iter__(self) -> Iterator[Any]:
             ranks.collective_rpc("update_weights")
             return super().__iter__()
 
-    ranks.models = Interrupted(answer)
+    ranks.models = Interrupted(ranks.models)
     assert one.establish() == ""
     assert one.stale
 
 
 def test_the_executor_stays_what_it_is() -> None:
     class Own(Ranks):
-        def own(self) -> str:
-            return "own"
-
-    ranks: Any = Own(Config())
-    before = type(ranks)
-    established(ranks)
-    assert isinstance(ranks, Own)
-    assert isinstance(ranks, Executor)
-    assert type(ranks) is not before
-    assert (type(ranks).__name__, type(ranks).__qualname__) == (before.__name__, before.__qualname__)
-    assert (ranks.own(), ranks.uses_ray, ranks.collective_rpc("anything")) == ("own", False, [None])
-    untouched = Own(Config())
-    assert type(untouched) is Own
-    assert not hasattr(untouched, "kvtier_watchers")
-
-
-def test_two_connectors_of_one_engine_both_hear() -> None:
-    ranks = Ranks(Config())
-    first, second = established(ranks), established(ranks)
-    assert len(type(ranks).__mro__) == len(Ranks.__mro__) + 1
-    ranks.collective_rpc("update_weights")
-    assert first.stale
-    assert second.stale
-    assert first.establish() == ""
-    assert not first.stale
-    assert second.stale  # what one has asked for the other has not heard
-    assert second.establish() == ""
-    assert (first.stale, first.base) == (False, second.base)
-
-
-def test_what_a_rank_raises_the_engine_hears() -> None:
-    class Failing(Ranks):
         def collective_rpc(self, method: object, *args: Any, **options: Any) -> Any:
             if method == "update_weights":
                 raise ValueError("no such weights")
             return super().collective_rpc(method, *args, **options)  # type: ignore[arg-type]
 
-    ranks = Failing(Config())
+    ranks: Any = Own(Config())
     one = established(ranks)
+    assert isinstance(ranks, Own)
+    assert (type(ranks).__name__, type(ranks).__qualname__) == (Own.__name__, Own.__qualname__)
+    assert (ranks.uses_ray, ranks.collective_rpc("anything")) == (False, [None])
+    assert one.establish() == ""
     with pytest.raises(ValueError, match="no such weights"):
         ranks.collective_rpc("update_weights")
     assert one.stale
+    assert type(Own(Config())) is Own
 
 
-# ---- adapters
+def test_two_connectors_of_one_engine_both_hear() -> None:
+    """What one has asked for the other has not heard."""
+    ranks = Ranks(Config())
+    first, second = established(ranks), established(ranks)
+    assert len(type(ranks).__mro__) == len(Ranks.__mro__) + 1
+    ranks.collective_rpc("update_weights")
+    assert first.establish() == ""
+    assert (first.stale, second.stale) == (False, True)
+    assert second.establish() == ""
+    assert (first.stale, first.base) == (False, second.base)
+
+
+# ---- requests
 
 
 def lora(name: str = "adapter", number: int = 1, path: str = "", **options: Any) -> LoRARequest:
     return LoRARequest(name, number, path or f"/{name}", **options)
 
 
-def test_an_adapter_is_known_once_it_was_confirmed() -> None:
-    ranks = Ranks(Config())
-    one = established(ranks)
-    assert one.base is not None
-    assert one.known(lora()) is None
-    assert one.last(lora()) is None
-    assert not one.confirm(lora())
-    digest = one.known(lora())
-    assert digest == one.last(lora()) == adapter_digest(one.base, "content of /adapter")
-    assert digest != one.base
-    assert one.known(lora("other", 2)) is None
-    assert ranks.asked == ["model", 1]
-    other = established(Ranks(Config(), has("other")))
-    other.confirm(lora())
-    assert other.known(lora()) != digest
-
-
-@pytest.mark.parametrize("call", ["add_lora", "remove_lora"])
-def test_after_a_call_for_adapters_they_are_confirmed_again(call: str) -> None:
-    ranks = Ranks(Config())
-    one = established(ranks)
-    one.confirm(lora())
-    before = one.known(lora())
-    one.on_stale = lambda: pytest.fail("the model itself is what it was")
-    getattr(ranks, call)(lora() if call == "add_lora" else 1)
-    assert not one.stale
-    assert one.known(None) == one.base
-    assert one.known(lora()) is None
-    assert one.last(lora()) == before
-    assert not one.confirm(lora())
-    assert one.known(lora()) == before
-    ranks.adapters[1] = "other content"
-    assert one.confirm(lora())
-    assert one.known(lora()) not in (None, before)
-
-
-def test_after_other_calls_adapters_are_confirmed_again_too() -> None:
-    ranks = Ranks(Config())
-    one = established(ranks)
-    one.confirm(lora())
-    ranks.collective_rpc("update_weights")
-    assert one.known(lora()) is None
-    assert one.establish() == ""
-    assert one.known(lora()) is None
-    assert not one.confirm(lora())
-    assert one.known(lora()) is not None
-
-
-def test_ranks_that_have_parts_of_an_adapter_are_taken_together() -> None:
-    digests = []
-    for content in (["a", "a"], ["a", "b"], ["b", "a"]):
-        ranks = Ranks(Config(), has("model"), has("model"))
-        ranks.adapters[1] = content
-        one = established(ranks)
-        one.confirm(lora())
-        digests.append(one.known(lora()))
-    assert None not in digests
-    assert len(set(digests)) == 3
-
-
-def test_an_adapter_that_a_rank_does_not_know_is_not_known() -> None:
-    ranks = Ranks(Config())
-    one = established(ranks)
-    ranks.adapters[1] = Unknown("kvtier: adapter 'adapter' is not loaded")
-    assert not one.confirm(lora())
-    assert one.known(lora()) is None
-    assert one.known(None) == one.base
-    ranks.adapters[1] = "content"
-    assert not one.confirm(lora())
-    assert one.known(lora()) is not None
-    ranks.broken = RuntimeError("a rank died")
-    assert one.confirm(lora())  # what it was before is not what it is now
-    assert one.known(lora()) is None
-
-
-def test_an_adapter_that_is_loaded_anew_in_each_step_is_never_known() -> None:
-    ranks = Ranks(Config())
-    one = established(ranks)
-    assert not one.confirm(lora(load_inplace=True))
-    assert one.known(lora(load_inplace=True)) is None
-    one.confirm(lora())
-    assert one.confirm(lora(load_inplace=True))
-    assert one.known(lora()) is None
-    assert ranks.asked == ["model", 1]
-
-
-# ---- requests
+ONE, TWO, THREE = lora("one", 1), lora("two", 2), lora("three", 3)
 
 
 class Cache:
@@ -407,15 +274,21 @@ def request(name: str, adapter: LoRARequest | None = None, *images: MultiModalFe
 
 
 class Requests:
-    """What a connector does with what is known of requests. `notes` is what the tier is told."""
+    """What a connector does with what is known of requests. `notes` is what the tier is told, `unloads` how often it
+    was said that adapters may have been unloaded."""
 
     def __init__(self, *models: Any):
         self.ranks = Ranks(Config(), *models)
         self.identity = established(self.ranks)
         self.notes: list[tuple[set[str], str]] = []
+        self.unloads = 0
+        self.identity.on_unload = self.unloaded
         self.known = KnownRequests(self.identity, lambda gone, outcome: self.notes.append((set(gone), outcome)))
         self.cache = Cache()
         self.ranks.asked.clear()
+
+    def unloaded(self) -> None:
+        self.unloads += 1
 
     def arrive(self, name: str, adapter: LoRARequest | None = None, *images: MultiModalFeatureSpec) -> bytes | None:
         self.known.arrived(request(name, adapter, *images), self.cache)
@@ -425,18 +298,41 @@ class Requests:
         self.known.look(request(name, adapter, *images), self.cache)
         return self.known.identity(name)
 
-    def step(self, *left_out: str) -> None:
-        """Of all that have their blocks, but for some."""
-        self.known.step_ends(set(self.known._running).difference(left_out))
+    def admit(self, name: str, adapter: LoRARequest | None = None, *images: MultiModalFeatureSpec) -> bytes | None:
+        """It is looked up, once more if that was in vain, and about to be scheduled."""
+        for _ in range(2):
+            self.look(name, adapter, *images)
+            if self.known.admit(request(name, adapter, *images)):
+                return self.known.identity(name)
+        raise AssertionError(name)
+
+    def run(self, name: str, adapter: LoRARequest | None = None) -> bytes | None:
+        """And it has its blocks."""
+        found = self.admit(name, adapter)
+        self.known.runs(request(name, adapter))
+        return found
+
+    def step(self, *names: str) -> None:
+        """These are computed."""
+        self.known.step_ends(set(names))
 
     def update(self, name: str) -> None:
         """Other weights, of which vLLM tells nobody."""
         self.ranks.models = [has(name)]
         self.ranks.collective_rpc("update_weights")
 
+    def replace(self, adapter: LoRARequest, content: Any) -> None:
+        """An adapter is unloaded, and loaded from other files."""
+        self.ranks.remove_lora(adapter.lora_int_id)
+        self.ranks.adapters[adapter.lora_int_id] = content
+        self.ranks.add_lora(adapter)
+
     def reset(self) -> None:
         """As vLLM forgets its own KV."""
         self.cache = Cache()
+
+    def stores(self, *names: str) -> list[bool]:
+        return [self.known.may_store(name) for name in names]
 
 
 @pytest.fixture
@@ -445,16 +341,16 @@ def engine() -> Requests:
 
 
 def test_requests_are_known_as_they_arrive_without_asking(engine: Requests) -> None:
-    for number in range(3):
-        assert engine.arrive(f"{number}") == engine.identity.base
-        assert engine.look(f"{number}") == engine.identity.base
-        assert engine.known.may_store(f"{number}")
-    assert engine.ranks.asked == []
-    assert engine.notes == []
-    engine.known.left("1")
-    assert engine.known.identity("1") is None
-    assert not engine.known.may_store("1")
-    assert engine.known.identity("never") is None
+    """What one can go on from is known when it is about to be scheduled; until then nothing of it is stored."""
+    for name in "abc":
+        assert engine.arrive(name) == engine.identity.base
+        assert engine.stores(name) == [False]
+        assert engine.admit(name) == engine.identity.base
+        assert engine.stores(name) == [True]
+    assert (engine.ranks.asked, engine.notes) == ([], [])
+    engine.known.left("b")
+    assert engine.known.identity("b") is None
+    assert engine.stores("b", "never") == [False, False]
 
 
 def test_nobody_is_asked_on_arrival_and_one_look_asks(engine: Requests) -> None:
@@ -465,50 +361,35 @@ def test_nobody_is_asked_on_arrival_and_one_look_asks(engine: Requests) -> None:
     engine.ranks.wake_up()
     assert engine.arrive("d") is None
     assert engine.look("a") == engine.identity.base
-    assert engine.ranks.asked == ["model"]
     assert [engine.known.identity(name) for name in "bcd"] == [None] * 3  # until they are looked up themselves
     assert [engine.look(name) for name in "bcd"] == [engine.identity.base] * 3
     assert engine.ranks.asked == ["model"]
     assert engine.notes == [(set(), "same")]
 
 
-def test_before_it_was_looked_up_nothing_of_a_request_is_stored(engine: Requests) -> None:
-    """What it can go on from is not known yet."""
-    engine.arrive("a")
-    assert not engine.known.may_store("a")
-    engine.look("a")
-    assert engine.known.may_store("a")
-
-
 def test_what_was_known_is_kept_if_nothing_has_changed(engine: Requests) -> None:
-    engine.look("a")
+    engine.admit("a")
     engine.update("model")
     assert engine.known.identity("a") == engine.identity.base
-    assert not engine.known.may_store("a")  # it may run already, with other weights
+    assert engine.stores("a") == [False]  # it may run already, with other weights
     engine.look("b")
-    assert engine.known.may_store("a")
+    assert engine.stores("a") == [True]
     assert engine.notes == [(set(), "same")]
 
 
 def test_requests_of_other_weights_are_handed_over_once(engine: Requests) -> None:
-    before = engine.arrive("a")
-    engine.look("b")
+    """The one that is looked up, too."""
+    before = engine.run("a", ONE), engine.admit("b"), engine.arrive("c")
+    engine.notes.clear()
     engine.update("other")
-    assert not engine.known.may_store("a")
     after = engine.look("c")
-    assert after == engine.identity.base != before
-    assert engine.notes == [({"a", "b"}, "changed")]
+    assert after == engine.identity.base not in before
+    assert engine.notes == [({"a", "b", "c"}, "changed")]
+    assert engine.stores("a", "b") == [False, False]
     assert [engine.known.identity(name) for name in "ab"] == [None, None]
-    assert engine.look("a") == after
-    assert engine.look("d") == after
-    assert engine.notes == [({"a", "b"}, "changed")]
-
-
-def test_the_request_that_is_looked_up_is_handed_over_too(engine: Requests) -> None:
-    before = engine.arrive("a")
-    engine.update("other")
-    assert engine.look("a") == engine.identity.base != before
-    assert engine.notes == [({"a"}, "changed")]
+    assert engine.look("b") == engine.look("d") == after
+    assert engine.admit("e", ONE) not in (None, *before)
+    assert engine.notes[1:] == [(set(), "adapter")]
 
 
 def test_while_nothing_is_known_of_the_model_nothing_is_of_requests(engine: Requests) -> None:
@@ -517,8 +398,8 @@ def test_while_nothing_is_known_of_the_model_nothing_is_of_requests(engine: Requ
     engine.ranks.collective_rpc("update_weights")
     assert engine.look("b") is None
     assert engine.notes == [({"a"}, "failed")]
-    assert engine.look("c") is engine.arrive("d") is engine.look("e", lora()) is None
-    assert not any(engine.known.may_store(name) for name in "abcde")
+    assert engine.admit("c") is engine.arrive("d") is engine.admit("e", ONE) is None
+    assert not any(engine.stores(*"abcde"))
     assert engine.ranks.asked == ["model"]  # once, until something happens
     engine.update("model")
     assert engine.look("c") == engine.identity.base is not None
@@ -529,291 +410,253 @@ def test_while_nothing_is_known_of_the_model_nothing_is_of_requests(engine: Requ
 
 
 def test_after_its_cache_was_thrown_away_ranks_are_asked(engine: Requests) -> None:
-    engine.look("a")
+    """Whatever brought other weights in: another process that has the memory, say."""
+    before = engine.look("a")
     assert engine.ranks.asked == []  # the first one that is seen was not thrown away
     for expected in (1, 2):
         engine.reset()
         gc.collect()
         assert engine.arrive(f"{expected}") is None
         assert engine.ranks.asked == ["model"] * (expected - 1)
-        assert engine.look(f"{expected}") == engine.identity.base
-        assert engine.look("x") == engine.identity.base
+        assert engine.look(f"{expected}") == engine.look("x") == before
         assert engine.ranks.asked == ["model"] * expected
-
-
-def test_whatever_brought_other_weights_in_is_seen_by_the_cache(engine: Requests) -> None:
-    """By none of the engine's calls: another process that has the memory, say."""
-    before = engine.look("a")
+    engine.known.reset()  # of the connector
     engine.ranks.models = [has("other")]
-    assert engine.look("b") == before
-    engine.reset()
-    assert engine.look("c") == engine.identity.base != before
-    assert engine.notes == [({"a", "b"}, "changed")]
-
-
-def test_a_reset_of_the_connector_makes_ranks_be_asked(engine: Requests) -> None:
-    engine.look("a")
-    engine.known.reset()
-    assert engine.arrive("b") is None
-    assert engine.look("b") == engine.identity.base
-    assert engine.ranks.asked == ["model"]
+    assert engine.arrive("y") is None
+    assert engine.look("y") == engine.identity.base != before
+    assert engine.notes[-1] == ({"a", "1", "2", "x"}, "changed")
 
 
 def test_an_engine_without_a_cache_of_its_own_is_served(engine: Requests) -> None:
     engine.cache = None  # type: ignore[assignment]
-    assert engine.look("a") == engine.look("b") == engine.identity.base
-    assert engine.known.may_store("a")
+    assert engine.admit("a") == engine.admit("b") == engine.identity.base
+    assert engine.stores("a", "b") == [True, True]
     assert engine.ranks.asked == []
 
 
-def test_on_kv_of_other_weights_nothing_is_stored_until_the_cache_is_reset(engine: Requests) -> None:
-    """A request may go on from it."""
-    engine.look("a")
+@pytest.mark.parametrize("first", ["model", "nobody knows", "reset before"])
+def test_on_kv_of_other_weights_nothing_is_stored_until_the_cache_is_reset(engine: Requests, first: str) -> None:
+    """A request may go on from it. Also one that waited while the cache was reset, and is the first to fill it."""
+    if first == "nobody knows":
+        engine.ranks.models = [Unknown("no weights")]
+        engine.ranks.collective_rpc("update_weights")
+    elif first == "reset before":
+        engine.arrive("a")
+        engine.reset()
+    engine.admit("a")
     engine.update("other")
-    assert engine.look("b") == engine.look("c") == engine.identity.base
-    assert not engine.known.may_store("b")
-    assert not engine.known.may_store("c")
+    assert engine.admit("b") == engine.admit("c") == engine.identity.base
+    assert engine.stores("b", "c") == [False, False]
     engine.reset()
-    engine.look("d")
-    assert engine.known.may_store("d")
-    assert not engine.known.may_store("b")
+    engine.admit("d")
+    assert engine.stores("b", "d") == [False, True]
     engine.update("model")
-    engine.look("e")
-    assert not engine.known.may_store("e")
-
-
-def test_weights_that_come_back_are_those_of_the_cache(engine: Requests) -> None:
-    engine.look("a")
-    engine.update("other")
-    engine.look("b")
-    assert not engine.known.may_store("b")
-    engine.update("model")
-    engine.look("c")
-    assert engine.known.may_store("c")
-
-
-def test_on_kv_of_which_nothing_is_known_nothing_is_stored(engine: Requests) -> None:
-    engine.ranks.models = [Unknown("no weights")]
-    engine.ranks.collective_rpc("update_weights")
-    engine.look("a")
-    engine.update("model")
-    assert engine.look("b") == engine.identity.base
-    assert not engine.known.may_store("b")
-    engine.reset()
-    engine.look("c")
-    assert engine.known.may_store("c")
+    engine.admit("e")
+    assert engine.stores("e") == [False]
+    engine.update("other")  # which the cache has
+    engine.admit("f")
+    assert engine.stores("f") == [True]
 
 
 def test_kv_of_an_adapter_is_its_own(engine: Requests) -> None:
     """Of one adapter's KV another one's request, or one without, cannot go on."""
-    engine.look("a", lora("one", 1))
-    engine.look("b", lora("two", 2))
-    engine.look("c")
-    engine.ranks.adapters[1] = "other content"
-    engine.ranks.add_lora(lora("one", 1))
-    engine.look("d", lora("one", 1))
-    engine.look("e", lora("two", 2))
-    engine.look("f")
-    assert [engine.known.may_store(name) for name in "def"] == [False, True, True]
-    elsewhere = lora("one", 1, "/another path")
-    engine.look("g", elsewhere)
-    assert engine.known.may_store("g")
+    for name, adapter in (("a", ONE), ("b", TWO), ("c", None)):
+        engine.admit(name, adapter)
+    engine.replace(ONE, "other content")
+    for name, adapter in (("d", ONE), ("e", TWO), ("f", None), ("g", lora("one", 1, "/another path"))):
+        engine.admit(name, adapter)
+        assert engine.stores(name) == [name != "d"]
     engine.reset()
-    engine.look("h", lora("one", 1))
-    assert engine.known.may_store("h")
-
-
-def test_a_reset_with_a_request_that_is_known_already_does_not_hide_what_it_computes(engine: Requests) -> None:
-    """It waits while the cache is reset, and is the first to fill the new one."""
-    engine.arrive("a")
-    engine.reset()
-    engine.look("a")
-    engine.update("other")
-    engine.look("b")
-    assert not engine.known.may_store("b")
-
-
-# ---- what a client calls its images
+    engine.admit("h", ONE)
+    assert engine.stores("h") == [True]
 
 
 def test_a_prompt_with_an_image_is_known_where_what_names_images_is_believed(engine: Requests) -> None:
-    """vLLM goes by the image's hash, by what its client calls it, or by what it says of itself, and does not tell."""
-    first = engine.look("first")
-    assert engine.arrive("a", None, image(IMAGE)) is None
-    assert engine.look("a", None, image(IMAGE)) is None
-    assert not engine.known.may_store("a")
-    assert engine.look("b") == first
-    assert engine.known.may_store("b")
+    """vLLM goes by the image's hash, by what its client calls it, or by what it says of itself, and does not tell. One
+    without a name that is believed keeps nobody else from storing, nor if it is what the engine begins with."""
+    assert engine.arrive("a", None, image(IMAGE)) is engine.admit("a", None, image(IMAGE)) is None
+    first = engine.admit("b")
+    assert engine.stores("a", "b") == [False, True]
     assert engine.ranks.asked == []
     believing = KnownRequests(engine.identity, lambda gone, outcome: None, images=True)
-    believing.look(request("a", None, image(IMAGE)), engine.cache)
+    believing.look(request("a", None, image("cat")), engine.cache)
+    assert believing.admit(request("a", None, image("cat")))
     assert believing.identity("a") == first
     assert believing.may_store("a")
-
-
-def test_an_image_with_a_name_keeps_nobody_else_from_storing(engine: Requests) -> None:
-    """Nor if it is what the engine begins with: its weights are those that others have."""
-    engine.look("a", None, image("cat"))
-    engine.look("b")
-    assert engine.known.may_store("b")
 
 
 # ---- adapters of requests
 
 
-def test_an_adapter_is_confirmed_at_the_first_look(engine: Requests) -> None:
-    assert engine.arrive("a", lora()) is None
+def test_an_adapter_is_told_by_what_the_ranks_have_loaded() -> None:
+    digests = []
+    for content in (["a", "a"], ["a", "b"], ["b", "a"]):
+        one = Requests(has("model"), has("model"))
+        one.ranks.adapters[1] = content
+        digests.append(one.admit("a", ONE))
+    other = Requests(has("other"), has("model"))
+    other.ranks.adapters[1] = ["a", "a"]
+    digests.append(other.admit("a", ONE))
+    assert None not in digests
+    assert len(set(digests)) == 4
+    assert other.identity.base is not None
+    assert digests[-1] == adapter_digest(other.identity.base, "a")
+
+
+def test_an_adapter_is_asked_for_once_however_long_its_requests_wait_or_run(engine: Requests) -> None:
+    """When its first request is looked up: there is nothing to look it up by before."""
+    assert engine.arrive("a", ONE) is None
     assert engine.ranks.asked == []
-    digest = engine.look("a", lora())
+    digest = engine.look("a", ONE)
     assert digest not in (None, engine.identity.base)
+    for _ in range(50):
+        assert engine.look("a", ONE) == digest  # the store has not answered
+        engine.step("others")
+    for _ in range(50):
+        assert engine.admit("a", ONE) == digest  # there are no blocks for it
+        engine.step("others")
+    engine.run("a", ONE)
+    for number in range(50):
+        engine.step("a")
+        assert engine.run(f"{number}", ONE) == digest
+        assert engine.stores("a", f"{number}") == [True, True]
+    engine.step()
+    for name in ("a", *map(str, range(50))):
+        engine.known.left(name)
+    engine.step()
+    assert engine.run("later", ONE) == digest
     assert engine.ranks.asked == [1]
-    assert engine.arrive("b", lora()) == digest
-    assert engine.look("b", lora()) == digest
-    assert engine.look("c") == engine.identity.base
-    assert engine.ranks.asked == [1]
-    assert engine.known.may_store("a")
     assert engine.notes == [(set(), "adapter")]
-    assert engine.known.adapters() == {"adapter": digest}
+    assert engine.known.adapters() == {"one": digest}
 
 
-def test_an_adapter_stays_confirmed_while_one_of_its_requests_runs(engine: Requests) -> None:
-    engine.look("a", lora())
-    engine.known.runs(request("a", lora()))
-    for _ in range(3):
+def test_adapters_that_push_each_other_out_are_asked_for_when_their_turn_comes(engine: Requests) -> None:
+    """Not while they wait: a look at each would load it and push out another, in every step."""
+    engine.ranks.room = 2
+    adapters = {"a": ONE, "b": TWO, "c": THREE}
+    before = {name: engine.look(name, adapter) for name, adapter in adapters.items()}
+    assert engine.ranks.asked == [1, 2, 3]
+    for _ in range(50):
+        assert {name: engine.look(name, adapter) for name, adapter in adapters.items()} == before
         engine.step()
-        assert engine.known.may_store("a")
-        assert engine.look("b", lora()) is not None
-    assert engine.ranks.asked == [1]
-    engine.known.left("a")
-    engine.known.left("b")
-    engine.step()
-    assert engine.arrive("c", lora()) is None
-    assert engine.look("c", lora()) is not None
-    assert engine.ranks.asked == [1, 1]
-    assert {outcome for _, outcome in engine.notes} == {"adapter"}
+    assert engine.ranks.asked == [1, 2, 3]
+    assert engine.run("a", ONE) == before["a"]
+    assert engine.ranks.asked == [1, 2, 3, 1]
+    assert engine.stores("a", "b", "c") == [True, False, False]
+    assert engine.unloads == 2
 
 
-def test_an_adapter_with_which_nothing_runs_is_confirmed_each_step(engine: Requests) -> None:
-    """It may be unloaded, and loaded again from files that were replaced."""
-    first = engine.look("a", lora())
-    engine.known.runs(request("base"))
-    engine.step()
-    assert not engine.known.may_store("a")
-    engine.ranks.adapters[1] = "other content"
-    second = engine.look("b", lora())
-    assert second not in (None, first)
-    assert engine.known.identity("a") is None
-    assert engine.notes == [(set(), "adapter"), ({"a"}, "adapter_changed")]
+def test_an_adapter_in_use_does_not_make_room_if_another_can(engine: Requests) -> None:
+    """It would be loaded again in the next step, from files that may have been replaced."""
+    engine.ranks.room = 2
+    engine.run("a", ONE)
+    engine.admit("waits", TWO)
+    engine.step("a")
+    engine.admit("b", THREE)
+    assert sorted(engine.ranks.loaded) == [1, 3]
+    assert engine.stores("a") == [True]
 
 
-def test_of_adapters_that_run_each_is_kept(engine: Requests) -> None:
-    one, two, three = lora("one", 1), lora("two", 2), lora("three", 3)
-    for name, adapter in (("a", one), ("b", two), ("c", three)):
-        engine.look(name, adapter)
-    engine.known.runs(request("a", one))
-    engine.known.runs(request("c", three))
-    engine.step()
-    assert [engine.known.may_store(name) for name in "abc"] == [True, False, True]
-    engine.look("d", one)
-    engine.look("e", two)
-    assert engine.ranks.asked == [1, 2, 3, 2]
-
-
-@pytest.mark.parametrize("call", ["add_lora", "remove_lora"])
-def test_an_adapter_that_was_replaced_hands_over_its_requests_alone(engine: Requests, call: str) -> None:
-    one, two = lora("one", 1), lora("two", 2)
-    before = [engine.look("a", one), engine.look("b", one), engine.look("c", two), engine.look("d")]
-    engine.known.runs(request("a", one))
-    engine.known.runs(request("c", two))
-    getattr(engine.ranks, call)(one if call == "add_lora" else 1)
-    assert not engine.known.may_store("a")
-    assert engine.known.may_store("d")
-    engine.ranks.adapters[1] = "other content"
+@pytest.mark.parametrize("content", ["content of /one", "other content"])
+@pytest.mark.parametrize("when", ["told", "pushed out", "dummy batch"])
+def test_an_adapter_that_may_have_been_unloaded_is_asked_for_when_it_is_next_used(
+    engine: Requests, when: str, content: str
+) -> None:
+    """Its requests are handed over, and its alone, if it is another one then."""
+    same = content == "content of /one"
+    engine.ranks.room = 2 if when == "pushed out" else 3
+    before = [engine.run("a", ONE), engine.run("b", TWO), engine.admit("c")]
+    engine.step("a", "b")
     engine.notes.clear()
-    after = engine.look("e", one)
-    assert after not in before
-    assert engine.notes == [({"a", "b"}, "adapter_changed")]
-    assert [engine.known.identity(name) for name in "abcd"] == [None, None, *before[2:]]
-    assert not engine.known.may_store("c")  # until it is known to be what it was
-    assert engine.look("f", two) == before[2]
-    assert engine.known.may_store("c")
-    assert engine.notes[1:] == [(set(), "adapter")]
-    assert engine.known.adapters() == {"one": after, "two": before[2]}
+    if when == "told":
+        engine.replace(ONE, content)
+    elif when == "dummy batch":  # of one engine among several, which removes all adapters
+        engine.ranks.execute_dummy_batch()
+    else:
+        engine.known.left("a")
+        engine.run("d", THREE)
+        engine.step("b", "d")
+        engine.known.left("d")
+        engine.notes.clear()
+    engine.ranks.adapters[1] = content
+    asked = len(engine.ranks.asked)
+    for _ in range(3):
+        assert engine.arrive("e", ONE) == engine.look("e", ONE) == before[0]  # as far as anybody knows
+        assert engine.stores("e", "c") == [False, True]
+    assert engine.ranks.asked[asked:] == []
+    found = engine.known.admit(request("e", ONE))
+    assert found == same
+    assert engine.ranks.asked[asked:] == [1]
+    if same:
+        assert engine.notes == [(set(), "adapter")]
+    else:
+        assert engine.notes == [({"e"} if when == "pushed out" else {"a", "e"}, "adapter_changed")]
+    after = engine.run("e", ONE)
+    assert (after == before[0]) == same
+    engine.step("b", "e")  # two was loaded all the time; whether it was, is asked before it computes
+    assert engine.ranks.asked[asked:] == ([1] if when == "pushed out" else [1, 2])
+    assert engine.stores("b", "e") == [True, same]  # of the old content there is KV in the engine's cache
+    assert engine.known.identity("b") == before[1]
+    assert engine.known.adapters()["one"] == after
+    assert engine.known.adapters()["two"] == before[1]
 
 
 def test_an_adapter_that_cannot_be_confirmed_hands_over_its_requests(engine: Requests) -> None:
-    engine.look("a", lora())
-    engine.ranks.adapters[1] = Unknown("not loaded")
-    engine.ranks.add_lora(lora())
-    assert engine.look("b", lora()) is None
-    assert engine.notes[1:] == [({"a"}, "adapter_changed")]
+    """And it is not asked for again until it may be another one."""
+    engine.admit("a", ONE)
+    engine.replace(ONE, Unknown("not loaded"))
+    assert engine.admit("b", ONE) is engine.admit("c", ONE) is None
+    assert engine.notes[1:] == [({"a", "b"}, "adapter_changed")]
     assert engine.known.adapters() == {}
-    assert engine.look("c") == engine.identity.base
+    assert engine.admit("d") == engine.identity.base
+    assert engine.ranks.asked == [1, 1]
+    engine.replace(ONE, "content of /one")
+    assert engine.admit("e", ONE) is not None
+    engine.ranks.broken = RuntimeError("a rank died")
+    engine.ranks.add_lora(TWO)
+    assert engine.admit("f", ONE) is None
 
 
 def test_a_request_that_loads_its_adapter_anew_is_never_known(engine: Requests) -> None:
-    for name in "ab":
-        assert engine.look(name, lora(load_inplace=True)) is None
-        assert not engine.known.may_store(name)
-    assert engine.ranks.asked == []
-    assert engine.known.adapters() == {}
-    assert engine.look("c") == engine.identity.base
-    assert engine.known.may_store("c")
-
-
-def test_a_request_that_loads_its_adapter_anew_hands_over_those_before(engine: Requests) -> None:
-    engine.look("a", lora())
-    assert engine.look("b", lora(load_inplace=True)) is None
-    assert engine.notes[1:] == [({"a"}, "adapter_changed")]
+    """Those before it are handed over, and what makes room for its adapter the ranks do not tell."""
+    engine.run("a", ONE)
+    engine.run("b", TWO)
+    anew = lora("one", 1, load_inplace=True)
+    assert engine.run("c", anew) is None
+    assert engine.stores("a", "c") == [False, False]
+    assert engine.notes[-1] == ({"a"}, "adapter_changed")
     assert engine.known.identity("a") is None
+    assert engine.known.adapters() == {"two": engine.known.identity("b")}
+    engine.step("c")
+    assert engine.stores("b") == [False]
+    engine.admit("d", TWO)
+    assert engine.stores("b") == [True]
+    assert engine.ranks.asked == [1, 2, 2]
+    assert engine.admit("e") == engine.identity.base
 
 
-def test_other_weights_hand_over_requests_with_adapters_too(engine: Requests) -> None:
-    before = engine.look("a", lora())
-    engine.look("b")
-    engine.update("other")
-    after = engine.look("c", lora())
-    assert after not in (None, before)
-    assert engine.notes == [(set(), "adapter"), ({"a", "b"}, "changed"), (set(), "adapter")]
-    assert engine.known.adapters() == {"adapter": after}
+def test_of_adapters_with_one_name_and_path_one_at_a_time_is_known(engine: Requests) -> None:
+    """They are all that DRAM goes by. vLLM's server gives an adapter another number when it is loaded again."""
+    first, second = lora("name", 1, "/path"), lora("name", 2, "/path")
+    before = engine.run("a", first)
+    engine.ranks.adapters[2] = "other content"
+    after = engine.run("b", second)
+    assert after != before
+    assert engine.notes[-1][1] == "adapter_changed"
+    assert engine.known.adapters() == {"name": after}
+    assert engine.stores("a") == [False]
+    assert engine.admit("c", first) == before
+    assert engine.notes[-1][1] == "adapter_changed"
+    elsewhere = engine.admit("d", lora("name", 3, "/elsewhere"))
+    assert engine.known.adapters() == {"name": elsewhere}
 
 
 def test_adapters_that_routers_hear_of_are_bounded(engine: Requests) -> None:
-    """Those are kept that were confirmed last."""
-    for number in range(1, _ADAPTERS_MAX + 1):
+    """Those are kept that were asked for last."""
+    for number in range(1, _ADAPTERS_MAX + 4):
         engine.look(f"{number}", lora(f"adapter {number}", number))
-    engine.step()
-    engine.look("again", lora("adapter 1", 1))
-    for number in range(_ADAPTERS_MAX + 1, _ADAPTERS_MAX + 4):
-        engine.look(f"{number}", lora(f"adapter {number}", number))
-    kept = {1, *range(5, _ADAPTERS_MAX + 4)}
+    kept = range(4, _ADAPTERS_MAX + 4)
     assert set(engine.known.adapters()) == {f"adapter {number}" for number in kept}
-    assert len(kept) == _ADAPTERS_MAX
-
-
-def test_a_name_that_is_given_to_another_adapter_is_told_with_that_one(engine: Requests) -> None:
-    first = engine.look("a", lora("name", 1, "/one"))
-    second = engine.look("b", lora("name", 2, "/two"))
-    assert engine.known.adapters() == {"name": second}
-    assert first != second
-
-
-def test_an_adapter_that_comes_back_changed_under_another_number_has_changed(engine: Requests) -> None:
-    """As vLLM's server loads it after it was unloaded. Its name and path are all that its blocks' hashes tell, and DRAM
-    goes by those."""
-    engine.look("a", lora("name", 1, "/path"))
-    engine.ranks.adapters[2] = "other content"
-    engine.look("b", lora("name", 2, "/path"))
-    assert engine.notes[-1][1] == "adapter_changed"
-
-
-def test_an_adapter_is_confirmed_again_for_a_request_that_was_preempted(engine: Requests) -> None:
-    """Nothing holds an adapter for a request that does not run."""
-    engine.look("a", lora())
-    engine.known.runs(request("a", lora()))
-    engine.step("a")
-    engine.look("a", lora())  # it lost its blocks, and other adapters may have run since
-    assert engine.ranks.asked == [1, 1]
 
 
 # ---- the connector
@@ -827,7 +670,9 @@ class Loading:
         self.connector, self.tier, _ = connector(9, {})
         self.freed: list[str] = []
         self.connector._kv_cache_manager = SimpleNamespace(free=lambda request: self.freed.append(request.request_id))
-        self.requests = {name: SimpleNamespace(request_id=name, num_computed_tokens=8) for name in names}
+        self.requests = {
+            name: SimpleNamespace(request_id=name, num_computed_tokens=8, lora_request=None) for name in names
+        }
         for number, request in enumerate(self.requests.values()):
             self.allocate(request.request_id, 8, number)
 
@@ -866,17 +711,33 @@ def test_what_was_loaded_is_kept_where_nothing_has_changed() -> None:
     assert one.lost == set()
 
 
-def test_a_load_of_what_has_changed_is_undone_when_it_is_over() -> None:
+@pytest.mark.parametrize("outcome", ["changed", "adapter_changed"])
+def test_a_load_of_what_has_changed_is_undone_when_it_is_over(outcome: str) -> None:
     """Not before: ranks write to its blocks."""
-    one = Loading("a", "b", "c")
-    one.connector._note_answer({"a", "b"}, "changed")
-    assert one.lost == set()
+    one = Loading("a", "b", "c", "d")
+    one.over("d")
+    one.connector._note_answer({"a", "b", "d"}, outcome)
+    assert one.lost == {"d"}
     one.over("a", "c")
-    assert one.lost == {"a"}
+    assert one.lost == {"a", "d"}
     one.over("b")
-    assert one.lost == {"a", "b"}
+    assert one.lost == {"a", "b", "d"}
     one.allocate("c", 0)
     assert one.forgotten
+
+
+def test_a_load_is_undone_when_its_adapter_may_have_been_unloaded() -> None:
+    """It may be another one in the step that goes on from the load."""
+    one = Loading("over", "under way", "another adapter's")
+    for name in ("over", "under way"):
+        one.requests[name].lora_request = ONE
+    one.requests["another adapter's"].lora_request = TWO
+    one.connector._identity.known = lambda adapter: None if adapter is ONE else IDENTITY
+    one.over("over")
+    one.connector._undo_unloaded()
+    assert one.lost == {"over"}
+    one.over("under way", "another adapter's")
+    assert one.lost == {"over", "under way"}
 
 
 def test_a_load_that_is_over_is_undone_at_once_when_weights_may_have_changed() -> None:
@@ -935,34 +796,17 @@ def test_loads_in_a_step_are_not_undone() -> None:
     assert one.forgotten
 
 
-def test_a_load_that_is_over_is_undone_when_its_adapter_has_changed() -> None:
-    one = Loading("a", "b")
-    one.over("a", "b")
-    one.connector._note_answer({"a"}, "adapter_changed")
-    assert one.lost == {"a"}
-
-
-@pytest.mark.parametrize("outcome", ["changed", "failed", "adapter_changed"])
+@pytest.mark.parametrize("outcome", ["changed", "failed", "adapter_changed", "same", "adapter"])
 def test_a_change_makes_dram_be_dropped_and_requests_be_forgotten(outcome: str) -> None:
     one, tier, _ = connector(9, {"a": 1, "b": 1, "c": 1, "d": 1})
-    one._note_answer({"a", "b", "d"}, outcome)
-    assert one._drop
-    assert list(one._arriving) == ["c"]
-    assert tier.forgotten == [{"a", "b", "d"}]
-    assert tier.outcomes == [outcome]
-    assert tier.announced == [(IDENTITY, {"adapter": IDENTITY})]
+    gone = set() if outcome in ("same", "adapter") else {"a", "b", "d"}
+    one._note_answer(gone, outcome)
+    assert one._drop == bool(gone)
+    assert set(one._arriving) == {"a", "b", "c", "d"} - gone
+    assert (tier.forgotten, tier.outcomes) == ([gone], [outcome])
     one._identity.base = None
     one._note_answer({"c"}, outcome)
-    assert tier.announced[1:] == [(None, {"adapter": IDENTITY})]
-
-
-@pytest.mark.parametrize("outcome", ["same", "adapter"])
-def test_an_answer_without_a_change_leaves_all_as_it_is(outcome: str) -> None:
-    one, tier, _ = connector(9, {"a": 1})
-    one._note_answer((), outcome)
-    assert (one._drop, list(one._arriving)) == (False, ["a"])
-    assert (tier.forgotten, tier.outcomes) == ([set()], [outcome])
-    assert tier.announced == [(IDENTITY, {"adapter": IDENTITY})]
+    assert tier.announced == [(IDENTITY, {"adapter": IDENTITY}), (None, {"adapter": IDENTITY})]
 
 
 def stock_scheduler(one: Any) -> tuple[Any, list[object]]:
@@ -1014,6 +858,35 @@ def test_dram_is_not_dropped_under_a_step_that_has_begun_to_load() -> None:
     assert tier.hurried
 
 
+def test_while_the_mover_has_jobs_in_dram_that_is_to_be_dropped_requests_are_computed() -> None:
+    """Nothing is found for them, and they are stored when it is dropped."""
+    one, tier, _ = connector(9, {})
+    scheduler, dropped = stock_scheduler(one)
+    looked_up: list[bool] = []
+    scheduler._lookup = lambda *_: looked_up.append(True)
+    tier.busy = one._drop = True
+    asked = engine_request()
+    one.on_new_request(asked)
+    assert not tier.identities
+    assert one.get_num_new_matched_tokens(asked, 0) == (0, False)
+    assert (dropped, looked_up, tier.asked, tier.identities) == ([], [], [], {"r": IDENTITY})
+    assert not one._may_store("r")
+    tier.busy = False
+    one.build_connector_meta(output())
+    assert (dropped, one._drop, asked.skip_reading_prefix_cache) == ([1], False, False)
+    assert one._may_store("r")
+
+
+def test_what_was_found_is_not_given_to_a_request_that_is_computed_with_something_else() -> None:
+    one, _, _ = connector(9, {"r": 1})
+    one.connector_scheduler.get_num_new_matched_tokens = lambda *_, **options: (8, True)
+    asked = SimpleNamespace(request_id="r", num_tokens=90, skip_reading_prefix_cache=False)
+    one._known.admit = lambda request: False
+    assert one.get_num_new_matched_tokens(asked, 0) == (None, False)
+    one._known.admit = lambda request: setattr(one, "_drop", True) is None  # another request's adapter
+    assert one.get_num_new_matched_tokens(asked, 0) == (None, False)
+
+
 def test_a_step_that_is_scheduled_keeps_what_it_was_told_to_load() -> None:
     """What it has begun to load is still there for its ranks, and DRAM is dropped behind it."""
     one, _, _ = connector(9, {})
@@ -1032,20 +905,13 @@ def test_a_request_of_which_nothing_is_known_does_without_the_tiers() -> None:
     asked = SimpleNamespace(request_id="r", num_tokens=90, skip_reading_prefix_cache=False)
     assert one.get_num_new_matched_tokens(asked, 0) == (0, False)
     assert (tier.hurried, tier.asked, tier.identities, manager.promoted) == ([], [], {}, [])
+    assert one._known.admitted == ["r"]
     one._known.unknown.clear()
     assert one.get_num_new_matched_tokens(asked, 0) == (0, False)
     assert tier.identities == {"r": IDENTITY}
     assert manager.expected == ["r"]
     assert manager.promoted == [("r", 0)]
     assert tier.hurried == ["r", "r answered"]
-
-
-def test_the_connector_says_who_runs_and_when_a_step_ends() -> None:
-    one, _, _ = connector(0, {})
-    one.update_state_after_alloc(SimpleNamespace(request_id="r"), None, 0)
-    assert one._known.running == ["r"]
-    one.build_connector_meta(output())
-    assert one._known.steps == 1
 
 
 def test_when_the_engine_wants_its_kv_forgotten_ranks_are_asked_and_dram_is_dropped() -> None:
@@ -1110,74 +976,86 @@ HIT, MISS = LookupResult.HIT, LookupResult.MISS
 OTHER = b"\x08" * 32
 
 
-def test_chunks_of_one_identity_are_not_found_under_another(start_target: Any, engines: Any) -> None:  # noqa: F811
-    target = start_target()
-    contents = stored(engines(target.address), target)
-    engine = engines(target.address, lookup_ms=60_000)
-    assert asked_for(engine, "a", DIGEST) == [HIT] * 4
-    assert asked_for(engine, "b", OTHER) == [MISS] * 4
-    assert asked_for(engine, "c", None) == [MISS] * 4
+@pytest.fixture
+def target(start_target: Any) -> Any:
+    return start_target()
+
+
+@pytest.fixture
+def contents(target: Any, engines: Any) -> list[bytes]:  # noqa: F811
+    """Of the first four chunks, which the target holds under DIGEST."""
+    return stored(engines(target.address), target)
+
+
+@pytest.fixture
+def waiting(target: Any, contents: list[bytes], engines: Any) -> Engine:  # noqa: F811
+    """An engine that waits for what the target says."""
+    one: Engine = engines(target.address, lookup_ms=60_000)
+    return one
+
+
+def test_chunks_of_one_identity_are_not_found_under_another(
+    target: Any, contents: list[bytes], waiting: Engine
+) -> None:
+    assert asked_for(waiting, "a", DIGEST) == [HIT] * 4
+    assert asked_for(waiting, "b", OTHER) == [MISS] * 4
+    assert asked_for(waiting, "c", None) == [MISS] * 4
     # A plan of a router that does not know better says that they are there.
-    engine.digest = OTHER
-    context = engine.arrive(tier_request(name="d"), KEYS, plan(target, 4))
-    assert engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[:4])
+    waiting.digest = OTHER
+    context = waiting.arrive(tier_request(name="d"), KEYS, plan(target, 4))
+    assert waiting.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[:4])
     for row in range(4):
-        engine.fill(row, 100 + row)
-    engine.store(engine.arrive(tier_request(name="e"), KEYS), KEYS[:4], [0, 1, 2, 3])
+        waiting.fill(row, 100 + row)
+    waiting.store(waiting.arrive(tier_request(name="e"), KEYS), KEYS[:4], [0, 1, 2, 3])
     assert {entry.fingerprint for entry in target.log.entries()} == {fingerprint(DIGEST), fingerprint(OTHER)}
     assert len(target.log) == 8
-    engine.digest = DIGEST
-    context = engine.arrive(tier_request(name="f"), KEYS, plan(target, 4))
-    assert not engine.load(context, KEYS[:4], [8, 9, 10, 11]).failed
-    assert [engine.memory[row].tobytes() for row in (8, 9, 10, 11)] == contents
+    waiting.digest = DIGEST
+    context = waiting.arrive(tier_request(name="f"), KEYS, plan(target, 4))
+    assert not waiting.load(context, KEYS[:4], [8, 9, 10, 11]).failed
+    assert [waiting.memory[row].tobytes() for row in (8, 9, 10, 11)] == contents
 
 
-def test_of_a_request_of_which_nothing_is_known_nothing_is_loaded_or_stored(start_target: Any, engines: Any) -> None:  # noqa: F811
-    target = start_target()
-    stored(engines(target.address), target)
-    engine = engines(target.address)
-    context = engine.arrive(tier_request(), KEYS, plan(target, 4), identified=False)
-    assert [engine.tier.lookup(key, context) for key in KEYS[:4]] == [MISS] * 4
-    assert engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[:4])
-    engine.store(context, KEYS[4:6], [4, 5])
+def test_of_a_request_of_which_nothing_is_known_nothing_is_loaded_or_stored(target: Any, waiting: Engine) -> None:
+    context = waiting.arrive(tier_request(), KEYS, plan(target, 4), identified=False)
+    assert [waiting.tier.lookup(key, context) for key in KEYS[:4]] == [MISS] * 4
+    assert waiting.load(context, KEYS[:4], [0, 1, 2, 3]).failed == frozenset(KEYS[:4])
+    waiting.store(context, KEYS[4:6], [4, 5])
     assert len(target.log) == 4
-    assert engine.counted()["vllm:kvtier_stored_chunks:('dropped',)"] == 2
-    assert engine.tier.identify("r", DIGEST)
-    assert not engine.tier.identify("r", DIGEST)
-    assert engine.tier.lookup(KEYS[0], context) is HIT
-    engine.store(context, KEYS[4:6], [4, 5])
+    assert waiting.counted()["vllm:kvtier_stored_chunks:('dropped',)"] == 2
+    assert waiting.tier.identify("r", DIGEST)
+    assert not waiting.tier.identify("r", DIGEST)
+    assert waiting.tier.lookup(KEYS[0], context) is HIT
+    waiting.store(context, KEYS[4:6], [4, 5])
     eventually(lambda: len(target.log) == 6)
 
 
-def test_a_request_that_is_identified_otherwise_starts_over(start_target: Any, engines: Any) -> None:  # noqa: F811
-    target = start_target()
-    stored(engines(target.address), target)
-    engine = engines(target.address, lookup_ms=60_000)
-    engine.digest = OTHER
-    context = engine.arrive(tier_request(), KEYS)
-    engine.ask()
-    eventually(lambda: (engine.step(), not engine.tier.undecided("r"))[1], SOON)
-    assert engine.tier.lookup(KEYS[0], context) is MISS
-    before = engine.tier._states["r"]
-    assert engine.tier.identify("r", DIGEST)
-    after = engine.tier._states["r"]
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_request_that_is_identified_otherwise_starts_over(target: Any, waiting: Engine, forgotten: bool) -> None:
+    assert asked_for(waiting, "r", OTHER) == [MISS] * 4
+    before = waiting.tier._states["r"]
+    if forgotten:
+        waiting.tier.forget(["r"])
+    assert waiting.tier.identify("r", DIGEST)
+    after = waiting.tier._states["r"]
     assert after.number != before.number
-    assert list(engine.tier._by_number.values()) == [after]
+    assert list(waiting.tier._by_number.values()) == [after]
     assert after.request is before.request
-    engine.ask()
-    assert engine.tier.lookup(KEYS[0], context) is LookupResult.RETRY
-    eventually(lambda: (engine.step(), not engine.tier.undecided("r"))[1], SOON)
-    assert engine.tier.lookup(KEYS[0], context) is HIT
-    assert not engine.load(context, KEYS[:4], [0, 1, 2, 3]).failed
-    engine.store(context, KEYS[4:5], [4])
+    waiting.ask()
+    assert waiting.tier.lookup(KEYS[0], after.context) is LookupResult.RETRY
+    eventually(lambda: (waiting.step(), not waiting.tier.undecided("r"))[1], SOON)
+    assert [waiting.tier.lookup(key, after.context) for key in KEYS[:4]] == [HIT] * 4
+    assert not waiting.load(after.context, KEYS[:4], [0, 1, 2, 3]).failed
+    waiting.store(after.context, KEYS[4:5], [4])
     hashes = sequence_hashes(list(range(64)), 4)[1::2]
     eventually(lambda: {entry.router_hash for entry in target.log.entries()} == set(hashes[:5]))
 
 
-def test_loads_of_requests_that_are_forgotten_end_as_missing(start_target: Any, engines: Any) -> None:  # noqa: F811
+def test_loads_of_requests_that_are_forgotten_end_as_missing(
+    target: Any,
+    contents: list[bytes],
+    engines: Any,  # noqa: F811
+) -> None:
     """What the mover has not heard of at once, and the rest when it says that it has let go of their rows."""
-    target = start_target()
-    stored(engines(target.address), target)
     stuck = threading.Event()
     get = target.target._get
     target.target._get = lambda *all_of_it: stuck.wait(SOON) and get(*all_of_it)
@@ -1200,9 +1078,8 @@ def test_loads_of_requests_that_are_forgotten_end_as_missing(start_target: Any, 
     assert engine.tier._load_rows == 0
 
 
-def test_what_a_forgotten_request_had_left_to_store_is_not_stored(start_target: Any, engines: Any) -> None:  # noqa: F811
+def test_what_a_forgotten_request_had_left_to_store_is_not_stored(target: Any, engines: Any) -> None:  # noqa: F811
     """What the mover was given before is: it was computed with what its name says."""
-    target = start_target()
     engine = engines(target.address, put_queue_share=0.125)  # 2 of 16 rows
     gone = engine.arrive(tier_request(name="gone"), KEYS)
     kept = engine.arrive(tier_request(name="kept"), KEYS)
@@ -1229,23 +1106,7 @@ def test_what_a_forgotten_request_had_left_to_store_is_not_stored(start_target: 
     assert counted["vllm:kvtier_stored_chunks:('stored',)"] == 4
 
 
-def test_a_request_that_was_forgotten_and_is_known_again_is_served(start_target: Any, engines: Any) -> None:  # noqa: F811
-    """It has not begun: it waits for its turn."""
-    target = start_target()
-    stored(engines(target.address), target)
-    engine = engines(target.address, lookup_ms=60_000)
-    engine.digest = OTHER
-    context = engine.arrive(tier_request(), KEYS)
-    engine.ask()
-    eventually(lambda: (engine.step(), not engine.tier.undecided("r"))[1], SOON)
-    engine.tier.forget(["r"])
-    assert engine.tier.identify("r", DIGEST)
-    engine.ask()
-    eventually(lambda: (engine.step(), not engine.tier.undecided("r"))[1], SOON)
-    assert [engine.tier.lookup(key, context) for key in KEYS[:4]] == [HIT] * 4
-
-
-async def test_routers_hear_what_a_worker_computes_with(nats_url: str, start_target: Any) -> None:
+async def test_routers_hear_what_a_worker_computes_with(nats_url: str, target: Any) -> None:
     """Of an engine that nobody has asked yet, too, and from a mover that was started after it was said."""
     line = await Bus.connect(nats_url, "test")
     said_last: list[tuple[int, dict[str, int]]] = []
@@ -1261,7 +1122,7 @@ async def test_routers_hear_what_a_worker_computes_with(nats_url: str, start_tar
                 await asyncio.sleep(0.05)
 
     await line.subscribe(messages.subject("default", "speed.worker"), WorkerReport, hear)
-    engine = Engine(start_target().address, nats=nats_url, endpoint="identity.b.c")
+    engine = Engine(target.address, nats=nats_url, endpoint="identity.b.c")
     try:
         engine.tier.announce(DIGEST, {})
         await until(fingerprint(DIGEST), {}, idle=True)
@@ -1292,6 +1153,20 @@ def test_what_ranks_have_answered_is_counted(engines: Any) -> None:  # noqa: F81
 # ---- vLLM's own scheduler over all of it
 
 
+Over = Callable[..., Drive]
+
+
+@pytest.fixture
+def over(model: Path, tmp_path: Path, start: START) -> Over:  # noqa: F811
+    """Starts a scheduler over a target, or over none."""
+
+    def started(target: Any = None) -> Drive:
+        address = f"127.0.0.1:{free_port()}" if target is None else target.address
+        return start(configured(model, "store", tmp_path, address))
+
+    return started
+
+
 def update(drive: Drive, name: str) -> None:
     """Other weights, without a word to anybody else."""
     drive.executor.loaded = has(name, 1)
@@ -1311,15 +1186,9 @@ def rows_in_dram(drive: Drive) -> int:
     return len(drive._scheduler.connector._manager.primary_tier._policy.chunks)
 
 
-def test_each_model_has_its_own_chunks_in_the_store(
-    model: Path,  # noqa: F811
-    tmp_path: Path,
-    start: START,  # noqa: F811
-    start_target: Any,
-) -> None:
+def test_each_model_has_its_own_chunks_in_the_store(target: Any, over: Over) -> None:
     """The same prompts with one model, with another, and with the first one again."""
-    target = start_target()
-    drive = start(configured(model, "store", tmp_path, target.address))
+    drive = over(target)
     fetched = fetches_of(drive)
     drive.play(1)
     count = len(target.log)
@@ -1339,15 +1208,9 @@ def test_each_model_has_its_own_chunks_in_the_store(
     assert fetched
 
 
-def test_on_kv_of_another_model_nothing_is_kept_or_stored(
-    model: Path,  # noqa: F811
-    tmp_path: Path,
-    start: START,  # noqa: F811
-    start_target: Any,
-) -> None:
+def test_on_kv_of_another_model_nothing_is_kept_or_stored(target: Any, over: Over) -> None:
     """In HBM it stays until the engine is told to forget it: vLLM's own affair, but it goes no further."""
-    target = start_target()
-    drive = start(configured(model, "store", tmp_path, target.address))
+    drive = over(target)
     drive.play(1)
     count = len(target.log)
     update(drive, "other")
@@ -1359,14 +1222,8 @@ def test_on_kv_of_another_model_nothing_is_kept_or_stored(
     assert rows_in_dram(drive) == count
 
 
-def test_an_engine_whose_model_is_not_known_computes_by_itself(
-    model: Path,  # noqa: F811
-    tmp_path: Path,
-    start: START,  # noqa: F811
-    start_target: Any,
-) -> None:
-    target = start_target()
-    drive = start(configured(model, "store", tmp_path, target.address))
+def test_an_engine_whose_model_is_not_known_computes_by_itself(target: Any, over: Over) -> None:
+    drive = over(target)
     drive.play(1)
     count = len(target.log)
     drive.executor.loaded = Unknown("kvtier: the weights layer.weight cannot be read")
@@ -1394,9 +1251,10 @@ class Stepped:
         assert self.scheduler.reset_prefix_cache()
         self.scheduler.connector._clock._copies = SimpleNamespace(bytes_per_second=0.0)
 
-    def arrive(self, name: str, prompt: list[int]) -> None:
+    def arrive(self, name: str, prompt: list[int], adapter: LoRARequest | None = None) -> None:
         sampling = SamplingParams(max_tokens=2, ignore_eos=True)
-        self.scheduler.add_request(Request(name, prompt, sampling, None, block_hasher=self.drive._hasher))
+        hasher = self.drive._hasher
+        self.scheduler.add_request(Request(name, prompt, sampling, None, lora_request=adapter, block_hasher=hasher))
 
     def schedule(self) -> None:
         step = self.scheduler.schedule()
@@ -1411,23 +1269,19 @@ class Stepped:
         self.schedule()
         self.answer()
 
-    def until_idle(self, steps: int = 200) -> None:
-        for _ in range(steps):
-            if not self.scheduler.has_requests():
-                break
-            self.step()
-        assert not self.scheduler.has_unfinished_requests()
+    def until_idle(self) -> None:
+        def idle() -> bool:
+            if self.scheduler.has_requests():
+                self.step()
+            return not self.scheduler.has_requests()
+
+        eventually(idle, SOON)
 
 
 @pytest.mark.parametrize("when", ["under way", "a step ahead", "over"])
-def test_a_load_that_was_under_way_when_the_model_changed_is_computed(
-    model: Path,  # noqa: F811
-    tmp_path: Path,
-    start: START,  # noqa: F811
-    when: str,
-) -> None:
+def test_a_load_that_was_under_way_when_the_model_changed_is_computed(over: Over, when: str) -> None:
     """Also where the step that says that it is over was scheduled before, and where that was said already."""
-    one = Stepped(start(configured(model, "store", tmp_path, f"127.0.0.1:{free_port()}")))
+    one = Stepped(over())
     one.arrive("loads", one.prompt)
     one.step()
     assert [load.req_id for load in one.loads] == ["loads"]
@@ -1446,21 +1300,16 @@ def test_a_load_that_was_under_way_when_the_model_changed_is_computed(
     assert rows_in_dram(one.drive) == 0  # HBM holds KV of both
 
 
-def test_a_row_that_a_rank_still_copies_from_is_not_filled_from_the_store(
-    model: Path,  # noqa: F811
-    tmp_path: Path,
-    start: START,  # noqa: F811
-    start_target: Any,
-) -> None:
+def test_a_row_that_a_rank_still_copies_from_is_not_filled_from_the_store(target: Any, over: Over) -> None:
     """Whatever is dropped meanwhile."""
-    target, prompt = start_target(), list(range(100, 150))
-    other = start(configured(model, "store", tmp_path, target.address))
+    prompt = list(range(100, 150))
+    other = over(target)
     update(other, "other")
     other._scheduler.connector._known.reset()
     Stepped.arrive(SimpleNamespace(scheduler=other._scheduler, drive=other), "stores", prompt)  # type: ignore[arg-type]
     eventually(lambda: (other.idle_step(), not other._scheduler.has_requests())[1], SOON)
     assert len(target.log) == 12
-    one = Stepped(start(configured(model, "store", tmp_path, target.address)))
+    one = Stepped(over(target))
     one.arrive("loads", one.prompt)
     one.step()
     (load,) = one.loads
@@ -1478,29 +1327,79 @@ def test_a_row_that_a_rank_still_copies_from_is_not_filled_from_the_store(
     one.until_idle()
 
 
-def test_nobody_is_asked_for_what_is_computed_as_before(
-    model: Path,  # noqa: F811
-    tmp_path: Path,
-    start: START,  # noqa: F811
+def test_steps_go_on_while_dram_waits_for_the_mover_to_be_dropped(
+    target: Any, over: Over, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drive = start(configured(model, "store", tmp_path, f"127.0.0.1:{free_port()}"))
+    """For a mover that hangs, too, as long as it is given."""
+    monkeypatch.setattr(remote_tier, "_DRAIN_SECONDS", 3.0)
+    one = Stepped(over(target))
+    connector = one.scheduler.connector
+    (tier,) = connector._tiers
+    eventually(lambda: (one.drive.idle_step(), not tier.has_pending_work())[1], SOON)
+    one.arrive("old", list(range(300, 350)))
+    eventually(lambda: (one.step(), "old" in one.computed[-1])[1], SOON)
+    os.kill(tier.link.pid, signal.SIGSTOP)
+    eventually(lambda: (one.step(), tier._puts)[1], SOON)
+    update(one.drive, "other")
+    assert one.scheduler.reset_prefix_cache()
+    times: list[float] = []
+
+    def step() -> None:
+        begun = time.monotonic()
+        one.step()
+        times.append(time.monotonic() - begun)
+
+    one.arrive("new", one.prompt)
+    eventually(lambda: (step(), one.scheduler.get_num_unfinished_requests() == 0)[1], SOON)
+    assert sum(times) < remote_tier._DRAIN_SECONDS
+    assert sum(each.get("new", 0) for each in one.computed) == len(one.prompt) + 1
+    assert connector._drop
+    assert rows_in_dram(one.drive) > 0
+    eventually(lambda: (step(), not connector._drop)[1], SOON)
+    assert (tier.link.starts, rows_in_dram(one.drive)) == (2, 0)
+    assert max(times) < remote_tier._DRAIN_SECONDS / 2
+    eventually(lambda: (one.drive.idle_step(), tier.link.ready)[1], SOON)
+    one.arrive("later", one.prompt)
+    one.until_idle()
+    eventually(lambda: (one.drive.idle_step(), not tier.has_pending_work())[1], SOON)
+    assert rows_in_dram(one.drive) == 12
+    assert len({entry.fingerprint for entry in target.log.entries()}) == 2
+
+
+def test_ranks_are_asked_once_for_an_adapter_whose_request_waits_for_the_store(target: Any, over: Over) -> None:
+    """And not while it is computed, nor for the next one; after it may have been unloaded, once."""
+    one = Stepped(over(target))
+    (tier,) = one.scheduler.connector._tiers
+    asked = one.drive.executor.adapters_asked
+    for number, (waits, computed) in enumerate([(1, 1), (0, 0), (0, 1)]):
+        if number == 2:
+            one.drive.executor.collective_rpc("remove_lora")
+        os.kill(tier.link.pid, signal.SIGSTOP)
+        one.arrive(f"{number}", list(range(100 * number, 100 * number + 50)), ONE)
+        for _ in range(50):
+            one.step()
+        assert len(asked) == waits
+        os.kill(tier.link.pid, signal.SIGCONT)
+        one.until_idle()
+        assert len(asked) == computed
+        asked.clear()
+
+
+def test_nobody_is_asked_for_what_is_computed_as_before(over: Over) -> None:
+    drive = over()
     for seed in range(3):
         drive.play(seed)
         for method in ("execute_model", "reset_mm_cache", "add_lora"):
             drive.executor.collective_rpc(method)
-    assert drive.executor.asked == 1
+    assert (drive.executor.asked, drive.executor.adapters_asked) == (1, [])
     assert drive._scheduler.reset_prefix_cache()
     drive.play(3)
     assert drive.executor.asked == 2
 
 
-def test_states_of_a_request_that_may_not_be_stored_are_not_stored(
-    model: Path,  # noqa: F811
-    tmp_path: Path,
-    start: START,  # noqa: F811
-) -> None:
+def test_states_of_a_request_that_may_not_be_stored_are_not_stored(over: Over) -> None:
     """Of hybrid models, which vLLM hands over as a step computes them."""
-    connector = start(configured(model, "store", tmp_path, f"127.0.0.1:{free_port()}"))._scheduler.connector
+    connector = over()._scheduler.connector
     stored: list[str] = []
     scheduler = connector.connector_scheduler
     scheduler._build_aligned_boundary_store_jobs = lambda handoffs: (stored.extend(handoffs), {})[1]
