@@ -3,13 +3,14 @@
     python -m benchmarks.chat.changes --requests 1000 --seed 1 [--dir DIR] [--json FILE]
 
 Two engines with the tier over one store, and one without, each in a process of its own; a small model with random
-weights. Between requests, drawn from the seed, an engine is given other weights (by its
-own reload, or by a function that writes them in place; with requests in flight or without), or another adapter under a
-name and path that it had before; it is restarted, also between the new file and the reload; its caches are emptied.
-Requests share few prompts, so that most find KV in HBM, DRAM or the store. After each change the engine's own cache is
-reset, as docs/identity.md says. Every answer is compared with the one that the engine without the tier gives with the
-same weights and adapter: tokens, and logprobs up to rounding. That KV of other weights or adapters would be noticed is
-checked first: answers of all versions must differ by many times that.
+weights. Between requests, drawn from the seed, an engine is given other weights (by its own reload, or by a function
+that writes them in place), or another adapter under a name and path that it had before; it sleeps and wakes up; its
+caches are emptied; each with requests in flight or without. Or it is restarted, also between the new files and the
+reload. There are more adapters than an engine holds. Requests share few prompts, so that most find KV in HBM, DRAM or
+the store. After each change the engine's own cache is reset, as docs/identity.md says. Every answer is compared with
+the one that the engine without the tier gives with the same weights and adapter: tokens, and logprobs up to rounding.
+That KV of other weights or adapters would be noticed is checked first: answers of all versions must differ by many
+times that.
 """
 
 import argparse
@@ -42,13 +43,14 @@ PROMPT_TOKENS, ANSWER_TOKENS = 600, 8
 ROUNDING = 2e-3
 # Of the model's sequences of weights, of adapters, of prompts.
 WEIGHTS, ADAPTERS, PROMPTS = 3, 3, 5
-NAMES = ("first", "second")  # under which adapters are asked for
+NAMES = ("first", "second", "third")  # under which adapters are asked for
+ADAPTERS_HELD = 2
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-CHANGES = ("reload", "write in place", "adapter", "crash", "crash in an update", "empty", "call")
+CHANGES = ("reload", "write in place", "adapter", "sleep", "crash", "crash in an update", "empty", "call")
 _RESET_STEPS = 200
 _ANSWER_SECONDS = 300.0  # to start, to answer a prompt
 
@@ -82,6 +84,8 @@ class Report(msgspec.Struct):
     stored_chunks: int = 0
     fetched_chunks: int = 0
     changes: dict[str, int] = {}
+    in_flight: int = 0  # changes with requests in flight
+    hits_came_back: int = 0  # changes after which the engine used a cache before its next change
     checks: dict[str, int] = {}
     seconds: float = 0.0
     faults: list[str] = []
@@ -94,6 +98,7 @@ class Engine:
     def __init__(self, folder: Path, transfer: dict[str, object] | None, **options: object):
         self.folder = self.adapters = folder
         self._ids = count()
+        self._adapters_asked = False  # by the last request
         self.start(transfer, **options)
 
     def start(self, transfer: dict[str, object] | None, **options: object) -> None:
@@ -139,6 +144,10 @@ class Engine:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
+        # vLLM's CPU kernels compute a request without an adapter with one that another request of the step has.
+        while (adapter is not None) != self._adapters_asked and self.engine.has_unfinished_requests():
+            self.step()
+        self._adapters_asked = adapter is not None
         lora = None
         if adapter is not None:
             lora = LoRARequest(adapter, 1 + NAMES.index(adapter), str(self.adapters / adapter))
@@ -188,6 +197,12 @@ class Engine:
     def write_in_place(self) -> None:
         self.llm.collective_rpc(_load_file, args=(str(self.folder / "model.safetensors"),))
 
+    def sleep(self, level: int) -> None:
+        """And wake up. From level 1 on, requests in flight are aborted. Ranks on a CPU keep their weights then; all
+        else is as on a GPU."""
+        self.llm.sleep(level, mode="abort" if level else "keep")
+        self.llm.wake_up()
+
     def call(self) -> None:
         self.llm.collective_rpc(_nothing)
 
@@ -229,13 +244,15 @@ class Served:
         shutil.copytree(models[0], folder)
         self.weights = 0
         self.adapters: dict[str, int] = {}
+        self.changed = False  # since it used a cache
         self.counters: Counter[tuple[str, str]] = Counter()
         self.start()
 
     def start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._orders, theirs = spawn.Pipe()
-        options = {"enable_lora": True, "max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8}
+        held = {"max_loras": ADAPTERS_HELD, "max_cpu_loras": ADAPTERS_HELD}
+        options = {"enable_lora": True, "max_lora_rank": 8, **held}
         self._process = spawn.Process(target=_serve, args=(theirs, self.folder, self.transfer, options))
         self._process.start()
         theirs.close()
@@ -329,7 +346,7 @@ class Soak:
                     self.report.fetched_chunks += number
 
     def ask(self, engine: Served) -> None:
-        adapter = self.chance.choice([None, *engine.adapters])
+        adapter = self.adapter(engine)
         number = self.chance.randrange(PROMPTS)
         answer, cached = engine.call("ask", self.prompts[number], adapter)
         version = None if adapter is None else engine.adapters[adapter]
@@ -337,23 +354,33 @@ class Soak:
         self.report.requests += 1
         self.report.cached_requests += cached > 0
         self.report.cached_tokens += cached
+        self.report.hits_came_back += engine.changed and cached > 0
+        engine.changed = engine.changed and not cached
         if off > ROUNDING:
             self.report.differing += 1
             self.report.faults.append(
                 f"request {self.report.requests}: {engine.folder.name}, weights {engine.weights}, adapter {version}, "
                 f"prompt {number}, {cached} tokens from caches: off by {off}"
             )
+            say(self.report.faults[-1])
         else:
             self.report.largest_difference = max(self.report.largest_difference, off)
+        if self.report.requests % 50 == 0:
+            say(f"{self.report.requests} requests, {self.report.differing} differing")
+
+    def adapter(self, engine: Served) -> str | None:
+        return self.chance.choice([None, *engine.adapters])
 
     def change(self, engine: Served) -> None:
         kind = self.chance.choice(CHANGES)
         self.report.changes[kind] = self.report.changes.get(kind, 0) + 1
+        say(f"after {self.report.requests} requests, {engine.folder.name}: {kind}")
+        engine.changed = True
         if "crash" not in kind and self.chance.random() < 0.5:
             # In flight: nobody can say what is right for these.
-            adapters = [None, *(engine.adapters if kind != "adapter" else ())]
+            self.report.in_flight += 1
             begun = [
-                (self.chance.choice(self.prompts), self.chance.choice(adapters), self.chance.randint(1, 200))
+                (self.chance.choice(self.prompts), self.adapter(engine), self.chance.randint(1, 200))
                 for _ in range(self.chance.randint(1, 3))
             ]
             engine.call("begin", begun, self.chance.randint(0, 6))
@@ -368,6 +395,14 @@ class Soak:
                     engine.call("unload", name)
                 engine.replace_adapter(name, self.chance.randrange(ADAPTERS))
                 engine.call("forget")
+            case "sleep":
+                level = self.chance.randrange(3)
+                say(f"sleep level {level}")
+                engine.call("sleep", level)
+                if level == 2:  # which on a GPU leaves no weights
+                    engine.replace_weights(self.chance.randrange(WEIGHTS))
+                    engine.call("reload")
+                    engine.call("forget")
             case "crash" | "crash in an update":
                 if kind != "crash":
                     engine.replace_weights(self.chance.randrange(WEIGHTS))
@@ -406,7 +441,8 @@ def main() -> int:
         f"{report.requests} requests, {report.differing} with other tokens or logprobs; {report.cached_requests} used "
         f"{report.cached_tokens} cached tokens; {report.stored_chunks} chunks stored, {report.fetched_chunks} fetched\n"
         f"largest difference {report.largest_difference:.1e}, smallest between versions "
-        f"{report.smallest_difference_of_versions:.1e}\nchanges {report.changes}\nchecks {report.checks}\n"
+        f"{report.smallest_difference_of_versions:.1e}\nchanges {report.changes}: {report.in_flight} with requests in "
+        f"flight, {report.hits_came_back} of {sum(report.changes.values())} followed by hits\nchecks {report.checks}\n"
         f"{report.seconds:.0f} s"
     )
     print("\n".join(report.faults))
