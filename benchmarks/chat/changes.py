@@ -145,7 +145,8 @@ class Engine:
         from vllm.lora.request import LoRARequest
 
         # vLLM's CPU kernels compute a request without an adapter with one that another request of the step has.
-        while (adapter is not None) != self._adapters_asked and self.engine.has_unfinished_requests():
+        scheduler = self.engine.engine_core.engine_core.scheduler  # which knows of aborted requests, too
+        while (adapter is not None) != self._adapters_asked and scheduler.has_unfinished_requests():
             self.step()
         self._adapters_asked = adapter is not None
         lora = None
