@@ -166,6 +166,6 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m graphs.tiny_model FOLDER")
     print(make_tiny_model(Path(sys.argv[1])))
