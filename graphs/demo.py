@@ -102,6 +102,8 @@ class Demo:
         say(f"kill -9 and restart of the target; {served.worker} comes back empty, the other's tiers are emptied")
         await trial.kill("Store-0")
         await asyncio.gather(trial.restart("Store-0"), trial.restart(served.worker))
+        # Its first long prompt costs an engine seconds, with a tier or without: no turn is to be told as that slow.
+        await trial.ask([{"role": "user", "content": "other things: " + OPENING}], max_tokens=2, worker=served.worker)
         await self.empty_workers()
         await trial.until_stored()
         await self.turn("after kill -9 of the target", "What do you remember of our conversation?", store=True)
