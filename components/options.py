@@ -4,8 +4,8 @@ import argparse
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from kvstore.bus.broker import DEFAULT_URLS, checked_urls
-from kvstore.errors import masked
+from kvstore.bus.broker import DEFAULT_URLS, NatsUrls
+from kvstore.text import masked
 
 DEFAULT_ENDPOINT = "dynamo.backend.generate"  # of the workers, as in stock Dynamo
 
@@ -17,13 +17,8 @@ class CommonOptions(BaseModel):
 
     endpoint: str = DEFAULT_ENDPOINT
     namespace: str = "default"
-    nats: str = Field(DEFAULT_URLS, validate_default=True)
+    nats: NatsUrls = Field(DEFAULT_URLS, validate_default=True)
     deadline_ms: int = Field(2000, ge=1, le=600_000)
-
-    @field_validator("nats")
-    @classmethod
-    def _nats_urls(cls, urls: str) -> str:
-        return checked_urls("nats", urls)
 
     @field_validator("endpoint")
     @classmethod

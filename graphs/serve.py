@@ -21,7 +21,7 @@ from graphs.discovery import forget_dead
 from graphs.service import Deployment, Process, Service
 from kvstore.errors import FailedError, UnavailableError
 from kvstore.net.transport import split_address
-from kvstore.secrecy import shown
+from kvstore.text import masked_variable
 
 # A 70B model loads in minutes; a worker that says nothing for longer will not come.
 READY_SECONDS = 900.0
@@ -306,14 +306,14 @@ def _last_words(child: Child, log: Path) -> str:
 def dry_run(deployment: Deployment) -> Sequence[str]:
     """The processes that would be started, for a shell: a setting a line, so that two of them can be compared. Secrets
     are hidden."""
-    found = []
+    shown = []
     for process in deployment.processes():
-        lines = [f"{key}={shlex.quote(shown(key, value))}" for key, value in process.env.items()]
+        lines = [f"{key}={shlex.quote(masked_variable(key, value))}" for key, value in process.env.items()]
         flags = [number for number, word in enumerate(process.command) if word.startswith("--")]
         for first, beyond in zip([0, *flags], [*flags, len(process.command)], strict=True):
             lines.append(shlex.join(process.command[first:beyond]))
-        found.append(f"# {process.name}\n" + " \\\n  ".join(lines) + "\n")
-    return found
+        shown.append(f"# {process.name}\n" + " \\\n  ".join(lines) + "\n")
+    return shown
 
 
 def _check_free(process: Process) -> None:

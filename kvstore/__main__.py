@@ -22,14 +22,14 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from kvstore import tools
 from kvstore.bus import messages, residency
-from kvstore.bus.broker import DEFAULT_URLS, checked_urls
+from kvstore.bus.broker import DEFAULT_URLS, NatsUrls
 from kvstore.bus.messages import Bus
 from kvstore.bus.residency import Announcer
 from kvstore.certificates import Files
 from kvstore.disk.device import Device
 from kvstore.disk.log import Log
 from kvstore.disk.shelf import Rack, Shelf
-from kvstore.errors import ConfigError, UnavailableError, masked, run_command, validated
+from kvstore.errors import ConfigError, UnavailableError, run_command, validated
 from kvstore.net import membership, tenants, tls, transport
 from kvstore.net.etcd import checked_servers
 from kvstore.net.lobby import Lobby
@@ -38,6 +38,7 @@ from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.scrape import Scrapes
 from kvstore.tenancy import Settings, Tenancy, report
+from kvstore.text import masked
 
 logger = logging.getLogger("kvstore")
 
@@ -78,18 +79,13 @@ class Options(BaseModel):
     tls_client_ca: Path | None = None
     namespace: str = "default"
     namespaces: Path | None = None
-    nats: str = Field(DEFAULT_URLS, validate_default=True)
+    nats: NatsUrls = Field(DEFAULT_URLS, validate_default=True)
     etcd: str | None = None
     buffers: ByteSize = ByteSize(256 << 20)
     connections: int = Field(512, ge=1)
     carrier: Literal["", "nixl"] = ""
     metrics_port: int = Field(0, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-
-    @field_validator("nats")
-    @classmethod
-    def _nats_urls(cls, urls: str) -> str:
-        return checked_urls("nats", urls)
 
     @field_validator("etcd")
     @classmethod
@@ -323,7 +319,8 @@ async def _show_metrics(options: Options, *collectors: Collector) -> None:
         return
     for collector in collectors:
         REGISTRY.register(collector)
-    await Scrapes().open("127.0.0.1" if _is_loopback(options.listen) else "0.0.0.0", options.metrics_port)
+    is_local = transport.is_loopback(transport.split_address(options.listen)[0])
+    await Scrapes().open("127.0.0.1" if is_local else "0.0.0.0", options.metrics_port)
 
 
 def _stop_signal() -> asyncio.Event:
@@ -433,10 +430,6 @@ def _actual(listener: socket.socket, asked: str) -> str:
     """The address with the port that port 0 became."""
     host, _ = transport.split_address(asked)
     return f"[{host}]:{listener.getsockname()[1]}" if ":" in host else f"{host}:{listener.getsockname()[1]}"
-
-
-def _is_loopback(address: str) -> bool:
-    return transport.split_address(address)[0] in ("127.0.0.1", "localhost", "::1")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,13 +1,16 @@
-"""Errors that a person reads: what was given, what was wanted; and how a command ends with one. No passwords."""
+"""Errors that a person reads: what was given, what was wanted; and how a command ends with one.
 
-import re
+What is in their text of others' is escaped, and passwords of URLs are hidden.
+"""
+
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
-from kvstore.text import shown
+from kvstore.text import masked, shown
 
 # In place of pydantic's words, where those say how it parses and not what to write.
 _EXPECTED = {
@@ -18,22 +21,19 @@ _EXPECTED = {
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# scheme://user:password@host, and user:password@host.
-_USERINFO = re.compile(r"(?<=://)[^/\s]*@|(?<![\w.%+-])[\w.%+-]*:[^\s/,:@]*@(?=[\w\[])")
 _LINE_CHARACTERS_MAX = 10_000
 USAGE = 2  # exit code of a command that was asked for something it cannot do
 
 
-def masked(text: str) -> str:
-    """The text with what stands before the @ of URLs hidden."""
-    return _USERINFO.sub("***@", text)
+def _line(text: str) -> str:
+    return shown(masked(text), _LINE_CHARACTERS_MAX)
 
 
 class ConfigError(Exception):
     """Bad input, in one line: the field, the value given, and what was expected."""
 
     def __init__(self, name: str, value: object, expected: str):
-        super().__init__(masked(f"{name}: {str(value)!r} given, expected {expected}"))
+        super().__init__(_line(f"{name}: {str(value)!r} given, expected {expected}"))
 
     def within(self, where: str) -> "ConfigError":
         """The same of a field that is a part of `where`."""
@@ -47,13 +47,34 @@ class UnavailableError(Exception):
     exit_code = USAGE
 
     def __init__(self, text: str):
-        super().__init__(masked(text))
+        super().__init__(_line(text))
 
 
 class FailedError(UnavailableError):
-    """A process that was started did not come up: nothing is wrong with the command itself."""
+    """A process that was started did not come up: nothing is wrong with the command itself. Its last words may have
+    several lines."""
 
     exit_code = 1
+
+    def __init__(self, text: str):
+        Exception.__init__(self, "\n".join(map(_line, text.splitlines())))
+
+
+def readable(field: str, path: str) -> str:
+    """The path of a file that somebody else opens. Raises ConfigError if it cannot be opened."""
+    try:
+        Path(path).open("rb").close()
+    except OSError as error:
+        raise ConfigError(field, path, f"a file that can be read ({error.strerror})") from None
+    return path
+
+
+def without_userinfo(field: str, url: str, instead: str) -> str:
+    """The URL or URLs. Raises ConfigError, which says what to do `instead`, if there is a user or a password in one: it
+    would stand in a process's arguments, which every user of the machine can read."""
+    if "@" in url:
+        raise ConfigError(field, url, f"no user and no password in it: {instead}")
+    return url
 
 
 def validated(model: type[Model], values: dict[str, object]) -> Model:
@@ -78,7 +99,7 @@ def _settings(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
 
 
 def fail(program: str, error: Exception) -> NoReturn:
-    print(f"{program}: error: {shown(error, _LINE_CHARACTERS_MAX)}", file=sys.stderr, flush=True)
+    print(f"{program}: error: {error}", file=sys.stderr, flush=True)
     sys.exit(getattr(error, "exit_code", USAGE))
 
 

@@ -43,6 +43,7 @@ from cryptography.hazmat.primitives.ciphers.modes import GCM
 from kvstore import private
 from kvstore.errors import ConfigError
 from kvstore.keys import KEY_BYTES
+from kvstore.rarely import Rarely
 from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class Seal:
         self.mode = mode
         self._lock = threading.Lock()
         self._rejected: Counter[str] = Counter()
-        self._complain_at = 0.0
+        self._complains = Rarely(_COMPLAIN_SECONDS)
 
     def __repr__(self) -> str:
         return f"Seal({self._keys}, {self.mode.name})"
@@ -178,10 +179,8 @@ class Seal:
         """Count a value of `target`, and log it unless that was done a moment ago."""
         with self._lock:
             self._rejected[reason] += 1
-            now = time.monotonic()
-            if now < self._complain_at:
+            if not self._complains():
                 return
-            self._complain_at = now + _COMPLAIN_SECONDS
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self._rejected.items()))
         logger.warning(
             "%s: a value whose seal does not hold (%s); rejected since the start: %s", shown(target), reason, counts

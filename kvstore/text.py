@@ -1,7 +1,15 @@
-"""Text that somebody else chose, made safe to show: names and messages from the bus, the wire, etcd and HTTP."""
+"""Text made safe to show: names and messages that somebody else chose, on the bus, the wire, in etcd and over HTTP; and
+secrets that stand in URLs and in variables of the environment."""
+
+import re
 
 TEXT_CHARACTERS_MAX = 200
 NAME_CHARACTERS_MAX = 256  # of a target, as on the wire
+HIDDEN = "***"
+# scheme://user:password@host, and user:password@host.
+_USERINFO = re.compile(r"(?<=://)[^/\s]*@|(?<![\w.%+-])[\w.%+-]*:[^\s/,:@]*@(?=[\w\[])")
+# Names of tokens, passwords and seeds. Paths of files are not secret, nor are keys of other kinds.
+_SECRET_VARIABLE = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|NKEY|API_KEY|ACCESS_KEY)$", re.IGNORECASE)
 
 
 def shown(text: object, characters_max: int = TEXT_CHARACTERS_MAX) -> str:
@@ -24,6 +32,16 @@ def clean(value: object) -> object:
     if isinstance(value, dict):
         return {clean(key): clean(one) for key, one in value.items()}
     return [clean(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def masked(text: str) -> str:
+    """The text with what stands before the @ of URLs hidden."""
+    return _USERINFO.sub(f"{HIDDEN}@", text)
+
+
+def masked_variable(name: str, value: str) -> str:
+    """The value of an environment variable, hidden if the name is a secret's."""
+    return HIDDEN if value and _SECRET_VARIABLE.search(name) else masked(value)
 
 
 def _escaped(character: str) -> str:

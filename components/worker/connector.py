@@ -217,8 +217,10 @@ class KvtierConnector(OffloadingConnector):
         """While the mover still has jobs in DRAM that is to be dropped, nothing is found there."""
         skip = request.skip_reading_prefix_cache
         request.skip_reading_prefix_cache = skip or self._drop
-        yield
-        request.skip_reading_prefix_cache = skip
+        try:
+            yield
+        finally:
+            request.skip_reading_prefix_cache = skip
 
     def _copying(self) -> bool:
         """Whether ranks copy to or from DRAM, or a step is scheduled that has begun to load."""

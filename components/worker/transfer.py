@@ -14,6 +14,7 @@ from pydantic import ByteSize, Field, field_validator
 from components.options import CommonOptions, add_common_arguments
 from kvstore import credentials
 from kvstore.bus import messages
+from kvstore.bus.broker import NatsUrls
 from kvstore.certificates import ClientOptions, add_client_arguments
 from kvstore.errors import run_command, validated
 from kvstore.net import tls
@@ -58,7 +59,7 @@ class TierOptions(CommonOptions, ClientOptions):
 class Options(TierOptions):
     """The same for an engine that no router sees, unless it is told otherwise."""
 
-    nats: str = ""
+    nats: NatsUrls = ""
 
 
 def add_tier_arguments(parser: argparse.ArgumentParser) -> None:

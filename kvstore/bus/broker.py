@@ -15,15 +15,14 @@ import os
 import ssl
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from nats.aio.client import Client
 from nats.errors import SecureConnRequiredError
+from pydantic import AfterValidator
 
-from kvstore.errors import ConfigError
-from kvstore.secrecy import without_userinfo
+from kvstore.errors import ConfigError, readable, without_userinfo
 
 DEFAULT_URLS = os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222")
 _CA, _CERTIFICATE, _KEY = "NATS_TLS_CA_CERT_PATH", "NATS_TLS_CLIENT_CERT_PATH", "NATS_TLS_CLIENT_KEY_PATH"
@@ -45,6 +44,10 @@ def checked_urls(field: str, urls: str) -> str:
     return urls
 
 
+# Of an option called `nats`; "" for no bus.
+NatsUrls = Annotated[str, AfterValidator(lambda urls: checked_urls("nats", urls))]
+
+
 def split(urls: str) -> list[str]:
     return [url.strip() for url in urls.split(",") if url.strip()]
 
@@ -61,9 +64,12 @@ class SecureClient(Client):
         await super()._process_info(info, initial_connection)
 
 
-def client_and_options(urls: str, environ: Mapping[str, str] = os.environ) -> tuple[SecureClient, dict[str, Any]]:
-    """A client that is not connected, and what its `connect` takes. Raises ConfigError."""
-    client, servers = SecureClient(), split(checked_urls("nats", urls))
+def client_and_options(urls: str) -> tuple[SecureClient, dict[str, Any]]:
+    """A client that is not connected, and what its `connect` takes. Raises ConfigError, also for no URL at all: nats-py
+    would look for a server for ever, and let nothing else run."""
+    client, environ, servers = SecureClient(), os.environ, split(checked_urls("nats", urls))
+    if not servers:
+        raise ConfigError("nats", urls, _EXPECTED)
     client.secure = any(url.startswith("tls://") for url in servers) or any(map(environ.get, (_CA, _CERTIFICATE, _KEY)))
     options: dict[str, Any] = {"servers": servers, **_secrets(environ)}
     if client.secure:
@@ -86,7 +92,7 @@ def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
         return {"nkeys_seed_str": seed}
     if path := environ.get("NATS_AUTH_CREDENTIALS_FILE"):
         _need_nkeys("NATS_AUTH_CREDENTIALS_FILE")
-        return {"user_credentials": _readable("NATS_AUTH_CREDENTIALS_FILE", path)}
+        return {"user_credentials": readable("NATS_AUTH_CREDENTIALS_FILE", path)}
     return {}
 
 
@@ -102,20 +108,12 @@ def _context(environ: Mapping[str, str]) -> ssl.SSLContext:
             _KEY if certificate else _CERTIFICATE, "", f"a file: {_CERTIFICATE} and {_KEY} belong together"
         )
     try:
-        context = ssl.create_default_context(cafile=_readable(_CA, authority) if authority else None)
+        context = ssl.create_default_context(cafile=readable(_CA, authority) if authority else None)
     except ssl.SSLError:
         raise ConfigError(_CA, authority, "certificates in PEM") from None
     if certificate and key:
         try:
-            context.load_cert_chain(_readable(_CERTIFICATE, certificate), _readable(_KEY, key), password="")
+            context.load_cert_chain(readable(_CERTIFICATE, certificate), readable(_KEY, key), password="")
         except ssl.SSLError:
             raise ConfigError(_CERTIFICATE, certificate, f"a certificate in PEM, and its key in {_KEY}") from None
     return context
-
-
-def _readable(field: str, path: str) -> str:
-    try:
-        Path(path).open("rb").close()
-    except OSError as error:
-        raise ConfigError(field, path, f"a file that can be read ({error.strerror})") from None
-    return path

@@ -21,8 +21,8 @@ from nats.errors import Error as NatsError
 from nats.errors import SecureConnRequiredError
 
 from kvstore.bus.broker import client_and_options
-from kvstore.errors import ConfigError, UnavailableError, masked
-from kvstore.text import shown
+from kvstore.errors import ConfigError, UnavailableError
+from kvstore.text import masked, shown
 
 logger = logging.getLogger(__name__)
 
@@ -196,17 +196,9 @@ class Bus:
 
         return await self._client.subscribe(to, cb=receive)
 
-    async def request(self, to: str, message: msgspec.Struct, answer: type[Message], seconds: float) -> Message | None:
-        """The answer, or None if none came in time or it does not decode."""
-        try:
-            raw = await self._client.request(to, msgspec.msgpack.encode(message), timeout=seconds)
-            return msgspec.msgpack.decode(raw.data, type=answer)
-        except (TimeoutError, OSError, NatsError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None
-
     @contextlib.asynccontextmanager
     async def conversation(self, to: str) -> AsyncIterator["Conversation"]:
-        """Several requests to one peer, in turn. Unlike with `request`, a second answer to one of them is noticed."""
+        """Several requests to one peer, in turn. A second answer to one of them is noticed."""
         inbox = self._client.new_inbox()
         answers = await self._client.subscribe(inbox, pending_msgs_limit=_ANSWERS_MAX)
         try:

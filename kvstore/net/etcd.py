@@ -8,12 +8,11 @@ ETCD_AUTH_CLIENT_CERT with ETCD_AUTH_CLIENT_KEY.
 import os
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
-from kvstore.errors import ConfigError, UnavailableError
+from kvstore.errors import ConfigError, UnavailableError, readable, without_userinfo
 from kvstore.net.transport import split_address
-from kvstore.secrecy import without_userinfo
+from kvstore.text import shown
 
 Answer = TypeVar("Answer")
 
@@ -39,11 +38,11 @@ class Etcd:
     """A client that goes on with the next server when one fails, and greets it anew: tokens end, too, with a server's
     start or their time. From any thread; one call at a time."""
 
-    def __init__(self, servers: str, field: str = "etcd", environ: Mapping[str, str] = os.environ):
+    def __init__(self, servers: str):
         """Raises ConfigError. Nothing is asked yet."""
         self._servers = servers
-        self._addresses = list(checked_servers(field, servers))
-        self._options = _options(environ)
+        self._addresses = list(checked_servers("etcd", servers))
+        self._options = _options(os.environ)
         self._client: Any = None
         self._lock = threading.Lock()
 
@@ -81,11 +80,8 @@ def _options(environ: Mapping[str, str]) -> dict[str, str]:
         missing = _CA if not authority else _KEY if certificate else _CERTIFICATE
         raise ConfigError(missing, "", f"a file: {_CERTIFICATE}, {_KEY} and {_CA} belong together")
     for name, path in ((_CA, authority), (_CERTIFICATE, certificate), (_KEY, key)):
-        try:
-            if path:
-                Path(path).open("rb").close()
-        except OSError as error:
-            raise ConfigError(name, path, f"a file that can be read ({error.strerror})") from None
+        if path:
+            readable(name, path)
     given = {"user": user, "password": password, "ca_cert": authority, "cert_cert": certificate, "cert_key": key}
     return {name: value for name, value in given.items() if value}
 
@@ -103,7 +99,7 @@ def _connect(host: str, port: int, options: Mapping[str, str]) -> Any:
 
 def _reason(error: Exception) -> str:
     details = getattr(error, "details", None)  # of grpc's, whose text has many lines
-    return str(details() if callable(details) else error) or type(error).__name__
+    return shown(details() if callable(details) else error) or type(error).__name__
 
 
 def _unreachable(servers: str, reason: str) -> str:

@@ -7,18 +7,19 @@ namespace's own. A wrong credential and a namespace that is not served get one a
 import contextlib
 import logging
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Collection
 from typing import NamedTuple
 
 from kvstore.credentials import Credential
-from kvstore.net import transport, wire
+from kvstore.net import wire
+from kvstore.net.accept import Acceptor
 from kvstore.net.target import Target
 from kvstore.net.tls import ServerTls
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, ProtocolError
+from kvstore.rarely import COMPLAIN_SECONDS, Rarely
 from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ GREETING_BYTES_MAX = 8 << 10  # of a frame: four names of 256 characters, and th
 # of connections that say nothing keeps nobody out who is quick.
 GREETINGS_MAX = 256
 _REFUSED = "the namespace is not served here, or the credential is not its own"
-_COMPLAIN_SECONDS = 1.0
 
 
 class Member(NamedTuple):
@@ -39,21 +39,17 @@ class Member(NamedTuple):
     credential: Credential
 
 
-class Lobby:
-    """Listens for the targets of several namespaces. Thread-safe. Only users of `unix_uids` are heard on a UNIX socket;
-    None: all who can open it. With `tls` nobody is heard over TCP without it."""
+class Lobby(Acceptor):
+    """Listens for the targets of several namespaces. Thread-safe."""
 
     def __init__(self, unix_uids: Collection[int] | None = None, tls: ServerTls | None = None) -> None:
-        self._unix_uids = unix_uids
-        self._tls = tls
+        super().__init__(unix_uids, tls)
         self._members: dict[str, Member] = {}
         self._nobody = Credential.random()  # of namespaces that are not served: a proof of it costs the same
-        self._listeners: list[socket.socket] = []
         self._greeting: dict[Stream, None] = {}  # the first that came is first
         self._lock = threading.Lock()
-        self._stopping = False
         self.refused = 0  # greetings
-        self._complain_at = 0.0
+        self._complains = Rarely(COMPLAIN_SECONDS)
 
     @property
     def members(self) -> dict[str, Member]:
@@ -76,18 +72,9 @@ class Lobby:
         member.target.disconnect()
         member.target.stop()
 
-    def serve(self, listener: socket.socket) -> None:
-        """Accept clients on `listener` in a thread of its own."""
-        self._listeners.append(listener)
-        threading.Thread(target=self._accept, args=(listener,), name="kvtier-accept", daemon=True).start()
-
     def stop(self) -> None:
         """Stop accepting, let every request under way finish, and close."""
-        self._stopping = True
-        for listener in self._listeners:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+        self.stop_accepting()
         with self._lock:
             greeting, members = list(self._greeting), list(self._members.values())
         for stream in greeting:
@@ -97,26 +84,6 @@ class Lobby:
             thread.start()
         for thread in stopping:
             thread.join()
-
-    def _accept(self, listener: socket.socket) -> None:
-        while not self._stopping:
-            try:
-                sock, _ = listener.accept()
-            except OSError:
-                if not self._stopping:
-                    time.sleep(0.1)  # out of descriptors, most likely: others will close theirs
-                continue
-            try:
-                if not transport.is_permitted(sock, self._unix_uids):
-                    sock.close()
-                    continue
-                if self._tls is not None and sock.family != socket.AF_UNIX:
-                    self._tls.accept(sock, self._admit)
-                else:
-                    self._admit(Stream(sock))
-            except (OSError, RuntimeError) as error:  # the client is gone, or no descriptor or thread to be had
-                logger.error("a client cannot be served: %s", error)
-                sock.close()
 
     def _admit(self, stream: Stream) -> None:
         with self._lock:
@@ -174,9 +141,8 @@ class Lobby:
         """Log it, but not so often that it would fill a disk."""
         with self._lock:
             self.refused += 1
-            if time.monotonic() < self._complain_at:
+            if not self._complains():
                 return
-            self._complain_at = time.monotonic() + _COMPLAIN_SECONDS
             count = self.refused
         logger.warning("closing a connection: %s (%d so far)", shown(error), count)
 

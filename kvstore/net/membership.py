@@ -20,6 +20,7 @@ import xxhash
 from kvstore.errors import ConfigError, UnavailableError, run_command
 from kvstore.net.etcd import Etcd, checked_servers
 from kvstore.net.transport import split_address
+from kvstore.rarely import Rarely
 from kvstore.text import NAME_CHARACTERS_MAX, is_plain
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 # Long enough for a stalled machine to come back, short enough that a dead target is not asked for many requests.
 LEASE_SECONDS = 10
 POLL_SECONDS = 1.0
+COMPLAIN_SECONDS = 60.0  # of an etcd that is away
 TARGETS_MAX = 4096  # each is looked at for every key
 
 
@@ -70,11 +72,14 @@ class EtcdMembership:
         self._closed.set()
 
     def _poll(self) -> None:
+        complains = Rarely(COMPLAIN_SECONDS)
         while not self._closed.wait(POLL_SECONDS):
             try:
                 self._targets = self._read()
             except UnavailableError as error:
-                logger.warning("keeping the targets known: %s", error)
+                if complains():
+                    logger.warning("keeping the targets known: %s", error)
+        self._etcd.close()
 
     def _read(self) -> tuple[str, ...]:
         found = {value for value, _ in self._etcd.call(lambda client: list(client.get_prefix(self._prefix)))}
@@ -137,13 +142,15 @@ class Registration:
         return int(lease.id), int(answer.header.revision)
 
     def _keep(self) -> None:
+        complains = Rarely(COMPLAIN_SECONDS)
         while not self._closed.wait(LEASE_SECONDS / 3):
             try:
                 (answer,) = self._etcd.call(lambda client: list(client.refresh_lease(self._lease)))
                 if answer.TTL <= 0:
                     self._lease, _ = self._etcd.call(self._register)
             except UnavailableError as error:
-                logger.warning("the lease of %s may run out: %s", self._target, error)
+                if complains():
+                    logger.warning("the lease of %s may run out: %s", self._target, error)
 
 
 def open_membership(stores: str, namespace: str, *, isolated: bool = False) -> Membership:

@@ -8,7 +8,6 @@ buffers, which is also the hot cache.
 import contextlib
 import logging
 import secrets
-import socket
 import threading
 import time
 from collections import Counter, deque
@@ -24,11 +23,13 @@ from kvstore.disk.buffers import Buffer, BufferPool
 from kvstore.disk.log import Log, Value
 from kvstore.disk.shelf import Shelf
 from kvstore.net import transport, wire
+from kvstore.net.accept import Acceptor
 from kvstore.net.carrier import Lender, lender
 from kvstore.net.queues import BATCH_BYTES, Answer, Read, Reader, ReadQueue, Want, Write, WriteQueue
 from kvstore.net.tls import ServerTls
 from kvstore.net.transport import Bytes, Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError
+from kvstore.rarely import COMPLAIN_SECONDS, Rarely
 from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,6 @@ _LENT_LOOK_SECONDS = 1.0
 # Where the device falls behind, a PUT is taken in at its speed: for so long in all, then what finds no room is refused.
 _PUT_PATIENCE_SECONDS = 1.0
 _ERROR_SECONDS = 1.0
-_COMPLAIN_SECONDS = 1.0
 # Chunks from memory go out in portions of this: the first is on its way while the next is looked up.
 _HOT_BYTES = 1 << 20
 _SCRATCH_BYTES = 256 << 10
@@ -57,12 +57,11 @@ _RETURNED = 4.0
 _LATENCIES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
-class Target:
+class Target(Acceptor):
     """Serves `shelf` on listening sockets until `stop`. `name` is the address under which clients know it.
 
     `buffer_bytes` of memory are for payloads on their way, and with `hot_bytes` as much more for those that were there
-    last. Only users of `unix_uids` are served on a UNIX socket; None: all who can open it. With `tls` nobody is served
-    over TCP without it.
+    last.
     """
 
     def __init__(
@@ -82,6 +81,7 @@ class Target:
         readable: bool = True,
         writable: bool = True,
     ):
+        super().__init__(unix_uids, tls)
         self.readable = readable
         self.writable = writable
         self.shelf = shelf
@@ -92,8 +92,6 @@ class Target:
         self._lender = lender(carrier, self.pool.arena) if carrier else None
         self._namespace = namespace
         self._unix_path = unix_path
-        self._unix_uids = unix_uids
-        self._tls = tls
         self._passes = Credential.random()
         self._boot_id = transport.boot_id()
         # Where memory is scarce, what is read at once is a small part of it, too.
@@ -102,12 +100,10 @@ class Target:
         self._reads = {log: ReadQueue(log, self.pool) for log in shelf.logs}
         share = buffer_bytes // 2 // len(shelf.logs)
         self._writes = {log: WriteQueue(log, self.pool, share) for log in shelf.logs}
-        self._listeners: list[socket.socket] = []
         self._connections: dict[_Connection, threading.Thread] = {}
         self._lock = threading.Lock()
-        self._stopping = False
         self._complaints = 0  # since the last one that was logged
-        self._complain_at = 0.0
+        self._complains = Rarely(COMPLAIN_SECONDS)
         self._operations: Counter[tuple[str, str]] = Counter()  # (operation, outcome) -> keys
         self._counts: Counter[str] = Counter()
         seconds = Histogram(
@@ -124,18 +120,9 @@ class Target:
             registry=self.registry,
         )
 
-    def serve(self, listener: socket.socket) -> None:
-        """Accept clients on `listener` in a thread of its own."""
-        self._listeners.append(listener)
-        threading.Thread(target=self._accept, args=(listener,), name="kvtier-accept", daemon=True).start()
-
     def stop(self, drain_seconds: float = 5.0) -> None:
         """Stop accepting, let every request under way finish, and close. The shelf is the caller's to close."""
-        self._stopping = True
-        for listener in self._listeners:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+        self.stop_accepting()
         with self._lock:
             connections = dict(self._connections)
         for connection in connections:
@@ -150,26 +137,6 @@ class Target:
             reads.stop()
 
     # ---- connections
-
-    def _accept(self, listener: socket.socket) -> None:
-        while not self._stopping:
-            try:
-                sock, _ = listener.accept()
-            except OSError:
-                if not self._stopping:
-                    time.sleep(0.1)  # out of descriptors, most likely: others will close theirs
-                continue
-            if not transport.is_permitted(sock, self._unix_uids):
-                sock.close()
-                continue
-            try:
-                if self._tls is not None and sock.family != socket.AF_UNIX:
-                    self._tls.accept(sock, self._admit)
-                else:
-                    self._admit(Stream(sock))
-            except (OSError, RuntimeError) as error:  # the client is gone, or no descriptor or thread to be had
-                logger.error("a client cannot be served: %s", error)
-                sock.close()
 
     def _admit(self, stream: Stream) -> None:
         with self._lock:
@@ -245,10 +212,9 @@ class Target:
         """Log it, but not so often that it would fill a disk."""
         with self._lock:
             self._complaints += 1
-            if time.monotonic() < self._complain_at:
+            if not self._complains():
                 return
             count, self._complaints = self._complaints, 0
-            self._complain_at = time.monotonic() + _COMPLAIN_SECONDS
         logger.warning("closing a connection: %s%s", shown(error), f"; and {count - 1} more" if count > 1 else "")
 
     def _greet(self, connection: "_Connection") -> str:

@@ -21,6 +21,7 @@ from kvstore.errors import ConfigError
 from kvstore.net import transport, wire
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op
+from kvstore.rarely import COMPLAIN_SECONDS, Rarely
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ _PIECE_BYTES = 4 * _RECORD_BYTES
 _ROOM_BYTES = _PIECE_BYTES + 1024
 _LINGER_SECONDS = 1.0
 _LINGER_BYTES_MAX = 64 << 10
-_COMPLAIN_SECONDS = 1.0
 
 
 class PlainClientError(ConnectionError):
@@ -249,7 +249,7 @@ class ServerTls:
         self._loaded = certificates.load(files, SERVER)
         self._shaking: dict[TlsStream, None] = {}  # the first that came is first
         self._lock = threading.Lock()
-        self._complain_at = 0.0
+        self._complains = Rarely(COMPLAIN_SECONDS)
         self.refused = 0  # connections
         self._log()
 
@@ -308,9 +308,8 @@ class ServerTls:
         """Log it, but not so often that it would fill a disk."""
         with self._lock:
             self.refused += 1
-            if time.monotonic() < self._complain_at:
+            if not self._complains():
                 return
-            self._complain_at = time.monotonic() + _COMPLAIN_SECONDS
             count = self.refused
         late = isinstance(error, TimeoutError)
         reason = f"TLS: no handshake within {HANDSHAKE_SECONDS:g} s" if late else str(error)

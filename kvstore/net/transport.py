@@ -5,6 +5,7 @@ call, and a plain sendmsg/recv_into loop reaches what the loopback device can ca
 """
 
 import contextlib
+import ipaddress
 import logging
 import socket
 import struct
@@ -234,6 +235,14 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{address!r} is not host:port")
     return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is this machine and nobody else reaches it there."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def boot_id() -> str:

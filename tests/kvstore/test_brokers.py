@@ -15,13 +15,13 @@ import pytest
 
 from benchmarks.store.authority import Authority
 from graphs.services import free_port
-from kvstore.bus.broker import checked_urls
+from kvstore.bus.broker import checked_urls, client_and_options
 from kvstore.bus.messages import Bus, WorkerReport
 from kvstore.certificates import Files
-from kvstore.errors import ConfigError, UnavailableError, masked
+from kvstore.errors import ConfigError, UnavailableError
 from kvstore.net.etcd import Etcd
 from kvstore.net.membership import Registration, open_membership
-from kvstore.secrecy import shown
+from kvstore.text import masked, masked_variable
 from tests.conftest import start_server, stop_server
 
 PASSWORD = "s3cret-of-the-test"
@@ -76,6 +76,13 @@ def test_a_password_in_a_url_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(ConfigError, match="NATS_AUTH_USERNAME") as error:
         checked_urls("nats", url)
     assert PASSWORD not in str(error.value)
+
+
+@pytest.mark.parametrize("urls", ["", " , "])
+def test_no_url_at_all_is_an_error_where_a_bus_is_needed(urls: str) -> None:
+    """nats-py would look for a server for ever, and no other task would get a turn."""
+    with pytest.raises(ConfigError, match="expected nats://host:port"):
+        client_and_options(urls)
 
 
 async def test_a_server_that_is_gone_is_not_missed_where_there_is_another(nats: Nats) -> None:
@@ -318,7 +325,7 @@ def test_passwords_in_urls_are_masked(text: str, expected: str) -> None:
     ],
 )
 def test_secret_variables_are_hidden(name: str, value: str, expected: str) -> None:
-    assert shown(name, value) == expected
+    assert masked_variable(name, value) == expected
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ async def test_forged_and_corrupt_messages_are_counted_and_passed_over(nats_url:
 
     await forger.subscribe("liar", cb=lie)
     await forger.flush()
-    assert await line.request("liar", SnapshotRequest(0, 0), SnapshotPage, seconds=20) is None
+    async with line.conversation("liar") as peer:
+        assert await peer.ask(SnapshotRequest(0, 0), SnapshotPage, seconds=20) is None
     await forger.close()
     await line.close()
 

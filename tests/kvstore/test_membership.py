@@ -1,11 +1,11 @@
 """Who is there: a fixed list or etcd, and which keys belong to whom."""
 
 import os
-import time
 from collections import Counter
 
 import pytest
 
+import kvstore.net.membership
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.net.etcd import Etcd
 from kvstore.net.membership import EtcdMembership, Registration, open_membership, place
@@ -78,18 +78,25 @@ def test_another_process_watches_etcd_for_the_engine(etcd_address: str) -> None:
     assert child.wait(20) is not None
 
 
-def test_the_last_known_targets_outlive_etcd(etcd_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_known_targets_outlive_etcd(
+    etcd_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That it is away is said once, and then rarely."""
+    monkeypatch.setattr(kvstore.net.membership, "POLL_SECONDS", 0.02)
+    looks: list[None] = []
     namespace = f"last-{os.getpid()}"
     registration = Registration(etcd_address, namespace, "a:1")
     membership = open_membership(f"etcd://{etcd_address}", namespace)
     assert isinstance(membership, EtcdMembership)
 
     def down() -> tuple[str, ...]:
+        looks.append(None)
         raise UnavailableError("etcd is away")
 
     monkeypatch.setattr(membership, "_read", down)
-    time.sleep(1.5)
+    eventually(lambda: len(looks) > 20)
     assert list(membership.targets()) == ["a:1"]
+    assert caplog.text.count("keeping the targets known: etcd is away") == 1
     membership.close()
     registration.close()
 

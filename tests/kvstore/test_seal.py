@@ -6,7 +6,6 @@ import pickle
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from kvstore.net.client import Item, StoreClient
 from kvstore.net.membership import StaticMembership
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome
+from kvstore.rarely import Rarely
 from kvstore.seal import TRAILER_BYTES, Mode, Reason, Seal, SealFile, SealKey, read_keys
 from tests.conftest import RunningTarget, item, key, payload, soon
 from tests.kvstore.test_client import LENGTH, Impostor, rooms
@@ -337,7 +337,7 @@ def test_rejections_are_logged_once_in_a_while(caplog: pytest.LogCaptureFixture)
         ring.reject("there:1", Reason.ALTERED)
     assert caplog.text.count("there:1: a value whose seal does not hold (altered)") == 1
     assert ring.rejected == {"altered": 1000}
-    ring._complain_at = time.monotonic()
+    ring._complains = Rarely(0)  # a while has gone by
     ring.reject("there:1", Reason.UNSEALED)
     assert "altered 1000, unsealed 1" in caplog.text
 

@@ -19,6 +19,7 @@ from graphs import top
 from graphs.services import free_port
 from kvstore.bus.messages import Residency, TargetReport
 from kvstore.bus.residency import Mirror
+from kvstore.errors import ConfigError, FailedError, UnavailableError
 from kvstore.net import wire
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import StaticMembership
@@ -167,3 +168,11 @@ async def test_top_and_explain_print_nothing_of_what_a_router_says(capsys: pytes
     printed = capsys.readouterr().out
     assert "red" in printed
     assert is_harmless(printed + str(caught.value))
+
+
+def test_an_error_is_one_line_and_last_words_keep_theirs() -> None:
+    said = f"it says:\n  {ESCAPES}"
+    assert "\n" not in str(UnavailableError(said)) + str(ConfigError("name", "a", said))
+    lines = str(FailedError("it says, at its end:\n  one\n  two \x1b[31m")).splitlines()
+    assert lines == ["it says, at its end:", "  one", "  two \\x1b[31m"]
+    assert is_harmless(str(UnavailableError(said)) + str(ConfigError("name", "a", said)))

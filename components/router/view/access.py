@@ -22,6 +22,7 @@ from aiohttp import web
 from kvstore import credentials, private
 from kvstore.credentials import Credential
 from kvstore.errors import ConfigError
+from kvstore.net import transport
 from kvstore.net.transport import split_address
 
 VARIABLE = "KVTIER_PAGE_TOKEN"
@@ -155,8 +156,7 @@ def unknown(token: str | None) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether a host, with or without a port, is this machine's own."""
-    name = _name_of(host)
-    return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
+    return transport.is_loopback(_name_of(host))
 
 
 def is_of_another_site(request: web.Request) -> bool:

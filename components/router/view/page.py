@@ -115,7 +115,7 @@ def make_app(feed: Feed, access: Access, explain: Handler | None = None) -> web.
     async def log_in(request: web.Request) -> web.Response:
         given = (await request.post()).get("token", "")
         if not isinstance(given, str) or not access.is_token(given):
-            return _login_form()
+            return _login_form(login)
         response = web.Response(status=303, headers={"Location": "./"})
         access.give_cookie(response)
         return response
@@ -133,7 +133,7 @@ def make_app(feed: Feed, access: Access, explain: Handler | None = None) -> web.
                 text = "expected the page's token: Authorization: Bearer TOKEN\n"
                 raise web.HTTPUnauthorized(text=text, headers={"WWW-Authenticate": "Bearer"})
         elif request.path == "/" and not access.is_known(request):
-            return _login_form()
+            return _login_form(login)
         return await handler(request)
 
     @web.middleware
@@ -162,6 +162,7 @@ def make_app(feed: Feed, access: Access, explain: Handler | None = None) -> web.
             task.cancel()
 
     closed = {"/state", "/events", "/explain"}
+    login = _LOGIN.read_bytes()
     app = web.Application(middlewares=[bounded], client_max_size=_BODY_BYTES_MAX)
     app.on_response_prepare.append(secured)
     app.on_shutdown.append(leave)
@@ -223,9 +224,9 @@ def _sending(file: Path) -> Handler:
     return send
 
 
-def _login_form() -> web.Response:
+def _login_form(body: bytes) -> web.Response:
     headers = {"Cache-Control": "no-store", "WWW-Authenticate": "Bearer"}
-    return web.Response(status=401, body=_LOGIN.read_bytes(), content_type="text/html", headers=headers)
+    return web.Response(status=401, body=body, content_type="text/html", headers=headers)
 
 
 def _json(content: object) -> web.Response:
