@@ -421,8 +421,12 @@ def frontend_url(deployment: Deployment) -> str:
 
 
 def page_address(deployment: Deployment, replica: int = 0) -> str:
-    """Where a router shows its page: on the port given and those after it. Empty for nowhere."""
-    address = _flag(deployment.of("Router"), "page", "")
+    """Where a router shows its page: on the port given and those after it. Empty for nowhere. In a network with others
+    it is for the pod alone (kubectl port-forward), unless it was said who may look."""
+    from components.router.view.access import VARIABLE
+
+    settings = deployment.of("Router")
+    address = _flag(settings, "page", "")
     if not address or not deployment.runs("Router"):
         return ""
     try:
@@ -430,7 +434,9 @@ def page_address(deployment: Deployment, replica: int = 0) -> str:
     except ValueError:
         raise ConfigError("page", address, "host:port, such as 127.0.0.1:8300") from None
     if deployment.place.apart:
-        return f"0.0.0.0:{port}"  # the container decides who gets there
+        is_guarded = deployment.place.is_private or VARIABLE in settings.env
+        is_guarded |= any(map(settings.flags.get, ("page-token-file", "page-open")))
+        return f"{'0.0.0.0' if is_guarded else '127.0.0.1'}:{port}"  # the container decides who gets there
     return f"[{host}]:{port + replica}" if ":" in host else f"{host}:{port + replica}"
 
 

@@ -251,6 +251,23 @@ def test_one_setting_changes_everywhere(tmp_path: Path) -> None:
         assert "32GiB" not in text
 
 
+@pytest.mark.parametrize(
+    ("said", "host"),
+    [
+        ([], "127.0.0.1"),
+        (["--Router.page-token-file=/etc/kvtier/page.token"], "0.0.0.0"),
+        (["--Router.page-open=true"], "0.0.0.0"),
+    ],
+)
+def test_a_page_in_a_network_with_others_is_the_pods_own_until_it_is_said_who_may_look(
+    said: list[str], host: str
+) -> None:
+    """Otherwise the router would end at its start."""
+    text = render("k8s", ROUTED, CONFIGS / "quickstart.yaml", said, Path("docker"))
+    command = [str(word) for word in re.findall(r"^ *- (\S+)$", text, re.MULTILINE)]
+    assert command[command.index("--page") + 1] == f"{host}:8300"
+
+
 def test_images_run_without_root() -> None:
     for file in IMAGES.values():
         lines = (ROOT / "docker" / file).read_text().splitlines()
