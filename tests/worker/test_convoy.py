@@ -15,6 +15,7 @@ from benchmarks.chat.scheduler import Drive, Options
 from components.worker.loads import Loads
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
+from tests.conftest import eventually
 from tests.worker.stock import offload_key, offloading
 from tests.worker.test_scheduler import configured
 
@@ -33,10 +34,14 @@ class Engine:
         self._arrivals = 0
         if ours:
             self.set_speed(FAST)  # so that asking the store takes no time
-        self.arrive(LONG)
+        self._run(LONG)
+        assert self.scheduler.reset_prefix_cache()
+        self._run([1])  # after a reset, ranks are asked for the model: from here on it is known when a request arrives
+
+    def _run(self, tokens: Sequence[int]) -> None:
+        self.arrive(tokens)
         while self.scheduler.has_requests():
             self.step()
-        assert self.scheduler.reset_prefix_cache()
 
     def set_speed(self, bytes_per_second: float) -> None:
         clock: Any = self.connector._clock
@@ -48,6 +53,8 @@ class Engine:
         hasher = self.drive._hasher
         request = Request(f"r{self._arrivals}", list(tokens), sampling, None, block_hasher=hasher)
         self.scheduler.add_request(request)
+        for tier in getattr(self.connector, "_tiers", ()):  # what is not there has answered, however slow the machine
+            eventually(lambda tier=tier: (tier._step(), not tier.undecided(request.request_id))[1])
         return request.request_id
 
     def step(self) -> tuple[dict[str, int], dict[str, int]]:
