@@ -1,1 +1,1 @@
-"""Every number in the README comes from a command in here."""
+"""Every figure in docs/benchmarks.md comes from a command in here."""

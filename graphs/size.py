@@ -39,7 +39,7 @@ MODELS = {
     "mistral-7b": Shape(32, 8, 128),
     "deepseek-v3": Shape(61, 1, 512 + 64, latent=True),
 }
-# Prefill tokens a second, measured (README): H200, weights in FP8 (70b) and bf16 (8b).
+# Prefill tokens a second, measured (docs/operations.md): H200, weights in FP8 (70b) and bf16 (8b).
 PREFILL = {("llama-3.1-70b", "h200"): 8900.0, ("llama-3.3-70b", "h200"): 8900.0, ("llama-3.1-8b", "h200"): 41_000.0}
 VALUE_BYTES = {"bf16": 2, "fp8": 1}
 BLOCK_TOKENS = 16
