@@ -1,4 +1,5 @@
-"""What docs/vllm.md shows: its manifest is one, and its commands are taken by the programs that they name."""
+"""What README.md, docs/start.md and docs/vllm.md show: commands are taken by the programs that they name, and the
+manifest is one."""
 
 import json
 import os
@@ -6,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ import pytest
 import yaml
 from pydantic import ByteSize, TypeAdapter
 
+from components.router.__main__ import parse as parse_router
+from components.worker.__main__ import parse as parse_worker
 from kvstore.__main__ import parse as parse_store
 from tests.graphs import manifests
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "docker" / "vllm.yaml").read_text()))
-PAGE = (ROOT / "docs" / "vllm.md").read_text()
+PAGE = "\n\n".join((ROOT / name).read_text() for name in ("README.md", "docs/start.md", "docs/vllm.md"))
 
 
 @pytest.fixture
@@ -88,7 +92,7 @@ def commands(name: str) -> list[str]:
     return [line for block in joined for line in block.splitlines() if re.match(rf"\s*{name} ", line)]
 
 
-def test_every_engine_of_the_page_gets_the_tier(programs: dict[str, str]) -> None:
+def test_every_engine_of_the_pages_gets_the_tier(programs: dict[str, str]) -> None:
     found = commands("vllm serve")
     assert len(found) >= 2
     for command in found:
@@ -97,9 +101,20 @@ def test_every_engine_of_the_page_gets_the_tier(programs: dict[str, str]) -> Non
         assert extra["secondary_tiers"][0]["nats"] == ""
 
 
-def test_every_store_of_the_page_is_a_target() -> None:
+def test_every_store_of_the_pages_is_a_target() -> None:
     found = [shlex.split(command, comments=True)[2:] for command in commands("kvtier store")]
     targets = [arguments for arguments in found if arguments[0].startswith("-")]
     assert targets
     for arguments in targets:
         assert parse_store(arguments).nats == ""
+
+
+@pytest.mark.parametrize(
+    ("program", "parse"),
+    [("kvstore", parse_store), ("components.worker", parse_worker), ("components.router", parse_router)],
+)
+def test_every_part_of_a_cluster_takes_its_arguments(program: str, parse: Callable[[list[str]], object]) -> None:
+    found = [shlex.split(command, comments=True)[3:] for command in commands(f"python -m {re.escape(program)}")]
+    assert found
+    for arguments in found:
+        parse(arguments)
