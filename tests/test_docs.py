@@ -1,0 +1,77 @@
+"""The pages: their links lead somewhere, pages that code names exist, and benchmarks are there with the options shown."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(path for path in ROOT.iterdir() if path.is_dir() and (path.name == ".github" or path.name[0] != "."))
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in folder.rglob("*.md"))])
+SOURCES = [path for folder in FOLDERS for path in folder.rglob("*") if path.suffix in (".py", ".yaml", ".yml", ".service")]
+
+
+def prose(page: Path) -> str:
+    """A page without its code, where brackets are no links."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^(?: {4}|\t).*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    found: set[str] = set()
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for heading in re.findall(r"^#+ (.+?)\s*$", text, re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w -]", "", plain.lower()).replace(" ", "-")
+        number = 0
+        while (one := f"{anchor}-{number}" if number else anchor) in found:
+            number += 1
+        found.add(one)
+    return found
+
+
+def links(page: Path) -> Iterator[str]:
+    text = prose(page)
+    yield from re.findall(r"\]\(([^)\s]+)\)", text)
+    yield from re.findall(r'(?:src|href)="([^"]+)"', text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for link in links(page):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_pages_that_code_names_exist() -> None:
+    named = {one for path in SOURCES for one in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text())}
+    assert named
+    assert [one for one in sorted(named) if not (ROOT / one).is_file()] == []
+
+
+def test_benchmarks_of_the_pages_exist_with_their_options() -> None:
+    wrong = []
+    commands = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        commands += re.findall(r"python -m (benchmarks[\w.]*)([^`#|\n]*)", text)
+    assert len(commands) > 20
+    for module, arguments in commands:
+        path = ROOT / module.replace(".", "/")
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        if not file.is_file():
+            wrong.append(module)
+            continue
+        source = "".join(other.read_text() for other in file.parent.glob("*.py"))
+        outside_quotes = re.sub(r"([\"']).*?\1", "", arguments)
+        wrong += [f"{module} {one}" for one in re.findall(r"--[\w-]+", outside_quotes) if f'"{one}"' not in source]
+    assert wrong == []
