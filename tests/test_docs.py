@@ -1,4 +1,4 @@
-"""The pages: their links lead somewhere, pages that code names exist, and benchmarks are there with the options shown."""
+"""The pages: links lead somewhere, pages that code names exist, and so do the benchmarks and options that they show."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path for path in ROOT.iterdir() if path.is_dir() and (path.name == ".github" or path.name[0] != "."))
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in folder.rglob("*.md"))])
-SOURCES = [path for folder in FOLDERS for path in folder.rglob("*") if path.suffix in (".py", ".yaml", ".yml", ".service")]
+SOURCES = [
+    path for folder in FOLDERS for path in folder.rglob("*") if path.suffix in (".py", ".yaml", ".yml", ".service")
+]
 
 
 def prose(page: Path) -> str:
