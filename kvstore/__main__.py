@@ -106,10 +106,10 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--segment-size", help="unit of eviction; default 256MiB, 64MiB below 200 GiB of a directory")
     parser.add_argument(
         "--sync",
-        help="what a power cut may take: 'seal' (default): the two segments being written; a number of ms: what came "
-        "since. A killed process loses nothing that it acknowledged, either way",
+        help="fsync policy. 'seal' (default): when a segment is sealed; a power cut loses the two open segments. N: "
+        "every N ms. A killed process loses nothing that was written, either way",
     )
-    parser.add_argument("--hot", help="memory for chunks that were read or written last; default none")
+    parser.add_argument("--hot", help="memory of the hot cache (chunks read or written last), such as 32G; default none")
     parser.add_argument("--listen", help="host:port to serve on; default 127.0.0.1:7600")
     parser.add_argument("--advertise", help="host:port under which clients reach it; default: --listen")
     parser.add_argument("--unix-socket", help="path for clients on this host; default: DIR/target.sock, '' for none")
@@ -163,7 +163,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         status = self._target.status()
         operations = CounterMetricFamily(
-            "kvtier_target_operations", "Keys of get and put by outcome", labels=["operation", "outcome"]
+            "kvtier_target_operations", "Keys of GET and PUT, by outcome", labels=["operation", "outcome"]
         )
         for operation, outcomes in _OUTCOMES.items():
             counted = status.operations.get(operation, {})
@@ -173,33 +173,45 @@ class Metrics(Collector):
         for name, text, value in (
             ("sent_bytes", "Payload bytes sent", status.sent_bytes),
             ("received_bytes", "Payload bytes received", status.received_bytes),
-            ("evicted_chunks", "Chunks given up for new ones", status.evicted_entries),
-            ("corrupt_chunks", "Chunks read, found wrong and forgotten: look at the device", status.corrupt_entries),
-            ("failed_writes", "Chunks that the device or file system refused: look at the log", status.failed_writes),
+            ("evicted_chunks", "Chunks evicted", status.evicted_entries),
+            (
+                "corrupt_chunks",
+                "Chunks whose checksum failed on a read, and which were dropped: look at the device",
+                status.corrupt_entries,
+            ),
+            (
+                "failed_writes",
+                "Chunks whose write the device or file system refused: look at the log",
+                status.failed_writes,
+            ),
             ("accepted_bytes", "Payload bytes stored", status.accepted_bytes),
             (
                 "device_written_bytes",
-                "Bytes written for what was accepted, with headers and what is kept: over it, the write amplification",
+                "Bytes written to the device, with headers and rewrites. Over accepted bytes: write amplification",
                 status.device_written_bytes,
             ),
-            ("rewritten_bytes", "Payload bytes kept by writing them again", status.rewritten_bytes),
-            ("hot_hits", "Chunks sent from memory", status.hot_hits),
+            (
+                "rewritten_bytes",
+                "Payload bytes that eviction wrote again, because they had been read",
+                status.rewritten_bytes,
+            ),
+            ("hot_hits", "Chunks sent from the hot cache", status.hot_hits),
             ("device_hits", "Chunks sent that were read from the device", status.device_hits),
         ):
             yield CounterMetricFamily(f"kvtier_target_{name}", text, value=value)
         gauges: list[tuple[str, str, float]] = [
-            ("capacity_bytes", "What it may use", status.capacity_bytes),
+            ("capacity_bytes", "Space that the target may use, of all devices together", status.capacity_bytes),
             ("stored_bytes", "Payload bytes held", status.payload_bytes),
             ("chunks", "Chunks held", status.entries),
             ("connections", "Clients connected", status.connections),
-            ("hot_chunks", "Chunks held in memory", status.hot_entries),
-            ("hot_bytes", "Payload bytes held in memory", status.hot_bytes),
-            ("waiting_read_bytes", "Payload bytes that wait to be read", status.waiting_read_bytes),
-            ("waiting_write_bytes", "Payload bytes that wait to be written", status.waiting_write_bytes),
+            ("hot_chunks", "Chunks in the hot cache", status.hot_entries),
+            ("hot_bytes", "Payload bytes in the hot cache", status.hot_bytes),
+            ("waiting_read_bytes", "Payload bytes queued for reading", status.waiting_read_bytes),
+            ("waiting_write_bytes", "Payload bytes queued for writing", status.waiting_write_bytes),
             (
                 "evicted_age_seconds",
-                "How long the segment evicted last had been there: below the time after which a prompt comes back, the "
-                "store is too small",
+                "Eviction age: how long the segment evicted last had been there. If it is shorter than the reuse "
+                "interval of your prompts, add capacity",
                 status.evicted_age_seconds,
             ),
         ]

@@ -108,7 +108,7 @@ class Target(Acceptor):
         self._counts: Counter[str] = Counter()
         seconds = Histogram(
             "kvtier_target_get_seconds",
-            "From a request's arrival until a chunk of it was read, by where it was",
+            "Time from a GET's arrival until a chunk of it was read, by medium: memory, device",
             ["medium"],
             buckets=_LATENCIES,
             registry=self.registry,
@@ -116,7 +116,7 @@ class Target(Acceptor):
         self._memory_seconds, self._device_seconds = seconds.labels("memory"), seconds.labels("device")
         self._returned = PrometheusCounter(
             "kvtier_target_returned_chunks",
-            "Chunks that were evicted, computed and offered again: a larger store would have had them",
+            "Ghost hits: puts of chunks that were evicted lately. The working set exceeds the capacity",
             registry=self.registry,
         )
 
