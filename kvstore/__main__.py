@@ -109,7 +109,9 @@ def parse(argv: list[str] | None = None) -> Options:
         help="fsync policy. 'seal' (default): when a segment is sealed; a power cut loses the two open segments. N: "
         "every N ms. A killed process loses nothing that was written, either way",
     )
-    parser.add_argument("--hot", help="memory of the hot cache (chunks read or written last), such as 32G; default none")
+    parser.add_argument(
+        "--hot", help="memory of the hot cache: chunks read or written last; such as 32G; default: none"
+    )
     parser.add_argument("--listen", help="host:port to serve on; default 127.0.0.1:7600")
     parser.add_argument("--advertise", help="host:port under which clients reach it; default: --listen")
     parser.add_argument("--unix-socket", help="path for clients on this host; default: DIR/target.sock, '' for none")
