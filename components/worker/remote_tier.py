@@ -859,35 +859,32 @@ class RemoteTier(SecondaryTierManager):
     def build_metric_definitions(cls, extra_config: dict[str, object]) -> dict[str, OffloadingMetricMetadata]:
         return {
             _FETCHED: OffloadingCounterMetadata(
-                "Chunks asked of the kvtier store by outcome. A miss is a false hit: the plan, or the store itself, "
-                "said that it was there",
+                "Chunks requested from the kvtier store, by outcome. A miss is a false hit: the plan or the store "
+                "listed the chunk, the target did not have it",
                 ("outcome",),
             ),
             _STORED: OffloadingCounterMetadata(
-                "Chunks offered to the kvtier store by outcome: known are those that it had; dropped found no room to "
-                "wait in, and were gone from DRAM before there was",
+                "Chunks offered to the kvtier store, by outcome. known: stored already (deduplicated). dropped: the "
+                "write queue was full, and the chunk was evicted from DRAM before there was room",
                 ("outcome",),
             ),
             _FETCHED_BYTES: OffloadingCounterMetadata("Bytes loaded from the kvtier store into DRAM"),
             _STORED_BYTES: OffloadingCounterMetadata("Bytes written from DRAM to the kvtier store"),
             _CUT: OffloadingCounterMetadata(
-                "Chunks whose fetch was given up because computing them is sooner, or because they would come past "
-                "their deadline"
+                "Chunks whose fetch the worker cancelled: a prefill is estimated faster, or the deadline cannot be met"
             ),
-            _OVERDUE: OffloadingCounterMetadata("Chunks whose fetch was still under way at its deadline"),
+            _OVERDUE: OffloadingCounterMetadata("Chunks whose fetch timed out: it was in flight at its deadline"),
             _IDENTITY: OffloadingCounterMetadata(
-                "Times that ranks were asked what they compute with, as it may have changed, by what was found. After "
-                "changed, failed and adapter_changed the DRAM tier is empty; after failed the tier is off",
+                "Checks of the weights and adapters that ranks compute with, by result. After changed, failed and "
+                "adapter_changed the DRAM tier is empty; after failed the tier is off",
                 ("outcome",),
             ),
             _REJECTED: OffloadingCounterMetadata(
-                "Values from the kvtier store whose seal did not hold, by reason: somebody planted or altered them, or "
-                "something is broken. They were not used",
+                "Values from the kvtier store whose seal did not hold, by reason: planted, altered or damaged. They "
+                "were not used",
                 ("reason",),
             ),
-            _MOVER_STARTS: OffloadingCounterMetadata(
-                "Starts of the mover process but for the first: more than none is worth a look into the worker's log"
-            ),
+            _MOVER_STARTS: OffloadingCounterMetadata("Restarts of the mover process: look at the worker's log"),
         }
 
     def get_stats(self) -> OffloadingConnectorStats | None:
