@@ -292,6 +292,7 @@ class Router:
         load_of = {(load["worker_id"], load["dp_rank"]): load for load in loads}
         stores: dict[tuple[int, int], _Located] = {}  # workers of one layout share the answer
         candidates = []
+        is_unreported = False
         for row in overlaps:
             worker, rank = row["worker_id"], row["dp_rank"]
             card = self._workers.cards.get(worker, _NO_CARD)
@@ -303,7 +304,7 @@ class Router:
             queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
             report = self._workers.report(worker, self._block_tokens, now)
             if report is None:
-                fell_back("worker report")
+                is_unreported = True
                 store, blocks_per_chunk, chunk_bytes = _NOWHERE, 0, 0
             else:
                 blocks_per_chunk, chunk_bytes = report.blocks_per_chunk, report.chunk_bytes
@@ -333,6 +334,8 @@ class Router:
                     target_bytes_per_second=store.bytes_per_second,
                 )
             )
+        if is_unreported:  # once a decision
+            fell_back("worker report")
         return candidates
 
     def _locate(self, fingerprint: int, blocks_per_chunk: int, hashes: list[int], now: float) -> "_Located":

@@ -466,6 +466,13 @@ async def test_when_dynamos_router_fails_prompts_are_served_from_what_is_left() 
     )
 
 
+async def test_a_decision_counts_once_however_many_workers_do_not_report() -> None:
+    router = make(KvRouter([1, 2, 3]))
+    router._workers.forget_silent(time.monotonic() + 60)
+    await serve(router)
+    assert router.decisions.totals().fallbacks["worker report"] == 1
+
+
 async def test_under_churn_nothing_stays_booked() -> None:
     """Whichever way a prompt ends, what was counted for it is given back."""
     kv_router = KvRouter([1, 2, 3])
