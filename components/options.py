@@ -32,5 +32,5 @@ def add_common_arguments(parser: argparse.ArgumentParser, nats: str = DEFAULT_UR
     """`nats` is the default that the help names; empty: none."""
     parser.add_argument("--endpoint", help=f"the workers' Dynamo endpoint; default {DEFAULT_ENDPOINT}")
     parser.add_argument("--namespace", help="the store's namespace; default 'default'")
-    parser.add_argument("--nats", help=f"where store, workers and routers meet; default {masked(nats) or 'none'}")
+    parser.add_argument("--nats", help=f"NATS servers of store, workers and routers; default {masked(nats) or 'none'}")
     parser.add_argument("--deadline-ms", help="longest that a request may wait for the store; default 2000")

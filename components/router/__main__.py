@@ -106,15 +106,15 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--dram-gbytes-per-second", help="DRAM tier to HBM; default 25")
     parser.add_argument("--store-gbytes-per-second", help="store to DRAM tier, one worker; default 3")
     parser.add_argument("--store-latency-ms", help="time until the first byte comes from the store; default 2")
-    parser.add_argument("--gpu-price", help="what a GPU second costs when all are busy, in seconds; default 0.5")
-    parser.add_argument("--pressure-ms", help="charge of a worker whose KV memory is full; default 200")
+    parser.add_argument("--gpu-price", help="price of a GPU second when all are busy, in seconds; default 0.5")
+    parser.add_argument("--pressure-ms", help="price of a worker whose KV memory is full, in ms; default 200")
     parser.add_argument(
         "--stall-price",
-        help="what a second costs by which a prefill delays a request that decodes there, in seconds; default 0.2",
+        help="price of stalling one decoding request by a second of prefill, in seconds; default 0.2",
     )
     parser.add_argument(
         "--session-affinity-seconds",
-        help="a session's prompts go to one worker until it was idle for so long; default 0: wherever it is cheapest",
+        help="session affinity TTL: a session stays on its worker until it has been idle so long; default 0: off",
     )
     parser.add_argument(
         "--page", help="host:port of a page that shows decisions and why, such as 127.0.0.1:8300; default: none"
@@ -124,7 +124,7 @@ def parse(argv: list[str] | None = None) -> Options:
         help="a worker is suspect when a first token takes this many times its prediction, and the prompt goes to "
         "another worker if there is one; default 5",
     )
-    parser.add_argument("--first-token-floor-seconds", help="but not before this long; default 10")
+    parser.add_argument("--first-token-floor-seconds", help="lower bound of that deadline; default 10")
     parser.add_argument(
         "--first-token-max-seconds",
         help="longest wait for a first token, on all workers together: then 503; default 300",

@@ -111,14 +111,14 @@ class Decisions:
         )
         self._outcomes = Counter(
             "kvtier_router_outcomes",
-            "How prompts ended: finished, failed, left (the client)",
+            "Requests by outcome: finished, failed, left (the client disconnected)",
             ["outcome"],
             registry=self.registry,
         )
         self._fallbacks = Counter(
             "kvtier_router_fallbacks",
-            "Decisions made without something: overlap query (Dynamo's router failed), worker report (no tier, or NATS "
-            "away)",
+            "Decisions with degraded inputs: overlap query (Dynamo's KvRouter failed), worker report (a candidate "
+            "without a tier, or NATS is down)",
             ["missing"],
             registry=self.registry,
         )
@@ -143,19 +143,19 @@ class Decisions:
         )
         self._error = Histogram(
             "kvtier_router_ttft_actual_to_predicted_ratio",
-            "Time to first token over what was predicted: 1 is a right prediction",
+            "Actual TTFT over predicted TTFT: 1 is a right prediction",
             buckets=_RATIOS,
             registry=self.registry,
         )
         self._regret = Histogram(
             "kvtier_router_regret_seconds",
-            "Time to first token beyond what the best other worker was predicted to take: 0 where the choice stands",
+            "Routing regret: actual TTFT minus the lowest TTFT predicted for another worker, at least 0",
             buckets=(0, *_SECONDS),
             registry=self.registry,
         )
         self._stages = Histogram(
             "kvtier_router_decision_seconds",
-            "Time that a decision takes: hash the prompt, ask Dynamo's router, locate chunks in the store, price",
+            "Time of a decision by stage: hash the prompt, ask Dynamo's KvRouter, locate chunks in the store, price",
             ["stage"],
             buckets=_STAGE_SECONDS,
             registry=self.registry,
@@ -168,7 +168,7 @@ class Decisions:
         )
         self._predicted = Histogram(
             "kvtier_router_predicted_ttft_seconds",
-            "Time to first token as predicted",
+            "Predicted TTFT",
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -183,7 +183,7 @@ class Decisions:
         )
         self._actual = Histogram(
             "kvtier_router_ttft_seconds",
-            "Time from the decision to the first token",
+            "Actual TTFT, from the decision to the first token",
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -364,20 +364,20 @@ class _BusCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         ignored = CounterMetricFamily(
-            "kvtier_router_reports_ignored", "Reports on the bus that cannot be true", labels=["reason"]
+            "kvtier_router_reports_ignored", "Heartbeats rejected by validation, by reason", labels=["reason"]
         )
         for reason, count in self._speeds.ignored.items():
             ignored.add_metric([reason], count)
         yield ignored
         undecoded = CounterMetricFamily(
-            "kvtier_router_messages_undecoded", "Messages on the bus that are none", labels=["kind"]
+            "kvtier_router_messages_undecoded", "NATS messages that failed to decode, by expected type", labels=["kind"]
         )
         for kind, count in self._undecoded.items():
             undecoded.add_metric([kind], count)
         yield undecoded
         fetched = CounterMetricFamily(
             "kvtier_router_fetched_chunks",
-            "Chunks that workers asked the stores for, as they report it: a miss was mirrored and not there",
+            "Chunks that workers requested from targets, by outcome, from their heartbeats. A miss is a false hit",
             labels=["worker", "outcome"],
         )
         for worker, outcomes in self._speeds.fetched_chunks.items():
@@ -385,7 +385,7 @@ class _BusCollector(Collector):
                 fetched.add_metric([format(worker, "x"), outcome], count)
         yield fetched
         disbelieved = CounterMetricFamily(
-            "kvtier_router_mirror_ignored", "Announcements of targets that cannot be right", labels=["reason"]
+            "kvtier_router_mirror_ignored", "Announcements rejected by validation, by reason", labels=["reason"]
         )
         for reason, count in self._mirror.ignored.items():
             disbelieved.add_metric([reason], count)
@@ -396,7 +396,7 @@ class _BusCollector(Collector):
         now = time.monotonic()
         ages = GaugeMetricFamily(
             "kvtier_router_mirror_age_seconds",
-            "Time since each target was last heard: past 10 s its chunks are left out, past a minute it is forgotten",
+            "Time since a target's last accepted announcement. Over 10 s: its chunks are ignored. Over 60 s: dropped",
             labels=["target"],
         )
         for target, age in self._mirror.ages(now).items():

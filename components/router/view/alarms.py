@@ -28,10 +28,11 @@ def _targets(state: State) -> list[Alarm]:
     found = []
     heard = [lane for lane in state.targets if lane.heard_seconds <= _SILENT_SECONDS]
     if not heard:
-        found.append(Alarm("no-target", "warn", "No target is heard: nothing is loaded from the store."))
+        found.append(Alarm("no-target", "warn", "No heartbeat from any target: soon nothing is loaded from the store."))
     for lane in state.targets:
         if heard and lane not in heard:
-            text = f"Target {lane.target} has been silent for {lane.heard_seconds:.0f} s: its chunks are computed anew."
+            text = f"No heartbeat from target {lane.target} for {lane.heard_seconds:.0f} s:"
+            text += " after 10 s no fetch from it is planned."
             found.append(Alarm(f"silent-{lane.target}", "bad", text))
     minutes = state.fault_window_seconds // 60
     for fault, text in (
@@ -66,7 +67,7 @@ def _prompts(state: State) -> list[Alarm]:
         text = f"{late} of {asked} chunks came past their deadline in the last minute: targets or links"
         found.append(Alarm("late", "warn", f"{text} are slower than they were measured."))
     if corrupt := fetched.get("corrupt", 0):
-        found.append(Alarm("corrupt-fetch", "bad", f"{corrupt} chunks came corrupt in the last minute: computed anew."))
+        found.append(Alarm("corrupt-fetch", "bad", f"{corrupt} chunks came corrupt in the last minute: recomputed."))
     if unreachable := fetched.get("unreachable", 0):
         text = f"{unreachable} chunks could not be fetched in the last minute: a target does not answer its workers."
         found.append(Alarm("unreachable", "bad", text))
