@@ -750,7 +750,7 @@ class RemoteTier(SecondaryTierManager):
             self._stats.increase_counter(_REJECTED, values, (reason,))
         load = self._loads.get(report.job)
         if load is None or len(report.outcomes) != len(load.keys):
-            self.link.kill(f"it says nonsense of load {report.job}")
+            self.link.kill(f"protocol error: unknown load {report.job}, or a wrong number of outcomes")
             return
         self._finish_load(load, [Outcome(one) for one in report.outcomes])
 
@@ -780,7 +780,7 @@ class RemoteTier(SecondaryTierManager):
     def _stored(self, report: Stored) -> None:
         put = self._puts.get(report.job)
         if put is None:
-            self.link.kill(f"it says nonsense of put {report.job}")
+            self.link.kill(f"protocol error: unknown put {report.job}")
             return
         self._finish_put(put, report.outcomes)
 

@@ -84,7 +84,9 @@ def make_app(feed: Feed, access: Access, explain: Handler | None = None) -> web.
         if source not in ("", *SOURCES):
             raise web.HTTPBadRequest(text=f"source: {shown(source)}: expected one of {', '.join(SOURCES)}\n")
         if len(viewers) >= VIEWERS_MAX or list(viewers.values()).count(request.remote) >= VIEWERS_OF_PEER_MAX:
-            raise web.HTTPServiceUnavailable(text=f"{len(viewers)} look already; close one\n")
+            raise web.HTTPServiceUnavailable(
+                text=f"viewer limit reached: {VIEWERS_MAX} in all, {VIEWERS_OF_PEER_MAX} from one address\n"
+            )
         task = asyncio.current_task()
         assert task is not None
         viewers[task] = request.remote

@@ -85,7 +85,7 @@ function connect() {
     fetch("state").then(
       (reply) => {
         if (reply.status === 401) location.reload(); // the cookie has expired: the form asks for the token again
-        refused = reply.ok ? "Too many look at this router already" : "";
+        refused = reply.ok ? "Viewer limit reached for this router" : "";
       },
       () => {
         refused = "";
