@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.chat.load import Endpoint, Pool, measure, warm_up
 from benchmarks.routing import policy_rules
 from benchmarks.routing.engine_model import Hardware
-from benchmarks.routing.policy_sim import CHAT, Request, Simulation
+from benchmarks.routing.policy_sim import CHAT, ClosedLoop, Request, Simulation
 from benchmarks.routing.sim_worker import MODEL as WORKER_MODEL
 from components.router.decisions import Decision
 from graphs import services
@@ -296,7 +296,7 @@ def offline(options: argparse.Namespace, router: str) -> Figures:
         return worker, wanted
 
     pool = options.pool * options.workers
-    simulation = Simulation(
+    simulation = ClosedLoop(
         hardware_of(options), options.workers, options.clients, pool, CHAT, counting, store=True, seed=options.seed
     )
     got = simulation.run(options.seconds, options.ramp)

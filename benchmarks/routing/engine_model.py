@@ -11,7 +11,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -51,15 +51,21 @@ class Hardware:
                 return before + (after - before) * (batch - low) / (high - low)
         raise AssertionError
 
-    def slowed(self, factor: float) -> "Hardware":
-        """The same, every second of it that many seconds."""
+    def slower_gpu(self, factor: float) -> "Hardware":
+        """The same with a GPU that takes so many times as long for prefills and decode steps."""
         return replace(
             self,
-            overhead_seconds=self.overhead_seconds * factor,
             prefill_base_seconds=self.prefill_base_seconds * factor,
             prefill_seconds_per_token=self.prefill_seconds_per_token * factor,
             prefill_seconds_per_token_squared=self.prefill_seconds_per_token_squared * factor,
             steps=tuple((batch, seconds * factor) for batch, seconds in self.steps),
+        )
+
+    def slowed(self, factor: float) -> "Hardware":
+        """The same, every second of it that many seconds."""
+        return replace(
+            self.slower_gpu(factor),
+            overhead_seconds=self.overhead_seconds * factor,
             dram_bytes_per_second=self.dram_bytes_per_second / factor,
             worker_bytes_per_second=self.worker_bytes_per_second / factor,
             target_bytes_per_second=self.target_bytes_per_second / factor,
@@ -93,10 +99,13 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 @dataclass
 class Worker(Generic[AnyJob]):
     number: int
+    hardware: Hardware
     link_free: float = 0.0
     ready: deque[AnyJob] = field(default_factory=deque)
     fetching: int = 0  # that wait for the store
     fetching_tokens: int = 0
+    requests: int = 0  # without a last token, wherever they are
+    requests_tokens: int = 0  # of their prompts and answers
     queued_tokens: int = 0  # to compute, not begun
     prefilling: AnyJob | None = None
     prefill_ends: float = 0.0
@@ -113,11 +122,13 @@ class Worker(Generic[AnyJob]):
 
 
 class Engines(ABC, Generic[AnyJob]):
-    """So many workers and their store. For one thread."""
+    """So many workers and their store. For one thread. `each` is the hardware of workers that are unlike, in turns: the
+    same HBM and DRAM, another GPU or link; the store is that of `hardware`."""
 
-    def __init__(self, hardware: Hardware, workers: int):
+    def __init__(self, hardware: Hardware, workers: int, each: Sequence[Hardware] = ()):
         self.hardware = hardware
-        self.workers: list[Worker[AnyJob]] = [Worker(number) for number in range(workers)]
+        of_worker = itertools.cycle(each or [hardware])
+        self.workers: list[Worker[AnyJob]] = [Worker(number, next(of_worker)) for number in range(workers)]
         self.pool_rate = hardware.target_bytes_per_second * max(1, workers // hardware.workers_a_target)
         self.pool_free = 0.0
         self._count = itertools.count()
@@ -149,7 +160,7 @@ class Engines(ABC, Generic[AnyJob]):
     def fetch_ends(self, worker: Worker[AnyJob], tokens: int) -> float:
         """When so many tokens' KV would be in the worker's DRAM, asked for now."""
         size = tokens * self.hardware.kv_bytes_per_token
-        by_link = max(self.now, worker.link_free) + size / self.hardware.worker_bytes_per_second
+        by_link = max(self.now, worker.link_free) + size / worker.hardware.worker_bytes_per_second
         by_pool = max(self.now, self.pool_free) + size / self.pool_rate
         return max(by_link, by_pool) + self.hardware.store_latency_seconds
 
@@ -157,19 +168,21 @@ class Engines(ABC, Generic[AnyJob]):
         """Put it on its worker, where `loaded_tokens` need no prefill: `hbm_tokens` of them lie in HBM, `fetch_tokens`
         come from the store, the others from DRAM."""
         worker = self.workers[job.worker]
+        worker.requests += 1
+        worker.requests_tokens += job.tokens
         job.prefill_tokens = job.prompt_tokens - job.loaded_tokens
         worker.queued_tokens += job.prefill_tokens
         copied = (job.loaded_tokens - hbm_tokens) * self.hardware.kv_bytes_per_token
-        ready = self.now + self.hardware.overhead_seconds
+        ready = self.now + worker.hardware.overhead_seconds
         if job.fetch_tokens:
             off = self._off()
             ready += self.fetch_ends(worker, int(job.fetch_tokens * off)) - self.now
             size = job.fetch_tokens * self.hardware.kv_bytes_per_token * off
-            worker.link_free = max(self.now, worker.link_free) + size / self.hardware.worker_bytes_per_second
+            worker.link_free = max(self.now, worker.link_free) + size / worker.hardware.worker_bytes_per_second
             self.pool_free = max(self.now, self.pool_free) + size / self.pool_rate
             worker.fetching_tokens += job.fetch_tokens
             worker.fetching += 1
-        self._at(ready + copied / self.hardware.dram_bytes_per_second, lambda: self._ready(worker, job))
+        self._at(ready + copied / worker.hardware.dram_bytes_per_second, lambda: self._ready(worker, job))
 
     def leave(self, job: AnyJob) -> None:
         """Its client is gone: the worker drops it, at once unless it is being fetched for or computed."""
@@ -178,6 +191,7 @@ class Engines(ABC, Generic[AnyJob]):
         if job in worker.ready:
             worker.ready.remove(job)
             worker.queued_tokens -= job.prefill_tokens
+            self._gone(worker, job)
         elif any(one is job for _, _, one in worker.running):
             self._decode(worker)
             worker.running = [entry for entry in worker.running if entry[2] is not job]
@@ -192,7 +206,7 @@ class Engines(ABC, Generic[AnyJob]):
         worker = self.workers[job.worker]
         steps = worker.steps
         if worker.prefilling is None and worker.running:
-            steps += (self.now - worker.since) / self.hardware.step_seconds(len(worker.running))
+            steps += (self.now - worker.since) / worker.hardware.step_seconds(len(worker.running))
         return min(job.answer_tokens, max(1, job.answer_tokens - math.ceil(job.ends_at_step - steps)))
 
     def _ready(self, worker: Worker[AnyJob], job: AnyJob) -> None:
@@ -200,6 +214,7 @@ class Engines(ABC, Generic[AnyJob]):
         worker.fetching -= job.fetch_tokens > 0
         if job.left:
             worker.queued_tokens -= job.prefill_tokens
+            self._gone(worker, job)
             return
         worker.ready.append(job)
         self._step(worker)
@@ -207,7 +222,7 @@ class Engines(ABC, Generic[AnyJob]):
     def _decode(self, worker: Worker[AnyJob]) -> None:
         """Bring the worker's steps up to now."""
         if worker.prefilling is None and worker.running:
-            worker.steps += (self.now - worker.since) / self.hardware.step_seconds(len(worker.running))
+            worker.steps += (self.now - worker.since) / worker.hardware.step_seconds(len(worker.running))
         worker.since = self.now
 
     def _step(self, worker: Worker[AnyJob]) -> None:
@@ -224,7 +239,7 @@ class Engines(ABC, Generic[AnyJob]):
                 self._prefill(worker, worker.ready.popleft())
         version = worker.version
         if worker.prefilling is None and worker.running:
-            left = (worker.running[0][0] - worker.steps) * self.hardware.step_seconds(len(worker.running))
+            left = (worker.running[0][0] - worker.steps) * worker.hardware.step_seconds(len(worker.running))
             self._at(self.now + max(0.0, left), lambda: self._step(worker) if worker.version == version else None)
 
     def _prefill(self, worker: Worker[AnyJob], job: AnyJob) -> None:
@@ -233,7 +248,7 @@ class Engines(ABC, Generic[AnyJob]):
         worker.running_tokens += job.tokens
         self._room(worker.number, max(0, self.hardware.hbm_tokens - worker.running_tokens))
         chunks = -(-job.prefill_tokens // PREFILL_TOKENS)
-        took = self.hardware.prefill_seconds(job.prefill_tokens, job.loaded_tokens)
+        took = worker.hardware.prefill_seconds(job.prefill_tokens, job.loaded_tokens)
         worker.prefill_ends = self.now + took * self._off()
 
         def ended() -> None:
@@ -251,6 +266,11 @@ class Engines(ABC, Generic[AnyJob]):
 
         self._at(worker.prefill_ends, ended)
 
+    def _gone(self, worker: Worker[AnyJob], job: AnyJob) -> None:
+        worker.requests -= 1
+        worker.requests_tokens -= job.tokens
+
     def _release(self, worker: Worker[AnyJob], job: AnyJob) -> None:
+        self._gone(worker, job)
         worker.running_tokens -= job.tokens
         self._room(worker.number, max(0, self.hardware.hbm_tokens - worker.running_tokens))

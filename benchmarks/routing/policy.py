@@ -1,30 +1,42 @@
 """Routing policies compared in a simulator (policy_sim.py). Every figure is simulated.
 
     python -m benchmarks.routing.policy --json FILE [--quick] [--loads NAME ...] [--workers N ...] [--seeds N]
-        [--target-gb N]
+        [--unequal no|gpus|links ...] [--target-gb N]
+    python -m benchmarks.routing.policy --trace FILE --json FILE [--paces X ...] [--workers N ...] [--seeds N] ...
 
 For each number of workers and each load: the most requests/s with a mean TPOT of at most 40 ms, over a sweep of
 clients; the same with a mean TTFT of at most half a second, too; for each of several seeds. Beside the policies stand
 an oracle, and a bound that nothing can pass (policy_bound.py). Before that, the simulator against what was
 measured on one H200, with the error.
+
+With --trace, a trace in Mooncake's JSON lines is replayed instead (trace.py), at its own pace or faster: first tokens
+and TPOT of each policy at each pace.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.routing import policy_bound, policy_rules
+from benchmarks.routing import policy_bound, policy_rules, trace
 from benchmarks.routing.engine_model import Hardware
-from benchmarks.routing.policy_rules import GPU_PRICE, ORACLES, STALL_PRICE
-from benchmarks.routing.policy_sim import AGENTS, CHAT, KIMI, Policy, Shape, Simulation
+from benchmarks.routing.policy_rules import GPU_PRICE, LLMD_PENALTY_SECONDS, ORACLES, STALL_PRICE
+from benchmarks.routing.policy_sim import AGENTS, CHAT, KIMI, ClosedLoop, Outcome, Policy, Replay, Shape
+from benchmarks.routing.trace import Traced
+from kvstore.errors import ConfigError, run_command
 
 TPOT_MS_MAX = 40.0
 TTFT_MS_MAX = 500.0
 POOL = 80  # conversations a worker
+SLOWER = 2.0  # every other worker, where GPUs are unequal
+NARROWER = 5.0  # the link of every other worker, where links are
+TRACE_NOISE = 0.1  # of durations, in logarithms: what makes one seed of a replay another
+# Policies of others over the same store, of which the best is what kvtier is compared with.
+OTHERS = ("round robin", "least loaded", "dynamo", "dynamo, shared", "llm-d", "lmetric")
 # Clients, DRAM offload, and the requests/s, mean TTFT ms and TPOT ms measured on one H200 (no store, 80 conversations).
 MEASURED = (
     (8, False, 1.54, 285, 31),
@@ -67,6 +79,7 @@ class Check(msgspec.Struct):
 class Row(msgspec.Struct):
     load: str
     workers: int
+    unequal: str
     policy: str
     seed: int
     clients: int = 0  # with the most requests/s within the bound on TPOT; 0: none was
@@ -75,6 +88,22 @@ class Row(msgspec.Struct):
     ttft_ms_p99: float = 0.0
     tpot_ms_mean: float = 0.0
     prompt_requests_per_second: float = 0.0  # the most within the bound on TTFT, too
+    p99_by_clients: dict[int, float] = {}  # TTFT in ms
+
+
+class Replayed(msgspec.Struct):
+    """A trace under a policy."""
+
+    workers: int
+    unequal: str
+    pace: float
+    policy: str
+    seed: int
+    requests_per_second: float
+    ttft_ms_mean: float
+    ttft_ms_median: float
+    ttft_ms_p99: float
+    tpot_ms_mean: float
 
 
 class Ratio(msgspec.Struct):
@@ -94,6 +123,7 @@ class Report(msgspec.Struct):
     took_seconds: float
     checks: list[Check]
     rows: list[Row]
+    replayed: list[Replayed]
     bounds: dict[str, float]  # requests/s
     ratios: dict[str, dict[str, Ratio]]
 
@@ -102,7 +132,7 @@ def check(quick: bool) -> list[Check]:
     checks = []
     for clients, offload, rate, ttft, tpot in MEASURED:
         hardware = Hardware(dram_tokens=400_000 if offload else 0)
-        sim = Simulation(hardware, 1, clients, POOL, CHAT, policy_rules.round_robin(), store=False)
+        sim = ClosedLoop(hardware, 1, clients, POOL, CHAT, policy_rules.round_robin(), store=False)
         got = sim.run(60 if quick else 300, 60)
         error = round(100 * (got.requests_per_second / rate - 1), 1)
         checks.append(
@@ -113,44 +143,54 @@ def check(quick: bool) -> list[Check]:
     return checks
 
 
-def policies(
-    seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRICE
-) -> dict[str, tuple[bool, list[Callable[[], Policy]]]]:
+Makers = tuple[bool, list[Callable[[], Policy]]]
+
+
+def policies(seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRICE) -> dict[str, Makers]:
     """Name -> (with a store, what makes the policy; of several the best counts)."""
     return {
         "round robin, no store": (False, [policy_rules.round_robin]),
         "dynamo, no store": (False, [lambda: policy_rules.dynamo(0.0)]),
         "round robin": (True, [policy_rules.round_robin]),
+        "least loaded": (True, [policy_rules.least_loaded]),
         "dynamo": (True, [lambda: policy_rules.dynamo(0.0)]),
-        "dynamo, external": (True, [lambda: policy_rules.dynamo(0.25)]),
+        "dynamo, shared": (True, [lambda: policy_rules.dynamo(0.5)]),
+        "llm-d": (True, [lambda bound=bound: policy_rules.llmd(bound) for bound in LLMD_PENALTY_SECONDS]),  # type: ignore[misc]
+        "lmetric": (True, [policy_rules.lmetric]),
         "kvtier": (True, [lambda: policy_rules.ours(seed, gpu_price, stall_price)]),
         "oracle": (True, [lambda prices=prices: policy_rules.oracle(prices) for prices in ORACLES]),  # type: ignore[misc]
     }
 
 
+def unlike(hardware: Hardware, unequal: str) -> Sequence[Hardware]:
+    """Of the workers, in turns."""
+    return {
+        "no": [],
+        "gpus": [hardware, hardware.slower_gpu(SLOWER)],
+        "links": [
+            hardware,
+            replace(hardware, worker_bytes_per_second=hardware.worker_bytes_per_second / NARROWER),
+        ],
+    }[unequal]
+
+
 def sweep(
-    load: Load,
-    workers: int,
-    name: str,
-    make: tuple[bool, list[Callable[[], Policy]]],
-    quick: bool,
-    seed: int,
-    target_gb: float,
+    load: Load, hardware: Hardware, workers: int, unequal: str, name: str, make: Makers, quick: bool, seed: int
 ) -> Row:
     """The most requests/s within the bounds; more clients until that on TPOT is passed."""
-    hardware = Hardware(
-        hbm_tokens=load.hbm_tokens, dram_tokens=load.dram_tokens, target_bytes_per_second=target_gb * 1e9
-    )
     store, makers = make
-    best = Row(load.shape.name, workers, name, seed)
+    best = Row(load.shape.name, workers, unequal, name, seed)
     seconds, ramp = (20.0, 20.0) if quick or workers > 8 else (120.0, 60.0)
     for maker in makers:
         # More clients only ever lengthen decoding, so the sweep ends where the bound is passed.
         for each in load.clients[1::3] if quick or workers > 8 else load.clients:
-            sim = Simulation(
-                hardware, workers, each * workers, POOL * workers, load.shape, maker(), store=store, seed=seed
-            )
+            sim = ClosedLoop(
+                hardware, workers, each * workers, POOL * workers, load.shape, maker(),
+                store=store, seed=seed, each=unlike(hardware, unequal),
+            )  # fmt: skip
             got = sim.run(seconds, ramp)
+            p99 = best.p99_by_clients.get(each * workers, got.ttft_ms_p99)
+            best.p99_by_clients[each * workers] = min(p99, got.ttft_ms_p99)
             if got.tpot_ms_mean > TPOT_MS_MAX:
                 break
             rate = got.requests_per_second
@@ -163,8 +203,8 @@ def sweep(
     return best
 
 
-def ratios(rows: list[Row], bound: float) -> dict[str, Ratio]:
-    """kvtier's requests/s over others', of one load and one number of workers; each seed's beside its own."""
+def over_others(rows: list[Row], bound: float) -> dict[str, Ratio]:
+    """kvtier's requests/s over others', of one load, one number of workers; each seed's beside its own."""
     found: dict[str, list[float]] = {}
 
     def over(name: str, ours: float, other: float) -> None:
@@ -175,13 +215,57 @@ def ratios(rows: list[Row], bound: float) -> dict[str, Ratio]:
         of = {row.policy: row for row in rows if row.seed == seed}
         rate = {name: row.requests_per_second for name, row in of.items()}
         prompt = {name: row.prompt_requests_per_second for name, row in of.items()}
-        over("over best dynamo (goal 1.2)", rate["kvtier"], max(rate["dynamo"], rate["dynamo, external"]))
-        over("the same, TTFT bounded", prompt["kvtier"], max(prompt["dynamo"], prompt["dynamo, external"]))
+        over("over the best of the others", rate["kvtier"], max(rate[name] for name in OTHERS))
+        over("the same, TTFT bounded", prompt["kvtier"], max(prompt[name] for name in OTHERS))
+        best = max(OTHERS, key=rate.__getitem__)
+        clients = of[best].clients
+        over("p99 TTFT of that one, at its clients", of[best].ttft_ms_p99, of["kvtier"].p99_by_clients.get(clients, 0))
+        over("over best dynamo (goal 1.2)", rate["kvtier"], max(rate["dynamo"], rate["dynamo, shared"]))
         over("of oracle (goal 0.9)", rate["kvtier"], rate["oracle"])
-        over("of the bound", rate["kvtier"], bound)
+        if bound:
+            over("of the bound", rate["kvtier"], bound)
         over("over round robin, no store", rate["kvtier"], rate["round robin, no store"])
         over("over dynamo, no store", rate["kvtier"], rate["dynamo, no store"])
+    return summed_up(found)
+
+
+def summed_up(found: dict[str, list[float]]) -> dict[str, Ratio]:
     return {name: Ratio(statistics.median(every), min(every), max(every)) for name, every in found.items()}
+
+
+def replays(
+    requests: Sequence[Traced], hardware: Hardware, options: argparse.Namespace, workers: int, unequal: str, pace: float
+) -> list[Replayed]:
+    """Of each policy, for each seed; of several of a name that with the smallest mean TTFT."""
+    rows = []
+    for seed in range(1, 1 + options.seeds):
+        for name, (store, makers) in policies(seed, options.gpu_price, options.stall_price).items():
+            outcomes: list[Outcome] = []
+            for maker in makers:
+                replay = Replay(
+                    hardware, workers, requests, maker(), pace=pace, think_seconds=options.think_seconds,
+                    store=store, seed=seed, noise=TRACE_NOISE, each=unlike(hardware, unequal),
+                )  # fmt: skip
+                outcomes.append(replay.run())
+            best = min(outcomes, key=lambda one: one.ttft_ms_mean)
+            rows.append(
+                Replayed(
+                    workers, unequal, pace, name, seed, best.requests_per_second, best.ttft_ms_mean,
+                    best.ttft_ms_median, best.ttft_ms_p99, best.tpot_ms_mean,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def sooner(rows: list[Replayed]) -> dict[str, Ratio]:
+    """Others' over kvtier's, each seed's beside its own: more than 1 where kvtier's is the smaller."""
+    found: dict[str, list[float]] = {}
+    for seed in {row.seed for row in rows}:
+        of = {row.policy: row for row in rows if row.seed == seed}
+        for figure in ("ttft_ms_mean", "ttft_ms_median", "ttft_ms_p99", "tpot_ms_mean"):
+            least = min(getattr(of[name], figure) for name in OTHERS)
+            found.setdefault(f"{figure} of the best of the others", []).append(least / getattr(of["kvtier"], figure))
+    return summed_up(found)
 
 
 def show_checks(checks: list[Check]) -> None:
@@ -195,58 +279,137 @@ def show_checks(checks: list[Check]) -> None:
 
 
 def show(rows: list[Row], bound: float, found: dict[str, Ratio]) -> None:
-    print(f"\n{rows[0].load}, {rows[0].workers} workers (simulated)")
+    print(f"\n{case(rows[0].load, rows[0].workers, rows[0].unequal)} (simulated)")
     print("medians over seeds: clients | requests/s, with a bound on TTFT | TTFT ms mean, p99 | TPOT ms")
-    for name in dict.fromkeys(row.policy for row in rows):
-        of = [row for row in rows if row.policy == name]
-        clients, rate, prompt, mean, p99, tpot = (
-            statistics.median(getattr(row, column) for row in of)
-            for column in (
-                "clients", "requests_per_second", "prompt_requests_per_second",
-                "ttft_ms_mean", "ttft_ms_p99", "tpot_ms_mean",
-            )
-        )  # fmt: skip
+    columns = (
+        "clients", "requests_per_second", "prompt_requests_per_second", "ttft_ms_mean", "ttft_ms_p99", "tpot_ms_mean",
+    )  # fmt: skip
+    for name, (clients, rate, prompt, mean, p99, tpot) in medians(rows, columns).items():
         print(f"{name:22} {clients:5.0f} | {rate:7.2f} {prompt:7.2f} | {mean:6.0f} {p99:6.0f} | {tpot:.1f}")
-    print(f"{'bound':22} {'':5} | {bound:7.2f}")
+    if bound:
+        print(f"{'bound':22} {'':5} | {bound:7.2f}")
+    show_ratios(found)
+
+
+def show_replays(rows: list[Replayed], found: dict[str, Ratio]) -> None:
+    print(f"\n{case(f'trace at {rows[0].pace:g} times its pace', rows[0].workers, rows[0].unequal)} (simulated)")
+    print("medians over seeds: requests/s | TTFT ms mean, median, p99 | TPOT ms")
+    columns = ("requests_per_second", "ttft_ms_mean", "ttft_ms_median", "ttft_ms_p99", "tpot_ms_mean")
+    for name, (rate, mean, median, p99, tpot) in medians(rows, columns).items():
+        print(f"{name:22} {rate:7.2f} | {mean:7.0f} {median:7.0f} {p99:8.0f} | {tpot:.1f}")
+    show_ratios(found)
+
+
+def case(load: str, workers: int, unequal: str) -> str:
+    return f"{load}, {workers} workers" + ("" if unequal == "no" else f", unequal {unequal}")
+
+
+def medians(rows: Sequence[Row | Replayed], columns: tuple[str, ...]) -> dict[str, list[float]]:
+    """By policy."""
+    return {
+        name: [statistics.median(getattr(row, one) for row in rows if row.policy == name) for one in columns]
+        for name in dict.fromkeys(row.policy for row in rows)
+    }
+
+
+def show_ratios(found: dict[str, Ratio]) -> None:
     for name, ratio in found.items():
         print(f"  kvtier {name}: {ratio}")
 
 
-def main() -> None:
+def number(least: float, most: float, kind: type[int] | type[float] = float) -> Callable[[str], float]:
+    """Of an option."""
+
+    def parse(text: str) -> float:
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} given, expected a number from {least:g} to {most:g}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routing.policy", description=__doc__.split("\n")[0])
+    whole = number(1, 4096, int)
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 64])
+    parser.add_argument("--workers", type=whole, nargs="+", help="default: 1 2 4 8 64; of a trace 16")
+    slower = f"every other worker's GPU is {SLOWER:g} times slower, or link {NARROWER:g} times"
+    parser.add_argument("--unequal", nargs="+", choices=("no", "gpus", "links"), default=["no"], help=slower)
+    parser.add_argument("--trace", type=Path, help="JSON lines to replay, as Mooncake's")
+    parser.add_argument("--paces", type=number(0.001, 1000), nargs="+", default=[1.0], help="times the trace's own")
+    parser.add_argument("--think-seconds", type=number(0, 3600), default=1.0,
+                        help="at least so long between an answer of the trace and the next turn")  # fmt: skip
+    parser.add_argument("--requests", type=number(1, 10_000_000, int), help="of the trace, from its start; default all")
     parser.add_argument("--quick", action="store_true", help="shorter, and up to 4 workers")
-    parser.add_argument("--target-gb", type=float, default=5.0, help="GB/s of a target, which two workers share")
+    parser.add_argument("--target-gb", type=number(0.001, 1000), default=5.0,
+                        help="GB/s of a target, which two workers share")  # fmt: skip
     parser.add_argument("--gpu-price", type=float, default=GPU_PRICE, help="the router's option of that name")
     parser.add_argument("--stall-price", type=float, default=STALL_PRICE, help="the router's option of that name")
-    parser.add_argument("--seeds", type=int, default=3, help="how many; with more than 8 workers it is one")
+    parser.add_argument("--seeds", type=whole, default=3, help="how many; with more than 8 workers it is one")
     parser.add_argument("--json", type=Path, help="where to write the result")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
     begun = time.monotonic()
-    report = Report("simulated", options.target_gb, 0.0, check(options.quick), [], {}, {})
+    requests = traced(options) if options.trace else []
+    report = Report("simulated", options.target_gb, 0.0, check(options.quick), [], [], {}, {})
     show_checks(report.checks)
-    for load in (LOADS[name] for name in options.loads):
-        hardware = Hardware(
-            hbm_tokens=load.hbm_tokens,
-            dram_tokens=load.dram_tokens,
-            target_bytes_per_second=options.target_gb * 1e9,
-        )
-        for workers in [count for count in options.workers if count <= 4 or not options.quick]:
-            rows = [
-                sweep(load, workers, name, make, options.quick, seed, options.target_gb)
-                for seed in range(1, 1 + (options.seeds if workers <= 8 else 1))
-                for name, make in policies(seed, options.gpu_price, options.stall_price).items()
-            ]
-            bound = policy_bound.requests_per_second(load.shape, hardware, workers, POOL, TPOT_MS_MAX / 1000)
-            case = f"{load.shape.name}, {workers} workers"
-            report.rows += rows
-            report.bounds[case] = round(bound, 2)
-            report.ratios[case] = ratios(rows, bound)
-            show(rows, bound, report.ratios[case])
-            report.took_seconds = round(time.monotonic() - begun, 1)
-            if options.json:
-                options.json.write_text(msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n")
+
+    def add(name: str, found: dict[str, Ratio]) -> None:
+        report.ratios[name] = found
+        report.took_seconds = round(time.monotonic() - begun, 1)
+        if options.json:
+            options.json.write_text(msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n")
+
+    for load in () if options.trace else [LOADS[name] for name in options.loads]:
+        hardware = hardware_of(load, options.target_gb)
+        for workers in [count for count in options.workers or (1, 2, 4, 8, 64) if count <= 4 or not options.quick]:
+            for unequal in options.unequal:
+                rows = [
+                    sweep(load, hardware, workers, unequal, name, make, options.quick, seed)
+                    for seed in range(1, 1 + (options.seeds if workers <= 8 else 1))
+                    for name, make in policies(seed, options.gpu_price, options.stall_price).items()
+                ]
+                # The bound is that of workers of one kind.
+                bound = 0.0
+                if unequal == "no":
+                    bound = policy_bound.requests_per_second(load.shape, hardware, workers, POOL, TPOT_MS_MAX / 1000)
+                name = case(load.shape.name, workers, unequal)
+                report.rows += rows
+                report.bounds[name] = round(bound, 2)
+                found = over_others(rows, bound)
+                show(rows, bound, found)
+                add(name, found)
+    for workers in options.workers or (16,) if options.trace else ():
+        for unequal in options.unequal:
+            for pace in options.paces:
+                hardware = hardware_of(LOADS["kimi"], options.target_gb)
+                replayed = replays(requests, hardware, options, workers, unequal, pace)
+                report.replayed += replayed
+                found = sooner(replayed)
+                show_replays(replayed, found)
+                add(case(f"trace at {pace:g} times its pace", workers, unequal), found)
+
+
+def hardware_of(load: Load, target_gb: float) -> Hardware:
+    return Hardware(hbm_tokens=load.hbm_tokens, dram_tokens=load.dram_tokens, target_bytes_per_second=target_gb * 1e9)
+
+
+def traced(options: argparse.Namespace) -> list[Traced]:
+    try:
+        requests = trace.read(options.trace, options.requests)
+    except OSError as error:
+        raise ConfigError("trace", options.trace, f"a file that can be read ({error.strerror})") from None
+    most = LOADS["kimi"].hbm_tokens
+    longer = sum(one.prompt_tokens + one.answer_tokens > most for one in requests)
+    print(f"{len(requests)} requests; {longer} left out, which have more than the {most} tokens of a worker's HBM")
+    return requests
+
+
+def main() -> None:
+    run_command("benchmarks.routing.policy", lambda: run(parsed()))
 
 
 if __name__ == "__main__":

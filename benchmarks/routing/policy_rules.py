@@ -24,27 +24,96 @@ GPU_PRICE, STALL_PRICE, PRESSURE_SECONDS = 0.5, 0.2, 0.2  # the router's default
 MANY_WORKERS = 16
 
 
+# llm-d: the share of a prompt that a worker must hold to be preferred for it, and by how many seconds its wait may be
+# the longer one (the default, and one that lets go sooner).
+LLMD_AFFINITY = 0.8
+LLMD_PENALTY_SECONDS = (18.0, 1.0)
+LLMD_CALIBRATION_TOKENS = 8192
+
+
 def round_robin() -> Policy:
     numbers = itertools.count()
     return lambda sim, request: (next(numbers) % len(sim.workers), request.conversation.prompt_tokens)
 
 
-def dynamo(external_credit: float) -> Policy:
-    """Dynamo's KV router: the fewest blocks to prefill and to keep, hits credited 1 in HBM, 0.75 in DRAM and
-    `external_credit` in the store; the engine fetches whatever is there."""
+def least_loaded() -> Policy:
+    """The fewest requests that are not answered, as Dynamo's and llm-d's policies of that name have it."""
 
     def decide(sim: Simulation, request: Request) -> tuple[int, int]:
-        prompt = request.conversation.prompt_tokens
+        return min((worker.requests, worker.number) for worker in sim.workers)[1], request.prompt_tokens
+
+    return decide
+
+
+def dynamo(shared_credit: float) -> Policy:
+    """Dynamo's KV router: the fewest blocks to prefill and to keep. Of those to prefill, hits are taken off: 1 in HBM,
+    0.75 in DRAM, `shared_credit` in the store beyond HBM (0.5 where its shared cache is enabled, which for vLLM it
+    cannot be, otherwise 0); no fewer than none are left. The engine fetches whatever is there.
+
+    Dynamo 1.6, lib/kv-router/src/scheduling/selector/default.rs, its defaults."""
+
+    def decide(sim: Simulation, request: Request) -> tuple[int, int]:
+        prompt = request.prompt_tokens
         best = (float("inf"), 0)
         for worker, seen in zip(sim.workers, sim.seen_by_all(request.conversation), strict=True):
-            credit = seen.hbm + 0.75 * (seen.dram - seen.hbm) + external_credit * max(0, seen.store - seen.dram)
-            # Dynamo's books have no fetches: what others fetch is to prefill, too.
-            prefill = worker.prefill_tokens + worker.fetching_tokens + prompt - credit
-            waiting = sum(one.tokens for one in worker.ready)
-            best = min(best, ((prefill + worker.running_tokens + waiting + prompt) / BLOCK_TOKENS, worker.number))
+            credit = seen.hbm + 0.75 * (seen.dram - seen.hbm) + shared_credit * max(0, seen.store - seen.hbm)
+            prefill = max(0.0, _uncached_in_flight(worker) + prompt - credit)
+            best = min(best, ((prefill + worker.requests_tokens + prompt) / BLOCK_TOKENS, worker.number))
         return best[1], prompt
 
     return decide
+
+
+def llmd(penalty_seconds: float) -> Policy:
+    """llm-d: among the workers that hold most of the prompt, unless their estimated wait exceeds that of the others by
+    more than a bound, and otherwise among all, the one with the fewest tokens to compute. The wait is estimated from
+    the tokens in flight and the speed of one measured prefill. The engine fetches whatever is there.
+
+    llm-d-router, prefix-cache-affinity-filter and token-load-scorer, as their READMEs recommend them."""
+
+    def decide(sim: Simulation, request: Request) -> tuple[int, int]:
+        prompt = request.prompt_tokens
+        calibration = sim.hardware.prefill_seconds(LLMD_CALIBRATION_TOKENS, 0)
+        seen = sim.seen_by_all(request.conversation)
+        warm = [one for one in sim.workers if seen[one.number].dram >= LLMD_AFFINITY * prompt]
+        cold = [one for one in sim.workers if seen[one.number].dram < LLMD_AFFINITY * prompt]
+        among = sim.workers
+        if warm and cold:
+            most, least = (min(map(_uncached_in_flight, which)) for which in (warm, cold))
+            if (most - least) * calibration / LLMD_CALIBRATION_TOKENS <= penalty_seconds:
+                among = warm
+
+        def load(worker: Worker) -> tuple[int, int]:
+            return _uncached_in_flight(worker) + prompt - seen[worker.number].dram, worker.number
+
+        return min(map(load, among))[1], prompt
+
+    return decide
+
+
+def lmetric() -> Policy:
+    """The smallest product of the prompt tokens that a worker has to compute, this prompt's with them, and its batch,
+    this request with it: no weights. The engine fetches whatever is there.
+
+    LMetric: Simple is Better - Multiplication May Be All You Need for LLM Request Scheduling, arXiv 2603.15202."""
+
+    def decide(sim: Simulation, request: Request) -> tuple[int, int]:
+        prompt = request.prompt_tokens
+        seen = sim.seen_by_all(request.conversation)
+
+        def score(worker: Worker) -> tuple[int, int]:
+            tokens = _uncached_in_flight(worker) + prompt - seen[worker.number].dram
+            return tokens * (worker.requests + 1), worker.number
+
+        return min(map(score, sim.workers))[1], prompt
+
+    return decide
+
+
+def _uncached_in_flight(worker: Worker) -> int:
+    """Prompt tokens of requests without a first token that HBM and DRAM lacked: books without a store count what is
+    fetched as well."""
+    return worker.prefill_tokens + worker.fetching_tokens
 
 
 def ours(seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRICE, noise: float = 0.1) -> Policy:
@@ -55,7 +124,7 @@ def ours(seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRI
     def decide(sim: Simulation, request: Request) -> tuple[int, int]:
         for number in range(len(speeds), len(sim.workers)):
             prefill, dram, store = (chance.lognormvariate(0, noise) for _ in range(3))
-            speeds[number] = known_speeds(sim.hardware, prefill, dram, store)
+            speeds[number] = known_speeds(sim.workers[number].hardware, prefill, dram, store)
         return wanted(choose(sim, request, speeds.__getitem__, gpu_price, stall_price))
 
     return decide
@@ -140,12 +209,13 @@ def oracle(prices: Prices) -> Policy:
     """Knows every queue, link and speed exactly, when each running request will end, how long the answer will be."""
 
     def decide(sim: Simulation, request: Request) -> tuple[int, int]:
-        one, hardware = request.conversation, sim.hardware
+        one = request.conversation
         best = (float("inf"), 0, 0)
         fetching = sum(worker.fetching for worker in sim.workers)
         for worker, seen in zip(sim.workers, sim.seen_by_all(one), strict=True):
+            hardware = worker.hardware
             batch = len(worker.running) + len(worker.ready) + (worker.prefilling is not None)
-            wait = _wait_seconds(sim, worker, request)
+            wait = _wait_seconds(sim.now, worker, request)
             slower = (
                 (hardware.step_seconds(batch + 1) - hardware.step_seconds(max(1, batch)))
                 * one.answer_tokens
@@ -167,10 +237,10 @@ def oracle(prices: Prices) -> Policy:
     return decide
 
 
-def _wait_seconds(sim: Simulation, worker: Worker, request: Request) -> float:
+def _wait_seconds(now: float, worker: Worker, request: Request) -> float:
     """Until the prompts before this one are computed and there is room for it in HBM."""
-    hardware = sim.hardware
-    wait = max(0.0, worker.prefill_ends - sim.now) if worker.prefilling else 0.0
+    hardware = worker.hardware
+    wait = max(0.0, worker.prefill_ends - now) if worker.prefilling else 0.0
     wait += sum(hardware.prefill_seconds(queued.prefill_tokens, queued.loaded_tokens) for queued in worker.ready)
     tokens = worker.running_tokens + sum(queued.tokens for queued in worker.ready) + request.tokens
     if tokens <= hardware.hbm_tokens:

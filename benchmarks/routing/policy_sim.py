@@ -8,12 +8,15 @@ request has ended.
 import heapq
 import itertools
 import random
+from abc import abstractmethod
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from benchmarks.routing import engine_model
 from benchmarks.routing.engine_model import Engines, Hardware, Job
+from benchmarks.routing.trace import Traced
 
 BLOCK_TOKENS = 16
 CHUNK_TOKENS = 256
@@ -40,6 +43,19 @@ AGENTS = Shape("agents and documents", (3, 20), (200, 4000), (50, 600), (30, 200
 KIMI = Shape("means of Mooncake's trace", (1, 4), (500, 3000), (500, 9800), (80, 284), 500, 4)
 
 
+class Prompt(Protocol):
+    """What is asked for."""
+
+    @property
+    def key(self) -> int: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def answer_tokens(self) -> int: ...
+    def path(self, tokens: int) -> Sequence[tuple[int, int]]:
+        """The parts of its first `tokens`, as key and tokens: prompts share a part that has the same key."""
+
+
 class Conversation:
     """Its turns; `key` names its prefix, `shared` the beginning it has in common with others."""
 
@@ -57,6 +73,10 @@ class Conversation:
         self.prompt_tokens += self.answer_tokens + self._chance.randint(*self._shape.question)
         self.answer_tokens = self._chance.randint(*self._shape.answer)
         self.turn += 1
+
+    def path(self, tokens: int) -> Sequence[tuple[int, int]]:
+        own = (self.key, tokens - self.shared_tokens)
+        return ((self.shared, self.shared_tokens), own) if self.shared_tokens else (own,)
 
 
 Holders = defaultdict[int, Counter[int]]  # key -> worker -> its caches that have it
@@ -98,7 +118,7 @@ class Cache:
 
 @dataclass(eq=False, kw_only=True)
 class Request(Job):
-    conversation: Conversation
+    conversation: Prompt
     predicted_seconds: float = 0.0  # to its first token, where the policy says it
 
 
@@ -118,6 +138,7 @@ class Seen:
 class Outcome:
     requests_per_second: float
     ttft_ms_mean: float
+    ttft_ms_median: float
     ttft_ms_p99: float
     tpot_ms_mean: float
 
@@ -126,83 +147,68 @@ Policy = Callable[["Simulation", Request], tuple[int, int]]  # worker, tokens of
 
 
 class Simulation(Engines[Request]):
-    """Closed loop of `clients` over a pool of conversations, each of which waits until all others had a turn. What a
-    prefill and a fetch take is off by `noise`, in logarithms; `observe` is told of each first token."""
+    """Workers, tiers and the store under a policy; subclasses say who asks for what. What a prefill and a fetch take is
+    off by `noise`, in logarithms; `observe` is told of each first token. Workers that are unlike are in `each`."""
 
     def __init__(
-        self, hardware: Hardware, workers: int, clients: int, pool: int, shape: Shape, policy: Policy, *,
-        store: bool, seed: int = 1, noise: float = 0.0, observe: Callable[[Request], None] | None = None,
+        self, hardware: Hardware, workers: int, policy: Policy, *, store: bool, seed: int = 1, noise: float = 0.0,
+        each: Sequence[Hardware] = (), observe: Callable[[Request], None] | None = None,
     ):  # fmt: skip
-        super().__init__(hardware, workers)
+        super().__init__(hardware, workers, each)
         self._now = 0.0
         self._holders: Holders = defaultdict(Counter)
         self._hbm = [Cache(hardware.hbm_tokens, self._holders, number) for number in range(workers)]
         self._dram = [Cache(hardware.dram_tokens, self._holders, number) for number in range(workers)]
         self.store: dict[int, int] | None = {} if store else None
-        self._clients = clients
         self._observe = observe
         self._noise, self._noisy = noise, random.Random(seed + 1)
         self._policy = policy
-        self._shape = shape
-        self._seed = seed
-        self._keys = itertools.count(1)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._done: list[tuple[float, float, float]] = []  # ended, ttft, tpot
-        chance = random.Random(seed)
-        self._waiting: deque[Conversation] = deque()
-        while len(self._waiting) < pool:
-            one = self._new()
-            if chance.random() < one.turns / shape.turns[1]:
-                for _ in range(chance.randrange(one.turns)):
-                    one.go_on()
-                self._waiting.append(one)
-                self._keep(len(self._waiting) % workers, one, one.prompt_tokens)
+
+    @abstractmethod
+    def _answered(self, request: Request) -> None:
+        """Its last token has come."""
 
     @property
     def now(self) -> float:
         return self._now
 
-    def _new(self) -> Conversation:
-        return Conversation(next(self._keys), self._shape, self._seed)
-
-    def run(self, seconds: float, ramp_seconds: float) -> Outcome:
-        for number in range(self._clients):
-            self._at(ramp_seconds / 2 * number / self._clients, self._arrive)
-        while self._events and self._events[0][0] <= ramp_seconds + seconds:
+    def _play(self, until: float) -> None:
+        while self._events and self._events[0][0] <= until:
             self._now, _, event = heapq.heappop(self._events)
             event()
-        done = [(ttft, tpot) for ended, ttft, tpot in self._done if ended >= ramp_seconds]
+
+    def _outcome(self, since: float, seconds: float) -> Outcome:
+        """Of the requests that ended after `since`, in so many seconds."""
+        done = [(ttft, tpot) for ended, ttft, tpot in self._done if ended >= since]
         if not done:
-            return Outcome(0.0, 0.0, 0.0, 0.0)
+            return Outcome(0.0, 0.0, 0.0, 0.0, 0.0)
         ttfts = sorted(ttft for ttft, _ in done)
         return Outcome(
             round(len(done) / seconds, 3),
             round(1000 * sum(ttfts) / len(ttfts), 1),
+            round(1000 * ttfts[len(ttfts) // 2], 1),
             round(1000 * ttfts[int(0.99 * len(ttfts))], 1),
             round(1000 * sum(tpot for _, tpot in done) / len(done), 2),
         )
 
-    def seen(self, worker: Worker, one: Conversation) -> Seen:
-        most = one.prompt_tokens - 1
+    def seen(self, worker: Worker, one: Prompt) -> Seen:
+        hbm = _held(one, self._hbm[worker.number].get, BLOCK_TOKENS)
+        dram = max(hbm, _held(one, self._dram[worker.number].get, CHUNK_TOKENS))
+        return Seen(hbm, dram, self._stored(one))
 
-        def held(get: Callable[[int], int], unit: int) -> int:
-            return min(most, max(get(one.key), min(get(one.shared), one.shared_tokens)) // unit * unit)
-
-        hbm = held(self._hbm[worker.number].get, BLOCK_TOKENS)
-        dram = max(hbm, held(self._dram[worker.number].get, CHUNK_TOKENS))
-        store = self.store or {}
-        return Seen(hbm, dram, held(lambda key: store.get(key, 0), CHUNK_TOKENS))
-
-    def seen_by_all(self, one: Conversation) -> list[Seen]:
+    def seen_by_all(self, one: Prompt) -> list[Seen]:
         """By every worker: most have nothing of it."""
-        store = self.store or {}
-        held = max(store.get(one.key, 0), min(store.get(one.shared, 0), one.shared_tokens))
-        nothing = Seen(0, 0, min(one.prompt_tokens - 1, held // CHUNK_TOKENS * CHUNK_TOKENS))
-        seen = [nothing] * len(self.workers)
-        for key in (one.key, one.shared):
-            for number in self._holders.get(key, ()):
-                seen[number] = self.seen(self.workers[number], one)
+        seen = [Seen(0, 0, self._stored(one))] * len(self.workers)
+        first, _ = one.path(one.prompt_tokens)[0]
+        for number in self._holders.get(first, ()):
+            seen[number] = self.seen(self.workers[number], one)
         return seen
+
+    def _stored(self, one: Prompt) -> int:
+        store = self.store or {}
+        return _held(one, lambda key: store.get(key, 0), CHUNK_TOKENS)
 
     def _off(self) -> float:
         return self._noisy.lognormvariate(0, self._noise) if self._noise else 1.0
@@ -210,8 +216,7 @@ class Simulation(Engines[Request]):
     def _at(self, when: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._count), event))
 
-    def _arrive(self) -> None:
-        one = self._waiting.popleft()
+    def _ask(self, one: Prompt) -> None:
         request = Request(one.prompt_tokens, one.answer_tokens, self.now, conversation=one)
         request.worker, wanted = self._policy(self, request)
         seen = self.seen(self.workers[request.worker], one)
@@ -228,18 +233,105 @@ class Simulation(Engines[Request]):
             self._observe(request)
 
     def _ended(self, request: Request) -> None:
-        one = request.conversation
-        self._keep(request.worker, one, request.tokens)
-        tpot = (self.now - request.first) / max(1, one.answer_tokens - 1)
+        self._keep(request.worker, request.conversation, request.tokens)
+        tpot = (self.now - request.first) / max(1, request.answer_tokens - 1)
         self._done.append((self.now, request.first - request.arrived, tpot))
+        self._answered(request)
+
+    def _keep(self, number: int, one: Prompt, tokens: int) -> None:
+        """The beginning last, so that it is used no less recently than what follows it."""
+        for key, held in reversed(one.path(tokens)):
+            self._hbm[number].put(key, held)
+            self._dram[number].put(key, held)
+            if self.store is not None:
+                self.store[key] = max(held, self.store.get(key, 0))
+
+
+def _held(one: Prompt, get: Callable[[int], int], unit: int) -> int:
+    """Tokens of the prompt from its start on, in whole units; the last one is always computed."""
+    total = 0
+    for key, tokens in one.path(one.prompt_tokens):
+        found = min(tokens, get(key))
+        total += found
+        if found < tokens:
+            break
+    return min(one.prompt_tokens - 1, total) // unit * unit
+
+
+class ClosedLoop(Simulation):
+    """`clients` over a pool of conversations, each of which waits until all others had a turn."""
+
+    def __init__(
+        self, hardware: Hardware, workers: int, clients: int, pool: int, shape: Shape, policy: Policy, *,
+        store: bool, seed: int = 1, noise: float = 0.0, each: Sequence[Hardware] = (),
+        observe: Callable[[Request], None] | None = None,
+    ):  # fmt: skip
+        super().__init__(hardware, workers, policy, store=store, seed=seed, noise=noise, each=each, observe=observe)
+        self._clients = clients
+        self._shape = shape
+        self._seed = seed
+        self._keys = itertools.count(1)
+        chance = random.Random(seed)
+        self._waiting: deque[Conversation] = deque()
+        while len(self._waiting) < pool:
+            one = self._new()
+            if chance.random() < one.turns / shape.turns[1]:
+                for _ in range(chance.randrange(one.turns)):
+                    one.go_on()
+                self._waiting.append(one)
+                self._keep(len(self._waiting) % workers, one, one.prompt_tokens)
+
+    def _new(self) -> Conversation:
+        return Conversation(next(self._keys), self._shape, self._seed)
+
+    def run(self, seconds: float, ramp_seconds: float) -> Outcome:
+        for number in range(self._clients):
+            self._at(ramp_seconds / 2 * number / self._clients, lambda: self._ask(self._waiting.popleft()))
+        self._play(ramp_seconds + seconds)
+        return self._outcome(ramp_seconds, seconds)
+
+    def _answered(self, request: Request) -> None:
+        one = request.conversation
+        assert isinstance(one, Conversation)
         one.go_on()
         self._waiting.append(self._new() if one.turn >= one.turns else one)
-        self._at(self.now, self._arrive)
+        self._at(self.now, lambda: self._ask(self._waiting.popleft()))
 
-    def _keep(self, number: int, one: Conversation, tokens: int) -> None:
-        for key, held in ((one.key, tokens), (one.shared, one.shared_tokens)):
-            if held:
-                self._hbm[number].put(key, held)
-                self._dram[number].put(key, held)
-                if self.store is not None:
-                    self.store[key] = max(held, self.store.get(key, 0))
+
+class Replay(Simulation):
+    """A trace, each request at its own time, `pace` times as fast. A turn waits for the answer before it, and from
+    then on for `think_seconds`: the more the trace is hurried, the more turns do. What no worker's HBM could hold is
+    left out: `left_out` counts it."""
+
+    def __init__(
+        self, hardware: Hardware, workers: int, trace: Sequence[Traced], policy: Policy, *, pace: float,
+        think_seconds: float, store: bool, seed: int = 1, noise: float = 0.0, each: Sequence[Hardware] = (),
+    ):  # fmt: skip
+        super().__init__(hardware, workers, policy, store=store, seed=seed, noise=noise, each=each)
+        self._trace = [one for one in trace if one.prompt_tokens + one.answer_tokens <= hardware.hbm_tokens]
+        self.left_out = len(trace) - len(self._trace)
+        self._pace, self._think = pace, think_seconds
+        self._open = {one.key for one in self._trace}
+        self._next_turns: defaultdict[int, list[Traced]] = defaultdict(list)  # by the turn that they wait for
+
+    def run(self) -> Outcome:
+        for one in self._trace:
+            self._at(one.seconds / self._pace, lambda one=one: self._due(one))  # type: ignore[misc]
+        self._play(float("inf"))
+        return self._outcome(0, self.now)
+
+    def _due(self, one: Traced) -> None:
+        if one.follows in self._open:
+            self._next_turns[one.follows].append(one)
+        else:
+            self._ask(one)
+
+    def _answered(self, request: Request) -> None:
+        key = request.conversation.key
+        self._at(self.now + self._think, lambda: self._thought(key))
+
+    def _thought(self, key: int) -> None:
+        """Whoever got this answer has read it, and asks on."""
+        self._open.remove(key)
+        for one in self._next_turns.pop(key, ()):
+            self._ask(one)

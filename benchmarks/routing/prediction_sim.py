@@ -17,7 +17,7 @@ import msgspec
 
 from benchmarks.routing import policy_rules
 from benchmarks.routing.engine_model import Hardware
-from benchmarks.routing.policy_sim import BLOCK_TOKENS, CHAT, CHUNK_TOKENS, Request, Simulation
+from benchmarks.routing.policy_sim import BLOCK_TOKENS, CHAT, CHUNK_TOKENS, ClosedLoop, Request, Simulation
 from components.router.speeds import LiveSpeeds
 from kvstore.bus.messages import WorkerReport
 
@@ -88,7 +88,7 @@ def predict(clients: int, noise: float, seconds: float, seed: int) -> Result:
     """With so many clients a worker, over so many simulated seconds."""
     hardware = Hardware()
     router = Predicting(hardware, noise, seed)
-    sim = Simulation(
+    sim = ClosedLoop(
         hardware, WORKERS, clients * WORKERS, POOL, CHAT, router.decide,
         store=True, seed=seed, noise=noise, observe=router.observe,
     )  # fmt: skip

@@ -171,6 +171,7 @@ def test_a_job_that_is_left_leaves_nothing_behind(seconds: float) -> None:
     assert engines.ended == [jobs[0]]
     worker = engines.workers[0]
     assert (worker.queued_tokens, worker.running_tokens, worker.fetching_tokens) == (0, 0, 0)
+    assert (worker.requests, worker.requests_tokens) == (0, 0)
     assert (list(worker.ready), worker.running, worker.prefilling) == ([], [], None)
 
 

@@ -1,12 +1,15 @@
 """The simulator of routing policies: deterministic, near what was measured, never above the bound of its flows; the
 router's predictions in it."""
 
+from collections import Counter
+
 import pytest
 
 from benchmarks.chat import waiting
 from benchmarks.routing import policy, policy_bound, policy_rules, prediction_sim
 from benchmarks.routing.engine_model import Hardware
-from benchmarks.routing.policy_sim import CHAT, KIMI, Cache, Policy, Request, Simulation
+from benchmarks.routing.policy_sim import CHAT, KIMI, Cache, ClosedLoop, Policy, Request, Simulation
+from benchmarks.routing.trace import Traced
 
 
 @pytest.mark.parametrize(("batch", "seconds"), [(1, 0.022), (16, 0.025), (48, 0.032)])
@@ -29,7 +32,7 @@ def test_the_same_seed_gives_the_same_outcome(name: str) -> None:
     outcomes = []
     for _ in range(2):
         store, (make, *_) = policy.policies(1)[name]
-        sim = Simulation(Hardware(), 2, 16, 160, CHAT, make(), store=store, seed=3)
+        sim = ClosedLoop(Hardware(), 2, 16, 160, CHAT, make(), store=store, seed=3)
         outcomes.append(sim.run(20, 10))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0].requests_per_second > 1
@@ -47,7 +50,7 @@ def test_workers_that_hold_a_prompt_are_found_as_if_all_were_asked() -> None:
         assert sim.seen_by_all(one) == [sim.seen(worker, one) for worker in sim.workers]
         return rule(sim, request)
 
-    Simulation(Hardware(), 4, 32, 160, policy.AGENTS, decide, store=True).run(20, 0)
+    ClosedLoop(Hardware(), 4, 32, 160, policy.AGENTS, decide, store=True).run(20, 0)
 
 
 @pytest.mark.parametrize("load", policy.LOADS)
@@ -55,10 +58,10 @@ def test_no_policy_passes_the_bound(load: str) -> None:
     one = policy.LOADS[load]
     hardware = Hardware(hbm_tokens=one.hbm_tokens, dram_tokens=one.dram_tokens)
     bound = policy_bound.requests_per_second(one.shape, hardware, 2, policy.POOL, policy.TPOT_MS_MAX / 1000)
-    for name in ("round robin", "dynamo", "kvtier"):
+    for name in ("round robin", "dynamo", "lmetric", "kvtier"):
         store, (make, *_) = policy.policies(1)[name]
         for clients in one.clients[::3]:
-            sim = Simulation(hardware, 2, 2 * clients, 2 * policy.POOL, one.shape, make(), store=store)
+            sim = ClosedLoop(hardware, 2, 2 * clients, 2 * policy.POOL, one.shape, make(), store=store)
             found = sim.run(240, 60)
             assert found.tpot_ms_mean > policy.TPOT_MS_MAX or found.requests_per_second < bound
 
@@ -75,7 +78,7 @@ def test_with_many_workers_looking_at_some_chooses_as_looking_at_all(monkeypatch
     for many in (policy_rules.MANY_WORKERS, 1000):
         monkeypatch.setattr(policy_rules, "MANY_WORKERS", many)
         rule: Policy = policy_rules.ours(1)
-        sim = Simulation(Hardware(), 40, 40 * 12, 40 * 80, CHAT, rule, store=True)
+        sim = ClosedLoop(Hardware(), 40, 40 * 12, 40 * 80, CHAT, rule, store=True)
         rates.append(sim.run(10, 5).requests_per_second)
     assert rates[0] == pytest.approx(rates[1], rel=0.03)
 
@@ -96,3 +99,42 @@ def test_a_worker_waits_as_long_as_most_is_gained_and_no_longer() -> None:
     assert ours.ttft_ms < 0.7 * six.ttft_ms < 0.7 * always.ttft_ms
     slow = waiting.simulate(Hardware(kv_bytes_per_token=320 << 10), 1.05e9, 16, 2, "ours")
     assert slow == waiting.simulate(Hardware(kv_bytes_per_token=320 << 10), 1.05e9, 16, 2, "none")
+
+
+@pytest.mark.parametrize(
+    ("rule", "queued_tokens", "worker"),
+    [
+        # Worker 0 holds nine tenths of the prompt; the others hold nothing, and worker 2 has no queue.
+        (policy_rules.llmd(18.0), 20_000, 0),
+        (policy_rules.llmd(1.0), 20_000, 2),
+        (policy_rules.lmetric(), 200, 0),  # 3 x 400 against 1 x 2,000
+        (policy_rules.lmetric(), 600, 2),  # 3 x 800
+        (policy_rules.least_loaded(), 0, 2),
+        (policy_rules.dynamo(0.0), 1000, 0),
+        (policy_rules.dynamo(0.0), 3000, 2),
+    ],
+)
+def test_each_published_policy_leaves_the_warm_worker_where_it_says(
+    rule: Policy, queued_tokens: int, worker: int
+) -> None:
+    sim = ClosedLoop(Hardware(), 3, 1, 1, CHAT, rule, store=True)
+    one = Traced(1, 0.0, 2000, 100, ((1, 1800), (2, 200)), None)
+    sim._hbm[0].put(1, 1800)
+    for number, (requests, tokens) in enumerate([(2, queued_tokens), (3, 5000), (0, 0)]):
+        sim.workers[number].requests = requests
+        sim.workers[number].queued_tokens = tokens
+    assert rule(sim, Request(2000, 100, 0.0, conversation=one))[0] == worker
+
+
+@pytest.mark.parametrize("unequal", ["gpus", "links"])
+def test_where_workers_are_unlike_the_slow_ones_get_less(unequal: str) -> None:
+    rule, sent = policy_rules.ours(1), Counter[int]()
+
+    def decide(sim: Simulation, request: Request) -> tuple[int, int]:
+        worker, wanted = rule(sim, request)
+        sent[worker] += wanted if unequal == "links" else 1
+        return worker, wanted
+
+    each = policy.unlike(Hardware(), unequal)
+    ClosedLoop(Hardware(), 2, 24, 160, CHAT, decide, store=True, each=each).run(60, 20)
+    assert sent[0] > 1.2 * sent[1]
