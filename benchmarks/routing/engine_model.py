@@ -104,8 +104,9 @@ class Worker(Generic[AnyJob]):
     ready: deque[AnyJob] = field(default_factory=deque)
     fetching: int = 0  # that wait for the store
     fetching_tokens: int = 0
+    fetching_requests_tokens: int = 0
     requests: int = 0  # without a last token, wherever they are
-    requests_tokens: int = 0  # of their prompts and answers
+    requests_tokens: int = 0  # of their prompts, as Dynamo's books have it
     queued_tokens: int = 0  # to compute, not begun
     prefilling: AnyJob | None = None
     prefill_ends: float = 0.0
@@ -169,7 +170,7 @@ class Engines(ABC, Generic[AnyJob]):
         come from the store, the others from DRAM."""
         worker = self.workers[job.worker]
         worker.requests += 1
-        worker.requests_tokens += job.tokens
+        worker.requests_tokens += job.prompt_tokens
         job.prefill_tokens = job.prompt_tokens - job.loaded_tokens
         worker.queued_tokens += job.prefill_tokens
         copied = (job.loaded_tokens - hbm_tokens) * self.hardware.kv_bytes_per_token
@@ -181,6 +182,7 @@ class Engines(ABC, Generic[AnyJob]):
             worker.link_free = max(self.now, worker.link_free) + size / worker.hardware.worker_bytes_per_second
             self.pool_free = max(self.now, self.pool_free) + size / self.pool_rate
             worker.fetching_tokens += job.fetch_tokens
+            worker.fetching_requests_tokens += job.prompt_tokens
             worker.fetching += 1
         self._at(ready + copied / worker.hardware.dram_bytes_per_second, lambda: self._ready(worker, job))
 
@@ -212,6 +214,7 @@ class Engines(ABC, Generic[AnyJob]):
     def _ready(self, worker: Worker[AnyJob], job: AnyJob) -> None:
         worker.fetching_tokens -= job.fetch_tokens
         worker.fetching -= job.fetch_tokens > 0
+        worker.fetching_requests_tokens -= job.prompt_tokens if job.fetch_tokens else 0
         if job.left:
             worker.queued_tokens -= job.prefill_tokens
             self._gone(worker, job)
@@ -268,7 +271,7 @@ class Engines(ABC, Generic[AnyJob]):
 
     def _gone(self, worker: Worker[AnyJob], job: AnyJob) -> None:
         worker.requests -= 1
-        worker.requests_tokens -= job.tokens
+        worker.requests_tokens -= job.prompt_tokens
 
     def _release(self, worker: Worker[AnyJob], job: AnyJob) -> None:
         self._gone(worker, job)

@@ -163,6 +163,10 @@ def choose(
         least = heapq.nsmallest(MANY_WORKERS, workers, key=lambda each: (each.prefill_tokens, each.running_tokens))
         holding = (each for each in workers if seen[each.number].dram)
         workers = list({each.number: each for each in (*least, *holding)}.values())
+
+    def held(worker: Worker, requests: int, prompts_tokens: int) -> float:
+        return (prompts_tokens + requests * sim.answers[worker.number].tokens) / hardware.hbm_tokens
+
     located = ["t"] * (seen[0].store // CHUNK_TOKENS)
     candidates = [
         cost.Candidate(
@@ -173,7 +177,10 @@ def choose(
             queued_prefill_tokens=worker.prefill_tokens,
             fetching_bytes=worker.fetching_tokens * hardware.kv_bytes_per_token,
             running_requests=len(worker.running),
-            memory_used=min(1.0, worker.running_tokens / hardware.hbm_tokens),
+            memory_used=held(worker, worker.requests, worker.requests_tokens),
+            memory_fetching=held(worker, worker.fetching, worker.fetching_requests_tokens),
+            memory_needed=held(worker, 1, one.prompt_tokens),
+            answer_seconds=sim.answers[worker.number].seconds,
             blocks_per_chunk=CHUNK_TOKENS // BLOCK_TOKENS,
             chunk_bytes=CHUNK_TOKENS * hardware.kv_bytes_per_token,
             located=located,

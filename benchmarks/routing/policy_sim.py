@@ -17,6 +17,7 @@ from typing import Protocol
 from benchmarks.routing import engine_model
 from benchmarks.routing.engine_model import Engines, Hardware, Job
 from benchmarks.routing.trace import Traced
+from components.pricing.answers import Answers
 
 BLOCK_TOKENS = 16
 CHUNK_TOKENS = 256
@@ -120,6 +121,7 @@ class Cache:
 class Request(Job):
     conversation: Prompt
     predicted_seconds: float = 0.0  # to its first token, where the policy says it
+    queued: bool = False  # likewise, behind others
 
 
 Worker = engine_model.Worker[Request]
@@ -165,6 +167,7 @@ class Simulation(Engines[Request]):
         self._policy = policy
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._done: list[tuple[float, float, float]] = []  # ended, ttft, tpot
+        self.answers = [Answers() for _ in range(workers)]
 
     @abstractmethod
     def _answered(self, request: Request) -> None:
@@ -234,6 +237,7 @@ class Simulation(Engines[Request]):
 
     def _ended(self, request: Request) -> None:
         self._keep(request.worker, request.conversation, request.tokens)
+        self.answers[request.worker].add(request.answer_tokens, self.now - request.first)
         tpot = (self.now - request.first) / max(1, request.answer_tokens - 1)
         self._done.append((self.now, request.first - request.arrived, tpot))
         self._answered(request)

@@ -35,6 +35,7 @@ class Result(msgspec.Struct):
     error_median_first: float  # of the first 50
     error_median: float  # of those after
     error_quartiles: tuple[float, float]
+    error_p90: float
     ratio_median: float  # actual over predicted
 
 
@@ -56,13 +57,14 @@ class Predicting:
                 self._speeds.heard_worker(self._report(sim.hardware, worker.number))
         choice = policy_rules.choose(sim, request, self._speeds.of_worker)
         request.predicted_seconds = choice.ttft_seconds
+        request.queued = choice.wait_seconds > 0
         return policy_rules.wanted(choice)
 
     def observe(self, request: Request) -> None:
         took = request.first - request.arrived
         self.ratios.append(took / request.predicted_seconds)
         self.errors.append(abs(request.predicted_seconds / took - 1))
-        if not request.fetch_tokens:
+        if not request.fetch_tokens and not request.queued:
             self._speeds.observed(request.worker, request.predicted_seconds, took)
 
     def _report(self, hardware: Hardware, worker: int) -> WorkerReport:
@@ -103,6 +105,7 @@ def predict(clients: int, noise: float, seconds: float, seed: int) -> Result:
         error_median_first=round(statistics.median(router.errors[:LEARNING]), 3),
         error_median=round(statistics.median(after), 3),
         error_quartiles=(round(low, 3), round(high, 3)),
+        error_p90=round(statistics.quantiles(after, n=10)[-1], 3),
         ratio_median=round(statistics.median(router.ratios[LEARNING:]), 3),
     )
 
@@ -119,13 +122,11 @@ def main() -> None:
     if options.seconds < 100:
         parser.error(f"argument --seconds: {options.seconds}: expected at least 100")
     results = [predict(clients, options.noise, options.seconds, options.seed) for clients in CLIENTS]
-    print("simulated: clients a worker | error of the first 50, after (quartiles) | actual over predicted")
+    print("simulated: clients a worker | error of the first 50, after (quartiles), p90 | actual over predicted")
     for one in results:
         low, high = one.error_quartiles
-        print(
-            f"{one.clients:3} | {one.error_median_first:.0%}, {one.error_median:.0%} ({low:.0%} to {high:.0%}) | "
-            f"{one.ratio_median:.2f}"
-        )
+        after = f"{one.error_median:.0%} ({low:.0%} to {high:.0%}), p90 {one.error_p90:.0%}"
+        print(f"{one.clients:3} | {one.error_median_first:.0%}, {after} | {one.ratio_median:.2f}")
     if options.json:
         options.json.write_text(msgspec.json.format(msgspec.json.encode(results), indent=2).decode() + "\n")
 

@@ -2,9 +2,9 @@
 
 For worker w and a plan that loads r chunks from the store:
 
-    start  = max(wait(w), fetch(w, r))          # the fetch runs while the request queues
+    start  = max(wait(w, r), fetch(w, r))       # the fetch runs while the request queues
     ttft   = start + copy DRAM -> HBM + prefill(what is still missing | what is there)
-    price  = ttft + others * prefill + decode pressure of w
+    price  = ttft + others * prefill + decode pressure of w + the place taken from those that still fetch
     others = gpu_price + stall_price * requests that decode on w, at most a worker's patience - 1 (patience.py)
 
 r is chosen with w: "load all", "load some" and "recompute" are one decision. Over r the price is a sum of a concave
@@ -64,7 +64,11 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     queued_prefill_tokens: int = 0  # of other requests, not counting what they fetch
     fetching_bytes: int = 0  # on their way from the store for other requests
     running_requests: int = 0  # that decode there
-    memory_used: float = 0.0  # share of KV memory held by running requests
+    # Shares of its KV memory, expected answers with them. Above 1 some requests wait for it.
+    memory_used: float = 0.0  # booked for other requests
+    memory_fetching: float = 0.0  # of that, for those that still fetch
+    memory_needed: float = 0.0  # by this request
+    answer_seconds: float = 0.0  # for which a request holds its share: from its first token to its last, on average
     # The worker's tier, or 0 where it has none: chunks cannot be fetched.
     blocks_per_chunk: int = 0
     chunk_bytes: int = 0
@@ -91,8 +95,12 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     prefill_seconds: float
     ttft_seconds: float
     gpu_seconds: float  # what the prefill is charged beyond its own time, for delaying others
-    pressure_seconds: float  # for memory that runs short
+    pressure_seconds: float  # for memory that runs short, and for those that it is taken from
     price_seconds: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.hbm_tokens + self.dram_tokens + self.store_tokens + self.missing_tokens
 
     @property
     def targets(self) -> list[str | None]:
@@ -115,6 +123,9 @@ class _Columns(NamedTuple):
     fetching_bytes: Array
     running_requests: Array
     memory_used: Array
+    memory_fetching: Array
+    memory_needed: Array
+    answer_seconds: Array
     blocks_per_chunk: Array
     chunk_bytes: Array
     target_share: Array
@@ -213,8 +224,8 @@ def choose(
     if not candidates:
         raise ValueError("no candidates")
     columns = _columns(candidates)
-    wait = _wait_seconds(columns)
-    terms = _price(columns, _counts(columns, wait), wait, prompt_tokens, block_tokens, policy)
+    in_turn = _wait_seconds(columns)
+    terms = _price(columns, _counts(columns, in_turn), in_turn, prompt_tokens, block_tokens, policy)
     cheapest = terms.price_seconds.argmin(axis=1)
     every = np.empty((len(terms), *terms.price_seconds.shape))
     for number, term in enumerate(terms):
@@ -272,10 +283,14 @@ def _counts(c: _Columns, wait: Array) -> Array:
     return np.concatenate([np.zeros_like(wait), below, above, c.available_chunks], axis=1)
 
 
-def _wait_seconds(c: _Columns) -> Array:
-    """Seconds until the worker has computed what is queued before this prompt."""
+def _wait_seconds(c: _Columns, overtaken: Array | float = 0.0) -> Array:
+    """Seconds until the worker has computed what is queued before this prompt, and has KV memory for it: all of that
+    changes hands once in the time that an answer takes. `overtaken` is the share booked for those it comes before."""
     queued = c.queued_prefill_tokens
-    return np.where(queued > 0, c.prefill_seconds(queued, np.zeros_like(queued)), 0.0)
+    prefills = np.where(queued > 0, c.prefill_seconds(queued, np.zeros_like(queued)), 0.0)
+    lacking = np.maximum(c.memory_used - overtaken + c.memory_needed - 1, 0)
+    wait: Array = np.maximum(prefills, c.answer_seconds * lacking)
+    return wait
 
 
 def _fetch_seconds(c: _Columns, chunks: Array) -> Array:
@@ -286,8 +301,8 @@ def _fetch_seconds(c: _Columns, chunks: Array) -> Array:
     return np.where(chunks > 0, c.store_latency_seconds + np.maximum(link, devices), 0.0)
 
 
-def _price(c: _Columns, chunks: Array, wait: Array, prompt_tokens: int, block_tokens: int, policy: Policy) -> _Terms:
-    """Loading so many chunks, for each candidate (row)."""
+def _price(c: _Columns, chunks: Array, in_turn: Array, prompt_tokens: int, block_tokens: int, policy: Policy) -> _Terms:
+    """Loading so many chunks, for each candidate (row). `in_turn` is the wait behind all that came before."""
     # The last token of a prompt is always computed: its logits are what is asked for.
     most = prompt_tokens - 1
     hbm = np.minimum(c.hbm_blocks * block_tokens, most)
@@ -299,11 +314,14 @@ def _price(c: _Columns, chunks: Array, wait: Array, prompt_tokens: int, block_to
     fetch = _fetch_seconds(c, chunks)
     copy = copied_bytes / c.dram_bytes_per_second
     prefill = c.prefill_seconds(prompt_tokens - loaded, loaded)
+    # Who fetches nothing gets its memory before those that still fetch. It is sooner by what they are later: that may
+    # be predicted, but it is no reason to compute.
+    wait = _wait_seconds(c, np.where(chunks > 0, 0.0, c.memory_fetching))
     ttft = np.maximum(wait, fetch) + copy + prefill
     busy = float((c.queued_prefill_tokens > 0).mean())
     others = policy.gpu_price * busy + policy.stall_price * c.running_requests
     gpu = np.minimum(others, patience(c.running_requests) - 1) * prefill
-    pressure = policy.pressure_seconds * c.memory_used
+    pressure = policy.pressure_seconds * c.memory_used + np.maximum(in_turn, fetch) - np.maximum(wait, fetch)
     return _Terms(
         first_chunk=c.first_chunk,
         fetch_chunks=chunks,

@@ -116,6 +116,8 @@ class Router:
         # take for tokens to prefill.
         self._fetching_tokens: defaultdict[int, int] = defaultdict(int)
         self._fetching_bytes: defaultdict[int, int] = defaultdict(int)
+        # KV memory, in tokens, that prompts will need once their fetches have come.
+        self._memory_later: defaultdict[int, int] = defaultdict(int)
         # And by target.
         self._target_bytes: defaultdict[str, int] = defaultdict(int)
         # Prompts in Dynamo's books that have no token yet: the others that it has there decode.
@@ -131,6 +133,7 @@ class Router:
         return {
             "fetching tokens": sum(self._fetching_tokens.values()),
             "fetching bytes": sum(self._fetching_bytes.values()),
+            "memory later": sum(self._memory_later.values()),
             "fetching bytes by target": sum(self._target_bytes.values()),
             "prefilling": sum(self._prefilling.values()),
             "unbooked tokens": sum(self._unbooked_tokens.values()),
@@ -302,6 +305,9 @@ class Router:
             load = load_of.get((worker, rank), {})
             queued = load.get("potential_prefill_tokens", 1) - 1
             queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
+            answers = self._speeds.answers(worker)
+            running, memory = load.get("active_requests", 0), card.total_blocks * self._block_tokens or math.inf
+            booked = load.get("potential_decode_blocks", 0) * self._block_tokens + running * answers.tokens
             report = self._workers.report(worker, self._block_tokens, now)
             if report is None:
                 is_unreported = True
@@ -324,8 +330,11 @@ class Router:
                     dram_blocks=hbm + row["host_pinned_extension_blocks"],
                     queued_prefill_tokens=max(0, queued),
                     fetching_bytes=self._fetching_bytes.get(worker, 0),
-                    running_requests=max(0, load.get("active_requests", 0) - self._prefilling.get(worker, 0)),
-                    memory_used=load.get("potential_decode_blocks", 0) / (card.total_blocks or math.inf),
+                    running_requests=max(0, running - self._prefilling.get(worker, 0)),
+                    memory_used=booked / memory,
+                    memory_fetching=self._memory_later.get(worker, 0) / memory,
+                    memory_needed=(tokens + answers.tokens) / memory,
+                    answer_seconds=answers.seconds,
                     blocks_per_chunk=blocks_per_chunk,
                     chunk_bytes=chunk_bytes,
                     located=store.chunks,
@@ -382,7 +391,7 @@ class Router:
                 return
             took = self._clock() - sent
             self.decisions.first_token(decision_id, choice, took)
-            if not choice.fetch_chunks:
+            if not choice.fetch_chunks and not choice.wait_seconds:
                 self._speeds.observed(worker, choice.ttft_seconds, took)
             begun, tokens = self._clock(), 0
             # It names the worker. To the frontend that is this router: it would log an error for each answer.
@@ -394,7 +403,9 @@ class Router:
                     tokens += _tokens(output)
                     self._workers.progressed(worker, client.heard)
                     yield output
-        self.decisions.answered(decision_id, _tokens(first), tokens, self._clock() - begun)
+        seconds = self._clock() - begun
+        self.decisions.answered(decision_id, _tokens(first), tokens, seconds)
+        self._speeds.answered(worker, _tokens(first) + tokens, seconds)
 
     def _first_token_check(
         self,
@@ -479,6 +490,12 @@ class Router:
             book = booked.enter_context
             book(_added(self._fetching_tokens, candidate.worker, choice.store_tokens))
             book(_added(self._fetching_bytes, candidate.worker, choice.fetch_chunks * candidate.chunk_bytes))
+            if fetched:
+                answer_tokens = round(self._speeds.answers(candidate.worker).tokens)
+                later = book(ExitStack())  # closed sooner, when the fetch should have come
+                later.enter_context(_added(self._memory_later, candidate.worker, choice.prompt_tokens + answer_tokens))
+                timer = asyncio.get_running_loop().call_later(choice.fetch_seconds, later.close)
+                booked.callback(timer.cancel)
             for target, chunks in by_target.items():
                 book(_added(self._target_bytes, target, chunks * candidate.chunk_bytes))
             yield

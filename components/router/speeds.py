@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from components.pricing.answers import Answers
 from components.pricing.cost import Speeds
 from kvstore.bus.messages import TargetReport, WorkerReport
 from kvstore.net.wire import Outcome
@@ -53,6 +54,7 @@ class _Worker:
     rates: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=_SAMPLES) for name in _RATES})
     rated_ms: dict[str, int] = field(default_factory=dict)  # when each rate was last reported
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=_PACE_SAMPLES))
+    answers: Answers = field(default_factory=Answers)
     fetched_chunks: dict[str, int] = field(default_factory=dict)
     speeds: Speeds | None = None  # that follow from these, at hand for decisions
 
@@ -61,6 +63,9 @@ class _Worker:
         if len(self.paces) < _PACE_SAMPLES_MIN:
             return 1.0
         return min(_PACE_MAX, max(1 / _PACE_MAX, statistics.median(self.paces)))
+
+
+_NO_ANSWERS = Answers()
 
 
 @dataclass(frozen=True)
@@ -176,12 +181,20 @@ class LiveSpeeds:
         return {worker: known.fetched_chunks for worker, known in self._workers.items()}
 
     def observed(self, worker: int, predicted_seconds: float, actual_seconds: float) -> None:
-        """A prompt's first token came that fetched nothing, so that the time was the GPU's and its queue's."""
+        """A prompt's first token came that fetched nothing and found no queue, so that the time was the GPU's."""
         if predicted_seconds <= 0 or actual_seconds <= 0:
             return
         known = self._workers.setdefault(worker, _Worker())
         known.paces.append(known.pace * actual_seconds / predicted_seconds)
         known.speeds = self._derived(known)
+
+    def answered(self, worker: int, tokens: int, seconds: float) -> None:
+        """An answer came to its end, so many seconds after its first token."""
+        self._workers.setdefault(worker, _Worker()).answers.add(tokens, seconds)
+
+    def answers(self, worker: int) -> Answers:
+        known = self._workers.get(worker)
+        return known.answers if known else _NO_ANSWERS
 
     def keep_only(self, workers: set[int], now: float) -> None:
         """Forget workers that are gone and targets that are silent."""

@@ -158,6 +158,23 @@ def test_dearer_gpus_make_fetching_worth_more() -> None:
     assert busy.fetch_chunks == 137
 
 
+def test_a_full_memory_is_waited_for_as_long_as_that_much_of_it_takes_to_change_hands() -> None:
+    full = candidate(memory_used=1.3, memory_needed=0.2, answer_seconds=4.0)
+    assert best([full]).wait_seconds == pytest.approx(2.0)
+    assert best([full, candidate(2, queued_prefill_tokens=9000)]).candidate.worker == 2
+    assert best([replace(full, memory_used=0.7)]).wait_seconds == 0
+    assert best([replace(full, queued_prefill_tokens=90_000)]).wait_seconds > 10  # the longer of the two
+
+
+def test_to_compute_for_a_sooner_place_in_the_memory_is_predicted_and_not_rewarded() -> None:
+    stored = {"located": ["t"] * 137, "memory_needed": 0.1, "answer_seconds": 4.0}
+    behind, none_fetch = (candidate(memory_used=1.5, memory_fetching=share, **stored) for share in (1.0, 0.0))
+    computed = replace(behind, located=[])
+    assert best([computed]).ttft_seconds < best([behind]).ttft_seconds
+    assert best([computed]).price_seconds > best([behind]).price_seconds
+    assert best([behind]).fetch_chunks == best([none_fetch]).fetch_chunks > 0
+
+
 def test_ties_go_to_the_least_loaded_and_then_to_chance() -> None:
     free = Policy(gpu_price=0.0, pressure_seconds=0.0)
     fuller = candidate(1, memory_used=0.9)
@@ -264,7 +281,9 @@ def test_a_dominated_worker_is_never_preferred(data: st.DataObject) -> None:
         queued_prefill_tokens=more(0, 20_000),
         fetching_bytes=more(0, 10**9),
         running_requests=more(0, 64),
-        memory_used=data.draw(st.floats(0, 1)),
+        memory_used=data.draw(st.floats(0, 2)),
+        memory_needed=data.draw(st.floats(0, 1)),
+        answer_seconds=data.draw(st.floats(0, 10)),
         # What lies in DRAM is copied, even where computing it would be quicker: here it is not.
         speeds=replace(
             data.draw(speeds),
@@ -283,7 +302,9 @@ def test_a_dominated_worker_is_never_preferred(data: st.DataObject) -> None:
         queued_prefill_tokens=more(better.queued_prefill_tokens, 40_000),
         fetching_bytes=more(better.fetching_bytes, 2 * 10**9),
         running_requests=more(better.running_requests, 128),
-        memory_used=data.draw(st.floats(better.memory_used, 1)),
+        memory_used=data.draw(st.floats(better.memory_used, 2)),
+        memory_needed=data.draw(st.floats(better.memory_needed, 1)),
+        answer_seconds=data.draw(st.floats(better.answer_seconds, 10)),
         speeds=Speeds(
             better.speeds.prefill_base_seconds * slower,
             better.speeds.prefill_seconds_per_token * slower,

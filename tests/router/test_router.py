@@ -52,6 +52,7 @@ class KvRouter:
         self.rows = {worker: {"device_blocks": 0, "host_pinned_extension_blocks": 0} for worker in workers}
         self.prefill: dict[int, int] = {}
         self.active: dict[int, int] = {}
+        self.blocks: dict[int, int] = {}
         self.sent: list[dict[str, Any]] = []
         self.closed: list[int] = []
         self.broken: set[int] = set()
@@ -68,7 +69,7 @@ class KvRouter:
                 "worker_id": worker,
                 "dp_rank": 0,
                 "potential_prefill_tokens": self.prefill.get(worker, 0) + len(tokens),
-                "potential_decode_blocks": 0,
+                "potential_decode_blocks": self.blocks.get(worker, 0),
                 "active_requests": self.active.get(worker, 0),
             }
             for worker in self.rows
@@ -394,6 +395,34 @@ async def test_only_requests_that_decode_are_stalled_by_a_prefill() -> None:
     await serving
     choice = (await router.decide({"token_ids": TOKENS})).chosen
     assert choice.candidate.running_requests == 5
+
+
+async def test_a_worker_whose_memory_is_booked_is_waited_for_as_its_answers_take() -> None:
+    kv_router = KvRouter([11, 12])
+    router = make(kv_router)
+    kv_router.blocks = {11: 99, 12: 0}
+    kv_router.active = {11: 3}
+    for _ in range(4):
+        router._speeds.answered(11, 2 * BLOCK, 5.0)
+    waits = {one.worker: one.seconds["wait"] for one in (await router.explain({"token_ids": TOKENS})).candidates}
+    # Of 99 blocks as many lack as the prompt and four answers take.
+    assert waits == {"b": pytest.approx(5.0 * (len(TOKENS) / BLOCK + 4 * 2) / 99, rel=0.01), "c": 0.0}
+    await serve(router)
+    assert kv_router.sent[-1]["routing"]["backend_instance_id"] == 12
+    assert router._speeds.answers(12).tokens == 5
+
+
+async def test_a_prompt_that_found_a_queue_says_nothing_of_the_speed_of_prefills() -> None:
+    kv_router = KvRouter([11])
+    router = make(kv_router)
+    kv_router.prefill = {11: 5000}
+    for _ in range(10):
+        await serve(router)
+    assert router._speeds.of_worker(11) == SPEEDS
+    kv_router.prefill = {}
+    for _ in range(10):
+        await serve(router)
+    assert router._speeds.of_worker(11) != SPEEDS
 
 
 async def test_a_prompt_can_be_priced_without_being_sent() -> None:
