@@ -1,7 +1,7 @@
 """Routing policies compared in a simulator (policy_sim.py). Every figure is simulated.
 
     python -m benchmarks.routing.policy --json FILE [--quick] [--loads NAME ...] [--workers N ...] [--seeds N]
-        [--unequal no|gpus|links ...] [--target-gb N]
+        [--unequal no|gpus|links ...] [--clients N ...] [--seconds N] [--target-gb N]
     python -m benchmarks.routing.policy --trace FILE --json FILE [--paces X ...] [--workers N ...] [--seeds N] ...
 
 For each number of workers and each load: the most requests/s with a mean TPOT of at most 40 ms, over a sweep of
@@ -14,9 +14,10 @@ and TPOT of each policy at each pace.
 """
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,15 +176,15 @@ def unlike(hardware: Hardware, unequal: str) -> Sequence[Hardware]:
 
 
 def sweep(
-    load: Load, hardware: Hardware, workers: int, unequal: str, name: str, make: Makers, quick: bool, seed: int
+    load: Load, hardware: Hardware, workers: int, unequal: str, name: str, make: Makers, seed: int, seconds: float
 ) -> Row:
     """The most requests/s within the bounds; more clients until that on TPOT is passed."""
     store, makers = make
     best = Row(load.shape.name, workers, unequal, name, seed)
-    seconds, ramp = (20.0, 20.0) if quick or workers > 8 else (120.0, 60.0)
+    ramp = max(20.0, seconds / 2)
     for maker in makers:
         # More clients only ever lengthen decoding, so the sweep ends where the bound is passed.
-        for each in load.clients[1::3] if quick or workers > 8 else load.clients:
+        for each in load.clients:
             sim = ClosedLoop(
                 hardware, workers, each * workers, POOL * workers, load.shape, maker(),
                 store=store, seed=seed, each=unlike(hardware, unequal),
@@ -278,7 +279,7 @@ def show_checks(checks: list[Check]) -> None:
         )
 
 
-def show(rows: list[Row], bound: float, found: dict[str, Ratio]) -> None:
+def show(rows: list[Row], bound: float) -> None:
     print(f"\n{case(rows[0].load, rows[0].workers, rows[0].unequal)} (simulated)")
     print("medians over seeds: clients | requests/s, with a bound on TTFT | TTFT ms mean, p99 | TPOT ms")
     columns = (
@@ -288,16 +289,14 @@ def show(rows: list[Row], bound: float, found: dict[str, Ratio]) -> None:
         print(f"{name:22} {clients:5.0f} | {rate:7.2f} {prompt:7.2f} | {mean:6.0f} {p99:6.0f} | {tpot:.1f}")
     if bound:
         print(f"{'bound':22} {'':5} | {bound:7.2f}")
-    show_ratios(found)
 
 
-def show_replays(rows: list[Replayed], found: dict[str, Ratio]) -> None:
+def show_replays(rows: list[Replayed]) -> None:
     print(f"\n{case(f'trace at {rows[0].pace:g} times its pace', rows[0].workers, rows[0].unequal)} (simulated)")
     print("medians over seeds: requests/s | TTFT ms mean, median, p99 | TPOT ms")
     columns = ("requests_per_second", "ttft_ms_mean", "ttft_ms_median", "ttft_ms_p99", "tpot_ms_mean")
     for name, (rate, mean, median, p99, tpot) in medians(rows, columns).items():
         print(f"{name:22} {rate:7.2f} | {mean:7.0f} {median:7.0f} {p99:8.0f} | {tpot:.1f}")
-    show_ratios(found)
 
 
 def case(load: str, workers: int, unequal: str) -> str:
@@ -314,7 +313,7 @@ def medians(rows: Sequence[Row | Replayed], columns: tuple[str, ...]) -> dict[st
 
 def show_ratios(found: dict[str, Ratio]) -> None:
     for name, ratio in found.items():
-        print(f"  kvtier {name}: {ratio}")
+        print(f"  kvtier {name}: {ratio}", flush=True)
 
 
 def number(least: float, most: float, kind: type[int] | type[float] = float) -> Callable[[str], float]:
@@ -341,7 +340,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--think-seconds", type=number(0, 3600), default=1.0,
                         help="at least so long between an answer of the trace and the next turn")  # fmt: skip
     parser.add_argument("--requests", type=number(1, 10_000_000, int), help="of the trace, from its start; default all")
-    parser.add_argument("--quick", action="store_true", help="shorter, and up to 4 workers")
+    parser.add_argument("--clients", type=number(1, 1024, int), nargs="+", help="a worker, instead of the load's own")
+    parser.add_argument("--seconds", type=number(10, 3600), default=120.0, help="simulated, of each number of clients")
+    parser.add_argument("--quick", action="store_true", help="shorter, few numbers of clients, and up to 4 workers")
     parser.add_argument("--target-gb", type=number(0.001, 1000), default=5.0,
                         help="GB/s of a target, which two workers share")  # fmt: skip
     parser.add_argument("--gpu-price", type=float, default=GPU_PRICE, help="the router's option of that name")
@@ -356,41 +357,45 @@ def run(options: argparse.Namespace) -> None:
     requests = traced(options) if options.trace else []
     report = Report("simulated", options.target_gb, 0.0, check(options.quick), [], [], {}, {})
     show_checks(report.checks)
-
-    def add(name: str, found: dict[str, Ratio]) -> None:
+    for name, found in replay_all(requests, options, report) if requests else sweep_all(options, report):
         report.ratios[name] = found
+        show_ratios(found)
         report.took_seconds = round(time.monotonic() - begun, 1)
         if options.json:
             options.json.write_text(msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n")
 
-    for load in () if options.trace else [LOADS[name] for name in options.loads]:
+
+def sweep_all(options: argparse.Namespace, report: Report) -> Iterator[tuple[str, dict[str, Ratio]]]:
+    counts = [count for count in options.workers or (1, 2, 4, 8, 64) if count <= 4 or not options.quick]
+    for load, workers, unequal in itertools.product(options.loads, counts, options.unequal):
+        load, short = LOADS[load], options.quick or workers > 8
         hardware = hardware_of(load, options.target_gb)
-        for workers in [count for count in options.workers or (1, 2, 4, 8, 64) if count <= 4 or not options.quick]:
-            for unequal in options.unequal:
-                rows = [
-                    sweep(load, hardware, workers, unequal, name, make, options.quick, seed)
-                    for seed in range(1, 1 + (options.seeds if workers <= 8 else 1))
-                    for name, make in policies(seed, options.gpu_price, options.stall_price).items()
-                ]
-                # The bound is that of workers of one kind.
-                bound = 0.0
-                if unequal == "no":
-                    bound = policy_bound.requests_per_second(load.shape, hardware, workers, POOL, TPOT_MS_MAX / 1000)
-                name = case(load.shape.name, workers, unequal)
-                report.rows += rows
-                report.bounds[name] = round(bound, 2)
-                found = over_others(rows, bound)
-                show(rows, bound, found)
-                add(name, found)
-    for workers in options.workers or (16,) if options.trace else ():
-        for unequal in options.unequal:
-            for pace in options.paces:
-                hardware = hardware_of(LOADS["kimi"], options.target_gb)
-                replayed = replays(requests, hardware, options, workers, unequal, pace)
-                report.replayed += replayed
-                found = sooner(replayed)
-                show_replays(replayed, found)
-                add(case(f"trace at {pace:g} times its pace", workers, unequal), found)
+        clients = load.clients[1::3] if short else sorted(options.clients or load.clients)
+        played = msgspec.structs.replace(load, clients=tuple(clients))
+        rows = [
+            sweep(played, hardware, workers, unequal, name, make, seed, 20.0 if short else options.seconds)
+            for seed in range(1, 1 + (1 if workers > 8 else options.seeds))
+            for name, make in policies(seed, options.gpu_price, options.stall_price).items()
+        ]
+        bound = 0.0
+        if unequal == "no":  # it is that of workers of one kind
+            bound = policy_bound.requests_per_second(load.shape, hardware, workers, POOL, TPOT_MS_MAX / 1000)
+        name = case(load.shape.name, workers, unequal)
+        report.rows += rows
+        report.bounds[name] = round(bound, 2)
+        show(rows, bound)
+        yield name, over_others(rows, bound)
+
+
+def replay_all(
+    requests: Sequence[Traced], options: argparse.Namespace, report: Report
+) -> Iterator[tuple[str, dict[str, Ratio]]]:
+    hardware = hardware_of(LOADS["kimi"], options.target_gb)
+    for workers, unequal, pace in itertools.product(options.workers or (16,), options.unequal, options.paces):
+        rows = replays(requests, hardware, options, workers, unequal, pace)
+        report.replayed += rows
+        show_replays(rows)
+        yield case(f"trace at {pace:g} times its pace", workers, unequal), sooner(rows)
 
 
 def hardware_of(load: Load, target_gb: float) -> Hardware:

@@ -23,8 +23,8 @@ from tests.router.test_router import TOKENS, KvRouter, make, mirror_with
 @pytest.fixture
 async def asked(tmp_path: Path) -> AsyncIterator[tuple[Router, str]]:
     """A router that can be asked, and where."""
-    router = make(KvRouter([1, 26]), mirror_with(8))
     model = make_tiny_model(tmp_path / "model", layers=1)
+    router = make(KvRouter([1, 26]), mirror_with(8))  # now: its workers' reports age
     address = f"127.0.0.1:{free_port()}"
     runner = await open_page(page_access(address), feed_of(router.decisions), explain_handler(router, str(model)))
     yield router, f"http://{address}"
