@@ -83,9 +83,11 @@ def test_with_many_workers_looking_at_some_chooses_as_looking_at_all(monkeypatch
     assert rates[0] == pytest.approx(rates[1], rel=0.03)
 
 
-def test_predictions_are_near_once_speeds_are_learnt() -> None:
-    found = prediction_sim.predict(clients=8, noise=0.2, seconds=120, seed=1)
-    assert found.error_median <= 0.2
+@pytest.mark.parametrize(("clients", "median", "p90"), [(8, 0.15, 0.5), (24, 0.35, 0.9)])  # with 24 HBM is full
+def test_predictions_are_near_once_speeds_are_learnt(clients: int, median: float, p90: float) -> None:
+    found = prediction_sim.predict(clients=clients, noise=0.2, seconds=120, seed=1)
+    assert found.error_median <= median
+    assert found.error_p90 <= p90
 
 
 def test_a_worker_waits_as_long_as_most_is_gained_and_no_longer() -> None:
