@@ -33,7 +33,8 @@ from kvstore.errors import ConfigError, UnavailableError, run_command, validated
 from kvstore.net import membership, tenants, tls, transport
 from kvstore.net.etcd import checked_servers
 from kvstore.net.lobby import Lobby
-from kvstore.net.target import Target
+from kvstore.net.queues import DROP_REASONS
+from kvstore.net.target import FLUSH_SECONDS, Target
 from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.scrape import Scrapes
@@ -70,6 +71,9 @@ class Options(BaseModel):
     segment_size: ByteSize | None = None
     sync: Literal["seal"] | Annotated[float, Field(gt=0)] = "seal"
     hot: ByteSize = ByteSize(0)
+    durability: Literal["written", "memory"] = "written"
+    dirty: ByteSize | None = Field(None, gt=0)
+    flush: float = Field(FLUSH_SECONDS, ge=0, le=3600)
     listen: str = "127.0.0.1:7600"
     advertise: str | None = None
     unix_socket: str | None = None
@@ -94,6 +98,23 @@ class Options(BaseModel):
             checked_servers("etcd", servers)
         return servers
 
+    @property
+    def dirty_bytes(self) -> int:
+        """How much may be acknowledged and not written; 0: nothing."""
+        if self.durability == "written":
+            return 0
+        return self.hot if self.dirty is None else self.dirty
+
+    def check_durability(self) -> None:
+        if self.durability == "memory" and not self.hot:
+            raise ConfigError(
+                "durability", self.durability, "--hot beside it: puts are kept there until they are written"
+            )
+        if self.dirty is not None and self.durability == "written":
+            raise ConfigError("dirty", self.dirty, "--durability memory beside it")
+        if self.dirty_bytes > self.hot:
+            raise ConfigError("dirty", self.dirty, f"at most the {self.hot} bytes of --hot")
+
 
 def parse(argv: list[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(
@@ -111,6 +132,21 @@ def parse(argv: list[str] | None = None) -> Options:
     )
     parser.add_argument(
         "--hot", help="memory of the hot cache: chunks read or written last; such as 32G; default: none"
+    )
+    parser.add_argument("--hot", help="memory for chunks that were read or written last; default none")
+    parser.add_argument(
+        "--durability",
+        help="when a put is acknowledged and visible. 'written' (default): when it is written; a killed process loses "
+        "nothing. 'memory': when it is in the hot cache; it is written behind, and a killed process loses what was not "
+        "written",
+    )
+    parser.add_argument(
+        "--dirty", help="with --durability memory: how much of --hot may wait to be written; default all of it"
+    )
+    parser.add_argument(
+        "--flush",
+        help="seconds that a target which is stopped takes at most to write what waits; the rest is lost; default "
+        f"{FLUSH_SECONDS:.0f}",
     )
     parser.add_argument("--listen", help="host:port to serve on; default 127.0.0.1:7600")
     parser.add_argument("--advertise", help="host:port under which clients reach it; default: --listen")
@@ -147,6 +183,7 @@ def parse(argv: list[str] | None = None) -> Options:
     options = validated(Options, vars(parser.parse_args(argv)))
     if options.namespaces and "namespace" in options.model_fields_set:
         raise ConfigError("namespace", options.namespace, "nothing: --namespaces names all of them")
+    options.check_durability()
     return options
 
 
@@ -172,21 +209,22 @@ class Metrics(Collector):
             for outcome in outcomes:  # also those that never were: growth is seen from 0
                 operations.add_metric([operation, outcome.name.lower()], counted.get(outcome.name.lower(), 0))
         yield operations
+        dropped = CounterMetricFamily(
+            "kvtier_target_dropped_chunks",
+            "Chunks that were put and not written, by reason: no_room; displaced by chunks of more benefit; orphaned: "
+            "the chunk before it was dropped; failed: the write; stopped: the target",
+            labels=["reason"],
+        )
+        for reason in DROP_REASONS:
+            dropped.add_metric([reason], status.dropped.get(reason, 0))
+        yield dropped
         for name, text, value in (
             ("sent_bytes", "Payload bytes sent", status.sent_bytes),
             ("received_bytes", "Payload bytes received", status.received_bytes),
-            ("evicted_chunks", "Chunks evicted", status.evicted_entries),
-            (
-                "corrupt_chunks",
-                "Chunks whose checksum failed on a read, and which were dropped: look at the device",
-                status.corrupt_entries,
-            ),
-            (
-                "failed_writes",
-                "Chunks whose write the device or file system refused: look at the log",
-                status.failed_writes,
-            ),
-            ("accepted_bytes", "Payload bytes stored", status.accepted_bytes),
+            ("evicted_chunks", "Chunks given up for new ones", status.evicted_entries),
+            ("corrupt_chunks", "Chunks read, found wrong and forgotten: look at the device", status.corrupt_entries),
+            ("failed_writes", "Chunks that the device or file system refused: look at the log", status.failed_writes),
+            ("accepted_bytes", "Payload bytes written, without those written again", status.accepted_bytes),
             (
                 "device_written_bytes",
                 "Bytes written to the device, with headers and rewrites. Over accepted bytes: write amplification",
@@ -210,6 +248,13 @@ class Metrics(Collector):
             ("hot_bytes", "Payload bytes in the hot cache", status.hot_bytes),
             ("waiting_read_bytes", "Payload bytes queued for reading", status.waiting_read_bytes),
             ("waiting_write_bytes", "Payload bytes queued for writing", status.waiting_write_bytes),
+            (
+                "dirty_bytes",
+                "With `--durability memory`: payload bytes acknowledged and not written yet. The flush rate is that of "
+                "`accepted_bytes_total`",
+                status.dirty_bytes,
+            ),
+            ("dirty_bytes_max", "With `--durability memory`: bound of the dirty bytes", status.dirty_bytes_max),
             (
                 "evicted_age_seconds",
                 "Eviction age: how long the segment evicted last had been there. If it is shorter than the reuse "
@@ -293,8 +338,10 @@ async def _serve_tenants(options: Options, path: Path) -> None:
         capacity_bytes=options.capacity,
         buffer_bytes=options.buffers,
         hot_bytes=options.hot,
+        dirty_bytes=options.dirty_bytes,
         unix_path=unix_path,
         carrier=options.carrier,
+        flush_seconds=options.flush,
         etcd=options.etcd,
         unix_uids=unix_uids,
         tls=server_tls,
@@ -363,6 +410,8 @@ async def _serve_one(options: Options) -> None:
         namespace=namespace,
         buffer_bytes=options.buffers,
         hot_bytes=options.hot,
+        dirty_bytes=options.dirty_bytes,
+        flush_seconds=options.flush,
         connections_max=options.connections,
         unix_path=unix_path,
         carrier=options.carrier,

@@ -23,8 +23,8 @@ from kvstore.net.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 
-# Of --buffers and --hot each namespace has the share that its quota has of the capacity, but of buffers at least this:
-# below, a few chunks of some MiB on their way would be all.
+# Of --buffers, --hot and --dirty each namespace has the share that its quota has of the capacity, but of buffers at
+# least this: below, a few chunks of some MiB on their way would be all.
 BUFFER_BYTES_MIN = 32 << 20
 
 
@@ -36,6 +36,8 @@ class Settings:
     capacity_bytes: int
     buffer_bytes: int
     hot_bytes: int
+    dirty_bytes: int
+    flush_seconds: float
     unix_path: str
     carrier: str
     etcd: str | None
@@ -129,6 +131,8 @@ class Tenancy:
             namespace=tenant.name,
             buffer_bytes=max(BUFFER_BYTES_MIN, int(settings.buffer_bytes * share)),
             hot_bytes=int(settings.hot_bytes * share),
+            dirty_bytes=int(settings.dirty_bytes * share),
+            flush_seconds=settings.flush_seconds,
             connections_max=tenant.connections,
             unix_path=settings.unix_path,
             carrier=settings.carrier,

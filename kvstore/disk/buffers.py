@@ -1,7 +1,8 @@
 """Memory for values on their way between disk and socket, which is also the cache of what was there last.
 
 A buffer holds a record as it lies on disk (record.py): a page for the header, then the payload. One that still holds a
-value when it is given back stays findable under its key until its memory is wanted: the hot cache costs no copy.
+value when it is given back stays findable under its key until its memory is wanted: the hot cache costs no copy. A
+dirty value, which is not on disk yet, is findable, too, and never evicted.
 
 All buffers are cut from one arena in huge pages. The first touch of a page costs more than filling it (0.3 to 1.5 GB/s
 against 6), so that a thread touches the arena ahead of use.
@@ -101,6 +102,8 @@ class BufferPool:
         self._keeps_values = keeps_values
         self.arena = Arena(-(-total_bytes // PAGE_BYTES) * PAGE_BYTES)
         self._values: OrderedDict[bytes, Buffer] = OrderedDict()  # least recently used first
+        self._dirty: dict[bytes, Buffer] = {}
+        self._dirty_bytes = 0  # of whole buffers, which are not among those held
         self._kept_bytes = 0
         self._held_bytes = 0  # by those who are filling or sending it
         self._returned = threading.Condition()
@@ -108,8 +111,8 @@ class BufferPool:
 
     @property
     def available_bytes(self) -> int:
-        """What nobody holds: free, or kept as cache."""
-        return self.arena.total_bytes - self._held_bytes
+        """What nobody holds: free, or kept as cache. Dirty values are neither."""
+        return self.arena.total_bytes - self._dirty_bytes - self._held_bytes
 
     @property
     def is_idle(self) -> bool:
@@ -117,12 +120,12 @@ class BufferPool:
 
     @property
     def is_short(self) -> bool:
-        return self.available_bytes < _SHORT * self.arena.total_bytes
+        return self.available_bytes < _SHORT * (self.arena.total_bytes - self._dirty_bytes)
 
     @property
     def kept(self) -> tuple[int, int]:
         """How many values are findable, and their bytes."""
-        return len(self._values), self._kept_bytes
+        return len(self._values) + len(self._dirty), self._kept_bytes
 
     def take(self, length: int, deadline: float) -> Buffer | None:
         """A buffer for a payload of `length` bytes, held by the caller; None if there was no memory for it before
@@ -146,15 +149,16 @@ class BufferPool:
         return Buffer(self.arena[offset : offset + size], offset, length)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._values
+        return key in self._values or key in self._dirty
 
     def find(self, key: bytes, length: int) -> Buffer | None:
         """The buffer that holds the value of `key`, held by the caller now; None if there is none of that length."""
         with self._returned:
-            buffer = self._values.get(key)
+            buffer = self._dirty.get(key) or self._values.get(key)
             if buffer is None or buffer.length != length:
                 return None
-            self._values.move_to_end(key)
+            if key in self._values:
+                self._values.move_to_end(key)
             if not buffer.holders:
                 self._held_bytes += len(buffer.view)
             buffer.holders += 1
@@ -165,10 +169,49 @@ class BufferPool:
         if not self._keeps_values:
             return
         with self._returned:
-            if key not in self._values and not buffer.key:
+            if key not in self and not buffer.key:
                 buffer.key, buffer.crc = key, crc
                 self._values[key] = buffer
                 self._kept_bytes += buffer.length
+
+    def keep_dirty(self, key: bytes, buffer: Buffer, crc: int) -> None:
+        """The same of a value that is not on disk: it stays until `clean` or `discard`, and until then the caller holds
+        `buffer`."""
+        with self._returned:
+            self._forget(key)
+            buffer.key, buffer.crc = key, crc
+            self._dirty[key] = buffer
+            self._dirty_bytes += len(buffer.view)
+            self._held_bytes -= len(buffer.view)
+            self._kept_bytes += buffer.length
+
+    def clean(self, key: bytes) -> None:
+        """The dirty value is on disk now: from now on it is one like the others."""
+        with self._returned:
+            self._values[key] = self._no_more_dirty(key)
+
+    def discard(self, key: bytes) -> None:
+        """The dirty value is not to be found any more. Those that are sending it hold its buffer still."""
+        with self._returned:
+            buffer = self._no_more_dirty(key)
+            buffer.key = b""
+            self._kept_bytes -= buffer.length
+
+    def _no_more_dirty(self, key: bytes) -> Buffer:
+        buffer = self._dirty.pop(key)
+        self._dirty_bytes -= len(buffer.view)
+        self._held_bytes += len(buffer.view)
+        return buffer
+
+    def _forget(self, key: bytes) -> None:
+        """A value that may be there from before is not to be found any more."""
+        buffer = self._values.pop(key, None)
+        if buffer is None:
+            return
+        buffer.key = b""
+        self._kept_bytes -= buffer.length
+        if not buffer.holders:
+            self.arena.give_back(buffer.offset, len(buffer.view))
 
     def give_back(self, *buffers: Buffer) -> None:
         with self._returned:
@@ -184,9 +227,7 @@ class BufferPool:
         """Forget the value that was not asked for for the longest time. Those that somebody holds are passed over."""
         for key, buffer in self._values.items():
             if not buffer.holders:
-                del self._values[key]
-                self._kept_bytes -= buffer.length
-                self.arena.give_back(buffer.offset, len(buffer.view))
+                self._forget(key)
                 return True
         return False
 

@@ -6,9 +6,11 @@ space is written over, and not while a reader is still at it, so that neither a 
 pointed at a reused place.
 
 Start-up reads the footers in parallel, and scans what was not sealed: a record counts if its header and its payload
-check out, and past a torn one the scan goes on page by page. A chunk becomes visible when its write has returned. So
-kill -9 loses nothing acknowledged; a power cut loses at most what was not synced: the segments that are being written,
-or, with `sync_seconds`, what came since.
+check out, and past a torn one the scan goes on page by page.
+
+A chunk becomes visible when its write has returned, or before, with `show`: until it is written it is dirty then. Of
+what was written kill -9 loses nothing; a power cut loses at most what was not synced: the segments that are being
+written, or, with `sync_seconds`, what came since.
 
 Any thread may call any method. No lock is held during I/O.
 """
@@ -78,6 +80,10 @@ class Value(NamedTuple):
     blocks_per_chunk: int
     key_version: int = KEY_VERSION
 
+    def entry(self, page: int) -> Entry:
+        key, buffer, crc, router_hash, fingerprint, blocks, version = self
+        return Entry(key, router_hash, fingerprint, page, buffer.length, crc, blocks, version)
+
 
 class Found(NamedTuple):
     """What a read found. If it is not intact, it was forgotten, and the buffer's content means nothing."""
@@ -90,12 +96,14 @@ class Found(NamedTuple):
 class LogStats:
     entries: int = 0
     payload_bytes: int = 0
+    dirty_entries: int = 0  # of these, visible and not written yet
+    dirty_bytes: int = 0
     evicted_entries: int = 0
     evicted_segments: int = 0
     evicted_age_seconds: float = 0.0  # of the segment evicted last, from its opening
     corrupt_entries: int = 0
     failed_writes: int = 0
-    accepted_bytes: int = 0  # payload stored since the start
+    accepted_bytes: int = 0  # payload written since the start
     device_written_bytes: int = 0
     rewritten_bytes: int = 0  # of these, chunks that were kept by writing them again
 
@@ -159,6 +167,8 @@ class Log:
         self._rolling = threading.RLock()
         self._closed = threading.Event()
         self._index: dict[bytes, int] = {}
+        self._dirty: dict[bytes, Entry] = {}
+        self._used: set[bytes] = set()  # dirty chunks that were asked for
         self._key_versions: Counter[int] = Counter()  # of the visible chunks
         self._writing: set[bytes] = set()
         self._segments: dict[int, _Segment] = {}
@@ -237,20 +247,25 @@ class Log:
             self._seal(main)
 
     @property
+    def capacity_bytes(self) -> int:
+        return self.slots * self.segment_bytes
+
+    @property
     def value_bytes_max(self) -> int:
         """The largest payload that fits a segment."""
         return self.segment_bytes - PAGE_BYTES - record.footer_bytes(1) - PAGE_BYTES
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._index
+        return key in self._index or key in self._dirty
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._index) + len(self._dirty)
 
     def entries(self) -> list[Entry]:
         """Everything that is visible now."""
         with self._changed:
-            return [entry for segment in self._segments.values() for _, entry in self._live(segment)]
+            written = [entry for segment in self._segments.values() for _, entry in self._live(segment)]
+            return [*written, *self._dirty.values()]
 
     def key_versions(self) -> Counter[int]:
         """How many visible chunks have a key of each version."""
@@ -258,20 +273,24 @@ class Log:
             return +self._key_versions
 
     def find(self, key: bytes) -> Entry | None:
-        """What is known of a visible chunk."""
+        """What is known of a visible chunk. Of a dirty one the page means nothing."""
         with self._changed:
             where = self._index.get(key)
-            return None if where is None else self._segments[where >> _INDEX_BITS].entry(where & _NUMBER_MASK)
+            if where is None:
+                return self._dirty.get(key)
+            return self._segments[where >> _INDEX_BITS].entry(where & _NUMBER_MASK)
 
     def locate(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[int | None]:
-        """A number for each chunk that is there and so long, by which reads are put into the order of the device."""
+        """A number for each chunk that is there and so long, by which reads are put into the order of the device; a
+        dirty one needs no read."""
         with self._changed:
             return [self._where(key, length) for key, length in zip(keys, lengths, strict=True)]
 
     def _where(self, key: bytes, length: int) -> int | None:
         where = self._index.get(key)
         if where is None:
-            return None
+            dirty = self._dirty.get(key)
+            return 0 if dirty is not None and dirty.length == length else None
         found = record.entry_length(self._segments[where >> _INDEX_BITS].table, where & _NUMBER_MASK)
         return where if found == length else None
 
@@ -285,6 +304,12 @@ class Log:
             where = self._index.get(key)
             if where is not None:
                 self._eviction.hit(where >> _INDEX_BITS, where & _NUMBER_MASK)
+            elif key in self._dirty:
+                self._used.add(key)
+
+    def is_used(self, key: bytes) -> bool:
+        """Whether the chunk is dirty and was asked for."""
+        return key in self._used
 
     def read(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Found | None]:
         """Read each chunk into the buffer at its place; None for those that are not there, or not as long as their
@@ -302,6 +327,27 @@ class Log:
                         place[0].readers -= 1
                 self._changed.notify_all()
         return found
+
+    def show(self, value: Value) -> bool:
+        """Make a chunk visible that is not written yet. The caller serves it from memory until `append` has stored it,
+        or `withdraw` has taken it back. False if it was visible already."""
+        with self._changed:
+            if value.key in self:
+                return False
+            entry = value.entry(0)
+            self._dirty[value.key] = entry
+            self.stats.dirty_entries += 1
+            self.stats.dirty_bytes += entry.length
+            self._came(entry)
+            return True
+
+    def withdraw(self, keys: Iterable[bytes]) -> None:
+        """Dirty chunks are not visible any more, and the ledger was told: their memory is free to be used."""
+        with self._changed:
+            for key in keys:
+                entry = self._no_more_dirty(key)
+                if entry is not None:
+                    self._went(entry)
 
     def append(self, values: Sequence[Value]) -> list[bool]:
         """Write chunks; True for each that is stored now, by this call or before. Neighbours are written at once."""
@@ -328,6 +374,7 @@ class Log:
         """Let others have the slots; those that somebody still reads or writes, only after the next start."""
         with self._changed:
             self._index.clear()
+            self._dirty.clear()
             unused = [slot for slot in self._held if self._is_unused(slot)]
         empty = [slot for slot in unused if slot in self._emptied]
         left = sorted(set(unused).difference(empty), key=lambda slot: self._segments[slot].stamp.generation)
@@ -411,9 +458,7 @@ class Log:
                     continue
                 if head is None or not self._fits(head, length):
                     break
-                _, _, crc, router_hash, fingerprint, blocks, version = value
-                entry = Entry(value.key, router_hash, fingerprint, head.next_page, length, crc, blocks, version)
-                reserved.append(_Record(waiting.popleft(), head, entry))
+                reserved.append(_Record(waiting.popleft(), head, value.entry(head.next_page)))
                 head.next_page += record.record_bytes(length) // PAGE_BYTES
                 head.writers += 1
                 self._writing.add(value.key)
@@ -463,18 +508,39 @@ class Log:
         return True
 
     def _publish(self, segment: _Segment, entry: Entry) -> None:
-        """Make an entry visible, or, if it was written again, point to its new place. With the lock held."""
+        """Make an entry visible, or, if it was before, point to its place. With the lock held."""
         known = entry.key in self._index
-        self._index[entry.key] = segment.slot << _INDEX_BITS | len(segment)
+        used = entry.key in self._used
+        was_dirty = self._no_more_dirty(entry.key) is not None
+        number = len(segment)
+        self._index[entry.key] = segment.slot << _INDEX_BITS | number
         segment.table += record.pack_entry(entry)
-        if not known:
-            self.stats.entries += 1
-            self.stats.payload_bytes += entry.length
-            self._key_versions[entry.key_version] += 1
-            self.ledger.stored(entry)
+        if used:
+            self._eviction.hit(segment.slot, number)
+        if not known and not was_dirty:
+            self._came(entry)
 
     def _unpublish(self, entry: Entry) -> None:
         del self._index[entry.key]
+        self._went(entry)
+
+    def _no_more_dirty(self, key: bytes) -> Entry | None:
+        entry = self._dirty.pop(key, None)
+        if entry is not None:
+            self._used.discard(key)
+            self.stats.dirty_entries -= 1
+            self.stats.dirty_bytes -= entry.length
+        return entry
+
+    def _came(self, entry: Entry) -> None:
+        """It is visible now."""
+        self.stats.entries += 1
+        self.stats.payload_bytes += entry.length
+        self._key_versions[entry.key_version] += 1
+        self.ledger.stored(entry)
+
+    def _went(self, entry: Entry) -> None:
+        """It is visible no more."""
         self.stats.entries -= 1
         self.stats.payload_bytes -= entry.length
         self._key_versions[entry.key_version] -= 1
@@ -804,6 +870,7 @@ class Log:
             self._device.close()
         self._segments.clear()
         self._index.clear()
+        self._dirty.clear()
 
 
 def _runs(records: Iterable[_Record]) -> Iterator[list[_Record]]:

@@ -27,7 +27,7 @@ class Shelf:
 
     @property
     def capacity_bytes(self) -> int:
-        return sum(log.slots * log.segment_bytes for log in self.logs)
+        return sum(log.capacity_bytes for log in self.logs)
 
     @property
     def value_bytes_max(self) -> int:

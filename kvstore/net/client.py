@@ -61,6 +61,8 @@ class Item(NamedTuple):
     blocks_per_chunk: int
     saved_seconds: float = 0.0  # of GPU time, each time that it is found
     key_version: int = KEY_VERSION  # how the key was made
+    position: int = 0  # of the chunk in its prompt, from 0
+    parent: int = 0  # router hash of the chunk before it in its prompt; 0: none, or not known
 
 
 class StoreClient:
@@ -399,11 +401,18 @@ class _TargetLine:
             values = [self._value(item, seal_key) for item in items]
             described = [
                 PutItem(
-                    key, len(payload) + added, _crc(value), router_hash, layout, blocks, _microseconds(saved), version
+                    item.key,
+                    len(item.payload) + added,
+                    _crc(value),
+                    item.router_hash,
+                    item.fingerprint,
+                    item.blocks_per_chunk,
+                    _microseconds(item.saved_seconds),
+                    item.key_version,
+                    item.position,
+                    item.parent,
                 )
-                for (key, payload, router_hash, layout, blocks, saved, version), value in zip(
-                    items, values, strict=True
-                )
+                for item, value in zip(items, values, strict=True)
             ]
             total = sum(item.length for item in described)
             frame = wire.encode(Header(Op.PUT, request, data_bytes=total), wire.Put(described))

@@ -1,20 +1,21 @@
 """What waits for a device: reads, fairly between clients and never past their deadlines; writes, bounded in bytes.
 
 One queue of each kind a log, with a few threads that block in the device's calls. Small chunks that lie side by side
-are read and written at once.
+are read and written at once. A chunk is acknowledged when it is written, or, behind the write, when it is in memory.
 """
 
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstore.disk.buffers import Buffer, BufferPool
-from kvstore.disk.log import Log, Value
+from kvstore.disk.log import Log
 from kvstore.disk.record import record_bytes
+from kvstore.net.backlog import Backlog, Standing, Write
 from kvstore.net.wire import Outcome
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ _WINDOW_SHARE = 1 / 8
 _FIRST_SHARE = 1 / 2
 # A read that finds no memory for so long is refused: it keeps a thread from others.
 _BUFFER_SECONDS = 0.1
+# Why a chunk that was offered is not stored, or not any more.
+DROP_REASONS = ("no_room", "displaced", "orphaned", "failed", "stopped")
 # How often those are looked at again who had no room, in case that others made some.
 _LOOK_SECONDS = 0.02
 # A queue's speed is what it moved in the last busy stretch of this length.
@@ -364,62 +367,62 @@ class ReadQueue:
         return answers
 
 
-@dataclass
-class Write:
-    """A chunk to store. `done` is called once for everybody who offered it, and must not block."""
-
-    value: Value
-    benefit: float  # expected seconds saved per byte
-    done: list[Callable[[Outcome], None]]
-
-
 class WriteQueue:
-    """Writes chunks behind their senders' backs, and sheds those of least benefit when more come than the device takes.
+    """Writes chunks behind their senders' backs, in the order of their coming, and drops those of least benefit when
+    more come than the device takes (backlog.py).
 
     `bytes_max` bounds what waits or is taken in. Its buffers come from the pool that readers use, too: it should be a
-    part of that.
+    part of that. With `behind` a chunk is stored, and served by the pool, from its `offer` on; then `bytes_max` bounds
+    what is being written, too. If it is dropped after that, or its write fails, it is withdrawn.
     """
 
-    def __init__(self, log: Log, pool: BufferPool, bytes_max: int, *, threads: int = WRITERS):
+    def __init__(self, log: Log, pool: BufferPool, bytes_max: int, *, threads: int = WRITERS, behind: bool = False):
         self._log = log
         self._pool = pool
         self._bytes_max = bytes_max
+        self._behind = behind
         self._changed = threading.Condition()
-        self._waiting: deque[Write] = deque()
+        self._backlog = Backlog(log.is_used)
         self._pending: dict[bytes, Write] = {}  # waiting or being written
-        self._waiting_bytes = 0
         self._coming_bytes = 0  # set aside for payloads that are being taken in
-        self._under_way = 0
+        self._writing_bytes = 0
         self._stopping = False
+        self.dropped: Counter[str] = Counter()  # chunks, by reason
         for number in range(threads):
             threading.Thread(target=self._work, name=f"kvtier-write-{number}", daemon=True).start()
 
     @property
     def waiting_bytes(self) -> int:
-        return self._waiting_bytes
+        return self._backlog.size_bytes
+
+    @property
+    def bytes_max(self) -> int:
+        return self._bytes_max
 
     def join(self, key: bytes, done: Callable[[Outcome], None]) -> bool:
-        """If the chunk is on its way already, `done` hears of it, too."""
+        """If the chunk is on its way already, and not stored, `done` hears of it, too."""
         with self._changed:
-            write = self._pending.get(key)
+            write = None if self._behind else self._pending.get(key)
             if write is not None:
                 write.done.append(done)
             return write is not None
 
-    def expect(self, length: int, benefit: float, until: float) -> bool:
-        """Before a payload is taken in: whether there is room for it; what has less benefit is shed for it, otherwise
+    def expect(self, length: int, standing: Standing, until: float) -> bool:
+        """Before a payload is taken in: whether there is room for it. What ranks lower is dropped for it, otherwise
         room is waited for until `until` (time.monotonic()). If so, `offer` or `give_up` must follow."""
         size = record_bytes(length)
         with self._changed:
-            while (shed := self._less_useful(self._excess_bytes(size), benefit)) is None:
-                if self._stopping or not self._changed.wait(until - time.monotonic()):
+            orphan = self._backlog.is_orphan(standing)
+            displaced = None if orphan else self._backlog.drop_below(standing, self._excess_bytes(size))
+            while displaced is None:
+                if orphan or self._stopping or not self._changed.wait(until - time.monotonic()):
+                    self._backlog.note_dropped([standing])
+                    self.dropped["orphaned" if orphan else "no_room"] += 1
                     return False
-            for write in shed:
-                self._waiting.remove(write)
-                self._waiting_bytes -= len(write.value.buffer.record)
-                del self._pending[write.value.key]
+                displaced = self._backlog.drop_below(standing, self._excess_bytes(size))
             self._coming_bytes += size
-        for write in shed:
+            self._drop(displaced, "displaced")
+        for write in displaced:
             self._finish(write, Outcome.REFUSED)
         return True
 
@@ -431,80 +434,104 @@ class WriteQueue:
 
     def offer(self, write: Write) -> None:
         """Queue a chunk that was expected; its buffer is the queue's from now on."""
-        size = len(write.value.buffer.record)
         with self._changed:
-            self._coming_bytes -= size
-            known = self._pending.get(write.value.key)
-            queued = known is None and not self._stopping
-            if queued:
-                self._waiting.append(write)
-                self._waiting_bytes += size
-                self._pending[write.value.key] = write
-                self._changed.notify_all()  # threads that write wait here, and those that look for room
-            elif known is not None:
+            self._coming_bytes -= write.size_bytes
+            outcome = self._take_in(write)
+            self._changed.notify_all()  # threads that write wait here, and those that look for room
+        if outcome is not None:
+            self._finish(write, outcome)
+        elif self._behind:
+            self._answer(write, Outcome.STORED)
+
+    def _take_in(self, write: Write) -> Outcome | None:
+        """Queue it, if nobody else's is queued; otherwise what becomes of it. With the lock held."""
+        key = write.value.key
+        known = self._pending.get(key)
+        if known is not None:
+            if not self._behind:
                 known.done.extend(write.done)
                 write.done.clear()
-        if not queued:
-            self._finish(write, Outcome.REFUSED)
+            return Outcome.STORED
+        if self._stopping or self._backlog.is_orphan(write.standing):
+            self._backlog.note_dropped([write.standing])
+            self.dropped["stopped" if self._stopping else "orphaned"] += 1
+            return Outcome.REFUSED
+        if self._behind:
+            self._pool.keep_dirty(key, write.value.buffer, write.value.crc)  # whoever sees it must find it
+            if not self._log.show(write.value):
+                self._pool.discard(key)
+                return Outcome.STORED
+        self._backlog.add(write)
+        self._pending[key] = write
+        return None
 
-    def stop(self) -> None:
-        """Write what waits, and return."""
+    def stop(self, until: float) -> None:
+        """Write what waits, and return; what waits at `until` (time.monotonic()) is dropped."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._waiting and not self._under_way, 10)
+            self._changed.wait_for(lambda: not self._pending, until - time.monotonic())
+            left = self._backlog.clear()
+            self._drop(left, "stopped")
+        if left:
+            logger.warning("%s: %d chunks were not written before the target stopped", self._log.path, len(left))
+        for write in left:
+            self._finish(write, Outcome.REFUSED)
 
     def _excess_bytes(self, size: int) -> int:
         """How much has to go for `size` bytes more."""
-        return self._waiting_bytes + self._coming_bytes + size - self._bytes_max
+        held = self._backlog.size_bytes + self._coming_bytes + (self._writing_bytes if self._behind else 0)
+        return held + size - self._bytes_max
 
-    def _less_useful(self, size: int, benefit: float) -> list[Write] | None:
-        """Of what waits, that of least benefit that makes `size` bytes; None if it takes more than has less benefit."""
-        chosen: list[Write] = []
-        if size > 0:
-            for write in sorted(self._waiting, key=lambda one: one.benefit):
-                if size <= 0 or write.benefit >= benefit:
-                    break
-                chosen.append(write)
-                size -= len(write.value.buffer.record)
-        return chosen if size <= 0 else None
+    def _drop(self, writes: Sequence[Write], reason: str) -> None:
+        """These, which wait no more, are not stored. With the lock held: until then nobody offers them again."""
+        self.dropped[reason] += len(writes)
+        if self._behind:
+            self._log.withdraw(write.value.key for write in writes)  # unpublished before the memory is used again
+        for write in writes:
+            if self._behind:
+                self._pool.discard(write.value.key)
+            del self._pending[write.value.key]
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._stopping)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._backlog or self._stopping)
+                if not self._backlog:
                     return
-                batch = self._batch()
-                self._under_way += 1
+                batch = self._backlog.take(BATCH_BYTES)
+                size = sum(write.size_bytes for write in batch)
+                self._writing_bytes += size
                 self._changed.notify_all()
             try:
                 stored = self._log.append([write.value for write in batch])
             except Exception:
                 logger.exception("a write failed in an unforeseen way")
                 stored = [False] * len(batch)
+            written = [write for write, good in zip(batch, stored, strict=True) if good]
+            failed = [write for write, good in zip(batch, stored, strict=True) if not good]
             with self._changed:
-                for write in batch:
+                for write in written:
+                    self._keep(write)
                     del self._pending[write.value.key]
-                self._under_way -= 1
+                self._drop(failed, "failed")
+                self._backlog.note_dropped(write.standing for write in failed)
+                self._writing_bytes -= size
                 self._changed.notify_all()
             for write, good in zip(batch, stored, strict=True):
-                if good:
-                    self._pool.keep(write.value.key, write.value.buffer, write.value.crc)
                 self._finish(write, Outcome.STORED if good else Outcome.REFUSED)
 
-    def _batch(self) -> list[Write]:
-        """The next chunks to write, at least one."""
-        batch: list[Write] = []
-        size = 0
-        while self._waiting and (not batch or size + len(self._waiting[0].value.buffer.record) <= BATCH_BYTES):
-            write = self._waiting.popleft()
-            size += len(write.value.buffer.record)
-            batch.append(write)
-        self._waiting_bytes -= size
-        return batch
+    def _keep(self, write: Write) -> None:
+        if self._behind:
+            self._pool.clean(write.value.key)
+        else:
+            self._pool.keep(write.value.key, write.value.buffer, write.value.crc)
 
     def _finish(self, write: Write, outcome: Outcome) -> None:
         self._pool.give_back(write.value.buffer)
-        for done in write.done:
-            done(outcome)
+        self._answer(write, outcome)
+
+    def _answer(self, write: Write, outcome: Outcome) -> None:
+        done, write.done = write.done, []
+        for one in done:
+            one(outcome)

@@ -24,8 +24,9 @@ from kvstore.disk.log import Log, Value
 from kvstore.disk.shelf import Shelf
 from kvstore.net import transport, wire
 from kvstore.net.accept import Acceptor
+from kvstore.net.backlog import Standing, Write
 from kvstore.net.carrier import Lender, lender
-from kvstore.net.queues import BATCH_BYTES, Answer, Read, Reader, ReadQueue, Want, Write, WriteQueue
+from kvstore.net.queues import BATCH_BYTES, Answer, Read, Reader, ReadQueue, Want, WriteQueue
 from kvstore.net.tls import ServerTls
 from kvstore.net.transport import Bytes, Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError
@@ -47,6 +48,8 @@ _SHORT_MAX = 256
 _LENT_LOOK_SECONDS = 1.0
 # Where the device falls behind, a PUT is taken in at its speed: for so long in all, then what finds no room is refused.
 _PUT_PATIENCE_SECONDS = 1.0
+# How long a target that stops writes what is dirty. Kubernetes kills it after 30 s by default, docker after 10.
+FLUSH_SECONDS = 20.0
 _ERROR_SECONDS = 1.0
 # Chunks from memory go out in portions of this: the first is on its way while the next is looked up.
 _HOT_BYTES = 1 << 20
@@ -61,7 +64,9 @@ class Target(Acceptor):
     """Serves `shelf` on listening sockets until `stop`. `name` is the address under which clients know it.
 
     `buffer_bytes` of memory are for payloads on their way, and with `hot_bytes` as much more for those that were there
-    last.
+    last. With `dirty_bytes`, a part of those, a put is stored when it is in memory, and is written behind; so much may
+    wait to be written, but no more than half of each log's capacity. A target that stops takes `flush_seconds` at most
+    to write what waits; the rest is dropped.
     """
 
     def __init__(
@@ -73,6 +78,8 @@ class Target(Acceptor):
         namespace: str = "default",
         buffer_bytes: int = 256 << 20,
         hot_bytes: int = 0,
+        dirty_bytes: int = 0,
+        flush_seconds: float = FLUSH_SECONDS,
         connections_max: int = 512,
         unix_path: str = "",
         carrier: str = "",
@@ -90,6 +97,8 @@ class Target(Acceptor):
         self.registry = CollectorRegistry()
         self.pool = BufferPool(buffer_bytes + hot_bytes, keeps_values=hot_bytes > 0)
         self._lender = lender(carrier, self.pool.arena) if carrier else None
+        self._behind = dirty_bytes > 0
+        self._flush_seconds = flush_seconds
         self._namespace = namespace
         self._unix_path = unix_path
         self._passes = Credential.random()
@@ -98,8 +107,7 @@ class Target(Acceptor):
         self._batch_bytes = min(BATCH_BYTES, self.pool.arena.total_bytes // 64)
         self.connections_max = connections_max
         self._reads = {log: ReadQueue(log, self.pool) for log in shelf.logs}
-        share = buffer_bytes // 2 // len(shelf.logs)
-        self._writes = {log: WriteQueue(log, self.pool, share) for log in shelf.logs}
+        self._writes = {log: self._write_queue(log, buffer_bytes // 2, dirty_bytes) for log in shelf.logs}
         self._connections: dict[_Connection, threading.Thread] = {}
         self._lock = threading.Lock()
         self._complaints = 0  # since the last one that was logged
@@ -120,8 +128,15 @@ class Target(Acceptor):
             registry=self.registry,
         )
 
+    def _write_queue(self, log: Log, waiting_bytes: int, dirty_bytes: int) -> WriteQueue:
+        share = max(waiting_bytes, dirty_bytes) // len(self.shelf.logs)
+        if dirty_bytes:
+            return WriteQueue(log, self.pool, min(share, log.capacity_bytes // 2), behind=True)
+        return WriteQueue(log, self.pool, share)
+
     def stop(self, drain_seconds: float = 5.0) -> None:
-        """Stop accepting, let every request under way finish, and close. The shelf is the caller's to close."""
+        """Stop accepting, let every request under way finish, write what waits, and close. The shelf is the caller's to
+        close."""
         self.stop_accepting()
         with self._lock:
             connections = dict(self._connections)
@@ -131,8 +146,9 @@ class Target(Acceptor):
         for connection, thread in connections.items():
             thread.join(max(0.0, deadline - time.monotonic()))
             connection.abort()
+        flushed_by = time.monotonic() + self._flush_seconds
         for writes in self._writes.values():
-            writes.stop()
+            writes.stop(flushed_by)
         for reads in self._reads.values():
             reads.stop()
 
@@ -401,11 +417,12 @@ class Target(Acceptor):
         joined = item.key not in log and writes.join(item.key, done)
         returned = log.was_evicted(item.key)
         benefit = max(item.saved_us, 1) / item.length * (_RETURNED if returned else 1.0)
+        standing = Standing(benefit, item.position, item.router_hash, item.parent)
         wanted = not joined and item.key not in log and item.length <= log.value_bytes_max
         if wanted and returned:
             self._returned.inc()
         buffer = None
-        if wanted and writes.expect(item.length, benefit, patient_until):
+        if wanted and writes.expect(item.length, standing, patient_until):
             buffer = self.pool.take(item.length, patient_until)
             if buffer is None:
                 writes.give_up(item.length)
@@ -424,7 +441,7 @@ class Target(Acceptor):
             value = Value(
                 item.key, buffer, item.crc, item.router_hash, item.fingerprint, item.blocks_per_chunk, item.key_version
             )
-            writes.offer(Write(value, benefit, [done]))
+            writes.offer(Write(value, standing, [done]))
         else:
             self.pool.give_back(buffer)
             writes.give_up(item.length)
@@ -471,6 +488,10 @@ class Target(Acceptor):
                 device_hits=self._counts["device_hits"],
                 waiting_read_bytes=sum(reads.waiting_bytes for reads in self._reads.values()),
                 waiting_write_bytes=sum(writes.waiting_bytes for writes in self._writes.values()),
+                dirty_bytes=stats.dirty_bytes,
+                dirty_entries=stats.dirty_entries,
+                dirty_bytes_max=sum(writes.bytes_max for writes in self._writes.values()) if self._behind else 0,
+                dropped=sum((writes.dropped for writes in self._writes.values()), Counter()),
                 operations=operations,
                 key_versions=key_versions,
             )

@@ -21,7 +21,7 @@ HEADER_BYTES = HEADER.size
 
 # One prompt of a million tokens is 4,000 chunks of 256: nobody needs more in a single frame.
 KEYS_MAX = 4096
-# A key with its metadata packs into less than 64 bytes.
+# A key with its metadata packs into less than 80 bytes.
 CONTROL_BYTES_MAX = 512 << 10
 # The largest chunk a target takes, whatever its segments would allow: a buffer of it is held while it travels.
 VALUE_BYTES_MAX = 64 << 20
@@ -140,6 +140,9 @@ class PutItem(msgspec.Struct, array_like=True, frozen=True):
     blocks_per_chunk: U16
     saved_us: U32 = 0  # GPU time that a hit saves; when more comes than can be written, what saves least is shed
     key_version: KeyVersion = 1  # how the key was made (keys.py); clients to release 0.2 do not say
+    # Of a prompt the end is dropped first. Clients to release 0.2 do not say.
+    position: U32 = 0  # of the chunk in its prompt, from 0
+    parent: U64 = 0  # router hash of the chunk before it in its prompt; 0: none, or not known
 
 
 class Put(msgspec.Struct, array_like=True, frozen=True):
@@ -182,6 +185,10 @@ class Status(msgspec.Struct, frozen=True):
     waiting_write_bytes: int
     operations: dict[str, dict[str, int]]  # operation -> outcome -> keys
     key_versions: dict[int, int] = {}  # version of the key (keys.py) -> chunks; targets to release 0.2 do not say
+    dirty_bytes: int = 0  # payload that is visible and not written yet; targets to release 0.2 do not say
+    dirty_entries: int = 0
+    dirty_bytes_max: int = 0  # 0: none is visible before it is written
+    dropped: dict[str, int] = {}  # chunks by reason (queues.DROP_REASONS)
 
 
 class Failure(msgspec.Struct, array_like=True, frozen=True):

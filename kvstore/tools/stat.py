@@ -233,6 +233,11 @@ def column(status: Status, before: Status | str | None, seconds: float) -> dict[
         else "",
         "waiting to be read": words.size(status.waiting_read_bytes),
         "waiting to be written": words.size(status.waiting_write_bytes),
+        "dirty": f"{words.size(status.dirty_bytes)} of {words.size(status.dirty_bytes_max)}"
+        if status.dirty_bytes_max
+        else "",
+        "flushed": volume("accepted_bytes") if status.dirty_bytes_max else "",
+        "dropped chunks": ", ".join(f"{reason} {count:,}" for reason, count in status.dropped.items() if count),
         "written to device": volume("device_written_bytes"),
         "write amplification": "" if amplification is None else f"{amplification:.2f}",
         "evicted chunks": count("evicted_entries"),

@@ -21,7 +21,8 @@ from kvstore.disk.files import Files
 from kvstore.disk.log import Log, Value
 from kvstore.disk.record import PAGE_BYTES, record_bytes
 from kvstore.net import queues, target, transport, wire
-from kvstore.net.queues import Answer, Read, Reader, ReadQueue, Want, Write, WriteQueue
+from kvstore.net.backlog import Standing, Write
+from kvstore.net.queues import Answer, Read, Reader, ReadQueue, Want, WriteQueue
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError, PutItem
 from tests.conftest import MIB, RunningTarget, append, eventually, item, key, payload, soon
@@ -574,7 +575,7 @@ class Writer:
         eventually(lambda: gate.waiting == 1)
 
     def offer(self, number: int, benefit: float) -> bool:
-        if not self.queue.expect(LENGTH, benefit, 0.0):
+        if not self.queue.expect(LENGTH, Standing(benefit), 0.0):
             return False
         self.bring(number, benefit)
         return True
@@ -585,7 +586,7 @@ class Writer:
         assert buffer is not None
         buffer.payload[:] = payload(number, LENGTH)
         value = Value(key(number), buffer, crc32c(buffer.payload), 0, 7, 2)
-        self.queue.offer(Write(value, benefit, [self.outcomes.setdefault(number, []).append]))
+        self.queue.offer(Write(value, Standing(benefit), [self.outcomes.setdefault(number, []).append]))
 
 
 @pytest.fixture
@@ -607,13 +608,13 @@ def test_a_full_queue_sheds_what_is_of_least_benefit(writer: Writer, log: Log) -
 
 def test_nothing_is_shed_for_what_finds_no_room_even_so(writer: Writer) -> None:
     assert all(writer.offer(number, 2.0 if number == 2 else 9.0) for number in (2, 3, 4, 5))
-    assert not writer.queue.expect(2 * LENGTH, 5.0, 0.0)
+    assert not writer.queue.expect(2 * LENGTH, Standing(5.0), 0.0)
     assert not writer.outcomes[2]
 
 
 def test_what_is_coming_in_counts(writer: Writer) -> None:
-    assert all(writer.queue.expect(LENGTH, 1.0, 0.0) for _ in range(4))
-    assert not writer.queue.expect(LENGTH, 9.0, 0.0)  # there is nothing that could be shed
+    assert all(writer.queue.expect(LENGTH, Standing(1.0), 0.0) for _ in range(4))
+    assert not writer.queue.expect(LENGTH, Standing(9.0), 0.0)  # there is nothing that could be shed
     writer.queue.give_up(LENGTH)
     assert writer.offer(2, 9.0)
 
@@ -621,7 +622,7 @@ def test_what_is_coming_in_counts(writer: Writer) -> None:
 def test_who_finds_no_room_waits_until_something_was_written(writer: Writer) -> None:
     assert all(writer.offer(number, 9.0) for number in (2, 3, 4, 5))
     found: list[bool] = []
-    waiting = threading.Thread(target=lambda: found.append(writer.queue.expect(LENGTH, 1.0, soon())))
+    waiting = threading.Thread(target=lambda: found.append(writer.queue.expect(LENGTH, Standing(1.0), soon())))
     waiting.start()
     time.sleep(0.1)
     assert not found
@@ -631,7 +632,7 @@ def test_who_finds_no_room_waits_until_something_was_written(writer: Writer) -> 
 
 
 def test_a_key_that_comes_twice_is_written_once(writer: Writer, log: Log) -> None:
-    assert writer.queue.expect(LENGTH, 1.0, 0.0)
+    assert writer.queue.expect(LENGTH, Standing(1.0), 0.0)
     assert writer.offer(2, 1.0)
     writer.bring(2, 1.0)
     assert writer.queue.join(key(2), writer.outcomes[2].append)

@@ -223,8 +223,8 @@ def test_puts_of_release_02_decode_and_its_targets_decode_ours() -> None:
     old = OldPutItem(key(1), LENGTH, 5, 2, 7, 2, 9)
     raw = msgspec.msgpack.encode(OldPut([old]))
     (ours,) = wire.decode_control(raw, wire.Put).items
-    assert ours == wire.PutItem(key(1), LENGTH, 5, 2, 7, 2, 9, key_version=1)
-    raw = msgspec.msgpack.encode(wire.Put([wire.PutItem(key(1), LENGTH, 5, 2, 7, 2, 9, key_version=2)]))
+    assert ours == wire.PutItem(key(1), LENGTH, 5, 2, 7, 2, 9, key_version=1, position=0, parent=0)
+    raw = msgspec.msgpack.encode(wire.Put([wire.PutItem(key(1), LENGTH, 5, 2, 7, 2, 9, 2, position=3, parent=8)]))
     assert msgspec.msgpack.decode(raw, type=OldPut) == OldPut([old])
 
 
@@ -236,8 +236,10 @@ def test_a_key_version_out_of_bounds_is_refused(version: int) -> None:
 
 
 def test_the_longest_put_fits_its_control_part() -> None:
-    item = wire.PutItem(b"\xff" * 16, wire.VALUE_BYTES_MAX, 2**32 - 1, 2**64 - 1, 2**64 - 1, 2**16 - 1, 2**32 - 1, 255)
-    assert len(msgspec.msgpack.encode(wire.Put([item] * wire.KEYS_MAX))) <= 64 * wire.KEYS_MAX
+    u32, u64 = 2**32 - 1, 2**64 - 1
+    item = wire.PutItem(b"\xff" * 16, wire.VALUE_BYTES_MAX, u32, u64, u64, 2**16 - 1, u32, 255, u32, u64)
+    assert len(msgspec.msgpack.encode(wire.Put([item] * wire.KEYS_MAX))) <= 80 * wire.KEYS_MAX
+    assert 80 * wire.KEYS_MAX <= wire.CONTROL_BYTES_MAX
 
 
 def put_as_release_02(target: RunningTarget, number: int) -> list[Outcome]:
