@@ -5,7 +5,8 @@
 Crash trials: a process writes to a store on a real file system and tells of each acknowledgement through a pipe. It is
 killed with SIGKILL, by the clock or in the middle of a chosen read, write or sync; often the next one is killed while
 it starts. Then the store is opened again: everything acknowledged and not evicted must be there, byte for byte, and
-nothing else. Part of the trials put through a target and a client. A store lives through many trials.
+nothing else. Part of the trials put through a target and a client, some of these with durability `memory`: what is
+acknowledged there may be lost, but what is served must be right. A store lives through many trials.
 
 Injections: a file layer tears, flips, misdirects and loses writes, flips bits at rest and in reads, and fails opening,
 reading, writing and syncing, while a random workload runs beside a model; the store is reopened after a clean end, a
@@ -70,6 +71,8 @@ class Result(msgspec.Struct):
     lost: int = 0
     wrong: int = 0
     raised: int = 0
+    acked_in_memory: int = 0  # by targets with durability `memory`
+    survived: int = 0  # of these
     kills: dict[str, int] = {}  # what the process was doing
     evicted: int = 0
     injections: int = 0
@@ -284,7 +287,7 @@ class Geometry:
 _EVENT = struct.Struct("<cQ")
 _PIPE_BYTES = 1 << 20  # more than a writer tells in its short life: it never waits for its reader
 # What is told, of which number.
-STORED, ACKED, EVICTED, WRONG, DROPPED = b"S", b"A", b"E", b"W", b"D"
+STORED, ACKED, SHOWN, EVICTED, WRONG, DROPPED = b"S", b"A", b"M", b"E", b"W", b"D"
 _VALUES_MAX = 500  # a writer that nobody killed by then kills itself
 
 
@@ -311,7 +314,8 @@ class Reporter:
         self._stage[0] = stage
 
     def stored(self, entry: Entry) -> None:
-        self.tell(STORED, number_in(entry.key))
+        if entry.page:  # otherwise it is dirty, and may be lost
+            self.tell(STORED, number_in(entry.key))
 
     def removed(self, entry: Entry) -> None:
         pass
@@ -398,19 +402,31 @@ class Kill:
         return cls(start_operations=chance.randint(1, 40), run_operations=1)
 
 
+class Through(enum.Enum):
+    """What a writer puts through: nothing but the log, or a target with a durability."""
+
+    LOG = ""
+    WRITTEN = "target, "
+    MEMORY = "target with durability memory, "
+
+    def __bool__(self) -> bool:
+        return self is not Through.LOG
+
+
 class Writer:
     """In the process that will be killed: puts values, and reads some, until it is."""
 
-    def __init__(self, life: "Life", log: Watched, report: Reporter, trial: int):
+    def __init__(self, life: "Life", log: Watched, report: Reporter, trial: int, through: Through):
         self._life = life
+        self._through = through
         self._log = log
         self._report = report
         self._trial = trial
         self._known = sorted(life.must)[-200:]
 
-    def run(self, threads: int, through_target: bool) -> None:
-        work = self._client_loop if through_target else self._log_loop
-        if through_target:
+    def run(self, threads: int) -> None:
+        work = self._client_loop if self._through else self._log_loop
+        if self._through:
             self._serve()
         for thread in range(1, threads):
             threading.Thread(target=work, args=(thread,), daemon=True).start()
@@ -455,7 +471,7 @@ class Writer:
 
     def _note(self, number: int, stored: bool) -> None:
         if stored:
-            self._report.tell(ACKED, number)
+            self._report.tell(SHOWN if self._through is Through.MEMORY else ACKED, number)
             self._known.append(number)
 
     def _hot(self) -> list[int]:
@@ -465,7 +481,15 @@ class Writer:
     def _serve(self) -> None:
         listener = transport.listen("127.0.0.1:0")
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        target = Target(Shelf([self._log]), name=address, epoch=self._log.epoch, buffer_bytes=8 * MIB)
+        hot_bytes, dirty_bytes = (4 * MIB, 2 * MIB) if self._through is Through.MEMORY else (0, 0)
+        target = Target(
+            Shelf([self._log]),
+            name=address,
+            epoch=self._log.epoch,
+            buffer_bytes=3 * MIB,
+            hot_bytes=hot_bytes,
+            dirty_bytes=dirty_bytes,
+        )
         target.serve(listener)
         self._client = StoreClient(StaticMembership([address]))
 
@@ -493,6 +517,7 @@ class Life:
     def __init__(self, folder: Path, seed: str, engine: Engine, tally: Tally):
         self.seed = seed
         self.must: set[int] = set()
+        self._shown: set[int] = set()  # acknowledged in memory
         self._chance = random.Random(seed)
         self._engine = engine
         self._tally = tally
@@ -506,13 +531,14 @@ class Life:
     def trial(self, number: int) -> None:
         chance = self._chance
         if chance.random() < 0.95:
-            self._crash(number, Kill.drawn(chance), chance.choice((1, 1, 2, 3)), chance.random() < 0.15)
+            through = chance.choice((Through.WRITTEN, Through.MEMORY)) if chance.random() < 0.3 else Through.LOG
+            self._crash(number, Kill.drawn(chance), chance.choice((1, 1, 2, 3)), through)
         while chance.random() < 0.3:
-            self._crash(number, Kill.drawn_at_start(chance), 1, False)
+            self._crash(number, Kill.drawn_at_start(chance), 1, Through.LOG)
         self._look(chance.random() < 0.3)
         self._tally.result.trials += 1
 
-    def _crash(self, trial: int, kill: Kill, threads: int, through_target: bool) -> None:
+    def _crash(self, trial: int, kill: Kill, threads: int, through: Through) -> None:
         """Fork a writer, let it be killed, and take in what it told."""
         self._stage[0] = Stage.START
         pipe, its_pipe = os.pipe()
@@ -521,7 +547,7 @@ class Life:
         if not child:
             with contextlib.suppress(BaseException):
                 report = Reporter(its_pipe, self._stage, self._settled)
-                self._write(report, trial, kill, threads, through_target)
+                self._write(report, trial, kill, threads, through)
             os._exit(1)
         os.close(its_pipe)
         if kill.seconds:
@@ -532,12 +558,11 @@ class Life:
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             self._tally.fail("raised", f"the writer of trial {trial} ended by itself")
-        through = "target, " if through_target else ""
-        self._tally.kills[through + Stage(self._stage[0]).name.lower()] += 1
+        self._tally.kills[through.value + Stage(self._stage[0]).name.lower()] += 1
         self._settled = False
         self._take_in(told)
 
-    def _write(self, report: Reporter, trial: int, kill: Kill, threads: int, through_target: bool) -> None:
+    def _write(self, report: Reporter, trial: int, kill: Kill, threads: int, through: Through) -> None:
         """In the child."""
         try:
             files = DoomedFiles(direct=self._direct, chance=random.Random(trial), stage=self._stage)
@@ -545,7 +570,7 @@ class Life:
             log = self.store.open(self._engine, report, files, self._sync_seconds)
             log.ledger = report
             files.arm(kill.run_operations, kill.stage)
-            Writer(self, log, report, trial).run(threads, through_target)
+            Writer(self, log, report, trial, through).run(threads)
         except BaseException:
             traceback.print_exc()
             raise
@@ -562,6 +587,9 @@ class Life:
             elif event == ACKED:
                 self.must.add(number)
                 self._tally.result.acked += 1
+            elif event == SHOWN:
+                self._shown.add(number)
+                self._tally.result.acked_in_memory += 1
             elif event == WRONG:
                 self._tally.fail("wrong", f"{number:x} was served with other bytes")
             else:
@@ -578,6 +606,8 @@ class Life:
         there = self._intact(log)
         for number in (self.must - there - verdict.dropped) | verdict.undue:
             self._tally.fail("lost", f"{number:x} of {length_of(number)} bytes was acknowledged")
+        self._tally.result.survived += len(self._shown & there)
+        self._shown.clear()
         self.must = there
         self._settled = True
         log.close() if close else log.crash()

@@ -156,7 +156,11 @@ class Frames:
         chance = self._chance
         crc = crc32c(payload) if chance.random() < 0.8 else chance.getrandbits(32)
         saved = chance.choice((0, 1000, 0xFFFFFFFF))
-        return wire.PutItem(chance.randbytes(16), len(payload), crc, chance.getrandbits(64), 7, 2, saved)
+        position, parent = chance.choice((0, 5, 0xFFFFFFFF)), chance.choice((0, 1, 2, chance.getrandbits(64)))
+        router_hash = chance.choice((0, 1, 2, chance.getrandbits(64)))
+        return wire.PutItem(
+            chance.randbytes(16), len(payload), crc, router_hash, 7, 2, saved, position=position, parent=parent
+        )
 
     def _exists(self) -> Frame:
         return Frame(self._header(Op.EXISTS), wire.Exists([self._key()[0] for _ in range(self._count())]))
@@ -668,8 +672,8 @@ class Stalled:
         return seconds
 
 
-def fuzz_target(folder: Path, seed: int, frames: int) -> SocketsResult:
-    target = TargetProcess(folder, *TARGET_OPTIONS)
+def fuzz_target(folder: Path, seed: int, frames: int, durability: str) -> SocketsResult:
+    target = TargetProcess(folder, *TARGET_OPTIONS, "--durability", durability)
     try:
         result = _fuzz_target(target, seed, frames)
     finally:
@@ -727,10 +731,13 @@ def main() -> int:
     parser.add_argument("--socket-frames", type=int, default=50_000, help="of these, over sockets")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dir", type=Path, help="where the target's directory is made")
+    parser.add_argument("--durability", choices=["written", "memory"], default="written", help="of the target")
     options = parser.parse_args()
     parsed = fuzz_parser(iter(Frames(options.seed)), options.frames - options.socket_frames)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        result = Result(options.seed, parsed, fuzz_target(Path(folder), options.seed, options.socket_frames))
+        result = Result(
+            options.seed, parsed, fuzz_target(Path(folder), options.seed, options.socket_frames, options.durability)
+        )
     report = msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
     print(report)
     if options.json:

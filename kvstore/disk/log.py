@@ -362,7 +362,7 @@ class Log:
                 self._heads.clear()
                 for head in heads:
                     head.full = True
-                self._changed.wait_for(lambda: not any(head.writers for head in heads))
+                self._changed.wait_for(lambda: not any(segment.writers for segment in self._segments.values()))
             for head in heads:
                 if len(head):
                     self._seal(head)
@@ -490,9 +490,13 @@ class Log:
                 else:
                     self.stats.accepted_bytes += entry.length
             last = segment.full and segment.writers == 0
+            segment.writers += last  # until it is sealed, so that nobody closes its file
             self._changed.notify_all()
         if last:
             self._seal(segment)
+            with self._changed:
+                segment.writers -= 1
+                self._changed.notify_all()
         return written
 
     def _write(self, segment: _Segment, parts: Sequence[memoryview], offset: int) -> bool:

@@ -131,6 +131,7 @@ def test_a_killed_process_loses_nothing_acknowledged(tmp_path: Path, seed: int) 
     assert result.trials == 40
     assert sum(result.kills.values()) >= 40
     assert result.acked > 100
+    assert result.acked_in_memory > result.survived > 0
     assert (result.lost, result.wrong, result.raised) == (0, 0, 0)
 
 

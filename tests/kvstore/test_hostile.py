@@ -178,8 +178,9 @@ def test_complaints_do_not_fill_the_log(start_target, caplog: pytest.LogCaptureF
     assert 1 <= len(lines) <= 20
 
 
-def test_a_thousand_hostile_frames(start_target, seed: int) -> None:
-    running = start_target(buffer_bytes=32 * MIB, hot_bytes=4 * MIB)
+@pytest.mark.parametrize("dirty_bytes", [0, 4 * MIB])
+def test_a_thousand_hostile_frames(start_target, seed: int, dirty_bytes: int) -> None:
+    running = start_target(buffer_bytes=32 * MIB, hot_bytes=4 * MIB, dirty_bytes=dirty_bytes)
     fill(running, 8)
     fuzz = SocketFuzz(running.address, seed, [(key(n), LENGTH) for n in range(8)], 1000)
     fuzz.run()
