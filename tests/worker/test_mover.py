@@ -17,7 +17,7 @@ import pytest
 from vllm.v1.kv_offload.base import LookupResult
 
 from components.worker.mover import frames
-from components.worker.mover.__main__ import SAMPLE_SECONDS
+from components.worker.mover.__main__ import PUT_BYTES, SAMPLE_SECONDS
 from components.worker.mover.frames import Loaded
 from components.worker.mover.link import MoverLink
 from components.worker.remote_tier import RemoteTier
@@ -27,7 +27,7 @@ from kvstore.bus.messages import Bus, WorkerReport
 from kvstore.net import wire
 from kvstore.net.membership import Registration
 from kvstore.net.transport import Stream
-from kvstore.net.wire import Header, Op
+from kvstore.net.wire import Header, Op, Outcome
 from tests.conftest import eventually, soon, start_server, stop_server
 from tests.kvstore.test_client import Impostor, value
 from tests.worker.stock import offload_key
@@ -165,6 +165,30 @@ def test_router_hashes_survive_it(start_target: Any, engines: Any) -> None:  # n
     engine.store(context, KEYS[3:4], [3])
     assert len(target.log) == 2
     assert all(entry.router_hash for entry in target.log.entries())
+
+
+def test_a_put_says_where_its_chunks_stand_and_ends_at_a_refusal(engines: Any) -> None:  # noqa: F811
+    row_bytes = PUT_BYTES // 2 + 4096  # one chunk a put
+    items: list[wire.PutItem] = []
+
+    def answer(stream: Stream, header: Header, control: bytes) -> None:
+        if header.op is Op.EXISTS:
+            missing = [Outcome.MISS] * len(wire.decode_control(control, wire.Exists).keys)
+            stream.send([wire.encode(Header(Op.FOUND, header.request), wire.Outcomes(missing))], soon())
+            return
+        (item,) = wire.decode_control(control, wire.Put).items
+        stream.receive(memoryview(bytearray(item.length)), soon())
+        items.append(item)
+        outcome = Outcome.REFUSED if len(items) == 3 else Outcome.STORED
+        stream.send([wire.encode(Header(Op.STORED, header.request), wire.Outcomes([outcome]))], soon())
+
+    engine = engines(Impostor(answer).address, row_bytes=row_bytes, put_threads=1, put_queue_share=1.0)
+    engine.store(engine.arrive(engine_request(), KEYS), KEYS[:5], list(range(5)))
+    hashes = [item.router_hash for item in items]
+    assert len(hashes) == 3
+    assert all(hashes)
+    assert [item.position for item in items] == [0, 1, 2]
+    assert [item.parent for item in items] == [0, *hashes[:2]]
 
 
 def test_one_that_hangs_is_killed_and_reaped_before_its_loads_are_given_back(engines: Any) -> None:  # noqa: F811

@@ -128,7 +128,7 @@ class Mover:
         self._send_lock = threading.Lock()
         # All bounded by the tier: loads by rows, puts by a share of rows, questions and prompts by requests.
         self._loads: list[Load] = []
-        self._puts: deque[tuple[Put, list[int]]] = deque()
+        self._puts: deque[tuple[Put, list[tuple[int, int]]]] = deque()
         self._questions: deque[Ask] = deque()
         self._prompts: dict[int, _Prompt] = {}
         self._hurried: set[int] = set()
@@ -286,8 +286,8 @@ class Mover:
         finally:
             self._send(Stored(put.job, outcomes))
 
-    def _store(self, put: Put, hashes: list[int], outcomes: list[str]) -> None:
-        """Put what the store does not hold yet."""
+    def _store(self, put: Put, hashes: list[tuple[int, int]], outcomes: list[str]) -> None:
+        """Put what the store does not hold yet. What follows a refused chunk is of no use: it is not offered."""
         self._give_way()
         deadline = time.monotonic() + PUT_SECONDS
         keys = [chunk_key(put.identity, *name) for name in put.names]
@@ -303,28 +303,40 @@ class Mover:
                 Item(
                     keys[index],
                     self._row(put.rows[index]),
-                    hashes[index],
+                    hashes[index][0],
                     fingerprint(put.identity),
                     self._setup.blocks_per_chunk,
                     put.saved_seconds,
+                    position=max(0, put.chunks[index]),
+                    parent=hashes[index][1],
                 )
                 for index in part
             ]
             self._give_way()
             for index, outcome in zip(part, self._put_client.put(items, deadline), strict=True):
                 outcomes[index] = outcome.name.lower()
+            refused = Outcome.REFUSED.name.lower()
+            if refused in outcomes:
+                for index in missing[start + per_put :]:
+                    outcomes[index] = refused
+                return
 
     def _give_way(self) -> None:
         with self._lock:
             self._lock.wait_for(lambda: not self._loads and not self._loading, PUT_PATIENCE_SECONDS)
 
-    def _router_hashes(self, put: Put) -> list[int]:
-        """0, not announced, for groups but the first: they are stored beside it, and one announcement is enough."""
+    def _router_hashes(self, put: Put) -> list[tuple[int, int]]:
+        """Of each chunk and of the one before it. 0, not announced, for groups but the first: they are stored beside
+        it, and one announcement is enough."""
         prompt = self._prompts.get(put.request)
         known = prompt.hasher.hashes if prompt else []
         blocks = self._setup.blocks_per_chunk
+
+        def router_hash(chunk: int) -> int:
+            return known[(chunk + 1) * blocks - 1] if chunk >= 0 and (chunk + 1) * blocks <= len(known) else 0
+
         return [
-            known[(chunk + 1) * blocks - 1] if group == 0 and chunk >= 0 and (chunk + 1) * blocks <= len(known) else 0
+            (router_hash(chunk), router_hash(chunk - 1)) if group == 0 else (0, 0)
             for (_, group), chunk in zip(put.names, put.chunks, strict=True)
         ]
 
