@@ -204,6 +204,14 @@ class Kvtier:
         return self._store.get(keys, rooms, time.monotonic() + CALL_SECONDS).count(self._outcome.HIT)
 
 
+class KvtierOnce(Kvtier):
+    """The same, but what is turned away is not offered again."""
+
+    def put(self, keys: Keys, values: Views) -> int:
+        items = [self._item(key, value, 0, 0, 1) for key, value in zip(keys, values, strict=True)]
+        return self._store.put(items, time.monotonic() + CALL_SECONDS).count(self._outcome.STORED)
+
+
 # ---- peers
 
 

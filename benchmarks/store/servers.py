@@ -138,14 +138,24 @@ def has_hot_cache() -> bool:
 class Target(Process):
     """`python -m kvstore` on a folder of its own."""
 
-    def __init__(self, name: str, folder: Path, logs: Path, capacity: int, segment: int, unix: str, hot: int | None):
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        logs: Path,
+        capacity: int,
+        segment: int,
+        unix: str,
+        hot: int | None,
+        *options: str,
+    ):
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.address = f"127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "kvstore", "--dir", str(folder), "--capacity", str(capacity)]
         command += ["--segment-size", str(segment), "--listen", self.address, "--nats", "", "--unix-socket", unix]
         command += [] if hot is None else ["--hot", str(hot)]
-        super().__init__(name, command, logs)
+        super().__init__(name, [*command, *options], logs)
         self.wait_for(self.address)
 
 

@@ -72,6 +72,8 @@ class Worker:
         match kind:
             case "kvtier":
                 self._clients[name] = peers.Kvtier(where)
+            case "kvtier-once":
+                self._clients[name] = peers.KvtierOnce(where)
             case "mooncake":
                 self._clients[name] = peers.Mooncake(where, [self._values.source, self._values.rooms])
             case _:
