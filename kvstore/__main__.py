@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
-from kvstore import tools
+from kvstore import memory, tools
 from kvstore.bus import messages, residency
 from kvstore.bus.broker import DEFAULT_URLS, NatsUrls
 from kvstore.bus.messages import Bus
@@ -124,7 +124,9 @@ def parse(argv: list[str] | None = None) -> Options:
         "--dir", required=True, action="append", help="directory or block device for the chunks; more of them share"
     )
     parser.add_argument("--capacity", required=True, help="how much to use at most, of all together: 500G, 3T, 1.5TiB")
-    parser.add_argument("--segment-size", help="unit of eviction; default 256MiB, 64MiB below 200 GiB of a directory")
+    parser.add_argument(
+        "--segment-size", help="unit of eviction; default: a store's own, of a new one 256MiB, 64MiB below 200GiB"
+    )
     parser.add_argument(
         "--sync",
         help="fsync policy. 'seal' (default): when a segment is sealed; a power cut loses the two open segments. N: "
@@ -310,6 +312,16 @@ def _open_tls(options: Options) -> ServerTls | None:
     return tls.open_server(Files(*(str(path or "") for path in given)), options.carrier)
 
 
+async def _check_surroundings(options: Options) -> None:
+    """What can refuse a start does so before anything on disk has changed. Raises ConfigError, UnavailableError."""
+    memory.check({"hot": options.hot, "buffers": options.buffers})
+    if options.metrics_port:
+        is_local = transport.is_loopback(transport.split_address(options.listen)[0])
+        await Scrapes().open("127.0.0.1" if is_local else "0.0.0.0", options.metrics_port)
+    if options.etcd:
+        membership.check_etcd(options.etcd)
+
+
 def _unix_uids(options: Options) -> frozenset[int] | None:
     """Who may use the UNIX socket; None: everybody."""
     if options.unix_uids == "any":
@@ -322,6 +334,7 @@ def _unix_uids(options: Options) -> frozenset[int] | None:
 
 async def _serve_tenants(options: Options, path: Path) -> None:
     grants, unix_uids, server_tls = tenants.load(path), _unix_uids(options), _open_tls(options)
+    await _check_surroundings(options)
     listener = _listen("listen", options.listen)
     name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
     rack = Rack(
@@ -348,7 +361,7 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     )
     tenancy = Tenancy(path, rack, settings, line)
     await tenancy.begin(grants)
-    await _show_metrics(options, LabelledMetrics(tenancy.lobby), TlsMetrics(server_tls))
+    _show_metrics(options, LabelledMetrics(tenancy.lobby), TlsMetrics(server_tls))
     if unix_path:
         tenancy.lobby.serve(_listen("unix-socket", unix_path))
     tenancy.lobby.serve(listener)
@@ -364,6 +377,7 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     stop = _stop_signal()
     where = ", ".join(map(str, options.dir))
+    await asyncio.to_thread(rack.delete_beyond)
     logger.info("serving %d chunks of %s from %s at %s", tenancy.chunks, ", ".join(grants), where, name)
     print(f"kvstore: ready at {name}", flush=True)
     await stop.wait()
@@ -375,13 +389,10 @@ async def _serve_tenants(options: Options, path: Path) -> None:
         await line.close()
 
 
-async def _show_metrics(options: Options, *collectors: Collector) -> None:
-    if not options.metrics_port:
-        return
-    for collector in collectors:
-        REGISTRY.register(collector)
-    is_local = transport.is_loopback(transport.split_address(options.listen)[0])
-    await Scrapes().open("127.0.0.1" if is_local else "0.0.0.0", options.metrics_port)
+def _show_metrics(options: Options, *collectors: Collector) -> None:
+    if options.metrics_port:
+        for collector in collectors:
+            REGISTRY.register(collector)
 
 
 def _stop_signal() -> asyncio.Event:
@@ -394,15 +405,22 @@ def _stop_signal() -> asyncio.Event:
 async def _serve_one(options: Options) -> None:
     namespace = messages.checked_namespace(options.namespace)
     unix_uids, server_tls = _unix_uids(options), _open_tls(options)
+    await _check_surroundings(options)
     listener = _listen("listen", options.listen)
     name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
-    shelf = _open_shelf(options, namespace)
-    line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
+    unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
+    with contextlib.ExitStack() as opened:  # what is refused here has changed nothing on disk
+        devices = _open_devices(options, namespace)
+        for device in devices:
+            opened.callback(device.close)
+        line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
+        unix_listener = _listen("unix-socket", unix_path) if unix_path else None
+        shelf = _open_shelf(options, namespace, devices)
+        opened.pop_all()
     registration = membership.Registration(options.etcd, namespace, name) if options.etcd else None
     epoch = registration.epoch if registration else shelf.epoch
     announcer = Announcer(name, epoch, shelf.entries)
     shelf.tell(announcer)
-    unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
     target = Target(
         shelf,
         name=name,
@@ -418,9 +436,9 @@ async def _serve_one(options: Options) -> None:
         unix_uids=unix_uids,
         tls=server_tls,
     )
-    await _show_metrics(options, Metrics(target), target.registry, TlsMetrics(server_tls))
-    if unix_path:
-        target.serve(_listen("unix-socket", unix_path))
+    _show_metrics(options, Metrics(target), target.registry, TlsMetrics(server_tls))
+    if unix_listener:
+        target.serve(unix_listener)
     target.serve(listener)
     tasks: list[asyncio.Task[None]] = []
     if line:
@@ -430,6 +448,7 @@ async def _serve_one(options: Options) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server_tls.reload)
     stop = _stop_signal()
     where = ", ".join(map(str, options.dir))
+    await asyncio.to_thread(shelf.delete_beyond)
     logger.info("serving %d chunks from %s at %s, epoch %d", shelf.stats().entries, where, name, epoch)
     print(f"kvstore: ready at {name}", flush=True)
     await stop.wait()
@@ -446,25 +465,30 @@ async def _serve_one(options: Options) -> None:
         await line.close()
 
 
-def _open_shelf(options: Options, namespace: str) -> Shelf:
-    """The logs of all directories; they share the capacity. A directory keeps a file a segment open."""
+def _open_devices(options: Options, namespace: str) -> list[Device]:
+    """All directories and devices, locked and checked; they share the capacity. Nothing on disk is changed."""
     _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))  # a directory keeps a file a segment open
+    share = options.capacity // len(options.dir)
+    with contextlib.ExitStack() as opened:
+        devices = []
+        for path in options.dir:
+            devices.append(Device(path, share, [namespace], segment_bytes=options.segment_size))
+            opened.callback(devices[-1].close)
+        opened.pop_all()
+    return devices
+
+
+def _open_shelf(options: Options, namespace: str, devices: list[Device]) -> Shelf:
     share = options.capacity // len(options.dir)
     sync_seconds = 0.0 if options.sync == "seal" else options.sync / 1000
-    devices: list[Device] = []
     logs: list[Log] = []
     try:
-        for path in options.dir:
-            device = Device(path, share, [namespace], segment_bytes=options.segment_size)
-            devices.append(device)
-        for device in devices:  # not before all of them were found good: a refusal changes nothing
+        for device in devices:
             log = Log(device.path, share, namespace=namespace, sync_seconds=sync_seconds, device=device)
             logs.append(log)
     except BaseException:
         Shelf(logs).close()
-        for device in devices:
-            device.close()
         raise
     return Shelf(logs)
 

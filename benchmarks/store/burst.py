@@ -128,7 +128,7 @@ class Bench:
 
     def socket(self) -> float:
         seconds, _ = self._put("socket", self.hot_bytes)
-        return self.hot_bytes / GB / seconds
+        return float(self.hot_bytes / GB / seconds)
 
     def disk(self) -> float:
         content = aligned(WRITE_BYTES - PAGE_BYTES).view
@@ -137,7 +137,8 @@ class Bench:
         with ThreadPoolExecutor(4) as pool:
             begin = time.monotonic()
             list(pool.map(lambda offset: self._files.write(self._file, [content], offset), offsets))
-            return LIMIT_BYTES / GB / (time.monotonic() - begin)
+            seconds = time.monotonic() - begin
+        return LIMIT_BYTES / GB / seconds
 
     def copy(self) -> float:
         source, destination = np.ones(256 * MIB, np.uint8), np.ones(256 * MIB, np.uint8)

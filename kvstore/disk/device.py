@@ -18,7 +18,7 @@ from kvstore.disk import record
 from kvstore.disk.buffers import aligned
 from kvstore.disk.files import Files
 from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES
-from kvstore.disk.space import Place, Space, Superblock, open_space
+from kvstore.disk.space import Place, Space, Superblock, open_space, stored_segment_bytes
 from kvstore.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ def names(block: Superblock) -> list[str]:
 class Device:
     """Opened in two steps: the constructor locks and checks, and changes nothing on disk; `begin` counts the epoch up.
 
+    Without `segment_bytes` a store keeps its own segment size.
+
     With `shared`, `namespaces` are those of a namespaces file, and whatever else lies there is left alone until its
     space is needed. Without, the store must belong to the one namespace given. Raises ConfigError if the place cannot
     hold this store. `claim`, `release`, `place` and the generations may be called from any thread.
@@ -69,7 +71,7 @@ class Device:
     ):
         self.path = path
         self.files = files or Files()
-        self.segment_bytes = int(segment_bytes or default_segment_bytes(capacity_bytes))
+        self.segment_bytes = int(segment_bytes or stored_segment_bytes(path) or default_segment_bytes(capacity_bytes))
         self.shared = shared
         self._closed = False
         self._namespaces = list(namespaces)
@@ -95,7 +97,6 @@ class Device:
     def begin(self) -> None:
         """Make the device ready to be written to. Raises ConfigError."""
         try:
-            self.space.delete_beyond()
             if self.shared:
                 self._find_owners()
                 kept = {self._block.namespace, *self._namespaces, *self._left_behind()}
@@ -104,6 +105,10 @@ class Device:
         except BaseException:
             self.close()
             raise
+
+    def delete_beyond(self) -> None:
+        """Delete segments of an earlier, larger capacity: once nothing can refuse this start any more."""
+        self.space.delete_beyond()
 
     def add(self, namespace: str) -> None:
         """From now on there is this namespace, too; with a new epoch, also if it was there before."""

@@ -36,8 +36,11 @@ from kvstore.disk.files import Files
 from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, SegmentHeader, Stamp, Trailer
 from kvstore.disk.space import Place
 from kvstore.keys import KEY_VERSION
+from kvstore.rarely import Rarely
 
 logger = logging.getLogger(__name__)
+
+_COMPLAIN_SECONDS = 60.0  # of a full disk, which fails at every write
 
 _Stamped = TypeVar("_Stamped", SegmentHeader, Trailer)
 
@@ -166,6 +169,7 @@ class Log:
         self._changed = threading.Condition()
         self._rolling = threading.RLock()
         self._closed = threading.Event()
+        self._complains = defaultdict(lambda: Rarely(_COMPLAIN_SECONDS))  # by kind
         self._index: dict[bytes, int] = {}
         self._dirty: dict[bytes, Entry] = {}
         self._used: set[bytes] = set()  # dirty chunks that were asked for
@@ -235,6 +239,10 @@ class Log:
                     self._segments.pop(slot, None)
                 self._device.release([slot])
             self._make_room(self._ahead)
+
+    def delete_beyond(self) -> None:
+        """Delete segments of an earlier, larger capacity."""
+        self._device.delete_beyond()
 
     def _end_rewriting(self) -> None:
         """Seal the segment of values written again: of few slots it would keep one for ever. With `_rolling` held, so
@@ -504,7 +512,9 @@ class Log:
         try:
             self._files.write(segment.place.fd, parts, segment.place.offset + offset)
         except OSError as error:
-            logger.error("%s: write of %d bytes to segment %d failed: %s", self.path, size, segment.slot, error)
+            if self._complains["write"]():
+                message = "%s: write of %d bytes to segment %d failed: %s"
+                logger.error(message, self.path, size, segment.slot, error)
             return False
         segment.dirty = True
         with self._changed:
@@ -566,7 +576,8 @@ class Log:
             try:
                 opened = self._open_slot(slot, queue)
             except OSError as error:
-                logger.error("%s: cannot begin segment %d: %s", self.path, slot, error)
+                if self._complains["begin"]():
+                    logger.error("%s: cannot begin segment %d: %s", self.path, slot, error)
                 self.stats.failed_writes += 1
                 self._emptied.append(slot)
                 return False
@@ -595,7 +606,8 @@ class Log:
                     return None
                 victim = self._choose()
                 if victim is None and not self._changed.wait(deadline - time.monotonic()):
-                    logger.error("%s: no segment could be emptied", self.path)
+                    if self._complains["empty"]():
+                        logger.error("%s: no segment could be emptied", self.path)
                     return None
             if victim is not None:
                 self._clear(*victim)

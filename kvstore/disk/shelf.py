@@ -74,6 +74,11 @@ class Shelf:
         for log in self.logs:
             log.settle(None if capacity_bytes is None else capacity_bytes // len(self.logs))
 
+    def delete_beyond(self) -> None:
+        """Delete segments of an earlier, larger capacity."""
+        for log in self.logs:
+            log.delete_beyond()
+
     def close(self) -> None:
         for log in self.logs:
             log.close()
@@ -144,6 +149,11 @@ class Rack:
             for name, shelf in self.shelves.items():
                 if (quotas[name] > shelf.held_bytes) == grows:
                     shelf.settle(quotas[name])
+
+    def delete_beyond(self) -> None:
+        """Delete segments of an earlier, larger capacity."""
+        for device in self._devices:
+            device.delete_beyond()
 
     def close(self) -> None:
         for shelf in self.shelves.values():

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import resource
 import secrets
 import stat
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 _RESERVED_BYTES = 1 << 20
 # Of a superblock that names several namespaces. Releases to 0.2 would serve one's values to another: they must refuse.
 SHARED_VERSION = 2
+_SEGMENT_NAME = re.compile(r"segment-(\d{6,})\.kvt")
+# In a store's directory, besides its segments.
+_OTHER_NAMES = {"store.json", "store.new", "LOCK", "target.sock", "lost+found"}
+_NAMED_MAX = 5  # files of others
 # Open files of a process besides its segments, at least.
 _OTHER_FILES = 64
 
@@ -114,6 +119,23 @@ class Space(ABC):
             self._write_superblock(block)
 
 
+def stored_segment_bytes(path: Path) -> int | None:
+    """The segment size of the store that is there; None if there is none, or none that can be read: opening it says
+    why."""
+    try:
+        if path.is_dir():
+            block = _directory_superblock(path)
+        else:
+            fd = _open_read_only(path)
+            try:
+                block = _latest_superblock(_superblock_pages(fd, Files()))
+            finally:
+                os.close(fd)
+    except (OSError, ConfigError):
+        return None
+    return block.segment_bytes if block else None
+
+
 def open_space(path: Path, capacity_bytes: int, segment_bytes: int, files: Files) -> Space:
     """A directory's space or a device's, locked. Raises ConfigError if it cannot hold this store."""
     with _oserror_in_words(path):
@@ -129,6 +151,7 @@ class _DirectorySpace(Space):
         super().__init__(path, capacity_bytes // segment_bytes, segment_bytes, files)
         self._fds: dict[int, int] = {}
         self._guard = _locked(path, path / "LOCK")
+        _say_foreign(path)
         try:
             self._check_room(capacity_bytes)
             _allow_open_files(self.slots, segment_bytes)
@@ -150,13 +173,13 @@ class _DirectorySpace(Space):
             os.close(fd)
 
     def delete_beyond(self) -> None:
-        for path in self.path.glob("segment-*.kvt"):
-            if _slot(path) >= self.slots:
-                logger.info("%s is beyond the capacity now: deleted", path)
-                path.unlink()
+        for slot in _slots(self.path):
+            if slot >= self.slots:
+                logger.info("%s is beyond the capacity now: deleted", _segment_file(self.path, slot))
+                _segment_file(self.path, slot).unlink()
 
     def used_slots(self) -> list[int]:
-        return sorted(_slot(path) for path in self.path.glob("segment-*.kvt"))
+        return _slots(self.path)
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -182,7 +205,7 @@ class _DirectorySpace(Space):
 
     def _check_room(self, capacity_bytes: int) -> None:
         """A capacity that the file system does not have is refused now, not when the disk is full."""
-        held = sum(os.stat(path).st_blocks * 512 for path in self.path.glob("segment-*.kvt"))
+        held = sum(os.stat(_segment_file(self.path, slot)).st_blocks * 512 for slot in _slots(self.path))
         disk = os.statvfs(self.path)
         free = disk.f_bavail * disk.f_frsize
         if self.slots * self.segment_bytes > held + free:
@@ -262,7 +285,7 @@ class StoppedStore:
     def slots(self) -> list[int]:
         """Slots that may hold a segment."""
         if self._in_directory:
-            return sorted(_slot(path) for path in self.path.glob("segment-*.kvt"))
+            return _slots(self.path)
         with self.path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
         return list(range((size - _RESERVED_BYTES) // self.superblock.segment_bytes))
@@ -371,8 +394,19 @@ def _allow_open_files(segments: int, segment_bytes: int) -> None:
         raise ConfigError("segment-size", segment_bytes, expected)
 
 
-def _slot(path: Path) -> int:
-    return int(path.stem.removeprefix("segment-"))
+def _slots(directory: Path) -> list[int]:
+    """The slots whose files are there."""
+    found = (_SEGMENT_NAME.fullmatch(name) for name in os.listdir(directory))
+    slots = sorted(int(match.group(1)) for match in found if match)
+    return [slot for slot in slots if _segment_file(directory, slot).is_file()]
+
+
+def _say_foreign(directory: Path) -> None:
+    """Name the files that are not a store's: nothing here reads, counts or deletes them."""
+    ours = {_segment_file(directory, slot).name for slot in _slots(directory)} | _OTHER_NAMES
+    if foreign := sorted(set(os.listdir(directory)) - ours):
+        more = f" and {len(foreign) - _NAMED_MAX} more" if len(foreign) > _NAMED_MAX else ""
+        logger.warning("%s has files of others, left alone: %s%s", directory, ", ".join(foreign[:_NAMED_MAX]), more)
 
 
 def _locked(space: Path, path: Path) -> int:

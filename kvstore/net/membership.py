@@ -153,6 +153,15 @@ class Registration:
                     logger.warning("the lease of %s may run out: %s", self._target, error)
 
 
+def check_etcd(servers: str) -> None:
+    """Raises UnavailableError if no server answers."""
+    etcd = Etcd(servers)
+    try:
+        etcd.call(lambda client: client.get(_prefix("")))
+    finally:
+        etcd.close()
+
+
 def open_membership(stores: str, namespace: str, *, isolated: bool = False) -> Membership:
     """The membership that `stores` describes: `host:port,host:port`, or `etcd://` and the same of etcd's servers. With
     `isolated`, etcd3 is not imported into this process. Raises ConfigError and UnavailableError."""

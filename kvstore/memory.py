@@ -1,0 +1,47 @@
+"""How much memory this process may have: the machine's, or less if a control group says so."""
+
+import re
+from pathlib import Path
+
+from kvstore.errors import ConfigError
+
+_V1_FILE, _V2_FILE = "memory.limit_in_bytes", "memory.max"
+
+
+def limit_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """The lowest of the machine's memory and the limits of the process's control groups, of version 1 and 2."""
+    found = re.search(r"^MemTotal:\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE)
+    limits = [int(found.group(1)) << 10] if found else []
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:  # number:controllers:path; version 2 names no controllers
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (groups / "memory", _V1_FILE) if controllers else (groups, _V2_FILE)
+        inner = Path(path.lstrip("/"))
+        # Limits of all groups above hold, too. In a container its own group may be the root.
+        limits += [_limit(root / group / name) for group in (inner, *inner.parents)]
+    return min(limit for limit in limits if limit)
+
+
+def check(wanted: dict[str, int]) -> None:
+    """Raises ConfigError if these options together ask for more than there is; the largest is named."""
+    limit, total = limit_bytes(), sum(wanted.values())
+    if total > limit:
+        name = max(wanted, key=lambda option: wanted[option])
+        together = f" with {' and '.join(f'--{other}' for other in wanted if other != name)}" if len(wanted) > 1 else ""
+        raise ConfigError(
+            name, wanted[name], f"at most the {limit} bytes of memory that this process may have{together}"
+        )
+
+
+def _limit(path: Path) -> int:
+    """0: none."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return 0
+    return int(text) if text.isdecimal() else 0
