@@ -264,7 +264,7 @@ class Log:
         return self.segment_bytes - PAGE_BYTES - record.footer_bytes(1) - PAGE_BYTES
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._index or key in self._dirty
+        return key in self._dirty or key in self._index  # without the lock: in the order in which a chunk moves
 
     def __len__(self) -> int:
         return len(self._index) + len(self._dirty)
@@ -524,14 +524,12 @@ class Log:
     def _publish(self, segment: _Segment, entry: Entry) -> None:
         """Make an entry visible, or, if it was before, point to its place. With the lock held."""
         known = entry.key in self._index
-        used = entry.key in self._used
-        was_dirty = self._no_more_dirty(entry.key) is not None
         number = len(segment)
         self._index[entry.key] = segment.slot << _INDEX_BITS | number
         segment.table += record.pack_entry(entry)
-        if used:
+        if entry.key in self._used:
             self._eviction.hit(segment.slot, number)
-        if not known and not was_dirty:
+        if self._no_more_dirty(entry.key) is None and not known:
             self._came(entry)
 
     def _unpublish(self, entry: Entry) -> None:

@@ -387,7 +387,7 @@ class WriteQueue:
         self._coming_bytes = 0  # set aside for payloads that are being taken in
         self._writing_bytes = 0
         self._stopping = False
-        self.dropped: Counter[str] = Counter()  # chunks, by reason
+        self.dropped = Counter(dict.fromkeys(DROP_REASONS, 0))  # chunks
         for number in range(threads):
             threading.Thread(target=self._work, name=f"kvtier-write-{number}", daemon=True).start()
 
@@ -397,7 +397,8 @@ class WriteQueue:
 
     @property
     def bytes_max(self) -> int:
-        return self._bytes_max
+        """Dirty chunks are no more than half of what the log may hold, which may change."""
+        return min(self._bytes_max, self._log.capacity_bytes // 2) if self._behind else self._bytes_max
 
     def join(self, key: bytes, done: Callable[[Outcome], None]) -> bool:
         """If the chunk is on its way already, and not stored, `done` hears of it, too."""
@@ -426,10 +427,11 @@ class WriteQueue:
             self._finish(write, Outcome.REFUSED)
         return True
 
-    def give_up(self, length: int) -> None:
-        """The payload did not come."""
+    def give_up(self, length: int, dropped: Sequence[Standing] = ()) -> None:
+        """The payload did not come; `dropped` is where the chunk stands if what follows it may come."""
         with self._changed:
             self._coming_bytes -= record_bytes(length)
+            self._backlog.note_dropped(dropped)
             self._changed.notify_all()
 
     def offer(self, write: Write) -> None:
@@ -437,11 +439,14 @@ class WriteQueue:
         with self._changed:
             self._coming_bytes -= write.size_bytes
             outcome = self._take_in(write)
+            answered: list[Callable[[Outcome], None]] = []
+            if outcome is None and self._behind:
+                answered, write.done = write.done, answered
             self._changed.notify_all()  # threads that write wait here, and those that look for room
         if outcome is not None:
             self._finish(write, outcome)
-        elif self._behind:
-            self._answer(write, Outcome.STORED)
+        for done in answered:
+            done(Outcome.STORED)
 
     def _take_in(self, write: Write) -> Outcome | None:
         """Queue it, if nobody else's is queued; otherwise what becomes of it. With the lock held."""
@@ -479,9 +484,9 @@ class WriteQueue:
             self._finish(write, Outcome.REFUSED)
 
     def _excess_bytes(self, size: int) -> int:
-        """How much has to go for `size` bytes more."""
+        """How much has to go for `size` bytes more. One chunk has room, however long it is."""
         held = self._backlog.size_bytes + self._coming_bytes + (self._writing_bytes if self._behind else 0)
-        return held + size - self._bytes_max
+        return held + size - self.bytes_max if held else 0
 
     def _drop(self, writes: Sequence[Write], reason: str) -> None:
         """These, which wait no more, are not stored. With the lock held: until then nobody offers them again."""
@@ -529,9 +534,5 @@ class WriteQueue:
 
     def _finish(self, write: Write, outcome: Outcome) -> None:
         self._pool.give_back(write.value.buffer)
-        self._answer(write, outcome)
-
-    def _answer(self, write: Write, outcome: Outcome) -> None:
-        done, write.done = write.done, []
-        for one in done:
-            one(outcome)
+        for done in write.done:
+            done(outcome)

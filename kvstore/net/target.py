@@ -107,7 +107,8 @@ class Target(Acceptor):
         self._batch_bytes = min(BATCH_BYTES, self.pool.arena.total_bytes // 64)
         self.connections_max = connections_max
         self._reads = {log: ReadQueue(log, self.pool) for log in shelf.logs}
-        self._writes = {log: self._write_queue(log, buffer_bytes // 2, dirty_bytes) for log in shelf.logs}
+        share = (dirty_bytes or buffer_bytes // 2) // len(shelf.logs)
+        self._writes = {log: WriteQueue(log, self.pool, share, behind=self._behind) for log in shelf.logs}
         self._connections: dict[_Connection, threading.Thread] = {}
         self._lock = threading.Lock()
         self._complaints = 0  # since the last one that was logged
@@ -127,12 +128,6 @@ class Target(Acceptor):
             "Ghost hits: puts of chunks that were evicted lately. The working set exceeds the capacity",
             registry=self.registry,
         )
-
-    def _write_queue(self, log: Log, waiting_bytes: int, dirty_bytes: int) -> WriteQueue:
-        share = max(waiting_bytes, dirty_bytes) // len(self.shelf.logs)
-        if dirty_bytes:
-            return WriteQueue(log, self.pool, min(share, log.capacity_bytes // 2), behind=True)
-        return WriteQueue(log, self.pool, share)
 
     def stop(self, drain_seconds: float = 5.0) -> None:
         """Stop accepting, let every request under way finish, write what waits, and close. The shelf is the caller's to
@@ -425,7 +420,7 @@ class Target(Acceptor):
         if wanted and writes.expect(item.length, standing, patient_until):
             buffer = self.pool.take(item.length, patient_until)
             if buffer is None:
-                writes.give_up(item.length)
+                writes.give_up(item.length, [standing])
         if buffer is None:
             self._skip(stream, item.length, deadline)
             if not joined:
@@ -444,7 +439,7 @@ class Target(Acceptor):
             writes.offer(Write(value, standing, [done]))
         else:
             self.pool.give_back(buffer)
-            writes.give_up(item.length)
+            writes.give_up(item.length, [standing])
             done(Outcome.CORRUPT)
 
     def _skip(self, stream: Stream, length: int, deadline: float) -> None:

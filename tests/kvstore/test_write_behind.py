@@ -17,6 +17,7 @@ from kvstore.disk.record import Entry, record_bytes
 from kvstore.errors import ConfigError
 from kvstore.net.backlog import Backlog, Standing, Write
 from kvstore.net.client import Item
+from kvstore.net.queues import WriteQueue
 from kvstore.net.wire import Outcome
 from tests.conftest import MIB, RunningTarget, eventually, key, payload, soon
 from tests.kvstore.test_hostile import Gate
@@ -155,6 +156,24 @@ def test_dirty_bytes_are_bounded_and_leave_memory_for_reads(running: RunningTarg
     assert get(running, [5000]) == [Outcome.HIT]
     assert get(running, range(64)) == [Outcome.HIT] * 64
     assert running.target.status().dropped == {"no_room": 6}
+
+
+def test_a_bound_below_one_chunk_has_room_for_one(start_target: Callable[..., RunningTarget]) -> None:
+    """However large the buffers are; and half of the capacity is the most, also once that has changed."""
+    files = Broken()
+    one = start_target(files=files, buffer_bytes=32 * MIB, hot_bytes=HOT, dirty_bytes=RECORD // 2)
+    put(one, item(5000))
+    eventually(lambda: not one.target.status().dirty_bytes)
+    files.shut_writes()
+    assert put(one, item(1), item(2)) == [Outcome.STORED, Outcome.REFUSED]
+    assert one.target.status().dirty_bytes == LENGTH
+    files.open_all()
+    eventually(lambda: not one.target.status().dirty_bytes)
+    assert put(one, item(2)) == [Outcome.STORED]
+    queue = WriteQueue(one.log, one.target.pool, 1 << 40, behind=True)
+    assert queue.bytes_max == 32 * MIB
+    one.log.settle(16 * MIB)
+    assert queue.bytes_max == 8 * MIB
 
 
 def test_of_a_full_memory_the_least_useful_goes_and_prompts_from_their_end(

@@ -313,12 +313,12 @@ class Mover:
                 for index in part
             ]
             self._give_way()
-            for index, outcome in zip(part, self._put_client.put(items, deadline), strict=True):
+            answers = self._put_client.put(items, deadline)
+            for index, outcome in zip(part, answers, strict=True):
                 outcomes[index] = outcome.name.lower()
-            refused = Outcome.REFUSED.name.lower()
-            if refused in outcomes:
+            if Outcome.REFUSED in answers:
                 for index in missing[start + per_put :]:
-                    outcomes[index] = refused
+                    outcomes[index] = Outcome.REFUSED.name.lower()
                 return
 
     def _give_way(self) -> None:
