@@ -169,7 +169,7 @@ class Log:
         self._changed = threading.Condition()
         self._rolling = threading.RLock()
         self._closed = threading.Event()
-        self._complains = defaultdict(lambda: Rarely(_COMPLAIN_SECONDS))  # by kind
+        self._complains: defaultdict[str, Rarely] = defaultdict(lambda: Rarely(_COMPLAIN_SECONDS))  # by kind
         self._index: dict[bytes, int] = {}
         self._dirty: dict[bytes, Entry] = {}
         self._used: set[bytes] = set()  # dirty chunks that were asked for
