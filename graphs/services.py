@@ -21,7 +21,7 @@ from graphs.service import Deployment, Place, Process, Service, Setting, Setting
 from kvstore.bus.broker import checked_urls
 from kvstore.errors import ConfigError, validated
 from kvstore.net.membership import checked_address
-from kvstore.net.transport import split_address
+from kvstore.net.transport import join_address, split_address
 
 _PORT_MAX = 32_767
 _chance = random.SystemRandom()  # vLLM seeds the other one: processes would draw the same ports at the same time
@@ -68,7 +68,15 @@ def _nats(settings: Settings, deployment: Deployment) -> list[Process]:
     else:
         command = [_binary("nats-server", advice), "--addr", host, "--port", str(port)]
     return [
-        Process("Nats", "Nats", command, settings.env, port, ready_line="Server is ready", listens=[f"{host}:{port}"])
+        Process(
+            "Nats",
+            "Nats",
+            command,
+            settings.env,
+            port,
+            ready_line="Server is ready",
+            listens=[join_address(host, port)],
+        )
     ]
 
 
@@ -87,7 +95,7 @@ def _etcd(settings: Settings, deployment: Deployment) -> list[Process]:
     )
     command = [
         *(binary, "--data-dir", str(folder)),
-        *("--listen-client-urls", f"http://{'0.0.0.0' if place.apart else host}:{port}"),
+        *("--listen-client-urls", f"http://{join_address('0.0.0.0' if place.apart else host, port)}"),
         *("--advertise-client-urls", f"http://{etcd_address(deployment)}"),
         *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}"),
     ]
@@ -101,7 +109,7 @@ def _etcd(settings: Settings, deployment: Deployment) -> list[Process]:
             ready_url=f"http://127.0.0.1:{port}/health",
             ready_text="true",
             folders=[] if place.apart else [folder],
-            listens=[f"{host}:{port}"],
+            listens=[join_address(host, port)],
         )
     ]
 
@@ -327,7 +335,7 @@ def _frontend(settings: Settings, deployment: Deployment) -> list[Process]:
                 port,
                 ready_url=f"http://127.0.0.1:{port}/v1/models",
                 ready_text='"id"',
-                listens=[f"{host}:{port}"],
+                listens=[join_address(host, port)],
             )
         )
     return processes
@@ -370,7 +378,7 @@ def _address(name: str, deployment: Deployment, default: str) -> str:
     host, port = _listen(settings, default)
     if deployment.place.apart and settings.args.workers:
         host = deployment.place.hosts[name]
-    return f"{host}:{port}"
+    return join_address(host, port)
 
 
 def target_addresses(deployment: Deployment) -> list[str]:
@@ -380,7 +388,7 @@ def target_addresses(deployment: Deployment) -> list[str]:
     if deployment.place.apart:
         name = deployment.place.hosts["Store"]
         return [f"{name.format(replica=replica)}:{port}" for replica in range(settings.args.workers)]
-    return [f"{host}:{port + replica}" for replica in range(settings.args.workers)]
+    return [join_address(host, port + replica) for replica in range(settings.args.workers)]
 
 
 def store_addresses(deployment: Deployment) -> str:
@@ -437,7 +445,7 @@ def page_address(deployment: Deployment, replica: int = 0) -> str:
         is_guarded = deployment.place.is_private or VARIABLE in settings.env
         is_guarded |= any(map(settings.flags.get, ("page-token-file", "page-open")))
         return f"{'0.0.0.0' if is_guarded else '127.0.0.1'}:{port}"  # the container decides who gets there
-    return f"[{host}]:{port + replica}" if ":" in host else f"{host}:{port + replica}"
+    return join_address(host, port + replica)
 
 
 def runtime_env(deployment: Deployment) -> Mapping[str, str]:

@@ -1,4 +1,4 @@
-"""A target process: `python -m kvstore --dir /nvme0 --capacity 3T --listen 0.0.0.0:7600`."""
+"""A target process: `python -m kvstore --dir /nvme0 --capacity 3T --listen 10.0.0.7:7600`."""
 
 import argparse
 import asyncio
@@ -51,7 +51,7 @@ One process per device: give it a directory on a file system of its own, or the 
 used. The index is rebuilt at every start, so a target can be killed and started again at any time. Scale out by
 starting more of them.
 
-  python -m kvstore --dir /nvme0 --capacity 3T --listen 0.0.0.0:7600 --nats nats://broker:4222
+  python -m kvstore --dir /nvme0 --capacity 3T --listen 10.0.0.7:7600 --nats nats://broker:4222
 
 Looking after targets ('COMMAND --help' says more):
 
@@ -114,6 +114,17 @@ class Options(BaseModel):
             raise ConfigError("dirty", self.dirty, "--durability memory beside it")
         if self.dirty_bytes > self.hot:
             raise ConfigError("dirty", self.dirty, f"at most the {self.hot} bytes of --hot")
+
+    def check_name(self) -> None:
+        """What is told to others must be an address that they can reach."""
+        if self.advertise is not None:
+            host, port = transport.split_address(membership.checked_address("advertise", self.advertise))
+            if transport.is_wildcard(host) or not port:
+                raise ConfigError("advertise", self.advertise, "an address and a port at which clients reach it")
+        elif self.nats or self.etcd:
+            host, _ = transport.split_address(membership.checked_address("listen", self.listen))
+            if transport.is_wildcard(host):
+                raise ConfigError("listen", self.listen, "--advertise HOST:PORT beside it, at which clients reach it")
 
 
 def parse(argv: list[str] | None = None) -> Options:
@@ -186,6 +197,7 @@ def parse(argv: list[str] | None = None) -> Options:
     if options.namespaces and "namespace" in options.model_fields_set:
         raise ConfigError("namespace", options.namespace, "nothing: --namespaces names all of them")
     options.check_durability()
+    options.check_name()
     return options
 
 
@@ -316,8 +328,10 @@ async def _check_surroundings(options: Options) -> None:
     """What can refuse a start does so before anything on disk has changed. Raises ConfigError, UnavailableError."""
     memory.check({"hot": options.hot, "buffers": options.buffers})
     if options.metrics_port:
-        is_local = transport.is_loopback(transport.split_address(options.listen)[0])
-        await Scrapes().open("127.0.0.1" if is_local else "0.0.0.0", options.metrics_port)
+        host, _ = transport.split_address(membership.checked_address("listen", options.listen))
+        is_local, is_v6 = transport.is_loopback(host), ":" in host
+        where = ("::1" if is_v6 else "127.0.0.1") if is_local else ("::" if is_v6 else "0.0.0.0")
+        await Scrapes().open(where, options.metrics_port)
     if options.etcd:
         membership.check_etcd(options.etcd)
 
@@ -336,7 +350,7 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     grants, unix_uids, server_tls = tenants.load(path), _unix_uids(options), _open_tls(options)
     await _check_surroundings(options)
     listener = _listen("listen", options.listen)
-    name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
+    name = options.advertise or _actual(listener, options.listen)
     rack = Rack(
         options.dir,
         options.capacity,
@@ -407,7 +421,7 @@ async def _serve_one(options: Options) -> None:
     unix_uids, server_tls = _unix_uids(options), _open_tls(options)
     await _check_surroundings(options)
     listener = _listen("listen", options.listen)
-    name = membership.checked_address("advertise", options.advertise or _actual(listener, options.listen))
+    name = options.advertise or _actual(listener, options.listen)
     unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
     with contextlib.ExitStack() as opened:  # what is refused here has changed nothing on disk
         devices = _open_devices(options, namespace)
@@ -516,7 +530,7 @@ def _default_unix_path(directory: Path) -> str:
 def _actual(listener: socket.socket, asked: str) -> str:
     """The address with the port that port 0 became."""
     host, _ = transport.split_address(asked)
-    return f"[{host}]:{listener.getsockname()[1]}" if ":" in host else f"{host}:{listener.getsockname()[1]}"
+    return transport.join_address(host, listener.getsockname()[1])
 
 
 def main(argv: list[str] | None = None) -> None:

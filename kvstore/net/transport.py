@@ -9,9 +9,12 @@ import ipaddress
 import logging
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from crc32c import crc32c
 
@@ -31,6 +34,9 @@ Bytes = bytes | bytearray | memoryview
 _SEND_PARTS_MAX = 512  # below IOV_MAX
 PATIENCE_SECONDS = 3600.0
 _STALL_LOOK_SECONDS = 1.0
+Resolved: TypeAlias = list[tuple[Any, ...]]  # of socket.getaddrinfo
+_lookups: dict[tuple[str, int], "Future[Resolved]"] = {}  # under way
+_lookups_lock = threading.Lock()
 
 
 class Cancelled(Exception):
@@ -174,20 +180,52 @@ def connect(address: str, deadline: float) -> Stream:
 
 
 def connected(address: str, deadline: float) -> socket.socket:
-    """A socket for `connect`."""
+    """A socket for `connect`. A name's addresses are tried one after the other, each for its share of the time."""
+    if "/" in address:
+        return _connected(socket.AF_UNIX, address, deadline)
+    *others, last = _resolved(*split_address(address), deadline)
+    for number, (family, _, _, _, where) in enumerate(others):
+        now = time.monotonic()
+        with contextlib.suppress(OSError):
+            return _connected(family, where, now + (deadline - now) / (len(others) + 1 - number))
+    return _connected(last[0], last[4], deadline)
+
+
+def _connected(family: int, where: Any, deadline: float) -> socket.socket:
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
-    if "/" not in address:
-        return socket.create_connection(split_address(address), timeout=left)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.settimeout(left)
-        sock.connect(address)
+        sock.connect(where)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _resolved(host: str, port: int, deadline: float) -> Resolved:
+    """The system's look-up knows no deadline: it has a thread of its own, which all share who ask for the same name."""
+    with contextlib.suppress(socket.gaierror):
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    with _lookups_lock:
+        lookup = _lookups.get((host, port))
+        if lookup is None:
+            lookup = Future()
+            threading.Thread(target=_look_up, args=(host, port, lookup), name="kvtier-names", daemon=True).start()
+            _lookups[host, port] = lookup
+    return lookup.result(max(0.0, deadline - time.monotonic()))
+
+
+def _look_up(host: str, port: int, lookup: "Future[Resolved]") -> None:
+    try:
+        lookup.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except Exception as error:  # of the system, or of a name that is none
+        lookup.set_exception(error)
+    finally:
+        with _lookups_lock:
+            del _lookups[host, port]
 
 
 def listen(address: str) -> socket.socket:
@@ -195,7 +233,8 @@ def listen(address: str) -> socket.socket:
     if "/" in address:
         return _listen_unix(address)
     host, port = split_address(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    families = {found[0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)}
+    family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
     return socket.create_server((host, port), family=family, backlog=128)
 
 
@@ -229,12 +268,28 @@ def is_permitted(sock: socket.socket, uids: Collection[int] | None) -> bool:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port`. Raises ValueError that says what is expected."""
-    host, colon, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    """Host and port of `host:port` or `[v6]:port`. Raises ValueError that says what is expected."""
+    host, _, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]") and ":" in host:
+        host = host[1:-1]
+    elif ":" in host or "[" in host:
+        raise ValueError(f"{address!r} is not host:port; of IPv6 that is [host]:port")
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is not host:port")
     return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """The inverse of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether a host stands for all addresses of the machine: one can listen there, and reach nobody."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:  # a name
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvstore import memory
-from kvstore.__main__ import main
+from kvstore.__main__ import main, parse
 from kvstore.disk.device import Device, default_segment_bytes
 from kvstore.disk.log import Log
 from kvstore.disk.shelf import Shelf
@@ -66,6 +66,23 @@ def test_a_refused_start_changes_nothing(folder: Path, taken: int, arguments: li
     with pytest.raises((ConfigError, UnavailableError), match=expected):
         main([*options, *given])
     assert content(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--listen", "0.0.0.0:7600"], "listen: .* expected --advertise"),
+        (["--listen", "[::]:0", "--nats", "", "--etcd", "etcd:2379"], "listen: .* expected --advertise"),
+        (["--listen", "0.0.0.0:7600", "--advertise", "0.0.0.0:7600"], "advertise: '0.0.0.0:7600' given"),
+        (["--listen", "0.0.0.0:7600", "--advertise", "store-0:0"], "advertise: 'store-0:0' given"),
+        (["--listen", "0.0.0.0:7600", "--advertise", "store-0"], "advertise: 'store-0' given, expected host:port"),
+    ],
+)
+def test_what_nobody_can_reach_is_not_announced(arguments: list[str], expected: str) -> None:
+    store = ["--dir", "/nvme0", "--capacity", "10G"]
+    with pytest.raises(ConfigError, match=expected):
+        parse([*store, *arguments])
+    assert parse([*store, "--listen", "0.0.0.0:7600", "--nats", ""])  # known by the workers' own lists alone
 
 
 def test_a_store_grows_and_shrinks_with_its_own_segments(folder: Path) -> None:

@@ -4,6 +4,8 @@ import contextlib
 import random
 import socket
 import threading
+import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -144,7 +146,10 @@ def test_a_stream_keeps_its_deadline() -> None:
     stream.close()
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:x", "host:70000"])
+@pytest.mark.parametrize(
+    "address",
+    ["", "host", "host:", ":80", "host:x", "host:70000", "::1:80", "[::1]", "[]:80", "[host]:80", "a[::1]:80"],
+)
 def test_an_address_is_host_and_port(address: str) -> None:
     with pytest.raises(ValueError, match="is not host:port"):
         transport.split_address(address)
@@ -153,3 +158,38 @@ def test_an_address_is_host_and_port(address: str) -> None:
 def test_addresses_split() -> None:
     assert transport.split_address("a.b:1") == ("a.b", 1)
     assert transport.split_address("[::1]:7600") == ("::1", 7600)
+    assert transport.join_address("::1", 7600) == "[::1]:7600"
+
+
+def test_a_look_up_and_every_address_of_a_name_are_within_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs holds up nobody for longer, and is not asked again meanwhile."""
+    asked: list[str] = []
+    release = threading.Event()
+    real = socket.getaddrinfo
+
+    def slow(host: str, *rest: Any, **more: Any) -> Any:
+        if more.get("flags"):
+            return real(host, *rest, **more)
+        asked.append(host)
+        release.wait(10)
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", where) for where in (("127.0.0.1", 1), listener.getsockname())
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with transport.listen("127.0.0.1:0") as listener:
+        for _ in range(3):
+            begin = time.monotonic()
+            with pytest.raises(TimeoutError):
+                transport.connected("store.example:7600", begin + 0.1)
+            assert time.monotonic() - begin < 1
+        assert asked == ["store.example"]
+        release.set()
+        transport.connected("store.example:7600", soon()).close()  # the second address; nobody listens at the first
+
+
+def test_a_listener_takes_ipv6_and_names() -> None:
+    for address in ("[::1]:0", "localhost:0"):
+        with transport.listen(address) as listener:
+            port = listener.getsockname()[1]
+            transport.connected(transport.join_address(transport.split_address(address)[0], port), soon()).close()

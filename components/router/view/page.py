@@ -24,6 +24,7 @@ from components.router.view.access import Access, Door, is_of_another_site
 from components.router.view.feed import Feed, Viewer
 from components.router.view.state import SOURCES
 from kvstore.errors import UnavailableError
+from kvstore.net.transport import join_address
 from kvstore.text import shown
 
 LIMIT = 100
@@ -194,7 +195,7 @@ async def open_page(access: Access, feed: Feed, explain: Handler | None = None) 
         await _Site(runner, access.host, access.port).start()
     except OSError as error:
         await runner.cleanup()
-        address = f"{access.host}:{access.port}"
+        address = join_address(access.host, access.port)
         raise UnavailableError(f"page: {address}: {error.strerror}: choose another port") from None
     return runner
 
