@@ -7,6 +7,7 @@ buffers, which is also the hot cache.
 
 import contextlib
 import logging
+import math
 import secrets
 import threading
 import time
@@ -51,6 +52,9 @@ _PUT_PATIENCE_SECONDS = 1.0
 # How long a target that stops writes what is dirty. Kubernetes kills it after 30 s by default, docker after 10.
 FLUSH_SECONDS = 20.0
 _ERROR_SECONDS = 1.0
+# When all places are taken, the connection that has been idle for longest goes, if for so long: its client opens
+# another when it needs one.
+IDLE_SECONDS = 10.0
 # Chunks from memory go out in portions of this: the first is on its way while the next is looked up.
 _HOT_BYTES = 1 << 20
 _SCRATCH_BYTES = 256 << 10
@@ -128,6 +132,11 @@ class Target(Acceptor):
             "Ghost hits: puts of chunks that were evicted lately. The working set exceeds the capacity",
             registry=self.registry,
         )
+        self._refused = PrometheusCounter(
+            "kvtier_target_refused_connections",
+            "Connections that found no place: none of the others was idle for long",
+            registry=self.registry,
+        )
 
     def stop(self, drain_seconds: float = 5.0) -> None:
         """Stop accepting, let every request under way finish, write what waits, and close. The shelf is the caller's to
@@ -151,14 +160,42 @@ class Target(Acceptor):
 
     def _admit(self, stream: Stream) -> None:
         with self._lock:
-            if self._stopping or len(self._connections) >= self.connections_max:
-                stream.close()
-                return
-            try:
-                self._begin(stream)
-            except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
-                logger.error("a client cannot be served: %s", error)
-                stream.close()
+            has_place = self._has_place()
+            if has_place:
+                try:
+                    self._begin(stream)
+                except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
+                    logger.error("a client cannot be served: %s", error)
+                    stream.close()
+        if not has_place:
+            self._turn_away(stream)
+
+    def _has_place(self) -> bool:
+        """Whether one more may come; if all places are taken, an idle connection has to go. With the lock held."""
+        if self._stopping:
+            return False
+        staying = [connection for connection in self._connections if not connection.leaving]
+        if len(staying) < self.connections_max:
+            return True
+        idle_until = time.monotonic() - IDLE_SECONDS
+        idle = [connection for connection in staying if connection.is_idle and connection.idle_since < idle_until]
+        if not idle:
+            return False
+        longest = min(idle, key=lambda connection: connection.idle_since)
+        longest.leaving = True
+        longest.drain()
+        return True
+
+    def _turn_away(self, stream: Stream) -> None:
+        """Say why, and close."""
+        if not self._stopping:
+            self._refused.inc()
+            reason = f"all {self.connections_max} connections of this target are in use: --connections gives it more"
+            self._complain(ProtocolError(reason))
+            with contextlib.suppress(OSError):
+                failure = wire.encode(Header(Op.ERROR), wire.Failure(reason))
+                stream.send([failure], time.monotonic() + _ERROR_SECONDS)
+        stream.close()
 
     def _begin(self, stream: Stream) -> None:
         """Start a connection's session; with the lock held."""
@@ -177,10 +214,11 @@ class Target(Acceptor):
         `sign` makes the proof that goes with the welcome."""
         connection = _Connection(stream, self.pool, self._made_room)
         with self._lock:
-            full = len(self._connections) >= self.connections_max
-            if not full and not self._stopping:
+            has_place = self._has_place()
+            if has_place:
                 self._connections[connection] = threading.current_thread()
-        if full or self._stopping:
+        if not has_place:
+            self._turn_away(stream)
             connection.close()
             return
         self._session(connection, lambda: self._welcome(connection, header, hello, sign))
@@ -196,7 +234,7 @@ class Target(Acceptor):
         stream = connection.incoming
         try:
             connection.reader.client = greet() if greet else self._greet(connection)
-            while not self._stopping and stream.wait_for_frame():
+            while not self._stopping and connection.wait_for_frame():
                 deadline = time.monotonic() + STALL_SECONDS
                 header = stream.receive_header(deadline)
                 self._answer(connection, header, stream.receive_control(header, deadline))
@@ -509,6 +547,8 @@ class _Connection:
         self._lent: dict[tuple[int, int], Buffer] = {}  # (request, number) -> what the client is fetching
         self._took_at = 0.0  # when it last did, or could begin to
         self._outgoing = stream.twin()
+        self.idle_since = time.monotonic()  # endless while a request is being taken in
+        self.leaving = False  # its place is another's
         self._pool = pool
         self._made_room = made_room
         self._outbox: deque[_Message] = deque()  # those with a payload
@@ -519,6 +559,18 @@ class _Connection:
         self._changed = threading.Condition()
         self._sender = threading.Thread(target=self._send_all, name="kvtier-sender", daemon=True)
         self._sender.start()
+
+    def wait_for_frame(self) -> bool:
+        """Block until a request begins; False if the client is gone instead."""
+        self.idle_since = time.monotonic()
+        begun = self.incoming.wait_for_frame()
+        self.idle_since = math.inf
+        return begun
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is owed to its client, and nothing lent."""
+        return not self._owed and not self._lent
 
     def owe(self, answers: int) -> None:
         """Promise so many messages. Waits while too many are owed already; raises TimeoutError if the client does not
@@ -635,6 +687,7 @@ class _Connection:
         self._returned([message.buffer for message in messages if message.buffer is not None])
         with self._changed:
             self._owed -= len(messages)
+            self.idle_since = max(self.idle_since, time.monotonic())
             self._changed.notify_all()
 
     def _returned(self, buffers: Sequence[Buffer]) -> None:

@@ -33,6 +33,15 @@ _UNIX_BUFFER_BYTES = 512 << 10
 Bytes = bytes | bytearray | memoryview
 _SEND_PARTS_MAX = 512  # below IOV_MAX
 PATIENCE_SECONDS = 3600.0
+# A peer whose host is gone says nothing any more. One that is idle is probed after 15 s; one that does not acknowledge
+# what it was sent, or answers no probe, is given up after as long as one that stalls (target.py).
+_KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),  # seconds
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),  # ms
+)
 _STALL_LOOK_SECONDS = 1.0
 Resolved: TypeAlias = list[tuple[Any, ...]]  # of socket.getaddrinfo
 _lookups: dict[tuple[str, int], "Future[Resolved]"] = {}  # under way
@@ -57,6 +66,8 @@ class Stream:
         self.received_bytes = 0
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for option in _KEEPALIVE:
+                sock.setsockopt(*option)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _send_buffer_bytes(sock))
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import math
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -303,6 +304,13 @@ def test_a_stalled_put_holds_nobody_up(start_target) -> None:
     client.close()
 
 
+def ask_for_one(stream: Stream) -> bool:
+    stream.send([get_frame([0])], soon())
+    header = stream.receive_header(soon())
+    stream.receive(memoryview(bytearray(header.data_bytes)), soon())
+    return Outcome(header.flags) is Outcome.HIT
+
+
 def test_thousands_beyond_the_limit_are_refused(start_target) -> None:
     running = start_target(connections_max=20)
     fill(running, 1)
@@ -317,15 +325,45 @@ def test_thousands_beyond_the_limit_are_refused(start_target) -> None:
         assert all(is_closed(stream) for stream in crowd)
         for stream in crowd:
             stream.close()
-        for stream in served:
-            stream.send([get_frame([0])], soon())
-            header = stream.receive_header(soon())
-            assert Outcome(header.flags) is Outcome.HIT
-            stream.receive(memoryview(bytearray(header.data_bytes)), soon())
+        assert all(ask_for_one(stream) for stream in served)
     for stream in served:
         stream.close()
     eventually(lambda: not running.target._connections)
     assert_served(running, [0])
+
+
+def test_when_places_run_out_who_is_idle_for_longest_makes_room(start_target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greeted or not; while nobody is, a client is told why it is turned away."""
+    running = start_target(connections_max=3)
+    fill(running, 1)
+    eventually(lambda: not running.target._connections)
+    silent = transport.connect(running.address, soon())
+    first, second = (greeted(running, name) for name in ("first", "second"))
+    eventually(lambda: len(running.target._connections) == 3)
+    client = running.client()
+    assert client.exists([key(0)], soon()) == [Outcome.UNREACHABLE]
+    assert "all 3 connections of this target are in use" in client.failure(running.address)
+    client.close()
+
+    monkeypatch.setattr(target, "IDLE_SECONDS", 0.5)
+    time.sleep(0.6)
+    assert ask_for_one(first)
+    newcomers = [greeted(running, name) for name in ("third", "fourth")]
+    assert is_closed(silent)
+    assert is_closed(second)
+    assert all(ask_for_one(stream) for stream in (first, *newcomers))
+    for stream in (silent, first, second, *newcomers):
+        stream.close()
+
+
+def test_a_peer_whose_host_is_gone_is_noticed(start_target) -> None:
+    running = start_target()
+    stream = greeted(running, "client")
+    (connection,) = running.target._connections
+    for side in (stream, connection.incoming, connection._outgoing):
+        assert side._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert side._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * target.STALL_SECONDS
+    stream.close()
 
 
 def no_descriptor(stream: Stream) -> Stream:
