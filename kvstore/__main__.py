@@ -146,7 +146,6 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument(
         "--hot", help="memory of the hot cache: chunks read or written last; such as 32G; default: none"
     )
-    parser.add_argument("--hot", help="memory for chunks that were read or written last; default none")
     parser.add_argument(
         "--durability",
         help="when a put is acknowledged and visible. 'written' (default): when it is written; a killed process loses "
@@ -235,10 +234,18 @@ class Metrics(Collector):
         for name, text, value in (
             ("sent_bytes", "Payload bytes sent", status.sent_bytes),
             ("received_bytes", "Payload bytes received", status.received_bytes),
-            ("evicted_chunks", "Chunks given up for new ones", status.evicted_entries),
-            ("corrupt_chunks", "Chunks read, found wrong and forgotten: look at the device", status.corrupt_entries),
-            ("failed_writes", "Chunks that the device or file system refused: look at the log", status.failed_writes),
-            ("accepted_bytes", "Payload bytes written, without those written again", status.accepted_bytes),
+            ("evicted_chunks", "Chunks evicted", status.evicted_entries),
+            (
+                "corrupt_chunks",
+                "Chunks whose checksum failed on a read, and which were dropped: look at the device",
+                status.corrupt_entries,
+            ),
+            (
+                "failed_writes",
+                "Chunks whose write the device or file system refused: look at the log",
+                status.failed_writes,
+            ),
+            ("accepted_bytes", "Payload bytes written, without rewrites", status.accepted_bytes),
             (
                 "device_written_bytes",
                 "Bytes written to the device, with headers and rewrites. Over accepted bytes: write amplification",
