@@ -1,0 +1,325 @@
+"""SGLang's HiCache storage backend over the store: pages go between its host pool and targets, without a copy.
+
+In the process of each rank's scheduler. SGLang calls from two threads of its own, one for questions and prefetches, one
+for backups. Each call ends by a deadline, and a store that fails is a miss. Only bad input raises, at start.
+
+SGLang names a page by a hash of its tokens, of those before it, and of its request's cache salt and extra key. Whatever
+else decides its bytes is in the layout digest: the model (identity.py), the host pool, the rank. A page is several
+values, one for each run of memory that it has in the pool: a `layer_first` page has one for each layer, so it is copied
+into one instead. It is found if all of its values are.
+"""
+
+import ctypes
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sglang
+import torch
+from prometheus_client import Counter as Series
+from pydantic import Field, field_validator
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, HiCacheStorageConfig, PoolName
+from sglang.srt.mem_cache.utils import storage_namespace_seed
+from sglang.srt.observability.metrics_collector import StorageMetrics
+
+from components.sglang import identity
+from kvstore import credentials
+from kvstore.bus.messages import checked_namespace
+from kvstore.certificates import ClientOptions
+from kvstore.errors import ConfigError, validated
+from kvstore.keys import chunk_key, fingerprint, layout_digest
+from kvstore.net import tls
+from kvstore.net.client import Item, StoreClient
+from kvstore.net.membership import open_membership
+from kvstore.net.wire import VALUE_BYTES_MAX, Outcome
+from kvstore.rarely import Rarely
+from kvstore.seal import TRAILER_BYTES, announce, open_seal
+
+logger = logging.getLogger(__name__)
+
+# SGLang's own settings in the same JSON.
+_SGLANG_SETTINGS = ("backend_name", "module_path", "class_name", "interface_v1")
+# Several pages go in one put, to spare round trips; if a target is too slow for one, all of it is lost.
+PUT_BYTES = 32 << 20
+# A backup holds pages of the host pool. SGLang waits 10 s for its thread when it detaches a backend.
+PUT_SECONDS = 5.0
+DEADLINE_MS_MAX = 9000
+COMPLAIN_SECONDS = 10.0
+# Batches that SGLang's metrics have not taken yet.
+BATCHES_MAX = 1024
+
+_PAGES = Series(
+    "kvtier_sglang_pages", "HiCache pages, by operation (exists, get, put) and outcome", ["operation", "outcome"]
+)
+_BYTES = Series("kvtier_sglang_bytes", "Bytes of pages that were found by get, or stored by put", ["operation"])
+
+
+class Options(ClientOptions):
+    """What `--hicache-storage-backend-extra-config` says beside SGLang's own settings, checked."""
+
+    store: str = Field("", validate_default=True)
+    namespace: str = "default"
+    credential_file: Path | None = None
+    seal_key: str = ""
+    seal: str = ""
+    # SGLang waits this long for the question what is there, and as long again for each batch of 128 pages.
+    deadline_ms: int = Field(2000, ge=1, le=DEADLINE_MS_MAX)
+
+    @field_validator("store")
+    @classmethod
+    def _not_empty(cls, store: str) -> str:
+        if not store.strip(", "):
+            raise ValueError("host:port,host:port or etcd://host:port")
+        return store
+
+
+class _Batch(NamedTuple):
+    operation: str
+    pages: int
+    gigabytes_per_second: float
+
+
+class KvtierStorage(HiCacheStorage):
+    """See HiCacheStorage for the contract of each method. What is found is complete and checked, or it is a miss: then
+    the memory meant for it is undefined, and SGLang frees it."""
+
+    def __init__(self, config: HiCacheStorageConfig, _: Mapping[str, object] | None = None):
+        """Collective, as in `identity.loaded_model`. Raises ConfigError."""
+        extra = config.extra_config or {}
+        options = read_options(extra)
+        if config.tp_lcm_size:
+            raise ConfigError("tp_lcm_size", config.tp_lcm_size, "none: a page is of one tensor parallelism")
+        seal = open_seal(options.seal_key, options.seal)
+        credential = credentials.load(options.credential_file)
+        client_tls = tls.open_client(options.tls_files)
+        identity.watch()
+        self._model = identity.loaded_model()
+        self._config = config
+        self._interface_v1 = bool(extra.get("interface_v1"))
+        self._deadline_seconds = options.deadline_ms / 1000
+        self._trailer_bytes = TRAILER_BYTES if seal is not None else 0
+        self._complains = {operation: Rarely(COMPLAIN_SECONDS) for operation in ("exists", "get", "put")}
+        self._batches: deque[_Batch] = deque(maxlen=BATCHES_MAX)
+        self._sizes: list[int] = []
+        self._digest = b""
+        self._client = StoreClient(
+            open_membership(options.store, options.namespace, isolated=True),
+            namespace=options.namespace,
+            name="sglang",
+            credential=credential,
+            seal=seal,
+            tls=client_tls,
+        )
+        announce(seal, options.store)
+
+    # ---- at start, on the scheduler's thread
+
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        """Raises ConfigError for a pool whose pages cannot be kept."""
+        super().register_mem_pool_host(mem_pool_host)
+        pool, page_bytes = mem_pool_host, mem_pool_host.size_per_token * mem_pool_host.page_size
+        self._sizes = [page_bytes] if pool.layout == "layer_first" else _value_sizes(pool)
+        if sum(self._sizes) != page_bytes:
+            raise ConfigError("hicache-mem-layout", pool.layout, "layer_first, page_first or page_first_direct")
+        if max(self._sizes) + self._trailer_bytes > VALUE_BYTES_MAX:
+            expected = f"pages in values of at most {VALUE_BYTES_MAX} bytes, these have {max(self._sizes)}"
+            raise ConfigError("page-size", pool.page_size, expected)
+        self._digest = layout_digest(self._describe())
+        logger.info(
+            "kvtier: pages of %d bytes in %d values; layout %s", page_bytes, len(self._sizes), self._digest.hex()[:16]
+        )
+
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: str) -> None:
+        """Raises ConfigError for a pool beside that of KV."""
+        if host_pool_name != PoolName.KV:
+            raise ConfigError(
+                "host pool", host_pool_name, "kv alone: no hybrid, sliding-window or sparse model with this backend"
+            )
+
+    def _describe(self) -> dict[str, object]:
+        """What decides the meaning of a page's bytes, beside what its hash says."""
+        pool, config = self.mem_pool_host, self._config
+        return {
+            "engine": f"sglang {sglang.__version__}",
+            "hash": storage_namespace_seed("extra key", "cache salt"),
+            "model": self._model,
+            "pool": [type(pool).__name__, pool.layout, pool.storage_format_tag, self._interface_v1],
+            "page": [str(pool.dtype), pool.page_size, pool.layer_num, pool.start_layer, pool.end_layer, self._sizes],
+            "tensor": "any"
+            if config.is_mla_model
+            else [config.tp_rank, config.tp_size],  # MLA: all ranks have it alike
+            "pipeline": [config.pp_rank, config.pp_size],
+            "context": [config.attn_cp_rank, config.attn_cp_size],
+        }
+
+    # ---- SGLang's threads
+
+    def batch_exists(self, keys: Sequence[str], extra_info: object = None) -> int:
+        """How many pages are there before the first that is not. None is pinned: a get may find fewer."""
+        if identity.changed():
+            return 0
+        outcomes = self._client.exists(self._names(keys), time.monotonic() + self._deadline_seconds)
+        pages = self._count("exists", outcomes)
+        return pages.index(False) if False in pages else len(pages)
+
+    def batch_get_v1(self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: object = None) -> list[bool]:
+        pool = self.mem_pool_host
+        if pool.layout != "layer_first":
+            return self._get(keys, self._values(host_indices))
+        pages = [pool.get_dummy_flat_data_page() for _ in keys]
+        found = self._get(keys, self._cut(pages))
+        for first, page, hit in zip(host_indices[:: pool.page_size].tolist(), pages, found, strict=True):
+            if hit:
+                pool.set_from_flat_data_page(first, page)
+        return found
+
+    def batch_set_v1(self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: object = None) -> list[bool]:
+        pool = self.mem_pool_host
+        if pool.layout != "layer_first":
+            return self._put(keys, self._values(host_indices))
+        return self._put(keys, self._cut([pool.get_data_page(one) for one in host_indices[:: pool.page_size].tolist()]))
+
+    def batch_get(
+        self, keys: Sequence[str], target_locations: Sequence[torch.Tensor], target_sizes: object = None
+    ) -> list[torch.Tensor | None]:
+        """Without `interface_v1`, SGLang copies pages from and to these tensors."""
+        found = self._get(keys, self._cut(target_locations))
+        return [page if hit else None for page, hit in zip(target_locations, found, strict=True)]
+
+    def batch_set(
+        self,
+        keys: Sequence[str],
+        values: Sequence[torch.Tensor],
+        target_locations: object = None,
+        target_sizes: object = None,
+    ) -> bool:
+        return all(self._put(keys, self._cut(values)))
+
+    def get(self, key: str, target_location: torch.Tensor, target_sizes: object = None) -> torch.Tensor | None:
+        return self.batch_get([key], [target_location])[0]
+
+    def set(self, key: str, value: torch.Tensor, target_location: object = None, target_sizes: object = None) -> bool:
+        return self.batch_set([key], [value])
+
+    def exists(self, key: str) -> bool:
+        return self.batch_exists([key]) == 1
+
+    def clear(self) -> None:
+        """Clears nothing: other engines use the store, too, and targets evict by themselves."""
+        logger.warning("kvtier: the store is not cleared; a page is found by those alone who computed the same")
+
+    def get_stats(self) -> StorageMetrics:
+        """What SGLang's own metrics say of a storage backend, since the last call."""
+        metrics = StorageMetrics()
+        while self._batches:
+            operation, pages, speed = self._batches.popleft()
+            (metrics.prefetch_pgs if operation == "get" else metrics.backup_pgs).append(pages)
+            (metrics.prefetch_bandwidth if operation == "get" else metrics.backup_bandwidth).append(speed)
+        return metrics
+
+    def close(self) -> None:
+        """Calls under way end as misses."""
+        self._client.close()
+
+    # ---- values of pages
+
+    def _get(self, keys: Sequence[str], values: Sequence[memoryview]) -> list[bool]:
+        if identity.changed():
+            return [False] * len(keys)
+        begun = time.monotonic()
+        outcomes = self._client.get(self._names(keys), values, begun + self._deadline_seconds)
+        found = self._count("get", outcomes)
+        self._note("get", sum(found), sum(found) * sum(self._sizes), time.monotonic() - begun)
+        return [False] * len(keys) if identity.changed() else found
+
+    def _put(self, keys: Sequence[str], values: Sequence[memoryview]) -> list[bool]:
+        """Put what the store does not hold yet."""
+        if identity.changed():
+            return [False] * len(keys)
+        begun = time.monotonic()
+        deadline = begun + PUT_SECONDS
+        names, short = self._names(keys), fingerprint(self._digest)
+        outcomes = self._client.exists(names, deadline)
+        missing = [index for index, outcome in enumerate(outcomes) if outcome is Outcome.MISS]
+        per_put = max(1, PUT_BYTES // max(self._sizes))
+        for first in range(0, len(missing), per_put):
+            part = missing[first : first + per_put]
+            items = [Item(names[index], values[index], 0, short, 1) for index in part]
+            for index, outcome in zip(part, self._client.put(items, deadline), strict=True):
+                outcomes[index] = outcome
+        stored_bytes = sum(len(values[index]) for index in missing if outcomes[index] is Outcome.STORED)
+        pages = self._count("put", outcomes)
+        self._note("put", sum(pages), stored_bytes, time.monotonic() - begun)
+        return pages
+
+    def _names(self, keys: Sequence[str]) -> list[bytes]:
+        return [chunk_key(self._digest, key.encode(), number) for key in keys for number in range(len(self._sizes))]
+
+    def _values(self, host_indices: torch.Tensor) -> list[memoryview]:
+        """Where the values of these pages lie in the host pool."""
+        pointers, sizes = self.mem_pool_host.get_page_buffer_meta(host_indices)
+        return [
+            memoryview((ctypes.c_char * size).from_address(pointer)).cast("B")
+            for pointer, size in zip(pointers, sizes, strict=True)
+        ]
+
+    def _cut(self, pages: Sequence[torch.Tensor]) -> list[memoryview]:
+        """The same of pages that are tensors."""
+        values = []
+        for page in pages:
+            content = memoryview(page.view(-1).view(torch.uint8).numpy())
+            if len(content) != sum(self._sizes):
+                raise ValueError(f"a page of {len(content)} bytes where pages have {sum(self._sizes)}")
+            for size in self._sizes:
+                values.append(content[:size])
+                content = content[size:]
+        return values
+
+    # ---- what is told of it
+
+    def _count(self, operation: str, outcomes: Sequence[Outcome]) -> list[bool]:
+        """Whether all values of each page are there."""
+        counts: Counter[Outcome] = Counter()
+        pages = []
+        for first in range(0, len(outcomes), len(self._sizes)):
+            of_page = outcomes[first : first + len(self._sizes)]
+            wrong = [outcome for outcome in of_page if outcome not in (Outcome.HIT, Outcome.STORED)]
+            pages.append(not wrong)
+            counts[(wrong or of_page)[0]] += 1
+        for outcome, count in counts.items():
+            _PAGES.labels(operation, outcome.name.lower()).inc(count)
+        failed = {outcome.name.lower(): count for outcome, count in counts.items() if outcome not in _EXPECTED}
+        if failed and self._complains[operation]():
+            logger.warning("kvtier: %s of %d pages: %s", operation, len(pages), failed)
+        return pages
+
+    def _note(self, operation: str, pages: int, moved_bytes: int, seconds: float) -> None:
+        _BYTES.labels(operation).inc(moved_bytes)
+        if self._config.enable_storage_metrics and pages:
+            self._batches.append(_Batch(operation, pages, moved_bytes / 1e9 / max(seconds, 1e-9)))
+
+
+_EXPECTED = (Outcome.HIT, Outcome.MISS, Outcome.STORED)
+
+
+def read_options(extra: Mapping[str, object]) -> Options:
+    """The settings of the extra config that are kvtier's. Raises ConfigError."""
+    given = {name: value for name, value in extra.items() if name not in _SGLANG_SETTINGS}
+    for name, value in given.items():
+        if name not in Options.model_fields:
+            raise ConfigError(name, value, f"one of {', '.join(Options.model_fields)}")
+    options = validated(Options, dict(given))
+    checked_namespace(options.namespace)
+    return options
+
+
+def _value_sizes(pool: Any) -> list[int]:
+    """The lengths of a page's values, in their order; empty if the pool cannot say where they lie."""
+    try:
+        _, sizes = pool.get_page_buffer_meta(torch.arange(pool.page_size))
+    except (ValueError, NotImplementedError):
+        return []
+    return [int(size) for size in sizes]
