@@ -38,16 +38,17 @@ _changes: list[str] = []  # calls after which weights may be others; no more tha
 
 
 def watch() -> None:
-    """Hear of each call that may change the weights of a model in this process. Raises ConfigError if some may have
-    been made before, unheard: once a scheduler takes requests."""
-    if getattr(WeightUpdater, "kvtier_watched", False):
-        return
-    if _instances(SchedulerWeightUpdaterManager):
+    """Hear of each call that may change the weights of a model in this process. Raises ConfigError if one was made, or
+    may have been made unheard: once a scheduler takes requests."""
+    watched = getattr(WeightUpdater, "kvtier_watched", False)
+    if _changes or (not watched and _instances(SchedulerWeightUpdaterManager)):
         raise ConfigError(
             "hicache-storage-backend",
-            "attached to an engine that serves",
-            "it when the engine starts: weights may have been updated before, and nothing tells",
+            f"attached after {_changes[0]}" if _changes else "attached to an engine that serves",
+            "it when the engine starts: KV of other weights may be left in its caches",
         )
+    if watched:
+        return
     for name, method in list(vars(WeightUpdater).items()):
         if callable(method) and not name.startswith("_") and name not in _HARMLESS:
             setattr(WeightUpdater, name, _heard(name, method))
@@ -110,8 +111,9 @@ def weights_digest(model: nn.Module) -> str:
 
 def _content(tensor: torch.Tensor) -> bytes:
     hasher = xxhash.xxh3_128()
-    for piece in tensor.contiguous().reshape(-1).view(torch.uint8).split(_PIECE_BYTES):
-        hasher.update(piece.cpu().numpy())
+    content = tensor.contiguous().reshape(-1).view(torch.uint8)
+    for first in range(0, len(content), _PIECE_BYTES):
+        hasher.update(content[first : first + _PIECE_BYTES].cpu().numpy().data)
     return hasher.digest()
 
 

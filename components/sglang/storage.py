@@ -121,9 +121,10 @@ class KvtierStorage(HiCacheStorage):
         """Raises ConfigError for a pool whose pages cannot be kept."""
         super().register_mem_pool_host(mem_pool_host)
         pool, page_bytes = mem_pool_host, mem_pool_host.size_per_token * mem_pool_host.page_size
-        self._sizes = [page_bytes] if pool.layout == "layer_first" else _value_sizes(pool)
+        self._sizes = self._value_sizes()
         if sum(self._sizes) != page_bytes:
-            raise ConfigError("hicache-mem-layout", pool.layout, "layer_first, page_first or page_first_direct")
+            expected = "layer_first, page_first or page_first_direct, with interface_v1 set"
+            raise ConfigError("hicache-mem-layout", pool.layout, expected)
         if max(self._sizes) + self._trailer_bytes > VALUE_BYTES_MAX:
             expected = f"pages in values of at most {VALUE_BYTES_MAX} bytes, these have {max(self._sizes)}"
             raise ConfigError("page-size", pool.page_size, expected)
@@ -138,6 +139,18 @@ class KvtierStorage(HiCacheStorage):
             raise ConfigError(
                 "host pool", host_pool_name, "kv alone: no hybrid, sliding-window or sparse model with this backend"
             )
+
+    def _value_sizes(self) -> list[int]:
+        """The lengths of a page's values, in their order; empty if the pool cannot give pages in the way asked for."""
+        pool = self.mem_pool_host
+        try:
+            if not self._interface_v1 or pool.layout == "layer_first":
+                copied_bytes = pool.get_dummy_flat_data_page().nbytes
+            if pool.layout == "layer_first":
+                return [copied_bytes]
+            return [int(size) for size in pool.get_page_buffer_meta(torch.arange(pool.page_size))[1]]
+        except (ValueError, NotImplementedError):
+            return []
 
     def _describe(self) -> dict[str, object]:
         """What decides the meaning of a page's bytes, beside what its hash says."""
@@ -270,7 +283,7 @@ class KvtierStorage(HiCacheStorage):
         """The same of pages that are tensors."""
         values = []
         for page in pages:
-            content = memoryview(page.view(-1).view(torch.uint8).numpy())
+            content = page.view(-1).view(torch.uint8).numpy().data
             if len(content) != sum(self._sizes):
                 raise ValueError(f"a page of {len(content)} bytes where pages have {sum(self._sizes)}")
             for size in self._sizes:
@@ -314,12 +327,3 @@ def read_options(extra: Mapping[str, object]) -> Options:
     options = validated(Options, dict(given))
     checked_namespace(options.namespace)
     return options
-
-
-def _value_sizes(pool: Any) -> list[int]:
-    """The lengths of a page's values, in their order; empty if the pool cannot say where they lie."""
-    try:
-        _, sizes = pool.get_page_buffer_meta(torch.arange(pool.page_size))
-    except (ValueError, NotImplementedError):
-        return []
-    return [int(size) for size in sizes]

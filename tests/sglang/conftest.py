@@ -12,19 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("sglang", reason="SGLang is not installed: pip install --no-deps sglang, and what `dev` names beside")
+pytest.importorskip(
+    "sglang", reason="SGLang is not installed: pip install --no-deps sglang, and what `dev` names beside"
+)
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import bootstrap
 from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
-from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.hicache_storage import PoolName
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler import build_pool_entry
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
-from sglang.srt.mem_cache.pool_host.group import HostPoolGroup
 from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
+from sglang.srt.mem_cache.pool_host.group import HostPoolGroup
 from sglang.srt.mem_cache.pool_host.mha import get_mha_host_pool_cls
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -76,9 +78,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
     config = ModelConfig.from_server_args(arguments)
     bootstrap.init_layer_runtime(model_config=config)
-    return ModelRunner(
-        model_config=config, mem_fraction_static=0.5, gpu_id=0, nccl_port=port, server_args=arguments
-    )
+    return ModelRunner(model_config=config, mem_fraction_static=0.5, gpu_id=0, nccl_port=port, server_args=arguments)
 
 
 class Cache:
