@@ -6,6 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("sglang", reason="SGLang is not installed")
+
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.runtime_context import get_context
@@ -13,7 +16,7 @@ from sglang.srt.runtime_context import get_context
 from components.sglang import identity
 from kvstore.errors import ConfigError
 from tests.conftest import RunningTarget
-from tests.sglang.conftest import Cache, checkpoint, refusal
+from tests.sglang.hicache import Cache, checkpoint, refusal
 
 Make = Callable[..., Cache]
 Start = Callable[..., RunningTarget]

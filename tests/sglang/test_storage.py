@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("sglang", reason="SGLang is not installed")
+
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 
@@ -16,7 +19,7 @@ from kvstore.net.client import Item
 from kvstore.net.wire import Outcome
 from kvstore.seal import TRAILER_BYTES, read_keys
 from tests.conftest import RunningTarget, soon
-from tests.sglang.conftest import Cache, refusal, same
+from tests.sglang.hicache import Cache, refusal, same
 
 Make = Callable[..., Cache]
 Start = Callable[..., RunningTarget]
