@@ -1,7 +1,7 @@
 """SGLang's HiCache storage backend over the store: pages go between its host pool and targets, without a copy.
 
-In the process of each rank's scheduler. SGLang calls from two threads of its own, one for questions and prefetches, one
-for backups. Each call ends by a deadline, and a store that fails is a miss. Only bad input raises, at start.
+In the process of each rank's scheduler. SGLang calls from threads of its own: one asks what is there, one prefetches,
+one backs up. Each call ends by a deadline, and a store that fails is a miss. Only bad input raises, at start.
 
 SGLang names a page by a hash of its tokens, of those before it, and of its request's cache salt and extra key. Whatever
 else decides its bytes is in the layout digest: the model (identity.py), the host pool, the rank. A page is several
@@ -161,9 +161,8 @@ class KvtierStorage(HiCacheStorage):
             "model": self._model,
             "pool": [type(pool).__name__, pool.layout, pool.storage_format_tag, self._interface_v1],
             "page": [str(pool.dtype), pool.page_size, pool.layer_num, pool.start_layer, pool.end_layer, self._sizes],
-            "tensor": "any"
-            if config.is_mla_model
-            else [config.tp_rank, config.tp_size],  # MLA: all ranks have it alike
+            # MLA's pages are alike on all ranks.
+            "tensor": "any" if config.is_mla_model else [config.tp_rank, config.tp_size],
             "pipeline": [config.pp_rank, config.pp_size],
             "context": [config.attn_cp_rank, config.attn_cp_size],
         }
