@@ -22,7 +22,7 @@ from sglang.srt.distributed.parallel_state import get_world_group
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
-from sglang.srt.runtime_context import get_lora, get_spec
+from sglang.srt.runtime_context import attention_backends, get_lora, get_spec
 from torch import nn
 
 from kvstore.errors import ConfigError
@@ -85,10 +85,7 @@ def loaded_model() -> dict[str, object]:
         "weights": [digest for digest, _ in answers],
         "config": json.loads(json.dumps(config, sort_keys=True, default=str)),
         "dtype": str(runner.dtype),
-        "attention": [
-            getattr(runner.server_args, name)
-            for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-        ],
+        "attention": list(attention_backends()),
     }
 
 
