@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,9 @@ from kvstore.bus.residency import Mirror
 from kvstore.errors import ConfigError, UnavailableError, fail, run_command, validated
 
 logger = logging.getLogger("components.router")
+
+# Between leaving the registry and refusing new requests: frontends hear of the former within milliseconds.
+_UNREGISTERED_SECONDS = 1.0
 
 HELP = """Route prompts to the worker where the first token comes soonest for the least GPU time.
 
@@ -148,8 +152,8 @@ def parse(argv: list[str] | None = None) -> Options:
     return validated(Options, vars(parser.parse_args(argv)))
 
 
-async def serve(runtime: Any, options: Options, access: Access | None) -> None:
-    """Run the router until the runtime is shut down."""
+async def serve(runtime: Any, options: Options, access: Access | None, registered: list[Any]) -> None:
+    """Run the router until the runtime is shut down. `registered` gets the endpoints that others may find."""
     from dynamo.common.utils.prometheus import register_engine_metrics_callback
     from dynamo.llm import (
         FpmEventSubscriber,
@@ -217,6 +221,7 @@ async def serve(runtime: Any, options: Options, access: Access | None) -> None:
         endpoint_name="generate",
         model_name=options.model_name,
     )
+    registered.append(public)
     await register_model(
         ModelInput.Tokens,
         ModelType.Prefill if prefill else ModelType.Chat | ModelType.Completions,
@@ -253,6 +258,25 @@ def _runtime_config(workers: Workers) -> Any:
         config.context_length = shortest
         publish_token_budget(config, TokenBudget(shortest, reject_prompt_overflow=True, reject_total_overflow=True))
     return config
+
+
+def _leave_on_signals(runtime: Any, registered: list[Any]) -> None:
+    """On SIGTERM or SIGINT, the router is taken off the registry, ends its requests, and leaves; one that nobody can
+    find yet leaves at once. The kernel ignores a signal to PID 1, as in a container, that has no handler."""
+    from dynamo.common.utils.graceful_shutdown import graceful_shutdown_with_discovery
+
+    serving = asyncio.current_task()
+    leaving: list[asyncio.Task[None]] = []
+
+    def leave() -> None:
+        if not registered and serving is not None:
+            serving.cancel()
+        elif not leaving:
+            stop = graceful_shutdown_with_discovery(runtime, registered, grace_period_s=_UNREGISTERED_SECONDS)
+            leaving.append(asyncio.create_task(stop))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, leave)
 
 
 async def _first_card(cards: Any, workers: Workers, options: Options) -> int:
@@ -306,8 +330,12 @@ def main(argv: list[str] | None = None) -> None:
     async def worker(runtime: Any) -> None:
         nonlocal started
         started = True
+        registered: list[Any] = []
+        _leave_on_signals(runtime, registered)
         try:
-            await serve(runtime, options, access)
+            await serve(runtime, options, access, registered)
+        except asyncio.CancelledError:
+            runtime.shutdown()
         except (ConfigError, UnavailableError) as error:
             failure.append(error)
             runtime.shutdown()

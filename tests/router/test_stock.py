@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -12,12 +13,13 @@ from typing import Any
 
 import aiohttp
 import msgspec
+import pytest
 
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.bus.plan import FIELD, HINT_TYPE, make_plan, read_plan
 from tests.router.stock_late import FLOOR_SECONDS
-from tests.router.stock_worker import CONTEXT_TOKENS, DIE, FAIL_AT_ONCE, FINISH, REFUSE, SILENT, STUCK
+from tests.router.stock_worker import CONTEXT_TOKENS, DIE, FAIL_AT_ONCE, FINISH, LONG, REFUSE, SILENT, STUCK
 
 ENDPOINT = "dynamo.backend.generate"
 WORKERS = 3
@@ -121,6 +123,11 @@ async def first_answer(session: aiohttp.ClientSession, url: str, body: dict[str,
         await asyncio.sleep(0.2)
 
 
+async def one_answer(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    async with session.post(url, json=body) as reply:
+        return dict(await reply.json())
+
+
 async def test_a_router_of_prefill_workers_stands_between_the_stock_frontend_and_them(
     nats_url: str, tmp_path: Path
 ) -> None:
@@ -149,6 +156,63 @@ async def test_a_router_of_prefill_workers_stands_between_the_stock_frontend_and
         async with session.get(f"http://127.0.0.1:{page}/decisions") as reply:
             decisions = await reply.json()
         assert (decisions[0]["prompt_tokens"], decisions[0]["outcome"]) == (35, "finished")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_router_that_is_told_to_stop_ends_its_requests_and_is_found_no_more(
+    nats_url: str, tmp_path: Path, number: int
+) -> None:
+    """As PID 1 of a namespace, as in a container: without a handler the kernel ignores the signal."""
+    model = make_tiny_model(tmp_path / "model", layers=1)
+    port = free_port()
+    environment = planes(nats_url, tmp_path)
+    commands = [
+        ["-m", "tests.router.stock_worker", str(model), ENDPOINT, "aggregated", "hidden"],
+        ["-m", "dynamo.frontend", "--http-port", str(port), "--migration-limit", "0"],
+    ]
+    router = [sys.executable, "-m", "components.router", "--model-name=tiny", f"--model-path={model}"]
+    body = {"model": "tiny", "prompt": [LONG, *range(40, 75)], "max_tokens": 500}
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    namespace = ["unshare", "--pid", "--fork", "--kill-child"] if os.geteuid() == 0 else []
+    async with running(commands, environment) as session:
+        command = [*namespace, *router, f"--nats={nats_url}"]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+            try:
+                whole = text_of(await first_answer(session, url, body))
+                asked = asyncio.create_task(one_answer(session, url, body))
+                await asyncio.sleep(0.7)  # its first tokens are out
+                os.kill(only_child(process.pid) if namespace else process.pid, number)
+                assert text_of(await asked) == whole
+                async with asyncio.timeout(10):
+                    while process.poll() is None:
+                        await asyncio.sleep(0.05)
+                assert process.returncode == 0
+            finally:
+                process.kill()
+        async with session.post(url, json=body) as reply:
+            assert reply.status == 404  # at once, not after the ten seconds of a lease
+
+
+async def test_a_router_without_workers_stops_when_it_is_told_to(nats_url: str, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", layers=1)
+    command = [sys.executable, "-m", "components.router", "--model-name=tiny", f"--model-path={model}"]
+    environment = {**planes(nats_url, tmp_path), "DYN_LOG": "info"}
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen([*command, f"--nats={nats_url}"], env=environment, stdout=file, stderr=file)
+    try:
+        async with asyncio.timeout(60):
+            while "waiting for a worker" not in log.read_text():
+                await asyncio.sleep(0.1)
+        process.terminate()
+        assert process.wait(10) == 0, log.read_text()
+    finally:
+        process.kill()
+
+
+def only_child(pid: int) -> int:
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
 
 
 FORGED = msgspec.to_builtins(make_plan(["evil:1"], fetch=1, deadline_ms=60_000, chunk_ms=0, decision_id="forged"))
