@@ -11,21 +11,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import ByteSize, TypeAdapter
 
 from graphs.service import Deployment, Place, Process, Service, load_deployment, load_graph, numbered_cores
-from graphs.services import is_folder
+from graphs.services import HUB_TOKEN, is_folder, place_model
 from kvstore.errors import ConfigError
+from kvstore.net.transport import split_address
+from kvstore.text import is_secret, masked_variable
 
 NATS_IMAGE = "nats:2.11-alpine"
 ETCD_IMAGE = "quay.io/coreos/etcd:v3.5.21"
 PROMETHEUS_IMAGE = "prom/prometheus:v3.5.0"
 GRAFANA_IMAGE = "grafana/grafana:12.3.0"
-IMAGES = {"store": "store.Dockerfile", "worker": "worker.Dockerfile", "worker-cpu": "worker-cpu.Dockerfile"}
+IMAGES = {name: f"{name}.Dockerfile" for name in ("store", "router", "worker", "worker-cpu")}
 
-_COMPOSE = Place("python", {"Nats": "nats", "Etcd": "etcd", "Store": "store-{replica}"}, is_private=True)
+_COMPOSE = Place(
+    "python",
+    {"Nats": "nats", "Etcd": "etcd", "Store": "store-{replica}"},
+    is_private=True,
+    files="/run/secrets",
+)
 PLACES = {
     "compose": _COMPOSE,
     "prometheus": _COMPOSE,
@@ -33,14 +41,18 @@ PLACES = {
         "python",
         {"Nats": "kvtier-nats", "Etcd": "kvtier-etcd", "Store": "kvtier-store-{replica}.kvtier-store"},
         pins_cores=False,
+        files="/etc/kvtier",
     ),
 }
 _BROKERS = {"Nats": NATS_IMAGE, "Etcd": ETCD_IMAGE}
 _OTHERS = {"Nats", "Etcd", "Store"}  # not Dynamo's
 _START_SECONDS = 900  # a 70B model loads in minutes
+_STOP_SECONDS = 60  # a stock worker alone needs 10
 _POD_NAME = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
 _UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
 _USER = 1000  # of the images
+_FRONTEND_PORT, _SYSTEM_PORT = 8000, 9090  # of the operator
+_SECRETS = "kvtier-secrets"
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent
 # The package as installed has what containers mount, but no Dockerfiles, and no sources that these could copy.
@@ -60,20 +72,38 @@ def render(target: str, reference: str, config: Path | None, overrides: Sequence
         forced = ["--Etcd.ServiceArgs.workers=1"]  # the folder through which Dynamo's processes meet is one machine's
     deployment = load_deployment(reference, config, [*overrides, *forced], Path("/data"), PLACES[target])
     source = f" -f {config.name}" if config else ""
-    settings = "".join(f" {override}" for override in overrides)
+    settings = "".join(f" {_without_secret(override)}" for override in overrides)
     head = f"# dynamo render {target} {reference}{source}{settings}\n# Change the settings there and render it again.\n"
     if target != "prometheus" and not _IS_CHECKOUT:
         head += f"# Build the images in a checkout of kvtier {version('kvtier')}: docker/*.Dockerfile say how.\n"
     if target == "k8s":
-        return head + _k8s(deployment)
+        return head + _wanted_secrets(deployment) + _k8s(deployment)
     return head + (_compose(deployment, folder) if target == "compose" else _prometheus(deployment.processes()))
+
+
+def _without_secret(override: str) -> str:
+    path, equals, value = override.partition("=")
+    return f"{path}{equals}{masked_variable(path.rpartition('.')[2], value)}"
+
+
+def _wanted_secrets(deployment: Deployment) -> str:
+    """As a comment, how to make the Secret that the manifests name, if they need it."""
+    wanted: dict[str, str] = {}
+    for process in deployment.processes():
+        for name, path in process.files.items():
+            key = _secret(process, name)
+            wanted[key] = f"--from-file={key}={path}"
+        wanted |= {key: f"--from-literal={key}=..." for key in process.env if is_secret(key) and key != HUB_TOKEN}
+    if not wanted:
+        return ""
+    return f"# They need: kubectl create secret generic {_SECRETS} {' '.join(wanted.values())}\n"
 
 
 def image_of(process: Process) -> str:
     """Which of this project's images a process runs in."""
     if "dynamo.vllm" in process.command or "components.worker" in process.command:
         return "worker" if process.gpus else "worker-cpu"
-    return "store"
+    return "store" if process.service == "Store" else "router"
 
 
 def _tag(image: str) -> str:
@@ -92,21 +122,19 @@ def health_check(process: Process) -> list[str]:
         return ["wget", "-q", "-O", "/dev/null", "http://127.0.0.1:8222/healthz"]
     if process.service == "Etcd":
         return ["etcdctl", "endpoint", "health"]
-    if process.service == "Store":
-        command = ["python", "-m", "kvstore", "stat", f"127.0.0.1:{process.port}"]
-        if "--namespace" in process.command:
-            command += ["--namespace", process.command[process.command.index("--namespace") + 1]]
-        return command
-    wanted = process.ready_text.encode()
-    code = (
-        "import sys, urllib.request as u; "
-        f"sys.exit({wanted!r} not in u.urlopen({process.ready_url!r}, timeout=4).read())"
-    )
-    return ["python", "-c", code]
+    check = ["python", "-m", "kvstore.healthy", f"127.0.0.1:{process.port}"]
+    return [*check, urlsplit(process.ready_url).path, process.ready_text] if process.ready_url else check
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a value again where it comes up again: nobody reads anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _dump(content: Any) -> str:
-    text: str = yaml.safe_dump(content, sort_keys=False, width=1000, default_flow_style=False)
+    text: str = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=1000, default_flow_style=False)
     return text
 
 
@@ -136,22 +164,25 @@ def _model(deployment: Deployment, service: str) -> Path | None:
 def _compose(deployment: Deployment, folder: Path) -> str:
     processes = deployment.processes()
     services: dict[str, Any] = {}
+    secrets: dict[str, Any] = {}
     for process in processes:
         services[process.name.lower()] = _compose_service(deployment, processes, process, folder)
+        for name, path in process.files.items():
+            secrets[_secret(process, name)] = {"file": _escaped(_beside(path, folder))}
+    services |= _watching(folder)
     volumes: dict[str, None] = {}
     for service in services.values():
         for volume in service.get("volumes", []):
-            name = volume.partition(":")[0]
-            if "/" not in name:
-                volumes[name] = None
-    services |= _watching(folder)
-    volumes |= {"prometheus": None, "grafana": None}
+            if isinstance(volume, str):
+                volumes[volume.partition(":")[0]] = None
     content = {
         "name": "kvtier",
         "services": services,
         "volumes": volumes,
         "configs": {"prometheus": {"content": _escaped(_prometheus(processes))}},
     }
+    if secrets:
+        content["secrets"] = secrets
     return _dump(content)
 
 
@@ -167,53 +198,81 @@ def _compose_service(
         image = image_of(process)
         content = {"image": _tag(image)}
         if _IS_CHECKOUT:
-            root = os.path.relpath(_ROOT, folder.resolve())
+            root = _escaped(os.path.relpath(_ROOT, folder.resolve()))
             content["build"] = {"context": root, "dockerfile": f"docker/{IMAGES[image]}"}
+        # On SIGTERM, which init passes on, workers end their requests and targets seal.
+        content |= {"init": True, "stop_grace_period": f"{_STOP_SECONDS}s"}
     content["command"] = [_escaped(word) for word in process.command]
-    content["environment"] = {key: _escaped(value) for key, value in process.env.items()}
-    if not content["environment"]:
-        del content["environment"]
+    # A variable without a value has that of whoever calls compose, or of .env beside the file.
+    environment: dict[str, str | None] = dict.fromkeys(process.passed)
+    environment |= {key: None if is_secret(key) else _escaped(value) for key, value in process.env.items()}
+    if environment:
+        content["environment"] = environment
+    if process.files:
+        content["secrets"] = [{"source": _secret(process, name), "target": name} for name in process.files]
     needed = _needs(deployment, name)
     waits = [other.name.lower() for other in processes if other.service in needed]
     if waits:
         content["depends_on"] = {other: {"condition": "service_healthy"} for other in waits}
     content["healthcheck"] = {
         "test": ["CMD", *(_escaped(word) for word in health_check(process))],
-        "interval": "10s",
-        "timeout": "10s",
+        "interval": "5s",
+        "timeout": "5s",
         "retries": 3,
         "start_period": f"{_START_SECONDS}s" if name not in _OTHERS else "60s",
-        "start_interval": "2s",
     }
+    replica = int(process.name.rpartition("-")[2]) if "-" in process.name else 0
     if name == "Frontend":
-        content["ports"] = [f"{settings.flags.get('host', '127.0.0.1')}:{process.port}:{process.port}"]
-    volumes = []
+        content["ports"] = [_published(str(settings.flags.get("host", "127.0.0.1")), process.port, replica)]
+    if name == "Router" and (page := str(settings.flags.get("page", ""))):
+        content["ports"] = [_published(*split_address(page), replica)]
+    volumes: list[Any] = []
     if name == "Store":
         volumes.append(f"{process.name.lower()}:/data")
     elif name not in _BROKERS:
         volumes.append("models:/cache")
         model = _model(deployment, name)
         if model is not None:
-            volumes.append(f"{_beside(model, folder)}:/models/{model.name}:ro")
+            volumes.append(_mounted(_beside(model, folder), place_model(deployment, str(model))))
     if volumes:
         content["volumes"] = volumes
-    works = image_of(process) != "store"
-    if works:
+    if image_of(process).startswith("worker"):
         content["shm_size"] = _shm_bytes(deployment, process)
-        content["ulimits"] = {"memlock": -1}
+        if process.gpus:
+            content["ulimits"] = {"memlock": -1}
     else:
         # An engine compiles kernels and keeps them in its home; nothing else writes beside its volume and /tmp.
         content["read_only"] = True
         content["tmpfs"] = ["/tmp", "/data"] if name == "Etcd" else ["/tmp"]
     if settings.args.resources.cpu and name not in _BROKERS:
         cpu = settings.args.resources.cpu
-        first = deployment.taken_before(name)[1] + int(process.name.rpartition("-")[2]) * cpu
+        first = deployment.taken_before(name)[1] + replica * cpu
         content["cpuset"] = numbered_cores(first, cpu, deployment.place)
     if process.gpus:
         device = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in process.gpus], "capabilities": ["gpu"]}
         content["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
     content |= {"cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"], "restart": "unless-stopped"}
     return content
+
+
+def _secret(process: Process, name: str) -> str:
+    """A mounted file's name among those of all services."""
+    return f"{process.service.lower()}-{name}"
+
+
+def _published(host: str, port: int, replica: int) -> str:
+    return f"{f'[{host}]' if ':' in host else host}:{port + replica}:{port}"
+
+
+def _mounted(source: str, target: str) -> dict[str, Any]:
+    """A file or folder of the host. It must be there: Docker would make a folder of root's in its place."""
+    return {
+        "type": "bind",
+        "source": _escaped(source),
+        "target": _escaped(target),
+        "read_only": True,
+        "bind": {"create_host_path": False},
+    }
 
 
 def _needs(deployment: Deployment, name: str) -> set[str]:
@@ -238,8 +297,6 @@ def _watching(folder: Path) -> dict[str, Any]:
     # In a checkout the file may move with it; an installed package stays where it is.
     docker = _beside(Path(os.path.relpath(_DOCKER)) if _IS_CHECKOUT else _DOCKER, folder)
     common = {
-        "read_only": True,
-        "tmpfs": ["/tmp"],
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "restart": "unless-stopped",
@@ -253,7 +310,11 @@ def _watching(folder: Path) -> dict[str, Any]:
                 "--storage.tsdb.retention.time=7d",
             ],
             "configs": [{"source": "prometheus", "target": "/etc/prometheus/prometheus.yml"}],
-            "volumes": ["prometheus:/prometheus", f"{docker}/prometheus/rules.yml:/etc/prometheus/rules.yml:ro"],
+            # Compose cannot write a config into a read-only container.
+            "volumes": [
+                "prometheus:/prometheus",
+                _mounted(f"{docker}/prometheus/rules.yml", "/etc/prometheus/rules.yml"),
+            ],
             "ports": ["127.0.0.1:9091:9090"],
             "healthcheck": {
                 "test": ["CMD", "wget", "-q", "-O", "/dev/null", "http://127.0.0.1:9090/-/ready"],
@@ -274,8 +335,10 @@ def _watching(folder: Path) -> dict[str, Any]:
             },
             "volumes": [
                 "grafana:/var/lib/grafana",
-                *(f"{docker}/grafana/{name}:/etc/grafana/{name}:ro" for name in _PROVISIONED),
+                *(_mounted(f"{docker}/grafana/{name}", f"/etc/grafana/{name}") for name in _PROVISIONED),
             ],
+            "read_only": True,
+            "tmpfs": ["/tmp"],
             "ports": ["127.0.0.1:3000:3000"],
             "depends_on": {"prometheus": {"condition": "service_healthy"}},
             "healthcheck": {
@@ -337,8 +400,57 @@ def _k8s(deployment: Deployment) -> str:
     return "---\n".join(_dump(document) for document in documents)
 
 
-def _environment(env: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [{"name": key, "value": value} for key, value in env.items()]
+def _environment(process: Process, env: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Variables of a container. Secrets are in Secrets: what the settings give must be there, the others may be."""
+    secrets = {**dict.fromkeys(process.passed, True), **{key: False for key in env if is_secret(key)}}
+    return [
+        *({"name": key, "valueFrom": {"secretKeyRef": _reference(key, may_miss)}} for key, may_miss in secrets.items()),
+        *({"name": key, "value": value} for key, value in env.items() if key not in secrets),
+    ]
+
+
+def _reference(variable: str, may_miss: bool) -> dict[str, Any]:
+    # Dynamo's own recipes call the first one so.
+    name = "hf-token-secret" if variable == HUB_TOKEN else _SECRETS
+    return {"name": name, "key": variable, **({"optional": True} if may_miss else {})}
+
+
+def _mount_files(process: Process, pod: dict[str, Any], container: dict[str, Any]) -> None:
+    """Give a container the files that its settings name, out of the Secret kvtier-secrets."""
+    if not process.files:
+        return
+    items = [{"key": _secret(process, name), "path": name} for name in process.files]
+    # Root's, and readable to the pod's group: kvstore/private.py takes that for private.
+    volume = {"name": "files", "secret": {"secretName": _SECRETS, "items": items, "defaultMode": 0o440}}
+    mount = {"name": "files", "mountPath": PLACES["k8s"].files, "readOnly": True}
+    pod.setdefault("volumes", []).append(volume)
+    container.setdefault("volumeMounts", []).append(mount)
+
+
+def _guard(name: str, port: int, metrics_port: int = 0, replicas: int = 1) -> list[dict[str, Any]]:
+    """What keeps a workload reachable for its own namespace alone, but for its metrics, and up while nodes are
+    drained."""
+    labels = {"matchLabels": {"app.kubernetes.io/name": name}}
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": name},
+        "spec": {
+            "podSelector": labels,
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                {"from": [{"podSelector": {}}], "ports": [{"port": port}]},
+                *([{"ports": [{"port": metrics_port}]}] if metrics_port else []),
+            ],
+        },
+    }
+    budget = {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": {"name": name},
+        "spec": {"maxUnavailable": 1, "selector": labels},
+    }
+    return [policy, budget] if replicas > 1 else [policy]
 
 
 def _broker(process: Process) -> list[dict[str, Any]]:
@@ -348,7 +460,7 @@ def _broker(process: Process) -> list[dict[str, Any]]:
         "name": process.service.lower(),
         "image": _BROKERS[process.service],
         "command": list(process.command),
-        "env": _environment(process.env),
+        "env": _environment(process, process.env),
         "ports": [{"name": "client", "containerPort": process.port}],
         "readinessProbe": {"tcpSocket": {"port": "client"}, "periodSeconds": 5},
         "securityContext": _UNPRIVILEGED,
@@ -377,6 +489,7 @@ def _broker(process: Process) -> list[dict[str, Any]]:
                 "template": {"metadata": {"labels": labels}, "spec": pod},
             },
         },
+        *_guard(name, process.port),
     ]
 
 
@@ -397,10 +510,10 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
         "name": "store",
         "image": _tag("store"),
         "command": command,
-        "env": [_POD_NAME, *_environment(env)],
+        "env": [_POD_NAME, *_environment(first, env)],
         "ports": ports,
         "startupProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 2, "failureThreshold": 300},
-        "readinessProbe": {"exec": {"command": health_check(first)}, "periodSeconds": 15, "timeoutSeconds": 10},
+        "readinessProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 5},
         "livenessProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 10, "failureThreshold": 3},
         "resources": {"requests": {"memory": _mebi(memory)}, "limits": {"memory": _mebi(2 * memory)}},
         "securityContext": _UNPRIVILEGED,
@@ -408,10 +521,12 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
     }
     pod = {
         "securityContext": {"runAsNonRoot": True, "runAsUser": _USER, "fsGroup": _USER},
-        "terminationGracePeriodSeconds": 60,
+        "terminationGracePeriodSeconds": _STOP_SECONDS,
+        "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [_apart(labels)]}},
         "containers": [container],
         "volumes": [{"name": "tmp", "emptyDir": {}}],
     }
+    _mount_files(first, pod, container)
     # What a file system keeps for itself, and for the super-user, is not in the capacity.
     disk = math.ceil(_size(settings.get("capacity", "4GiB")) * 1.1 / (1 << 30))
     claim = {
@@ -438,25 +553,46 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
                 "volumeClaimTemplates": [claim],
             },
         },
+        *_guard(name, first.port, first.metrics_port, len(replicas)),
     ]
 
 
+def _apart(labels: Mapping[str, str]) -> dict[str, Any]:
+    """On nodes of their own, as far as there are enough."""
+    term = {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": "kubernetes.io/hostname"}
+    return {"weight": 100, "podAffinityTerm": term}
+
+
 def _component(deployment: Deployment, service: Service, replicas: Sequence[Process]) -> dict[str, Any]:
-    """A service of the DynamoGraphDeployment. Ports and probes of Dynamo's processes are the operator's own."""
+    """A service of the DynamoGraphDeployment. Ports and probes of frontends and workers are the operator's own."""
     first = replicas[0]
     alike = [_same(process, "") for process in replicas]
     _must_be_alike(service.name, alike)
     command, env = alike[0]
     env.pop("DYN_SYSTEM_PORT", None)
+    if service.name == "Frontend" and first.port != _FRONTEND_PORT:
+        expected = f"{_FRONTEND_PORT}, where the operator's Service and probes expect it"
+        raise ConfigError("Frontend.port", first.port, expected)
+    is_router = service.name == "Router"
+    if is_router:
+        env["DYN_SYSTEM_PORT"] = str(_SYSTEM_PORT)
     image = image_of(first)
     main: dict[str, Any] = {
         "name": "main",
         "image": _tag(image),
         "command": command[:1],
         "args": command[1:],
-        "env": _environment(env),
+        "env": _environment(first, env),
     }
-    pod: dict[str, Any] = {"containers": [main]}
+    if is_router:
+        main["ports"] = [{"name": "system", "containerPort": _SYSTEM_PORT}]
+        main["readinessProbe"] = {"httpGet": {"path": "/health", "port": "system"}, "periodSeconds": 5}
+        main["livenessProbe"] = {"tcpSocket": {"port": "system"}, "initialDelaySeconds": 60, "periodSeconds": 10}
+    pod: dict[str, Any] = {
+        "securityContext": {"runAsNonRoot": True, "runAsUser": _USER, "fsGroup": _USER},
+        "terminationGracePeriodSeconds": _STOP_SECONDS,
+        "containers": [main],
+    }
     if first.gpus:
         main["resources"] = {"limits": {"nvidia.com/gpu": str(len(first.gpus))}}
     model = _model(deployment, service.name)
@@ -464,15 +600,18 @@ def _component(deployment: Deployment, service: Service, replicas: Sequence[Proc
         main["volumeMounts"] = [{"name": "models", "mountPath": "/models", "readOnly": True}]
         claim = {"claimName": "kvtier-models", "readOnly": True}
         pod["volumes"] = [{"name": "models", "persistentVolumeClaim": claim}]
+    _mount_files(first, pod, main)
     parts = [part for part in ("prefill", "decode") if part in command]
+    # A router has no type: as a worker it would be in the workers' hash, and a new flag of it would restart them all.
+    kind = {"Frontend": "frontend", "Router": ""}.get(service.name, parts[0] if parts else "worker")
     content: dict[str, Any] = {
         "name": service.name,
-        "type": "frontend" if service.name == "Frontend" else parts[0] if parts else "worker",
+        **({"type": kind} if kind else {}),
         "runtimeVersionOverride": _dynamo_version(),  # the images' tags are versions of this project
         "globalDynamoNamespace": True,  # the router is found at dynamo.kvtier-router, its workers at dynamo.backend
         "replicas": len(replicas),
     }
-    if image != "store":
+    if image.startswith("worker"):
         content["sharedMemorySize"] = _mebi(_shm_bytes(deployment, first))
     return {**content, "podTemplate": {"spec": pod}}
 

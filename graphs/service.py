@@ -62,6 +62,7 @@ class Place:
     hosts: Mapping[str, str] = field(default_factory=dict)  # a service's name in the network, with {replica}
     pins_cores: bool = True
     is_private: bool = False  # nobody else is in their network
+    files: str = ""  # the folder in which a container finds the files that its settings name
 
     @property
     def apart(self) -> bool:
@@ -99,6 +100,8 @@ class Process:
     ready_url: str = ""  # URL that answers 200, with `ready_text` in its body
     ready_text: str = ""
     folders: Sequence[Path] = ()  # made before it starts
+    files: Mapping[str, Path] = field(default_factory=dict)  # what it reads in Place.files, by its name there
+    passed: Sequence[str] = ()  # variables that it takes from the environment of whoever starts it: secrets
     listens: Sequence[str] = ()  # host:port that must be free before it starts
 
 

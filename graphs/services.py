@@ -17,9 +17,13 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from graphs.service import Deployment, Place, Process, Service, Setting, Settings, as_flags, replicas
+from kvstore import credentials
 from kvstore.bus.broker import checked_urls
 from kvstore.errors import ConfigError, validated
+from kvstore.net import tenants
 from kvstore.net.membership import checked_address
 from kvstore.net.transport import join_address, split_address
 
@@ -52,6 +56,7 @@ _TIER_FLAGS = {
     "tp-private",
 }  # of components.worker alone
 _WORKER_FLAGS = {"model", "endpoint"} | _TIER_FLAGS
+HUB_TOKEN = "HF_TOKEN"
 
 
 def _nats(settings: Settings, deployment: Deployment) -> list[Process]:
@@ -129,6 +134,11 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
         raise ConfigError("ServiceArgs.workers", 0, "1 or more, or Store.addresses where targets run elsewhere")
     processes = []
     place = deployment.place
+    flags, files = _placed(Options, settings.flags, place)
+    passed: list[str] = []
+    if "namespaces" in files:
+        named, passed = _named_secrets(files["namespaces"], place)
+        files |= named
     addresses = target_addresses(deployment)
     for (replica, env, _), address in zip(replicas("Store", deployment), addresses, strict=True):
         folder = Path(_flag(settings, "dir", str(deployment.state_dir / "store")))
@@ -138,34 +148,36 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
             folder = Path("/data")
         made = [] if "dir" in settings.flags or place.apart else [folder]
         port = split_address(address)[1]
-        flags: dict[str, Setting] = {
+        given: dict[str, Setting] = {
             "capacity": "4GiB",
-            **settings.flags,
+            **flags,
             "dir": str(folder),
             "listen": f"0.0.0.0:{port}" if place.apart else address,
             "nats": nats_url(deployment),
         }
         if place.apart:
-            flags |= {"advertise": address, "unix-socket": ""}
+            given |= {"advertise": address, "unix-socket": ""}
         if deployment.runs("Etcd"):
-            flags["etcd"] = etcd_address(deployment)
+            given["etcd"] = etcd_address(deployment)
         metrics_port = _number(settings, "metrics-port", 7690 if place.apart else 0)
         if metrics_port:
             metrics_port += 0 if place.apart else replica
-            flags["metrics-port"] = metrics_port
-        values = {key.replace("-", "_"): value for key, value in flags.items()}
+            given["metrics-port"] = metrics_port
+        values = {key.replace("-", "_"): value for key, value in given.items()}
         validated(Options, {**values, "dir": [folder]})
         processes.append(
             Process(
                 f"Store-{replica}",
                 "Store",
-                [place.python, "-m", "kvstore", *as_flags(flags)],
+                [place.python, "-m", "kvstore", *as_flags(given)],
                 env,
                 port,
                 metrics_port,
                 ready_line="kvstore: ready at",
                 folders=made,
                 listens=[address],
+                files=files,
+                passed=passed,
             )
         )
     return processes
@@ -187,9 +199,13 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
     tier = settings.flags.get("tier", mode != "decode")
     if not isinstance(tier, bool):
         raise ConfigError("tier", tier, "true or false")
-    flags = {key: value for key, value in settings.flags.items() if key not in ("tier", "system-port")}
+    flags, files = _placed(Options, settings.flags, place)
+    flags = {key: value for key, value in flags.items() if key not in ("tier", "system-port")}
     if "model" not in flags:
         raise ConfigError("model", "nothing", "a folder with a config.json, or a name on the hub (owner/model)")
+    passed = _hub_token(flags["model"])
+    if tier and "credential-file" not in flags:
+        passed.append(credentials.VARIABLE)
     flags["model"] = place_model(deployment, str(flags["model"]))
     if flags.get("seal") is False:
         flags["seal"] = "off"  # which YAML takes for a no
@@ -234,6 +250,8 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
                 ready_url=f"http://127.0.0.1:{port}/health",
                 ready_text='"generate":"ready"',
                 listens=[f"127.0.0.1:{port}"],
+                files=files if tier else {},
+                passed=passed,
             )
         )
     return processes
@@ -273,11 +291,13 @@ def routers(workers: str = "VllmWorker", worker_type: str = "aggregated") -> Ser
 
 def _router(workers: str, worker_type: str, settings: Settings, deployment: Deployment) -> list[Process]:
     from components.router.__main__ import Options
+    from components.router.view.access import VARIABLE as PAGE_TOKEN
 
     known = {name.replace("_", "-") for name in Options.model_fields} - {"nats", "worker-type"}
     _known("Router", settings, known | {"system-port"})
     place = deployment.place
     worker = deployment.of(workers).flags
+    own, files = _placed(Options, settings.flags, place)
     inherited = {key: worker[key] for key in ("endpoint", "namespace", "deadline-ms") if key in worker}
     flags: dict[str, Setting] = {
         "model-name": model_name(deployment),
@@ -285,7 +305,7 @@ def _router(workers: str, worker_type: str, settings: Settings, deployment: Depl
         "nats": nats_url(deployment),
         **({"endpoint": _PREFILL_ENDPOINT, "worker-type": worker_type} if worker_type == "prefill" else {}),
         **inherited,
-        **{key: value for key, value in settings.flags.items() if key != "system-port"},
+        **{key: value for key, value in own.items() if key != "system-port"},
     }
     validated(Options, {key.replace("-", "_"): value for key, value in flags.items()})
     processes = []
@@ -295,6 +315,7 @@ def _router(workers: str, worker_type: str, settings: Settings, deployment: Depl
         shown: dict[str, Setting] = {"page": page} if page else {}
         if page and place.is_private and "page-token-file" not in settings.flags:
             shown["page-open"] = True
+        asks = page and not place.is_private and "page-token-file" not in settings.flags
         command = [place.python, "-m", "components.router", *as_flags({**flags, **shown})]
         env = {**runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)}
         processes.append(
@@ -309,6 +330,8 @@ def _router(workers: str, worker_type: str, settings: Settings, deployment: Depl
                 ready_url=f"http://127.0.0.1:{port}/health",
                 ready_text='"generate":"ready"',
                 listens=[f"127.0.0.1:{port}", *([page] if page else [])],
+                files=files,
+                passed=[*_hub_token(worker.get("model", "")), *([PAGE_TOKEN] if asks else [])],
             )
         )
     return processes
@@ -336,6 +359,7 @@ def _frontend(settings: Settings, deployment: Deployment) -> list[Process]:
                 ready_url=f"http://127.0.0.1:{port}/v1/models",
                 ready_text='"id"',
                 listens=[join_address(host, port)],
+                passed=_hub_token(_model(deployment)),
             )
         )
     return processes
@@ -401,24 +425,67 @@ def store_addresses(deployment: Deployment) -> str:
     return ",".join(target_addresses(deployment))
 
 
-def model_name(deployment: Deployment) -> str:
-    """What clients call the model."""
+def _model(deployment: Deployment) -> Setting:
+    flags = _model_flags(deployment)
+    return flags.get("model-path") or flags.get("model", "")
+
+
+def _model_flags(deployment: Deployment) -> dict[str, Setting]:
     flags: dict[str, Setting] = {}
     for service in ("VllmWorker", "DecodeWorker", "Router"):
         flags |= deployment.of(service).flags
+    return flags
+
+
+def model_name(deployment: Deployment) -> str:
+    """What clients call the model."""
+    flags = _model_flags(deployment)
     return str(flags.get("model-name") or flags.get("served-model-name") or flags.get("model", ""))
 
 
 def place_model(deployment: Deployment, model: str) -> str:
     """A model's name on the hub as it is; its folder as the containers see it, if there are any."""
     if deployment.place.apart and is_folder(model):
-        return f"/models/{Path(model).name}"
+        return f"/models/{Path(os.path.abspath(model)).name}"
     return model
 
 
 def is_folder(model: str) -> bool:
-    """Whether a model is a folder, and not a name on the hub: owner/model."""
-    return model.startswith((".", "/")) or model.count("/") != 1
+    """Whether a model is a folder, and not a name on the hub: owner/model. A folder that is there goes first, as in
+    vLLM."""
+    return model.startswith((".", "/")) or model.count("/") != 1 or Path(model).is_dir()
+
+
+def _hub_token(model: Setting) -> list[str]:
+    return [] if is_folder(str(model)) else [HUB_TOKEN]
+
+
+def _placed(
+    options: type[BaseModel], flags: Mapping[str, Setting], place: Place
+) -> tuple[dict[str, Setting], dict[str, Path]]:
+    """Settings with the files that they name where a container finds them, and those files by their names there. The
+    type of an option says that it is a file."""
+    if not place.apart:
+        return dict(flags), {}
+    kinds = {name.replace("_", "-"): field.annotation for name, field in options.model_fields.items()}
+    files = {key: Path(str(value)) for key, value in flags.items() if kinds.get(key) == Path | None}
+    return {**flags, **{key: f"{place.files}/{key}" for key in files}}, files
+
+
+def _named_secrets(namespaces: Path, place: Place) -> tuple[dict[str, Path], list[str]]:
+    """The credential files that a file of namespaces names, and the variables. Raises ConfigError."""
+    files: dict[str, Path] = {}
+    variables = []
+    for name, value in tenants.references(namespaces):
+        if name == "credential-env":
+            variables.append(value)
+            continue
+        inside = Path(place.files, value)
+        if inside.parent != Path(place.files):
+            expected = f"a file beside {namespaces}, or in {place.files}, for containers to find it"
+            raise ConfigError("namespaces", value, expected)
+        files[inside.name] = namespaces.parent / value
+    return files, variables
 
 
 def frontend_url(deployment: Deployment) -> str:

@@ -36,7 +36,6 @@ def make_tiny_model(
     token, 512 KiB per block of 128 tokens. One token is one byte of ASCII text.
     """
     import torch
-    from safetensors.torch import save_file
 
     if (folder / "model.safetensors").exists():
         return folder
@@ -90,7 +89,7 @@ def make_tiny_model(
             prefix + "mlp.up_proj.weight": random(mlp, hidden, 1.0),
             prefix + "mlp.down_proj.weight": random(hidden, mlp, 1.0),
         }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder / "model.safetensors", weights)
     return folder
 
 
@@ -98,7 +97,6 @@ def make_tiny_adapter(folder: Path, model: Path, *, seed: int, rank: int = 4) ->
     """Write a LoRA adapter for the tiny model into `folder`, in place of one that is there: drawn from the seed, and
     strong enough to change the text. Returns the folder."""
     import torch
-    from safetensors.torch import save_file
 
     config = json.loads((model / "config.json").read_text())
     hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
@@ -111,7 +109,7 @@ def make_tiny_adapter(folder: Path, model: Path, *, seed: int, rank: int = 4) ->
             weights[prefix + "lora_A.weight"] = down
             weights[prefix + "lora_B.weight"] = torch.randn(rows * config["head_dim"], rank, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_weights(folder / "adapter_model.safetensors", weights)
     targets = ["q_proj", "k_proj", "v_proj"]
     write_json(
         folder / "adapter_config.json",
@@ -159,6 +157,13 @@ def spoken_only(vocab: dict[str, int], rows: "torch.Tensor") -> "torch.Tensor":
     lm_head = torch.zeros(len(vocab), rows.shape[1])
     lm_head[spoken] = rows
     return lm_head
+
+
+def write_weights(path: Path, weights: "dict[str, torch.Tensor]") -> None:
+    from safetensors.torch import save_file
+
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors' own 0600 keeps out the user of a container
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:

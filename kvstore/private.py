@@ -22,13 +22,20 @@ def read(field: str, path: Path) -> bytes:
             raise ConfigError(field, path, f"a regular file of at most {_BYTES_MAX} bytes")
         if facts.st_uid not in (0, os.geteuid()):
             raise ConfigError(field, path, f"a file of this process's user or of root, not of user {facts.st_uid}")
-        if facts.st_mode & 0o077:
+        if not is_private(facts):
             permissions = stat.S_IMODE(facts.st_mode)
             expected = f"a file that only its owner can read, not with mode {permissions:04o} (chmod 600)"
             raise ConfigError(field, path, expected)
         return os.read(descriptor, _BYTES_MAX)
     finally:
         os.close(descriptor)
+
+
+def is_private(facts: os.stat_result) -> bool:
+    """Whether nobody but a file's owner can read it, or nobody but this process's group and root, who owns it. The
+    latter is a secret that Kubernetes mounts in a pod with an fsGroup: it cannot be given to the process's user."""
+    is_lent = facts.st_uid == 0 != os.geteuid() and facts.st_gid in (os.getegid(), *os.getgroups())
+    return not facts.st_mode & (0o037 if is_lent else 0o077)
 
 
 def stamp(path: Path) -> tuple[int, ...]:

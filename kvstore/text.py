@@ -39,9 +39,14 @@ def masked(text: str) -> str:
     return _USERINFO.sub(f"{HIDDEN}@", text)
 
 
+def is_secret(variable: str) -> bool:
+    """Whether an environment variable of this name holds a secret."""
+    return _SECRET_VARIABLE.search(variable) is not None
+
+
 def masked_variable(name: str, value: str) -> str:
     """The value of an environment variable, hidden if the name is a secret's."""
-    return HIDDEN if value and _SECRET_VARIABLE.search(name) else masked(value)
+    return HIDDEN if value and is_secret(name) else masked(value)
 
 
 def _escaped(character: str) -> str:

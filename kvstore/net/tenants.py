@@ -64,6 +64,14 @@ def load(path: Path, environ: Mapping[str, str] | None = None) -> Grants:
     return grants
 
 
+def references(path: Path) -> list[tuple[str, str]]:
+    """Where the credentials of a namespaces file are, if not in it: pairs of credential-file or credential-env, and
+    its value. Reads neither. Raises ConfigError."""
+    named = _SECRETS[1:]
+    entries = [entry for entry in _entries(path) if isinstance(entry, dict)]
+    return [(name, str(entry[name])) for entry in entries for name in named if name in entry]
+
+
 def _entries(path: Path) -> list[Any]:
     expected = "a YAML file with a list of namespaces"
     try:

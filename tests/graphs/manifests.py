@@ -1,48 +1,61 @@
 """A strict reading of Kubernetes manifests: every field must be one of its type, and have a value of the right kind.
 
-Kubernetes' own types come from its Python client. Those of Dynamo's operator are written down here, as far as they are
-used: DynamoGraphDeployment in nvidia.com/v1beta1, in which the operator stores it, too.
+Kubernetes' own types come from its Python client. DynamoGraphDeployment is read by the schema of the operator's
+CustomResourceDefinition, in which a field that it does not name is an error here.
 """
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 from kubernetes.client import models
 
-KINDS = {"Deployment": "V1Deployment", "Service": "V1Service", "StatefulSet": "V1StatefulSet"}
-_DYNAMO: dict[str, dict[str, str]] = {
-    "DynamoGraphDeployment": {
-        "apiVersion": "str",
-        "kind": "str",
-        "metadata": "V1ObjectMeta",
-        "spec": "DynamoGraphDeploymentSpec",
-    },
-    "DynamoGraphDeploymentSpec": {
-        "annotations": "dict(str, str)",
-        "labels": "dict(str, str)",
-        "backendFramework": "vllm|sglang|trtllm",
-        "env": "list[V1EnvVar]",
-        "components": "list[Component]",
-    },
-    "Component": {
-        "name": "str",
-        "type": "frontend|worker|prefill|decode|planner|epp",
-        "runtimeVersionOverride": "str",
-        "globalDynamoNamespace": "bool",
-        "replicas": "int",
-        "minAvailable": "int",
-        "sharedMemorySize": "str",
-        "frontendSidecar": "str",
-        "podTemplate": "V1PodTemplateSpec",
-    },
+KINDS = {
+    "Deployment": "V1Deployment",
+    "NetworkPolicy": "V1NetworkPolicy",
+    "PodDisruptionBudget": "V1PodDisruptionBudget",
+    "Service": "V1Service",
+    "StatefulSet": "V1StatefulSet",
 }
+GRAPH = "DynamoGraphDeployment"
+_SCHEMA = json.loads((Path(__file__).parent / "dynamographdeployment.v1beta1.json").read_text())
 _PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 def read(document: dict[str, Any]) -> None:
     """Raises ValueError, which names the field, for a manifest that is not as its kind prescribes."""
     kind = document["kind"]
-    _read(document, KINDS.get(kind, kind), kind)
+    if kind == GRAPH:
+        _read_graph(document)
+    else:
+        _read(document, KINDS[kind], kind)
+
+
+def _read_graph(document: dict[str, Any]) -> None:
+    errors = jsonschema.Draft202012Validator(_strict(_SCHEMA)).iter_errors(document)
+    told = [f"{GRAPH}{error.json_path.removeprefix('$')}: {error.message}" for error in errors]
+    _read(document["metadata"], "V1ObjectMeta", f"{GRAPH}.metadata")
+    for number, component in enumerate(document["spec"]["components"]):
+        containers = component["podTemplate"]["spec"]["containers"]
+        if not [one for one in containers if one["name"] == "main" and one.get("image")]:
+            told.append(f"{GRAPH}.spec.components[{number}]: no container main with an image")
+    if told:
+        raise ValueError("; ".join(told))
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without leave to have fields that it does not name."""
+    content = dict(schema)
+    if "properties" in schema:
+        content["properties"] = {name: _strict(one) for name, one in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            content["additionalProperties"] = False
+    for below in ("items", "additionalProperties"):
+        if isinstance(schema.get(below), dict):
+            content[below] = _strict(schema[below])
+    return content
 
 
 def _read(value: Any, kind: str, where: str) -> Any:
@@ -56,19 +69,9 @@ def _read(value: Any, kind: str, where: str) -> Any:
     if kind in _PLAIN:
         _expect(value, _PLAIN[kind], where)
         return value
-    if "|" in kind:
-        if value not in kind.split("|"):
-            raise ValueError(f"{where}: {value!r} given, expected {kind}")
-        return value
     if kind == "object":  # a number or a name
         return value
     _expect(value, (dict,), where)
-    if kind in _DYNAMO:
-        for name, one in value.items():
-            _read(one, _field(_DYNAMO[kind], name, where), f"{where}.{name}")
-        if kind == "Component":
-            _component(value, where)
-        return None
     model = getattr(models, kind)
     attributes = {json_name: name for name, json_name in model.attribute_map.items()}
     read_in = {}
@@ -79,16 +82,6 @@ def _read(value: Any, kind: str, where: str) -> Any:
         return model(**read_in)  # which refuses to be without what is required
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _component(value: dict[str, Any], where: str) -> None:
-    """What the operator asks of a component beyond its types."""
-    if not re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9]{0,61}[A-Za-z0-9])?", value["name"]):
-        raise ValueError(f"{where}.name: {value['name']!r} given")
-    if not re.fullmatch(r"\d{1,4}\.\d{1,4}\.\d{1,4}", value["runtimeVersionOverride"]):
-        raise ValueError(f"{where}.runtimeVersionOverride: {value['runtimeVersionOverride']!r} given")
-    if not [one for one in value["podTemplate"]["spec"]["containers"] if one["name"] == "main" and one["image"]]:
-        raise ValueError(f"{where}.podTemplate: no container main with an image")
 
 
 def _field(known: dict[str, str], name: str, where: str) -> str:

@@ -56,7 +56,7 @@ def plain(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_dynamo(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As in docker/store.Dockerfile."""
+    """As in docker/router.Dockerfile."""
     return installed(wheel, tmp_path_factory.mktemp("dynamo") / "venv", "[dynamo,router]")
 
 
@@ -118,9 +118,8 @@ def named_files(compose: Path) -> set[Path]:
     files = set()
     for service in yaml.safe_load(compose.read_text())["services"].values():
         for volume in service.get("volumes", []):
-            source = volume.partition(":")[0]
-            if "/" in source:
-                files.add(compose.parent / source)
+            if isinstance(volume, dict):  # the others are Docker's own
+                files.add(compose.parent / volume["source"])
         if "build" in service:
             context = compose.parent / service["build"]["context"]
             files |= {context, context / service["build"]["dockerfile"]}

@@ -55,6 +55,12 @@ def commands(text: str) -> list[list[str]]:
     return [[word.replace("$$", "$") for word in s["command"]] for s in services if "build" in s]
 
 
+def mounts(service: dict[str, Any]) -> list[tuple[str, str]]:
+    """Source and target of each volume of a compose service."""
+    listed = service.get("volumes", [])
+    return [tuple(one.split(":")[:2]) if isinstance(one, str) else (one["source"], one["target"]) for one in listed]
+
+
 def parse_frontend(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     FrontendArgGroup().add_arguments(parser)
@@ -96,6 +102,7 @@ def test_every_graph_runs_and_renders(graph: str, config: str, tmp_path: Path) -
 
 
 def compose_accepts(text: str, tmp_path: Path) -> None:
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "compose.yaml").write_text(text)
     program = str(Path(sys.executable).parent / "docker-compose")
     command = [program, "-f", str(tmp_path / "compose.yaml"), "config", "--quiet"]
@@ -121,10 +128,11 @@ def test_compose_would_refuse_what_is_wrong(tmp_path: Path, wrong: str, says: st
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("replicas: 2\n    sharedM", "replicas: two\n    sharedM", r"spec.components\[0\].replicas: 'two' given"),
-        ("sharedMemorySize:", "sharedMemory:", r"components\[0\].sharedMemory: no such field"),
+        ("replicas: 2\n    sharedM", "replicas: two\n    sharedM", r"components\[0\].replicas: 'two' is not of type"),
+        ("sharedMemorySize:", "sharedMemory:", r"components\[0\]: .* \('sharedMemory' was unexpected"),
+        ("httpGet:", "httpPut:", "'httpPut' was unexpected"),
         ("readOnlyRootFilesystem", "readonlyRootFilesystem", "securityContext.readonlyRootFilesystem: no such field"),
-        ("type: frontend", "type: front", "expected frontend"),
+        ("type: frontend", "type: front", "'front' is not one of"),
         ("name: main", "name: mine", "no container main"),
         (
             "serviceName: kvtier-store",
@@ -201,8 +209,7 @@ def test_compose_hangs_together() -> None:
     for name, service in services.items():
         assert {"image", "healthcheck", "restart", "cap_drop"} <= set(service), name
         assert set(service.get("depends_on", {})) <= set(services)
-        for volume in service.get("volumes", []):
-            source = volume.partition(":")[0]
+        for source, _ in mounts(service):
             assert source.startswith((".", "/")) or source in content["volumes"]
         for use in service.get("configs", []):
             assert use["source"] in content["configs"]
@@ -235,8 +242,7 @@ def test_images_have_what_their_services_use() -> None:
         if "build" not in service:
             continue
         image = (ROOT / service["build"]["dockerfile"]).read_text()
-        for volume in service["volumes"]:
-            folder = volume.split(":")[1]
+        for _, folder in mounts(service):
             assert re.search(rf"install -d -o (1000|kvtier) .*{folder if folder.count('/') == 1 else '/models'}", image)
         exposed = {int(port) for line in re.findall(r"^EXPOSE (.*)$", image, re.MULTILINE) for port in line.split()}
         assert ports.get(name, set()) <= exposed, name
@@ -266,6 +272,109 @@ def test_a_page_in_a_network_with_others_is_the_pods_own_until_it_is_said_who_ma
     text = render("k8s", ROUTED, CONFIGS / "quickstart.yaml", said, Path("docker"))
     command = [str(word) for word in re.findall(r"^ *- (\S+)$", text, re.MULTILINE)]
     assert command[command.index("--page") + 1] == f"{host}:8300"
+
+
+def secret_settings(folder: Path) -> list[str]:
+    """Settings of a secret in every place that takes one; the secret is SECRET."""
+    entries = [
+        {"name": "a", "quota": "1GiB", "credential-file": "a.secret"},
+        {"name": "b", "quota": "1GiB", "credential-env": "B_CREDENTIAL"},
+        {"name": "c", "quota": "1GiB", "credential": SECRET},
+    ]
+    (folder / "namespaces.yaml").write_text(yaml.safe_dump({"namespaces": entries}))
+    for name in ("a.secret", "keys.yaml", "credential", "token"):
+        (folder / name).write_text(SECRET)
+    return [
+        f"--Store.namespaces={folder}/namespaces.yaml",
+        f"--VllmWorker.seal-key={folder}/keys.yaml",
+        f"--VllmWorker.credential-file={folder}/credential",
+        "--VllmWorker.model=owner/model",
+        f"--VllmWorker.env.HF_TOKEN={SECRET}",
+        f"--Router.env.NATS_AUTH_PASSWORD={SECRET}",
+        "--Router.page=127.0.0.1:8300",
+        f"--Router.page-token-file={folder}/token",
+    ]
+
+
+SECRET = "marked-secret-$HOME"
+
+
+@pytest.mark.parametrize("target", ["compose", "k8s"])
+def test_secrets_are_passed_and_never_written(target: str, tmp_path: Path) -> None:
+    text = render(target, ROUTED, CONFIGS / "quickstart.yaml", secret_settings(tmp_path), tmp_path)
+    assert "marked-secret" not in text
+    if target == "compose":
+        compose_accepts(text, tmp_path)
+        content = yaml.safe_load(text)
+        services = content["services"]
+        for service, names in {
+            "vllmworker-0": {"seal-key", "credential-file"},
+            "store-0": {"namespaces", "a.secret"},
+            "router-0": {"page-token-file"},
+        }.items():
+            uses = services[service]["secrets"]
+            assert {use["target"] for use in uses} == names
+            assert all((tmp_path / content["secrets"][use["source"]]["file"]).is_file() for use in uses)
+        assert services["store-0"]["environment"] == {"B_CREDENTIAL": None}
+        assert services["vllmworker-0"]["environment"]["HF_TOKEN"] is None
+        assert services["router-0"]["environment"]["NATS_AUTH_PASSWORD"] is None
+        command = services["vllmworker-0"]["command"]
+        assert command[command.index("--seal-key") + 1] == "/run/secrets/seal-key"
+        return
+    documents = list(yaml.safe_load_all(text))
+    for document in documents:
+        manifests.read(document)
+    worker = documents[-1]["spec"]["components"][0]["podTemplate"]["spec"]
+    (volume,) = worker["volumes"]
+    items = {item["key"]: item["path"] for item in volume["secret"]["items"]}
+    assert items == {"vllmworker-seal-key": "seal-key", "vllmworker-credential-file": "credential-file"}
+    variables = {one["name"]: one for one in worker["containers"][0]["env"]}
+    assert variables["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "hf-token-secret"
+    assert f"--from-file=vllmworker-seal-key={tmp_path}/keys.yaml" in text
+
+
+def test_folders_are_mounted_whatever_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a folder that looks like owner/model is the same to serve and render."""
+    monkeypatch.chdir(tmp_path)
+    name = "owner/a $HOME: of models"
+    (tmp_path / name).mkdir(parents=True)
+    text = render("compose", ROUTED, CONFIGS / "quickstart.yaml", [f"--VllmWorker.model='{name}'"], tmp_path / "out")
+    compose_accepts(text, tmp_path / "out")
+    resolved = [str(Path(sys.executable).parent / "docker-compose"), "-f", str(tmp_path / "out/compose.yaml"), "config"]
+    ended = subprocess.run([*resolved, "--format=json"], capture_output=True, text=True, timeout=60, check=True)
+    volumes = json.loads(ended.stdout)["services"]["vllmworker-0"]["volumes"]
+    assert str(tmp_path / name) in {volume["source"].replace("$$", "$") for volume in volumes}
+
+
+def test_what_compose_writes_into_a_container_can_be_written() -> None:
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"].values()
+    assert not any(service.get("read_only") for service in services if "configs" in service)
+
+
+def test_published_ports_are_loopbacks_and_each_is_once() -> None:
+    overrides = ["--Frontend.ServiceArgs.workers=2", "--Router.ServiceArgs.workers=2"]
+    text = render("compose", ROUTED, CONFIGS / "quickstart.yaml", overrides, Path("docker"))
+    ports = [port for service in yaml.safe_load(text)["services"].values() for port in service.get("ports", [])]
+    assert {"127.0.0.1:8000:8000", "127.0.0.1:8001:8000", "127.0.0.1:8300:8300", "127.0.0.1:8301:8300"} <= set(ports)
+    assert len({port.rpartition(":")[0] for port in ports}) == len(ports)
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_a_routers_flag_changes_no_worker() -> None:
+    """The operator restarts all components of type worker, prefill or decode when one of them changes."""
+    rendered = [
+        yaml.safe_load_all(render("k8s", ROUTED, CONFIGS / "two_gpu.yaml", overrides, Path("docker")))
+        for overrides in ([], ["--Router.gpu-price=0.7"])
+    ]
+    graphs = [next(one for one in documents if one["kind"] == manifests.GRAPH) for documents in rendered]
+    workers = [[one for one in graph["spec"]["components"] if "type" in one] for graph in graphs]
+    assert workers[0] == workers[1]
+    assert graphs[0] != graphs[1]
+
+
+def test_the_operator_finds_the_frontend_at_its_own_port() -> None:
+    with pytest.raises(ConfigError, match=r"Frontend\.port: '8001' given, expected 8000"):
+        render("k8s", ROUTED, CONFIGS / "two_gpu.yaml", ["--Frontend.port=8001"], Path("docker"))
 
 
 def test_images_run_without_root() -> None:

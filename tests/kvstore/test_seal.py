@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.worker import __main__ as worker
-from kvstore import seal
+from kvstore import private, seal
 from kvstore.errors import ConfigError
 from kvstore.net import wire
 from kvstore.net.client import Item, StoreClient
@@ -170,6 +170,34 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path, permissions: int
         read_keys(path)
     path.chmod(0o400)
     assert read_keys(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize(
+    ("owner", "group", "permissions", "is_read"),
+    [
+        (0, 1000, 0o440, True),  # as Kubernetes mounts a secret in a pod with fsGroup 1000
+        (0, 1001, 0o440, False),
+        (0, 1000, 0o444, False),
+        (0, 1000, 0o460, False),
+        (1000, 1000, 0o440, False),
+    ],
+)
+def test_root_may_lend_a_file_to_the_group(
+    tmp_path: Path, owner: int, group: int, permissions: int, is_read: bool
+) -> None:
+    path = write(tmp_path / "keys", listed(1), permissions)
+    os.chown(path, owner, group)
+    descriptor = os.open(path, os.O_RDONLY)  # the folders above it are root's alone
+    if (child := os.fork()) == 0:
+        try:
+            os.setgroups([1000])
+            os.setresuid(1000, 1000, 1000)
+            facts = os.fstat(descriptor)
+            os._exit(0 if private.is_private(facts) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if is_read else 1)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,30 @@
+"""The health check of a container: `python -m kvstore.healthy ADDRESS [PATH TEXT]`.
+
+Exit code 0 if something listens at ADDRESS and, with a PATH, if its HTTP answer there has TEXT in it; otherwise 1.
+It runs every few seconds, so it imports nothing but sockets.
+"""
+
+import socket
+import sys
+
+TIMEOUT_SECONDS = 4.0
+_ANSWER_BYTES_MAX = 1 << 20
+
+
+def is_healthy(address: str, path: str = "", text: str = "") -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_SECONDS) as connection:
+            if not path:
+                return True
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+            answer = b""
+            while len(answer) < _ANSWER_BYTES_MAX and (piece := connection.recv(65536)):
+                answer += piece
+            return answer.split(b" ", 2)[1:2] == [b"200"] and text.encode() in answer
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(not is_healthy(*sys.argv[1:4]))
