@@ -75,7 +75,8 @@ def test_grafana_finds_what_is_provisioned() -> None:
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
     (provider,) = yaml.safe_load((provisioning / "dashboards" / "kvtier.yml").read_text())["providers"]
     services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
-    mounts = dict(volume.removesuffix(":ro").split(":") for volume in services["grafana"]["volumes"])
+    mounted = [volume for volume in services["grafana"]["volumes"] if isinstance(volume, dict)]
+    mounts = {volume["source"]: volume["target"] for volume in mounted}
     assert provider["options"]["path"] == mounts["./grafana/dashboards"]
     for name in ("datasources", "dashboards"):
         assert mounts[f"./grafana/provisioning/{name}"] == f"/etc/grafana/provisioning/{name}"
