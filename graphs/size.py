@@ -1,16 +1,18 @@
 """How large the tiers should be and how fast the way to them: `kvtier size --model llama-3.1-70b --gpu h200`.
 
-Arithmetic on published shapes and measured speeds; nothing is run. What fetching must beat is recompute: a worker that
-prefills p tokens a second makes p x (bytes of a token) of KV a second, and a store that brings less is slower for one
-idle request, though it still frees the GPU.
+Arithmetic on published shapes and speeds; nothing is run. It ends with settings for a YAML file. What fetching must
+beat is recompute: a worker that prefills p tokens a second makes p x (bytes of a token) of KV a second, and a store
+that brings less is slower for one idle request, though it still frees the GPU.
 """
 
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvstore.errors import ConfigError, validated
@@ -39,9 +41,56 @@ MODELS = {
     "mistral-7b": Shape(32, 8, 128),
     "deepseek-v3": Shape(61, 1, 512 + 64, latent=True),
 }
-# Prefill tokens a second, measured (docs/operations.md): H200, weights in FP8 (70b) and bf16 (8b).
-PREFILL = {("llama-3.1-70b", "h200"): 8900.0, ("llama-3.3-70b", "h200"): 8900.0, ("llama-3.1-8b", "h200"): 41_000.0}
+# Prefill tokens a second of one GPU, measured (docs/operations.md), by model, GPU and type of the weights.
+PREFILL = {
+    ("llama-3.1-70b", "h200", "fp8"): 8900.0,
+    ("llama-3.3-70b", "h200", "fp8"): 8900.0,
+    ("llama-3.1-8b", "h200", "bf16"): 41_000.0,
+}
+# These two are 0.64 and 0.67 of what the GPU can multiply; where nothing was measured, this much is expected.
+EFFICIENCY = 0.63
 VALUE_BYTES = {"bf16": 2, "fp8": 1}
+WRITES_PER_DAY_MAX = 3  # of the capacity: the limit of the alert KvtierDiskWear
+_HOURS_A_MONTH = 730
+_WEIGHTS_OF_MEMORY_MAX = 0.9  # the rest is for KV and activations
+
+
+class Model(NamedTuple):
+    """Where it is, and its parameters: all, and those that a token goes through. From the model's card."""
+
+    hub: str
+    parameters: float
+    active: float
+
+
+CARDS = {
+    "llama-3.1-8b": Model("meta-llama/Llama-3.1-8B-Instruct", 8.03e9, 8.03e9),
+    "llama-3.1-70b": Model("meta-llama/Llama-3.1-70B-Instruct", 70.6e9, 70.6e9),
+    "llama-3.3-70b": Model("meta-llama/Llama-3.3-70B-Instruct", 70.6e9, 70.6e9),
+    "llama-3.1-405b": Model("meta-llama/Llama-3.1-405B-Instruct", 406e9, 406e9),
+    "qwen3-8b": Model("Qwen/Qwen3-8B", 8.2e9, 8.2e9),
+    "qwen3-32b": Model("Qwen/Qwen3-32B", 32.8e9, 32.8e9),
+    "mistral-7b": Model("mistralai/Mistral-7B-Instruct-v0.3", 7.25e9, 7.25e9),
+    "deepseek-v3": Model("deepseek-ai/DeepSeek-V3", 671e9, 37e9),
+}
+
+
+class Gpu(NamedTuple):
+    """Peak operations a second of dense matrices, in TFLOPS by type of the weights, and bytes of memory."""
+
+    tflops: dict[str, float]
+    memory_bytes: float
+
+
+# From the makers' data sheets, without sparsity. An A100 multiplies FP8 weights as bf16.
+GPUS = {
+    "h100": Gpu({"bf16": 989, "fp8": 1979}, 80e9),  # SXM: H100 Tensor Core GPU data sheet
+    "h200": Gpu({"bf16": 989, "fp8": 1979}, 141e9),  # SXM: H200 Tensor Core GPU data sheet
+    "a100": Gpu({"bf16": 312, "fp8": 312}, 80e9),  # SXM, 80 GB: A100 Tensor Core GPU data sheet
+    "l40s": Gpu({"bf16": 362, "fp8": 733}, 48e9),  # L40S data sheet
+    "b200": Gpu({"bf16": 2250, "fp8": 4500}, 180e9),  # in an HGX B200: Blackwell data sheet
+    "mi300x": Gpu({"bf16": 1307, "fp8": 2615}, 192e9),  # AMD Instinct MI300X data sheet
+}
 BLOCK_TOKENS = 16
 CHUNK_BYTES = (1 << 20, 8 << 20)  # what a chunk should have
 
@@ -55,6 +104,8 @@ class Options(BaseModel):
 
     model: str
     gpu: str = "h200"
+    gpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    weights: Literal["bf16", "fp8"] | None = None
     kv_dtype: Literal["bf16", "fp8"] = "bf16"
     prefill_tokens_per_second: Positive | None = None
     prompt_tokens: Annotated[int, Field(ge=1)] = 2200
@@ -64,6 +115,8 @@ class Options(BaseModel):
     workers: Annotated[int, Field(ge=1)] = 1
     store_gbytes_per_second: Positive = 3.0
     device_gbytes_per_second: Positive = 3.0
+    gpu_hour_price: Positive | None = None
+    gpu_watts: Positive | None = None
 
 
 class Sizes(NamedTuple):
@@ -84,17 +137,26 @@ class Sizes(NamedTuple):
     reused_tokens: int  # of a prompt
     compute_seconds: float  # of those
     fetch_seconds: float
+    weights: str
+    is_measured: bool  # the prefill, and not estimated or given
+    writes_per_day: float  # of the store's bytes
+    spared_gpus: float  # that do not compute what is fetched
+
+
+def known_name(model: str) -> str:
+    """The name in MODELS of a model on the hub, such as owner/Llama-3.1-70B-Instruct; otherwise as it is."""
+    own = model.rpartition("/")[2].lower().removeprefix("meta-")
+    found = [name for name in MODELS if re.match(rf"{re.escape(name)}(-|$)", own)]
+    return found[0] if found and not Path(model).is_dir() else model
 
 
 def shape_of(model: str) -> Shape:
-    """Of a name in MODELS or a folder with a config.json. Raises ConfigError."""
-    if model in MODELS:
-        return MODELS[model]
-    path = Path(model) / "config.json"
+    """Of a model that `known_name` knows, or of a folder with a config.json. Raises ConfigError."""
+    if (name := known_name(model)) in MODELS:
+        return MODELS[name]
     expected = f"a folder with a config.json, or one of {', '.join(MODELS)}"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        config = config.get("text_config") or config
+        config = _config(model)
         if "kv_lora_rank" in config:
             latent = int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
             return Shape(int(config["num_hidden_layers"]), 1, latent, latent=True)
@@ -108,28 +170,73 @@ def shape_of(model: str) -> Shape:
         raise ConfigError("model", model, expected) from None
 
 
+def _config(model: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((Path(model) / "config.json").read_text())
+    return config.get("text_config") or config
+
+
+def card_of(model: str) -> Model | None:
+    """What is known of a model's parameters; None for a folder whose config.json does not say it all."""
+    if (name := known_name(model)) in CARDS:
+        return CARDS[name]
+    shape, config = shape_of(model), _config(model)
+    is_told = {"hidden_size", "intermediate_size", "vocab_size"} <= config.keys()
+    if shape.latent or not is_told or any("experts" in key for key in config):
+        return None
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    attention = 2 * hidden * shape.head_size * (heads + shape.kv_heads)
+    layers = shape.layers * (attention + 3 * hidden * config["intermediate_size"])
+    parameters = float(layers + 2 * config["vocab_size"] * hidden)
+    return Model(model, parameters, parameters)
+
+
+def _weights(options: Options, card: Model | None) -> str:
+    """As the options say it; otherwise bf16 where that fits, and FP8 where not."""
+    if options.weights or card is None or options.gpu not in GPUS:
+        return options.weights or "bf16"
+    room = options.gpus_per_worker * GPUS[options.gpu].memory_bytes * _WEIGHTS_OF_MEMORY_MAX
+    return "bf16" if 2 * card.parameters <= room else "fp8"
+
+
+def _prefill(options: Options, card: Model | None, weights: str) -> tuple[float, bool]:
+    """Tokens a second of a worker, and whether that was measured. Raises ConfigError."""
+    if options.prefill_tokens_per_second:
+        return options.prefill_tokens_per_second, False
+    if options.gpu not in GPUS:
+        raise ConfigError("gpu", options.gpu, f"one of {', '.join(GPUS)}, or --prefill-tokens-per-second")
+    if card is None:
+        expected = f"--prefill-tokens-per-second beside it, or one of {', '.join(MODELS)}"
+        raise ConfigError("model", options.model, expected)
+    gpu = GPUS[options.gpu]
+    needed = math.ceil(VALUE_BYTES[weights] * card.parameters / (gpu.memory_bytes * _WEIGHTS_OF_MEMORY_MAX))
+    if options.gpus_per_worker < needed:
+        expected = f"{needed} or more: the {weights} weights of {options.model} do not fit"
+        raise ConfigError("gpus-per-worker", options.gpus_per_worker, expected)
+    measured = PREFILL.get((known_name(options.model), options.gpu, weights))
+    estimated = EFFICIENCY * gpu.tflops[weights] * 1e12 / (2 * card.active)  # a product and a sum for each parameter
+    return options.gpus_per_worker * (measured or estimated), measured is not None
+
+
 def sizes(options: Options) -> Sizes:
     """Raises ConfigError for a model or a GPU of which nothing is known."""
     per_token = shape_of(options.model).bytes_per_token(VALUE_BYTES[options.kv_dtype])
-    prefill = options.prefill_tokens_per_second or PREFILL.get((options.model, options.gpu))
-    if prefill is None:
-        known = ", ".join(f"{model} on {gpu}" for model, gpu in PREFILL)
-        raise ConfigError(
-            "gpu", options.gpu, f"--prefill-tokens-per-second for {options.model} there; measured are {known}"
-        )
+    card = card_of(options.model)
+    weights = _weights(options, card)
+    prefill, is_measured = _prefill(options, card, weights)
     blocks = max(1, -(-CHUNK_BYTES[0] // (BLOCK_TOKENS * per_token)))
     reused = max(0, options.prompt_tokens - options.new_tokens)
     # In DRAM: prompts that arrive while one fetches and what waits to be written, four times over.
     under_way = max(4.0, 4 * options.requests_per_second / options.workers)
     read = options.requests_per_second * reused * per_token
     write = options.requests_per_second * options.new_tokens * per_token
+    store = options.conversations * (options.prompt_tokens + options.new_tokens) * per_token
     return Sizes(
         bytes_per_token=per_token,
         blocks_per_chunk=blocks,
         chunk_bytes=blocks * BLOCK_TOKENS * per_token,
         prefill_tokens_per_second=prefill,
         break_even_bytes_per_second=prefill * per_token,
-        store_bytes=round(options.conversations * (options.prompt_tokens + options.new_tokens) * per_token),
+        store_bytes=store,
         dram_bytes_per_worker=round(under_way * options.prompt_tokens * per_token),
         read_bytes_per_second=read,
         write_bytes_per_second=write,
@@ -139,19 +246,29 @@ def sizes(options: Options) -> Sizes:
         reused_tokens=reused,
         compute_seconds=reused / prefill,
         fetch_seconds=reused * per_token / (options.store_gbytes_per_second * 1e9),
+        weights=weights,
+        is_measured=is_measured,
+        writes_per_day=write * 86_400 / store,
+        spared_gpus=options.requests_per_second * reused / prefill * options.gpus_per_worker,
     )
 
 
 def table(options: Options, found: Sizes) -> str:
     gigabytes = 1e9
     network = (found.read_bytes_per_second + found.write_bytes_per_second) * 8 / 1e9
+    source = "given"
+    if options.prefill_tokens_per_second is None:
+        source = "measured" if found.is_measured else f"estimated: {EFFICIENCY} of the peak"
+        source = f"{source}, {found.weights} weights, {options.gpus_per_worker} x {options.gpu}"
+    wears = found.writes_per_day > WRITES_PER_DAY_MAX
+    enough = f"; {found.written_bytes_per_day / WRITES_PER_DAY_MAX / 1e12:.1f} TB are enough" if wears else ""
     rows = [
         ("KV of a token", f"{found.bytes_per_token / 1024:.0f} KiB ({options.kv_dtype})"),
         ("chunk", f"--blocks-per-chunk {found.blocks_per_chunk}: {found.chunk_bytes / 2**20:.1f} MiB"),
         (
             "break-even",
             f"{found.break_even_bytes_per_second / gigabytes:.2f} GB/s to a worker: recompute makes that much "
-            f"({found.prefill_tokens_per_second:.0f} tokens/s)",
+            f"({found.prefill_tokens_per_second:.0f} tokens/s, {source})",
         ),
         (
             "store",
@@ -166,8 +283,13 @@ def table(options: Options, found: Sizes) -> str:
         ),
         (
             "writes",
-            f"{found.write_bytes_per_second / gigabytes:.2f} GB/s, {found.written_bytes_per_day / 1e12:.0f} TB "
-            "a day if it goes on like that: compare the devices' endurance",
+            f"{found.write_bytes_per_second / gigabytes:.2f} GB/s, {found.written_bytes_per_day / 1e12:.0f} TB a day "
+            "if it goes on like that",
+        ),
+        (
+            "wear",
+            f"the store is written {found.writes_per_day:.1f} times a day; the alert KvtierDiskWear comes above "
+            f"{WRITES_PER_DAY_MAX}{enough}",
         ),
         (
             "devices",
@@ -183,8 +305,50 @@ def table(options: Options, found: Sizes) -> str:
             f"its {found.reused_tokens} tokens that are known: {1000 * found.compute_seconds:.0f} ms to compute, "
             f"{1000 * found.fetch_seconds:.0f} ms to fetch at {options.store_gbytes_per_second:g} GB/s",
         ),
+        ("spared", f"the prefill of {found.spared_gpus:.2f} GPUs{_worth(options, found)}"),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def _worth(options: Options, found: Sizes) -> str:
+    """In money and watts, as far as they are given."""
+    parts = []
+    if options.gpu_hour_price:
+        parts.append(f"{found.spared_gpus * options.gpu_hour_price * _HOURS_A_MONTH:,.0f} a month")
+    if options.gpu_watts:
+        parts.append(f"{found.spared_gpus * options.gpu_watts:,.0f} W")
+    return f": {', '.join(parts)}" if parts else ""
+
+
+def settings(options: Options, found: Sizes) -> str:
+    """The same as YAML for `dynamo serve` and `dynamo render`."""
+    card = card_of(options.model)
+    worker: dict[str, Any] = {
+        "model": card.hub if card else options.model,
+        "ServiceArgs": {"workers": options.workers, "resources": {"gpu": options.gpus_per_worker}},
+        "dram": f"{math.ceil(found.dram_bytes_per_worker / 1e9)}GB",
+        "block-size": BLOCK_TOKENS,
+        "blocks-per-chunk": found.blocks_per_chunk,
+    }
+    if options.gpus_per_worker > 1:
+        worker["tensor-parallel-size"] = options.gpus_per_worker
+    if found.weights == "fp8":
+        worker["quantization"] = "fp8"
+    if options.kv_dtype == "fp8":
+        worker["kv-cache-dtype"] = "fp8"
+    content = {
+        "Store": {
+            "ServiceArgs": {"workers": found.devices},
+            "dir": "/nvme",
+            "capacity": f"{math.ceil(found.store_bytes / found.devices / 1e9)}GB",
+        },
+        "VllmWorker": worker,
+        "Router": {
+            "prefill-tokens-per-second": round(found.prefill_tokens_per_second),
+            "store-gbytes-per-second": options.store_gbytes_per_second,
+        },
+    }
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -192,8 +356,10 @@ def main(argv: list[str] | None = None) -> None:
         prog="kvtier size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help=f"a folder with a config.json, or {', '.join(MODELS)}")
-    add("--gpu", help="default h200, the only one measured; another wants --prefill-tokens-per-second")
+    add("--model", required=True, help=f"a folder with a config.json, or, as on the hub or short, {', '.join(MODELS)}")
+    add("--gpu", help=f"{', '.join(GPUS)}; default h200, the only one measured")
+    add("--gpus-per-worker", help="default 1; prefill is taken to grow with them")
+    add("--weights", help="bf16 or fp8; default: bf16 if they fit")
     add("--kv-dtype", help="bf16 (default) or fp8")
     add("--prefill-tokens-per-second", help="of one worker")
     add("--prompt-tokens", help="mean; default 2200")
@@ -203,9 +369,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--workers", help="default 1")
     add("--store-gbytes-per-second", help="from the store into one worker; default 3")
     add("--device-gbytes-per-second", help="of one NVMe, reads and writes together; default 3")
-    add("--json", action="store_true", help="print JSON")
+    add("--gpu-hour-price", help="of one GPU, in any currency: says what is spared in a month")
+    add("--gpu-watts", help="of one GPU that computes")
+    add("--json", action="store_true", help="print JSON, without the YAML")
     values = vars(parser.parse_args(argv))
     as_json = values.pop("json")
     options = validated(Options, values)
     found = sizes(options)
-    print(json.dumps(found._asdict(), indent=1) if as_json else table(options, found))
+    if as_json:
+        print(json.dumps(found._asdict(), indent=1))
+        return
+    print(f"{table(options, found)}\n\n{settings(options, found)}", end="")

@@ -1,11 +1,27 @@
 """The calculator: its arithmetic against published figures, and what it says of bad input."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
-from graphs.size import MODELS, Options, Shape, main, shape_of, sizes
+from graphs.metrics_doc import rules
+from graphs.service import load_deployment
+from graphs.size import (
+    CARDS,
+    GPUS,
+    MODELS,
+    WRITES_PER_DAY_MAX,
+    Options,
+    Shape,
+    card_of,
+    known_name,
+    main,
+    shape_of,
+    sizes,
+)
 from graphs.tiny_model import make_tiny_model
 from kvstore.errors import ConfigError
 
@@ -54,11 +70,60 @@ def test_one_prompt_is_weighed_and_devices_are_counted() -> None:
     assert found.written_bytes_per_day == pytest.approx(20 * 400 * 320 * 1024 * 86_400)
 
 
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_gpu_is_known_and_what_was_measured_is_near_the_estimate(gpu: str) -> None:
+    found = sizes(Options(model="llama-3.1-8b", gpu=gpu))
+    assert found.is_measured == (gpu == "h200")
+    operations = found.prefill_tokens_per_second * 2 * CARDS["llama-3.1-8b"].parameters
+    assert operations / (GPUS[gpu].tflops["bf16"] * 1e12) == pytest.approx(0.65, abs=0.03)
+    twice = sizes(Options(model="llama-3.1-8b", gpu=gpu, gpus_per_worker=2))
+    assert twice.prefill_tokens_per_second == 2 * found.prefill_tokens_per_second
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_known_by_their_names_on_the_hub(name: str) -> None:
+    assert shape_of(CARDS[name].hub) == MODELS[name]
+    assert known_name(f"{CARDS[name].hub}-FP8") == name
+
+
+def test_the_parameters_of_a_folder_are_those_of_its_weights(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    with safe_open(folder / "model.safetensors", "numpy") as weights:
+        count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    card = card_of(str(folder))
+    assert card is not None
+    assert card.parameters == pytest.approx(count, rel=0.01)
+
+
+def test_wear_is_weighed_against_the_alert_and_what_is_spared_in_money_and_watts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (alert,) = [rule for rule in rules() if rule.get("alert") == "KvtierDiskWear"]
+    assert alert["expr"].endswith(f"> {WRITES_PER_DAY_MAX}")
+    main(["--model", "llama-3.1-70b", "--gpu-hour-price", "2", "--gpu-watts", "700", "--conversations", "10000"])
+    text = capsys.readouterr().out
+    # 3 x 400 new tokens a second into room for 10,000 x 2,600; 3 x 1,800 of 8,900 tokens a second.
+    assert "the store is written 4.0 times a day; the alert KvtierDiskWear comes above 3; 11.3 TB are enough" in text
+    assert "the prefill of 0.61 GPUs: 886 a month, 425 W" in text
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-405b"])
+def test_it_ends_in_settings_that_render(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--model", model, "--gpu", "b200", "--gpus-per-worker", "4", "--workers", "2", "--requests-per-second", "9"])
+    (tmp_path / "my.yaml").write_text(capsys.readouterr().out.partition("\n\n")[2])
+    deployment = load_deployment("graphs.agg_router:Frontend", tmp_path / "my.yaml", [], tmp_path)
+    assert len([one for one in deployment.processes() if one.service == "VllmWorker"]) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--model", "nobody"], "model: 'nobody' given, expected a folder with a config.json, or one of llama-3.1-8b"),
-        (["--model", "qwen3-32b"], "gpu: 'h200' given, expected --prefill-tokens-per-second for qwen3-32b"),
+        (["--model", "qwen3-32b", "--gpu", "tpu"], "gpu: 'tpu' given, expected one of h100, h200, a100"),
+        (
+            ["--model", "llama-3.1-70b", "--gpu", "l40s"],
+            "gpus-per-worker: '1' given, expected 2 or more: the fp8 weights of llama-3.1-70b do not fit",
+        ),
         (["--model", "llama-3.1-8b", "--workers", "0"], "workers: '0' given"),
         (["--model", "llama-3.1-8b", "--kv-dtype", "int3"], "kv-dtype: 'int3' given, expected 'bf16' or 'fp8'"),
     ],
