@@ -1,7 +1,8 @@
 """The health check of a container: `python -m kvstore.healthy ADDRESS [PATH TEXT]`.
 
 Exit code 0 if something listens at ADDRESS and, with a PATH, if its HTTP answer there has TEXT in it; otherwise 1.
-It runs every few seconds, so it imports nothing but sockets.
+It runs every few seconds, so it imports nothing but sockets. A target with TLS takes a connection that says nothing for
+a probe, and not for a failed handshake.
 """
 
 import socket

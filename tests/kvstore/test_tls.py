@@ -31,6 +31,7 @@ from kvstore import certificates
 from kvstore.certificates import Files
 from kvstore.credentials import Credential
 from kvstore.errors import ConfigError
+from kvstore.healthy import is_healthy
 from kvstore.net import tls, transport, wire
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import Registration, StaticMembership, open_membership
@@ -405,7 +406,7 @@ def test_a_client_that_drips_is_closed_in_time(
 def test_a_probe_is_no_refusal(start_target: Start, made: Certificates, caplog: pytest.LogCaptureFixture) -> None:
     server = ServerTls(made.target)
     running = start_target(tls=server)
-    socket.create_connection(transport.split_address(running.address)).close()
+    assert is_healthy(running.address)
     assert outcome(running.address, made.client) is Outcome.STORED
     eventually(lambda: not server._shaking)
     assert (server.refused, caplog.text) == (0, "")
