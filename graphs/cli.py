@@ -8,12 +8,15 @@ import asyncio
 import contextlib
 import json
 import platform
+import shutil
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from itertools import islice, takewhile
 from pathlib import Path
+from urllib.request import getproxies
 
-from kvstore.errors import ConfigError, UnavailableError, run_command
+from kvstore.errors import USAGE, ConfigError, UnavailableError, fail, run_command
 
 HELP = """
   serve    start a graph of services:   dynamo serve graphs.agg_router:Frontend -f config.yaml
@@ -26,6 +29,7 @@ HELP = """
   top      look at it, on a terminal:   kvtier top --url http://127.0.0.1:8300   (the router's --page)
   explain  why a prompt went there:     kvtier explain [DECISION] --url http://127.0.0.1:8300   (the router's --page)
            where one would go:          kvtier explain --prompt TEXT
+  try      see a cache hit:             kvtier try   (the same prompt twice, at a cluster that has a page)
   size     how large and how fast:      kvtier size --model llama-3.1-70b --gpu h200 --requests-per-second 3
 
 'COMMAND --help' says more; --version names kvtier, Python, Dynamo and vLLM.
@@ -35,6 +39,7 @@ _MODULES = {
     "connector": "components.worker.transfer",
     "top": "graphs.top",
     "explain": "components.router.view.explain",
+    "try": "graphs.hit",
     "size": "graphs.size",
 }
 _NEEDED = ("dynamo", "uvloop")  # by serve and render, which ask the services for their options
@@ -51,10 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     if command == "--version":
         print(_versions())
         return
-    if command not in ("serve", "render", *_MODULES):
-        wanted_help = command in ("-h", "--help")
-        print(f"usage: {name} COMMAND ...\n{HELP}", file=sys.stdout if wanted_help else sys.stderr)
-        sys.exit(0 if wanted_help else 2)
+    if command in ("", "-h", "--help"):
+        print(f"usage: {name} COMMAND ...\n{HELP}", file=sys.stdout if command else sys.stderr)
+        sys.exit(0 if command else USAGE)
+    if command not in (known := ("serve", "render", *_MODULES)):
+        fail(name, ConfigError("command", command, f"one of {', '.join(known)}"))
     run_command(f"{name} {command}", lambda: _run(command, rest))
 
 
@@ -105,7 +111,8 @@ def _stand_aside() -> None:
 def _serve(argv: list[str]) -> None:
     from graphs import serve
     from graphs.service import load_deployment
-    from graphs.services import frontend_url, model_name, page_address
+    from graphs.services import frontend_url, model_name, model_of, page_url
+    from graphs.tiny_model import has_random_weights
 
     parser = argparse.ArgumentParser(
         prog=f"{_program()} serve",
@@ -125,13 +132,17 @@ def _serve(argv: list[str]) -> None:
     if options.dry_run:
         print("\n".join(serve.dry_run(deployment)))
         return
-    url, page = frontend_url(deployment), page_address(deployment)
+    url, page = frontend_url(deployment), page_url(deployment)
     logs = options.log_dir or options.state_dir / "logs"
 
     def announce() -> None:
         where = f"serving at {url}; try\n\n  {_curl(url, model_name(deployment))}" if url else "everything is up"
+        if url and page:
+            where += f"\n\nor see a cache hit\n\n  {_own_program()} try --frontend {url} --url {page}"
+        if url and has_random_weights(str(model_of(deployment))):
+            where += "\n\nthe model's weights are random: what it says makes no sense"
         if page:
-            where += f"\n\nwhat goes where, and why: http://{page}/"
+            where += f"\n\nwhat goes where, and why: {page}"
         print(f"\n{where}\n\nlogs are in {logs}; ctrl-C stops everything\n", flush=True)
 
     asyncio.run(serve.serve(deployment, announce, logs, verbose=options.verbose))
@@ -160,11 +171,20 @@ def _render(argv: list[str]) -> None:
         options.output.write_text(text)
     except OSError as error:
         raise ConfigError("output", options.output, f"a file that can be written ({error.strerror})") from None
+    head = takewhile(lambda line: line.startswith("# "), text.splitlines())
+    for line in islice(head, 2, None):
+        print(line.removeprefix("# "))
+
+
+def _own_program() -> str:
+    """`kvtier`, as a shell finds it."""
+    return "kvtier" if shutil.which("kvtier") else str(Path(sys.argv[0]).with_name("kvtier"))
 
 
 def _curl(url: str, model: str) -> str:
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
-    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
+    program = "curl --noproxy '*'" if "http" in getproxies() else "curl"  # a proxy cannot reach this machine's loopback
+    return f"{program} {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
 
 
 if __name__ == "__main__":

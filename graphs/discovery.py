@@ -19,6 +19,17 @@ def forget_dead(folder: Path) -> None:
                 path.unlink()
 
 
+def forget_all(folder: Path) -> None:
+    """Take away the instances of the dead, and if none is left all that was registered with them: models, channels of
+    events."""
+    forget_dead(folder)
+    registered = folder / "v1"
+    if not any((registered / "instances").glob("*")):
+        for path in registered.glob("*/*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def _refuses(path: Path) -> bool:
     """Whether nobody listens where an instance is to be reached."""
     try:

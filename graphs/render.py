@@ -17,7 +17,7 @@ import yaml
 from pydantic import ByteSize, TypeAdapter
 
 from graphs.service import Deployment, Place, Process, Service, load_deployment, load_graph, numbered_cores
-from graphs.services import HUB_TOKEN, is_folder, place_model
+from graphs.services import HUB_TOKEN, is_folder, page_address, place_model
 from kvstore.errors import ConfigError
 from kvstore.net.transport import split_address
 from kvstore.text import is_secret, masked_variable
@@ -53,6 +53,8 @@ _UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["A
 _USER = 1000  # of the images
 _FRONTEND_PORT, _SYSTEM_PORT = 8000, 9090  # of the operator
 _SECRETS = "kvtier-secrets"
+_JOB = "kvtier/job"  # label of pods: their job in Prometheus, as docker/prometheus/rules.yml knows it
+_DASHBOARD = {"grafana_dashboard": "1"}  # label by which the sidecar of Grafana's chart finds dashboards
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent
 # The package as installed has what containers mount, but no Dockerfiles, and no sources that these could copy.
@@ -77,7 +79,7 @@ def render(target: str, reference: str, config: Path | None, overrides: Sequence
     if target != "prometheus" and not _IS_CHECKOUT:
         head += f"# Build the images in a checkout of kvtier {version('kvtier')}: docker/*.Dockerfile say how.\n"
     if target == "k8s":
-        return head + _wanted_secrets(deployment) + _k8s(deployment)
+        return head + _wanted_secrets(deployment) + _ways_in(deployment) + _k8s(deployment)
     return head + (_compose(deployment, folder) if target == "compose" else _prometheus(deployment.processes()))
 
 
@@ -99,6 +101,15 @@ def _wanted_secrets(deployment: Deployment) -> str:
     return f"# They need: kubectl create secret generic {_SECRETS} {' '.join(wanted.values())}\n"
 
 
+def _ways_in(deployment: Deployment) -> str:
+    """As a comment, how to reach what has no way in from outside the cluster."""
+    ways = ["svc/kvtier-frontend 8000"] if deployment.runs("Frontend") else []
+    if page := page_address(deployment):
+        pod = f"$(kubectl get pods -o name -l {_JOB}=router | head -n 1)"
+        ways.append(f"{pod} {split_address(page)[1]}")
+    return "".join(f"# From outside: kubectl port-forward {way}\n" for way in ways)
+
+
 def image_of(process: Process) -> str:
     """Which of this project's images a process runs in."""
     if "dynamo.vllm" in process.command or "components.worker" in process.command:
@@ -106,8 +117,10 @@ def image_of(process: Process) -> str:
     return "store" if process.service == "Store" else "router"
 
 
-def _tag(image: str) -> str:
-    return f"kvtier/{image}:{version('kvtier')}"
+def _tag(deployment: Deployment, image: str) -> str:
+    containers = deployment.containers
+    registry = f"{containers.registry.rstrip('/')}/" if containers.registry else ""
+    return f"{registry}kvtier/{image}:{containers.tag or version('kvtier')}"
 
 
 def _dynamo_version() -> str:
@@ -196,7 +209,7 @@ def _compose_service(
         content = {"image": _BROKERS[name]}
     else:
         image = image_of(process)
-        content = {"image": _tag(image)}
+        content = {"image": _tag(deployment, image)}
         if _IS_CHECKOUT:
             root = _escaped(os.path.relpath(_ROOT, folder.resolve()))
             content["build"] = {"context": root, "dockerfile": f"docker/{IMAGES[image]}"}
@@ -244,6 +257,8 @@ def _compose_service(
         # An engine compiles kernels and keeps them in its home; nothing else writes beside its volume and /tmp.
         content["read_only"] = True
         content["tmpfs"] = ["/tmp", "/data"] if name == "Etcd" else ["/tmp"]
+    if memory := settings.args.resources.memory:
+        content["mem_limit"] = int(memory)
     if settings.args.resources.cpu and name not in _BROKERS:
         cpu = settings.args.resources.cpu
         first = deployment.taken_before(name)[1] + replica * cpu
@@ -393,11 +408,73 @@ def _k8s(deployment: Deployment) -> str:
             {
                 "apiVersion": "nvidia.com/v1beta1",
                 "kind": "DynamoGraphDeployment",
-                "metadata": {"name": "kvtier"},
+                "metadata": {"name": "kvtier", **_unwatched_by_the_operator(deployment)},
                 "spec": {"backendFramework": "vllm", "components": graph},
             }
         )
+    if deployment.containers.monitoring is not None:
+        documents += _monitoring(deployment.containers.monitoring)
     return "---\n".join(_dump(document) for document in documents)
+
+
+def _unwatched_by_the_operator(deployment: Deployment) -> dict[str, Any]:
+    """Where there is a PodMonitor of ours: those of Dynamo's operator would count the same series once more."""
+    is_watched = deployment.containers.monitoring is not None
+    return {"annotations": {"nvidia.com/enable-metrics": "false"}} if is_watched else {}
+
+
+def _monitoring(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What Prometheus's operator and the sidecar of Grafana's chart look for."""
+    group = "monitoring.coreos.com/v1"
+    metadata = {"name": "kvtier", **({"labels": dict(labels)} if labels else {})}
+    # Targets, Dynamo's processes, frontends: these names of ports are ours, and the operator's.
+    endpoints = [{"port": port, "interval": "5s"} for port in ("metrics", "system", "http")]
+    selector = {"matchExpressions": [{"key": _JOB, "operator": "Exists"}]}
+    monitor = {"jobLabel": _JOB, "selector": selector, "podMetricsEndpoints": endpoints}
+    boards = sorted((_DOCKER / "grafana" / "dashboards").glob("*.json"))
+    return [
+        {"apiVersion": group, "kind": "PodMonitor", "metadata": metadata, "spec": monitor},
+        {
+            "apiVersion": group,
+            "kind": "PrometheusRule",
+            "metadata": metadata,
+            "spec": yaml.safe_load((_DOCKER / "prometheus" / "rules.yml").read_text()),
+        },
+        *(
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {"name": f"kvtier-dashboard-{board.stem}", "labels": _DASHBOARD},
+                "data": {f"kvtier-{board.name}": board.read_text()},
+            }
+            for board in boards
+        ),
+    ]
+
+
+def _pod(deployment: Deployment, containers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A pod's spec, of this project's images."""
+    secrets = [{"name": name} for name in deployment.containers.pull_secrets]
+    return {
+        **({"imagePullSecrets": secrets} if secrets else {}),
+        "securityContext": {"runAsNonRoot": True, "runAsUser": _USER, "fsGroup": _USER},
+        "terminationGracePeriodSeconds": _STOP_SECONDS,
+        "containers": list(containers),
+    }
+
+
+def _resources(deployment: Deployment, name: str, request: int = 0, limit: int = 0) -> dict[str, Any]:
+    """Of a container; `request` and `limit` are its memory, unless the settings say it."""
+    wanted = deployment.of(name).args.resources
+    requests, limits = {}, {}
+    if wanted.cpu:
+        requests["cpu"] = str(wanted.cpu)
+    if memory := wanted.memory or request:
+        requests["memory"], limits["memory"] = _mebi(memory), _mebi(wanted.memory or limit)
+    if wanted.gpu:
+        limits["nvidia.com/gpu"] = str(wanted.gpu)
+    found = {"requests": requests, "limits": limits}
+    return {"resources": {kind: amounts for kind, amounts in found.items() if amounts}} if requests or limits else {}
 
 
 def _environment(process: Process, env: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -508,22 +585,22 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
     memory = _size(settings.get("buffers", "256MiB")) + _size(settings.get("hot", 0)) + (1 << 30)
     container = {
         "name": "store",
-        "image": _tag("store"),
+        "image": _tag(deployment, "store"),
         "command": command,
         "env": [_POD_NAME, *_environment(first, env)],
         "ports": ports,
         "startupProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 2, "failureThreshold": 300},
         "readinessProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 5},
         "livenessProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 10, "failureThreshold": 3},
-        "resources": {"requests": {"memory": _mebi(memory)}, "limits": {"memory": _mebi(2 * memory)}},
+        **_resources(deployment, "Store", memory, 2 * memory),
         "securityContext": _UNPRIVILEGED,
         "volumeMounts": [{"name": "data", "mountPath": "/data"}, {"name": "tmp", "mountPath": "/tmp"}],
     }
+    containers = deployment.containers
     pod = {
-        "securityContext": {"runAsNonRoot": True, "runAsUser": _USER, "fsGroup": _USER},
-        "terminationGracePeriodSeconds": _STOP_SECONDS,
+        **_pod(deployment, [container]),
+        **({"nodeSelector": containers.target_nodes} if containers.target_nodes else {}),
         "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [_apart(labels)]}},
-        "containers": [container],
         "volumes": [{"name": "tmp", "emptyDir": {}}],
     }
     _mount_files(first, pod, container)
@@ -531,7 +608,11 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
     disk = math.ceil(_size(settings.get("capacity", "4GiB")) * 1.1 / (1 << 30))
     claim = {
         "metadata": {"name": "data"},
-        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": f"{disk}Gi"}}},
+        "spec": {
+            "accessModes": ["ReadWriteOnce"],
+            **({"storageClassName": containers.storage_class} if containers.storage_class else {}),
+            "resources": {"requests": {"storage": f"{disk}Gi"}},
+        },
     }
     return [
         {
@@ -549,7 +630,7 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
                 "replicas": len(replicas),
                 "podManagementPolicy": "Parallel",
                 "selector": {"matchLabels": labels},
-                "template": {"metadata": {"labels": labels}, "spec": pod},
+                "template": {"metadata": {"labels": {**labels, _JOB: "store"}}, "spec": pod},
                 "volumeClaimTemplates": [claim],
             },
         },
@@ -579,27 +660,24 @@ def _component(deployment: Deployment, service: Service, replicas: Sequence[Proc
     image = image_of(first)
     main: dict[str, Any] = {
         "name": "main",
-        "image": _tag(image),
+        "image": _tag(deployment, image),
         "command": command[:1],
         "args": command[1:],
         "env": _environment(first, env),
+        **_resources(deployment, service.name),
     }
     if is_router:
         main["ports"] = [{"name": "system", "containerPort": _SYSTEM_PORT}]
         main["readinessProbe"] = {"httpGet": {"path": "/health", "port": "system"}, "periodSeconds": 5}
         main["livenessProbe"] = {"tcpSocket": {"port": "system"}, "initialDelaySeconds": 60, "periodSeconds": 10}
-    pod: dict[str, Any] = {
-        "securityContext": {"runAsNonRoot": True, "runAsUser": _USER, "fsGroup": _USER},
-        "terminationGracePeriodSeconds": _STOP_SECONDS,
-        "containers": [main],
-    }
-    if first.gpus:
-        main["resources"] = {"limits": {"nvidia.com/gpu": str(len(first.gpus))}}
-    model = _model(deployment, service.name)
-    if model is not None:
+    pod = _pod(deployment, [main])
+    if _model(deployment, service.name) is not None:
         main["volumeMounts"] = [{"name": "models", "mountPath": "/models", "readOnly": True}]
         claim = {"claimName": "kvtier-models", "readOnly": True}
         pod["volumes"] = [{"name": "models", "persistentVolumeClaim": claim}]
+    elif cache := deployment.containers.model_cache:
+        main["volumeMounts"] = [{"name": "cache", "mountPath": "/cache"}]
+        pod["volumes"] = [{"name": "cache", "persistentVolumeClaim": {"claimName": cache}}]
     _mount_files(first, pod, main)
     parts = [part for part in ("prefill", "decode") if part in command]
     # A router has no type: as a worker it would be in the workers' hash, and a new flag of it would restart them all.
@@ -613,7 +691,7 @@ def _component(deployment: Deployment, service: Service, replicas: Sequence[Proc
     }
     if image.startswith("worker"):
         content["sharedMemorySize"] = _mebi(_shm_bytes(deployment, first))
-    return {**content, "podTemplate": {"spec": pod}}
+    return {**content, "podTemplate": {"metadata": {"labels": {_JOB: service.name.lower()}}, "spec": pod}}
 
 
 def _same(process: Process, own_name: str) -> tuple[list[str], dict[str, str]]:

@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import os
+import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -17,7 +20,7 @@ from pathlib import Path
 
 from components.worker.shm import sweep_stale_regions
 from graphs.board import STARTING, Board
-from graphs.discovery import forget_dead
+from graphs.discovery import forget_all, forget_dead
 from graphs.service import Deployment, Process, Service
 from kvstore.errors import FailedError, UnavailableError
 from kvstore.net.transport import split_address
@@ -33,6 +36,10 @@ STOP_SECONDS = 20.0
 RESTART_SECONDS = (1.0, 60.0)
 # Those who import etcd3 set it for themselves; it would slow down the engines.
 _NOT_INHERITED = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"}
+# Resource trackers end when nobody holds their pipe any more.
+TRACKERS_SECONDS = 5.0
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's loopback
+_COLORS = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _TAIL_LINES = 30
 _POLL_SECONDS = 0.2
 _DEATH_POLL_SECONDS = 0.05  # a service that is gone goes on getting requests until this is noticed
@@ -45,6 +52,7 @@ class Child:
 
     process: Process
     running: asyncio.subprocess.Process
+    sockets: str  # folder for the engine's own, which outlive it
     started: float = field(default_factory=time.monotonic)
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
     saw_ready_line: bool = False
@@ -155,25 +163,26 @@ class Supervisor:
     async def stop(self) -> None:
         """Take everything down, those first that need others; what does not leave in time is killed."""
         self.unwatch()
+        registered = {child.process.env.get("DYN_FILE_KV", "") for child in self.children.values()} - {""}
         for service in reversed(self.deployment.services):
             leaving = [child for child in self.children.values() if child.process.service == service.name]
-            await asyncio.gather(*(self.end(child) for child in leaving))
+            await asyncio.gather(*(self._leave(child) for child in leaving))
+        for folder in registered:
+            await asyncio.to_thread(forget_all, Path(folder))
         sweep_stale_regions()
+
+    async def _leave(self, child: Child) -> None:
+        name, began = child.process.name, time.monotonic()
+        self._status(name, "stopping")
+        await self.end(child)
+        self._status(name, f"stopped after {time.monotonic() - began:.1f} s")
 
     async def end(self, child: Child, number: int = signal.SIGTERM) -> None:
         """Signal a child, and see that it and all it started are gone."""
-        steps = [(number, STOP_SECONDS), (signal.SIGKILL, 5.0)]
-        if number == signal.SIGKILL:
-            del steps[0]
-        for step, seconds in steps:
-            if step == signal.SIGKILL:
-                child.signal(step, trackers=False)
-            elif child.alive:
-                child.running.send_signal(step)  # it tells its own
-            deadline = time.monotonic() + seconds
-            while child.group() and time.monotonic() < deadline:
-                await asyncio.sleep(0.05)
-        child.signal(signal.SIGKILL)
+        if number != signal.SIGKILL and child.alive:
+            child.running.send_signal(number)  # it tells its own
+            await _emptied(child, STOP_SECONDS)
+        await _clear(child)
         await child.running.wait()
         if child.pump is not None:
             await child.pump
@@ -186,16 +195,17 @@ class Supervisor:
     async def _spawn(self, process: Process) -> Child:
         for folder in (self._logs, *process.folders):
             folder.mkdir(parents=True, exist_ok=True)
+        sockets = tempfile.mkdtemp(prefix="kvtier-")
         running = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "graphs.child", *process.command),
-            env={**self._environment, "PYTHONUNBUFFERED": "1", **process.env},
+            env={**self._environment, "PYTHONUNBUFFERED": "1", "VLLM_RPC_BASE_PATH": sockets, **process.env},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             limit=1 << 20,
         )
-        child = self.children[process.name] = Child(process, running)
+        child = self.children[process.name] = Child(process, running, sockets)
         child.pump = asyncio.create_task(self._pump(child))
         return child
 
@@ -216,11 +226,12 @@ class Supervisor:
                     continue  # a line beyond the limit: dropped
                 if not raw:
                     return
+                plain = _COLORS.sub(b"", raw)
                 with contextlib.suppress(OSError):  # a full disk must not stop the service
-                    log.write(raw)
+                    log.write(plain)
                     log.flush()
                 line = raw.decode(errors="replace").rstrip()
-                child.tail.append(line)
+                child.tail.append(plain.decode(errors="replace").rstrip())
                 if child.process.ready_line and child.process.ready_line in line:
                     child.saw_ready_line = True
                 self._show(child.process.name, line)
@@ -243,7 +254,7 @@ class Supervisor:
             while child.alive:  # asyncio's own wait would wait for all that the process started, too
                 await asyncio.sleep(_DEATH_POLL_SECONDS)
             code = child.running.returncode
-            child.signal(signal.SIGKILL)  # what it may have left behind
+            await _clear(child)  # of what it may have left behind
             if folder := child.process.env.get("DYN_FILE_KV"):
                 await asyncio.to_thread(forget_dead, Path(folder))
             if time.monotonic() - child.started > longest:
@@ -286,9 +297,25 @@ async def serve(
         await supervisor.stop()
 
 
+async def _emptied(child: Child, seconds: float) -> None:
+    """Wait until the child and all it started are gone, but no longer."""
+    deadline = time.monotonic() + seconds
+    while child.group() and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+
+
+async def _clear(child: Child) -> None:
+    """Kill the child and all it started, and delete what they leave: shared memory, which is up to Python's resource
+    trackers, and sockets."""
+    child.signal(signal.SIGKILL, trackers=False)
+    await _emptied(child, TRACKERS_SECONDS)
+    child.signal(signal.SIGKILL)
+    shutil.rmtree(child.sockets, ignore_errors=True)
+
+
 def _answers(url: str, text: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with _DIRECTLY.open(url, timeout=2) as answer:
             return answer.status == 200 and text in answer.read().decode(errors="replace")
     except (OSError, urllib.error.URLError):
         return False

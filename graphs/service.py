@@ -9,6 +9,8 @@ A graph file links services (`Frontend.link(Router).link(VllmWorker)`); a YAML f
       ServiceArgs: {workers: 2, resources: {gpu: 1}}
       max-model-len: 8192    # everything else is the program's own flag
       env: {VLLM_LOGGING_LEVEL: INFO}
+    Containers:              # for `dynamo render` alone
+      registry: registry.example/team
 """
 
 import importlib
@@ -20,21 +22,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from kvstore.errors import ConfigError, validated
 from kvstore.net.transport import split_address
 
 Setting = str | int | float | bool
+CONTAINERS = "Containers"
 
 
 class Resources(BaseModel):
-    """What one replica gets: GPUs by number, CPU cores as an affinity."""
+    """What one replica gets: GPUs by number, CPU cores as an affinity, and in containers memory."""
 
     model_config = ConfigDict(extra="forbid")
 
     gpu: int = Field(0, ge=0)
     cpu: int = Field(0, ge=0)
+    memory: ByteSize = ByteSize(0)  # 0: no limit, or what the settings of a target come to
 
 
 class ServiceArgs(BaseModel):
@@ -42,6 +46,22 @@ class ServiceArgs(BaseModel):
 
     workers: int = Field(1, ge=0)
     resources: Resources = Resources()
+
+
+class Containers(BaseModel):
+    """What only containers have: where images and volumes come from, and who watches. The YAML's section of that name;
+    from `model_cache` on, for Kubernetes alone."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    registry: str = ""  # before the names of this project's images
+    tag: str = ""  # of them; default: this project's version
+    pull_secrets: list[str] = []
+    model_cache: str = ""  # claim that workers, router and frontend share for models from the hub
+    storage_class: str = ""  # of targets' claims; default: the cluster's
+    target_nodes: dict[str, str] = {}  # labels of the nodes on which targets run
+    # Labels by which Prometheus's operator finds monitors and rules. None: there are no such objects.
+    monitoring: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +157,7 @@ class Deployment:
     state_dir: Path
     place: Place = Place()
     source: Source = Source()
+    containers: Containers = field(default_factory=Containers)
 
     def processes(self) -> list[Process]:
         """What is to run, in starting order. Raises ConfigError, which says where the setting was written."""
@@ -225,9 +246,11 @@ def load_deployment(
     names = [service.name for service in services]
     try:
         for name in content:
-            if name != "Common" and name not in names:
-                raise ConfigError(name, name, f"Common or a service of the graph: {', '.join(sorted(names))}")
+            if name not in ("Common", CONTAINERS, *names):
+                expected = f"Common, {CONTAINERS} or a service of the graph: {', '.join(sorted(names))}"
+                raise ConfigError(name, name, expected)
         common = _section(content, "Common")
+        containers = _containers(_section(content, CONTAINERS))
         settings = {
             service.name: _settings(service.name, _section(content, service.name), common, service.replicas)
             for service in services
@@ -235,17 +258,20 @@ def load_deployment(
     except ConfigError as error:
         error.args = (source.find(str(error).partition(":")[0]) + str(error),)
         raise
-    return Deployment(services, settings, state_dir, place or Place(), source)
+    return Deployment(services, settings, state_dir, place or Place(), source, containers)
 
 
-def as_flags(flags: Mapping[str, Setting]) -> list[str]:
-    """Command-line arguments of settings: `key: value` is `--key value`, `key: true` is `--key`."""
+def as_flags(flags: Mapping[str, Setting], *, negates: bool = False) -> list[str]:
+    """Command-line arguments of settings: `key: value` is `--key value`, `key: true` is `--key`, and `key: false` is
+    `--no-key` for a program that `negates`. Options of this project's own programs are off unless they are given."""
     arguments: list[str] = []
     for key, value in flags.items():
         if value is True:
             arguments.append(f"--{key}")
         elif value is not False:
             arguments += [f"--{key}", str(value)]
+        elif negates:
+            arguments.append(f"--no-{key}")
     return arguments
 
 
@@ -263,7 +289,9 @@ def numbered_cores(first: int, count: int, place: Place) -> str:
 def _read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
     try:
         text = path.read_text()
-        content = yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
+        _keep_spelling(node)
+        content = yaml.SafeLoader("").construct_document(node) if node else None
     except OSError as error:
         raise ConfigError("config", path, f"a YAML file that can be read ({error.strerror})") from None
     except yaml.YAMLError as error:
@@ -275,15 +303,38 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
     if not isinstance(content, dict):
         raise ConfigError("config", path, "a mapping of services to their settings")
     source = Source(path)
-    _find_lines(yaml.compose(text, yaml.SafeLoader), "", source)
+    _find_lines(node, "", source)
     return content, source
+
+
+def _keep_spelling(root: yaml.Node | None) -> None:
+    """Variables of the environment are texts: `1e3`, `007` and `yes` stay what was written."""
+    services = root.value if isinstance(root, yaml.MappingNode) else []
+    sections = [section for _, section in services if isinstance(section, yaml.MappingNode)]
+    for key, variables in (pair for section in sections for pair in section.value):
+        if key.value == "env" and isinstance(variables, yaml.MappingNode):
+            variables.value = [tuple(map(_as_text, pair)) for pair in variables.value]
+
+
+def _as_text(node: yaml.Node) -> yaml.Node:
+    """The node, or a copy: an alias of it may stand elsewhere."""
+    if not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:merge":
+        return node
+    return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark)
+
+
+def _dashed(name: str, depth: int) -> str:
+    """A setting's name, which may be written with underscores, as its program has it. Names of variables, below, and of
+    services, above, are as they are."""
+    return name.replace("_", "-") if depth == 1 else name
 
 
 def _find_lines(node: yaml.Node | None, name: str, source: Source) -> None:
     """The line of every key, by its path with dots. Raises ConfigError for a key that is there twice."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            below = f"{name}.{key.value}" if name else str(key.value)
+            own = _dashed(str(key.value), name.count(".") + 1 if name else 0)
+            below = f"{name}.{own}" if name else own
             line = key.start_mark.line + 1
             if below in source.lines:
                 raise ConfigError(f"{source.file}:{line}: {below}", "twice", f"once: see line {source.lines[below]}")
@@ -294,7 +345,7 @@ def _find_lines(node: yaml.Node | None, name: str, source: Source) -> None:
 def _override(content: dict[str, Any], text: str, source: Source) -> None:
     """`--VllmWorker.ServiceArgs.workers=2`: a value is read as YAML would read it."""
     path, equals, value = text.removeprefix("--").partition("=")
-    names = path.split(".")
+    names = [_dashed(name, depth) for depth, name in enumerate(path.split("."))]
     if not equals or len(names) < 2 or not all(names):
         raise ConfigError("override", text, "--Service.key=value")
     place = content
@@ -302,18 +353,26 @@ def _override(content: dict[str, Any], text: str, source: Source) -> None:
         if not isinstance(place.setdefault(name, {}), dict):
             raise ConfigError("override", text, f"{name} to be a mapping")
         place = place[name]
+    is_variable = names[1] == "env" and len(names) == 3
     try:
-        place[names[-1]] = yaml.safe_load(value)
+        place[names[-1]] = value if is_variable else yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError("override", text, "a value that YAML can read") from None
-    source.lines.pop(path, None)
+    source.lines.pop(".".join(names), None)
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = content.get(name) or {}
     if not isinstance(section, dict):
         raise ConfigError(name, section, "a mapping of settings")
-    return dict(section)
+    return {_dashed(str(key), 1): value for key, value in section.items()}
+
+
+def _containers(section: Mapping[str, Any]) -> Containers:
+    try:
+        return validated(Containers, {key.replace("-", "_"): value for key, value in section.items()})
+    except ConfigError as error:
+        raise error.within(CONTAINERS) from None
 
 
 def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any], workers: int) -> Settings:
@@ -323,11 +382,15 @@ def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any], wor
     for key, value, kind in (("ServiceArgs", args, dict), ("env", env, dict), ("common-configs", shared, list)):
         if not isinstance(value, kind):
             raise ConfigError(f"{name}.{key}", value, "a list" if kind is list else "a mapping")
+    shared = [_dashed(str(key), 1) for key in shared]
     for key in shared:
         if key not in common:
             raise ConfigError(
                 f"{name}.common-configs", key, f"a key of Common: {', '.join(common) or 'there are none'}"
             )
+    for key, value in env.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{name}.env.{key}", value, "a text")
     flags = {**{key: common[key] for key in shared}, **section}
     for key, value in flags.items():
         if not isinstance(value, Setting):
@@ -337,7 +400,7 @@ def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any], wor
     except ConfigError as error:
         error.args = (f"{name}.ServiceArgs.{error}",)
         raise
-    return Settings(checked, {key: str(value) for key, value in env.items()}, flags)
+    return Settings(checked, env, flags)
 
 
 def replicas(name: str, deployment: Deployment) -> Iterator[tuple[int, dict[str, str], list[int]]]:

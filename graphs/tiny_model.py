@@ -5,6 +5,7 @@ noise. They are drawn from a fixed seed with a spread wide enough that different
 text, so that a wrong KV block shows in the tokens and not only in the last digits.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 SPECIAL = ("<|begin_of_text|>", "<|start|>", "<|end|>", "<|eot|>")
 # Spreads the logits over several nats: greedy choices are clear, not ties.
 LOGITS_GAIN = 6.0
+_MARK = "kvtier_random_weights"  # in config.json
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>"
     "{% if m['content'] is string %}{{ m['content'] }}"
@@ -44,6 +46,7 @@ def make_tiny_model(
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        _MARK: True,
         "vocab_size": len(vocab),
         "hidden_size": hidden,
         "intermediate_size": mlp,
@@ -91,6 +94,13 @@ def make_tiny_model(
         }
     write_weights(folder / "model.safetensors", weights)
     return folder
+
+
+def has_random_weights(model: str) -> bool:
+    """Whether a folder is one that this module made."""
+    with contextlib.suppress(OSError, ValueError):
+        return bool(json.loads((Path(model) / "config.json").read_text()).get(_MARK))
+    return False
 
 
 def make_tiny_adapter(folder: Path, model: Path, *, seed: int, rank: int = 4) -> Path:

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from graphs.forgery import Record, forge, records
 from graphs.serve import Child, Supervisor
 from graphs.service import load_deployment
-from graphs.services import free_port, frontend_url, page_address, runtime_env, vllm_workers
+from graphs.services import free_port, frontend_url, page_url, runtime_env, vllm_workers
 from graphs.tiny_model import make_tiny_model
 from kvstore.bus import residency
 from kvstore.bus.messages import Bus, WorkerReport, subject
@@ -145,7 +145,7 @@ class Trial:
         services = [ReferenceWorker, *self.deployment.services]
         self.deployment = type(self.deployment)(services, settings, self.deployment.state_dir)
         self.url = frontend_url(self.deployment)
-        self.page_url = f"http://{page_address(self.deployment)}/"
+        self.page_url = page_url(self.deployment)
         self.supervisor = Supervisor(self.deployment, self._log, restart=False)
         self.http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300))
         try:

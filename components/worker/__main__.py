@@ -52,8 +52,9 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
     events = {
         "publisher": "zmq",
         "topic": "kv-events",
-        # A socket of its own for each worker process; with data parallelism give dynamo.vllm a tcp://*:PORT instead.
-        "endpoint": f"ipc:///tmp/kvtier-events-{os.getpid()}.sock",
+        # A socket of its own for each worker process, beside vLLM's; with data parallelism give dynamo.vllm a
+        # tcp://*:PORT instead.
+        "endpoint": f"ipc://{os.environ.get('VLLM_RPC_BASE_PATH', '/tmp')}/kvtier-events-{os.getpid()}.sock",
         "enable_kv_cache_events": True,
     }
     command = [

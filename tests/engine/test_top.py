@@ -1,4 +1,4 @@
-"""`kvtier top` on a real cluster says what the metrics say."""
+"""`kvtier top` on a real cluster says what the metrics say, and `kvtier try` shows a hit."""
 
 import asyncio
 import subprocess
@@ -13,6 +13,23 @@ from graphs.trial import Trial
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+async def test_a_stranger_sees_a_hit(trial: Trial) -> None:
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "graphs.cli", "try", "--frontend", trial.url, "--url", trial.page_url],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    titles, new, again = (line.split("  ") for line in ended.stdout.replace(",", "").splitlines())
+    rows = [dict(zip(filter(None, titles), map(str.strip, filter(None, row)), strict=True)) for row in (new, again)]
+    assert int(rows[0]["hbm"]) < int(rows[0]["computed"])
+    assert int(rows[1]["hbm"]) > int(rows[1]["computed"])
 
 
 async def test_top_shows_the_cluster(trial: Trial) -> None:

@@ -1,7 +1,7 @@
 """A strict reading of Kubernetes manifests: every field must be one of its type, and have a value of the right kind.
 
-Kubernetes' own types come from its Python client. DynamoGraphDeployment is read by the schema of the operator's
-CustomResourceDefinition, in which a field that it does not name is an error here.
+Kubernetes' own types come from its Python client. Those of operators are read by the schemas of their
+CustomResourceDefinitions, in which a field that they do not name is an error here.
 """
 
 import json
@@ -13,6 +13,7 @@ import jsonschema
 from kubernetes.client import models
 
 KINDS = {
+    "ConfigMap": "V1ConfigMap",
     "Deployment": "V1Deployment",
     "NetworkPolicy": "V1NetworkPolicy",
     "PodDisruptionBudget": "V1PodDisruptionBudget",
@@ -20,24 +21,23 @@ KINDS = {
     "StatefulSet": "V1StatefulSet",
 }
 GRAPH = "DynamoGraphDeployment"
-_SCHEMA = json.loads((Path(__file__).parent / "dynamographdeployment.v1beta1.json").read_text())
+_SCHEMAS = {
+    kind: json.loads((Path(__file__).parent / f"{kind.lower()}.{version}.json").read_text())
+    for kind, version in {GRAPH: "v1beta1", "PodMonitor": "v1", "PrometheusRule": "v1"}.items()
+}
 _PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 def read(document: dict[str, Any]) -> None:
     """Raises ValueError, which names the field, for a manifest that is not as its kind prescribes."""
     kind = document["kind"]
-    if kind == GRAPH:
-        _read_graph(document)
-    else:
+    if kind not in _SCHEMAS:
         _read(document, KINDS[kind], kind)
-
-
-def _read_graph(document: dict[str, Any]) -> None:
-    errors = jsonschema.Draft202012Validator(_strict(_SCHEMA)).iter_errors(document)
-    told = [f"{GRAPH}{error.json_path.removeprefix('$')}: {error.message}" for error in errors]
-    _read(document["metadata"], "V1ObjectMeta", f"{GRAPH}.metadata")
-    for number, component in enumerate(document["spec"]["components"]):
+        return
+    errors = jsonschema.Draft202012Validator(_strict(_SCHEMAS[kind])).iter_errors(document)
+    told = [f"{kind}{error.json_path.removeprefix('$')}: {error.message}" for error in errors]
+    _read(document["metadata"], "V1ObjectMeta", f"{kind}.metadata")
+    for number, component in enumerate(document["spec"]["components"] if kind == GRAPH else ()):
         containers = component["podTemplate"]["spec"]["containers"]
         if not [one for one in containers if one["name"] == "main" and one.get("image")]:
             told.append(f"{GRAPH}.spec.components[{number}]: no container main with an image")

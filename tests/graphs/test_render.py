@@ -43,6 +43,19 @@ COMMITTED = [
 ]
 
 
+# Every setting of containers, and memory.
+EVERYTHING = [
+    "--Containers.registry=registry.example:5000/team/",
+    "--Containers.tag=nightly",
+    "--Containers.pull-secrets=[registry]",
+    "--Containers.model_cache=models",
+    "--Containers.storage-class=local-nvme",
+    "--Containers.target-nodes={disks: nvme}",
+    "--Containers.monitoring={release: prometheus}",
+    "--Store.ServiceArgs.resources={cpu: 4, memory: 24GiB}",
+]
+
+
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -95,10 +108,79 @@ def test_every_graph_runs_and_renders(graph: str, config: str, tmp_path: Path) -
     for command in commands(text):
         parsed(command)
     compose_accepts(text, tmp_path)
-    documents = list(yaml.safe_load_all(render("k8s", graph, path, [], Path("docker"))))
-    for document in documents:
-        manifests.read(document)
-    assert "DynamoGraphDeployment" in {document["kind"] for document in documents} or config == "store"
+    for overrides in ([], EVERYTHING):
+        documents = list(yaml.safe_load_all(render("k8s", graph, path, overrides, Path("docker"))))
+        for document in documents:
+            manifests.read(document)
+        assert manifests.GRAPH in {document["kind"] for document in documents} or config == "store"
+
+
+def manifest(kind: str, overrides: list[str], config: str = "two_gpu") -> Any:
+    """The last of its kind."""
+    text = render("k8s", ROUTED, CONFIGS / f"{config}.yaml", overrides, Path("docker"))
+    return [one for one in yaml.safe_load_all(text) if one["kind"] == kind][-1]
+
+
+def test_what_the_settings_say_of_containers_is_in_all_of_them() -> None:
+    stateful = manifest("StatefulSet", EVERYTHING)["spec"]
+    components = manifest(manifests.GRAPH, EVERYTHING)["spec"]["components"]
+    pods = [stateful["template"]["spec"], *(one["podTemplate"]["spec"] for one in components)]
+    for pod in pods:
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+        assert re.fullmatch(r"registry\.example:5000/team/kvtier/[a-z]+:nightly", pod["containers"][0]["image"])
+    assert pods[0]["nodeSelector"] == {"disks": "nvme"}
+    assert stateful["volumeClaimTemplates"][0]["spec"]["storageClassName"] == "local-nvme"
+    assert pods[0]["containers"][0]["resources"] == {
+        "requests": {"cpu": "4", "memory": "24576Mi"},
+        "limits": {"memory": "24576Mi"},
+    }
+    for pod in pods[1:]:
+        (cache,) = pod["volumes"]
+        assert cache["persistentVolumeClaim"] == {"claimName": "models"}
+        assert [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]] == ["/cache"]
+    compose = yaml.safe_load(render("compose", ROUTED, CONFIGS / "two_gpu.yaml", EVERYTHING, Path("docker")))
+    store = compose["services"]["store-0"]
+    assert store["image"] == "registry.example:5000/team/kvtier/store:nightly"
+    assert store["mem_limit"] == 24 << 30
+
+
+def test_prometheus_finds_every_pod_under_the_job_that_alerts_look_for() -> None:
+    labels = [manifest("StatefulSet", EVERYTHING)["spec"]["template"]["metadata"]["labels"]]
+    graph = manifest(manifests.GRAPH, EVERYTHING)
+    labels += [one["podTemplate"]["metadata"]["labels"] for one in graph["spec"]["components"]]
+    monitor, rules = manifest("PodMonitor", EVERYTHING), manifest("PrometheusRule", EVERYTHING)
+    label = monitor["spec"]["jobLabel"]
+    assert [one[label] for one in labels] == ["store", "vllmworker", "router", "frontend"]
+    assert graph["metadata"]["annotations"] == {"nvidia.com/enable-metrics": "false"}  # or all would be counted twice
+    assert monitor["metadata"]["labels"] == rules["metadata"]["labels"] == {"release": "prometheus"}
+    assert rules["spec"] == yaml.safe_load((ROOT / "docker" / "prometheus" / "rules.yml").read_text())
+    board = manifest("ConfigMap", EVERYTHING)
+    assert board["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    (text,) = board["data"].values()
+    assert json.loads(text)["uid"] == "kvtier-workers"
+
+
+def test_brokers_that_run_already_are_used_and_none_is_rendered() -> None:
+    overrides = ["--Nats.servers=nats://platform-nats.dynamo:4222", "--Etcd.servers=a.dynamo:2379,b.dynamo:2379"]
+    text = render("k8s", ROUTED, CONFIGS / "two_gpu.yaml", overrides, Path("docker"))
+    assert "kvtier-nats" not in text
+    assert "kvtier-etcd" not in text
+    container = manifest("StatefulSet", overrides)["spec"]["template"]["spec"]["containers"][0]
+    options = parse_store(container["command"][3:])
+    assert (options.nats, options.etcd) == ("nats://platform-nats.dynamo:4222", "a.dynamo:2379,b.dynamo:2379")
+    worker = manifest(manifests.GRAPH, overrides)["spec"]["components"][0]["podTemplate"]["spec"]["containers"][0]
+    variables = {one["name"]: one.get("value") for one in worker["env"]}
+    assert variables["NATS_SERVER"] == "nats://platform-nats.dynamo:4222"
+    assert variables["ETCD_ENDPOINTS"] == "http://a.dynamo:2379,http://b.dynamo:2379"
+    assert worker["args"][worker["args"].index("--store") + 1] == "etcd://a.dynamo:2379,b.dynamo:2379"
+
+
+def test_who_writes_manifests_is_told_how_to_reach_what_they_make(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "graphs.cli", "render", "k8s", ROUTED, "-f", str(CONFIGS / "quickstart.yaml")]
+    written = [*command, "-o", str(tmp_path / "k8s.yaml")]
+    ended = subprocess.run(written, capture_output=True, text=True, timeout=60, check=True)
+    assert "kubectl port-forward svc/kvtier-frontend 8000" in ended.stdout
+    assert re.search(r"kubectl port-forward \$\(kubectl get pods -o name -l kvtier/job=router .*\) 8300", ended.stdout)
 
 
 def compose_accepts(text: str, tmp_path: Path) -> None:

@@ -4,28 +4,41 @@ import asyncio
 import io
 import json
 import os
+import re
 import secrets
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 
 from graphs import serve, services
 from graphs.board import STARTING, Board
-from graphs.discovery import forget_dead
+from graphs.discovery import forget_all, forget_dead
 from graphs.serve import Supervisor, dry_run
 from graphs.service import Deployment, Process, Service, as_flags, load_deployment
-from graphs.services import etcd_address, free_port, page_address, runtime_env, target_addresses
+from graphs.services import (
+    etcd_address,
+    free_port,
+    frontend_url,
+    page_address,
+    page_url,
+    runtime_env,
+    target_addresses,
+)
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import EtcdMembership
+from kvstore.net.transport import split_address
 
 ROOT = Path(__file__).parents[2]
 GRAPH = "graphs.agg_router:Frontend"
@@ -124,7 +137,7 @@ def test_overrides_replicas_and_gpus(tmp_path: Path) -> None:
 def test_brokers_that_run_already_and_their_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Children read the secrets from the environment, as this process does; a command line shows none."""
     monkeypatch.setenv("NATS_AUTH_PASSWORD", "s3cret")
-    overrides = ["--Nats.ServiceArgs.workers=0", "--Nats.servers=tls://a:4222,tls://b:4222"]
+    overrides = ["--Nats.servers=tls://a:4222,tls://b:4222"]
     config = tmp_path / "my.yaml"
     config.write_text(QUICKSTART.read_text().replace("  env:\n", "  env:\n    HF_TOKEN: s3cret\n"))
     deployment = load_deployment(GRAPH, config, overrides, tmp_path)
@@ -133,17 +146,76 @@ def test_brokers_that_run_already_and_their_secrets(tmp_path: Path, monkeypatch:
     assert "NATS_SERVER=tls://a:4222,tls://b:4222" in lines
     assert "HF_TOKEN='***'" in lines
     assert "s3cret" not in lines
-    for wrong, expected in (
-        (overrides[1:], "beside it"),
-        ([overrides[0], "--Nats.servers=nats://me:s3cret@a:4222"], "NATS_AUTH_USERNAME"),
-    ):
-        with pytest.raises(ConfigError, match=f"Nats.servers.*{expected}") as raised:
-            load_deployment(GRAPH, QUICKSTART, wrong, tmp_path).processes()
-        assert "s3cret" not in str(raised.value)
+    with pytest.raises(ConfigError, match=r"Nats\.servers.*NATS_AUTH_USERNAME") as raised:
+        load_deployment(GRAPH, QUICKSTART, ["--Nats.servers=nats://me:s3cret@a:4222"], tmp_path).processes()
+    assert "s3cret" not in str(raised.value)
 
 
 def test_flags() -> None:
-    assert as_flags({"a": 1, "b": True, "c": False, "d": "x y"}) == ["--a", "1", "--b", "--d", "x y"]
+    flags = {"a": 1, "b": True, "c": False, "d": "x y"}
+    assert as_flags(flags) == ["--a", "1", "--b", "--d", "x y"]
+    assert as_flags(flags, negates=True) == ["--a", "1", "--b", "--no-c", "--d", "x y"]
+
+
+def test_false_and_underscores_reach_the_programs_as_they_write_them(tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text(
+        "Common: {max_model_len: 100}\n"
+        "VllmWorker:\n"
+        "  model: a/b\n"
+        "  common-configs: [max_model_len]\n"
+        "  blocks_per_chunk: 2\n"
+        "  enable_prefix_caching: false\n"
+        "  share-images: false\n"
+    )
+    overrides = ["--VllmWorker.gpu_memory_utilization=0.5", "--Frontend.router_replica_sync=false"]
+    shown = commands(load_deployment(GRAPH, config, overrides, tmp_path))
+    ours, _, theirs = shown["VllmWorker-0"].partition(" -- ")
+    assert ours.endswith("--model a/b --blocks-per-chunk 2")
+    assert theirs == "--max-model-len 100 --no-enable-prefix-caching --gpu-memory-utilization 0.5"
+    assert shown["Frontend-0"].endswith("--no-router-replica-sync")
+
+
+def test_variables_keep_their_spelling(tmp_path: Path) -> None:
+    written = {"A": "1e3", "B": "007", "C": "yes", "D": "0x10", "E": "2026-01-01", "F": "1_000", "ON": "", "G_H": "~"}
+    config = tmp_path / "my.yaml"
+    lines = [f"    {name}: {value}" for name, value in written.items()]
+    config.write_text("\n".join(["Common: {port: &port 8080}", "Nats:", "  env:", "    P: *port", *lines]))
+    deployment = load_deployment(GRAPH, config, ["--Nats.env.I_J=no"], tmp_path)
+    assert deployment.of("Nats").env == {"P": "8080", **written, "I_J": "no"}
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("127.0.0.2", "127.0.0.2")]
+)
+def test_a_service_is_probed_where_it_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, reached: str
+) -> None:
+    monkeypatch.setenv("DYN_SYSTEM_HOST", host)
+    at = f"[{host}]" if ":" in host else host
+    overrides = [f"--{name}.listen='{at}:{free_port()}'" for name in ("Nats", "Etcd", "Store")]
+    overrides += ["--Etcd.ServiceArgs.workers=1", f"--Frontend.host='{host}'", f"--Router.page='{at}:8300'"]
+    deployment = load_deployment(GRAPH, QUICKSTART, [*overrides, "--Router.page-open=true"], tmp_path)
+    processes = deployment.processes()
+    probed = {urlsplit(process.ready_url).netloc.rpartition(":")[0] for process in processes if process.ready_url}
+    assert probed == {reached}
+    assert {split_address(address)[0] for process in processes for address in process.listens} == {host}
+    assert frontend_url(deployment) == f"http://{reached}:8000"
+    assert page_url(deployment) == f"http://{reached}:8300/"
+
+
+def test_probes_of_this_machine_go_to_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"ready")
+
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert serve._answers(f"http://127.0.0.1:{server.server_port}/", "ready")
+        server.shutdown()
 
 
 # What is wrong, and what is printed; docs/operations.md shows the same.
@@ -154,8 +226,8 @@ BROKEN = [
     ),
     (
         "Stroe: {capacity: 1G}",
-        "my.yaml:1: Stroe: 'Stroe' given, expected Common or a service of the graph: Etcd, Frontend, Nats, Router, "
-        "Store, VllmWorker",
+        "my.yaml:1: Stroe: 'Stroe' given, expected Common, Containers or a service of the graph: Etcd, Frontend, Nats, "
+        "Router, Store, VllmWorker",
     ),
     (
         "Router:\n  model-name: m\nRouter:\n  page: 127.0.0.1:8300",
@@ -172,7 +244,7 @@ BROKEN = [
     ),
     (
         "VllmWorker:\n  ServiceArgs:\n    resources: {gpus: 1}",
-        "my.yaml:3: VllmWorker.ServiceArgs.resources.gpus: '1' given, expected one of gpu, cpu",
+        "my.yaml:3: VllmWorker.ServiceArgs.resources.gpus: '1' given, expected one of gpu, cpu, memory",
     ),
     (
         "Common: {model: a/b}\nVllmWorker:\n  common-configs: [modle]",
@@ -240,6 +312,13 @@ def test_a_broken_configuration_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         ),
         ("Store: {common-configs: [model]}", "Store.common-configs: 'model' given, expected a key of Common"),
         ("Nats: {listen: 4222}", "my.yaml:1: Nats.listen: '4222' given, expected host:port"),
+        ("Nats: {env: {A: [1]}}", "my.yaml:1: Nats.env.A: '[1]' given, expected a text"),
+        (
+            "Store: {hot_cache: 1G, hot-cache: 2G}",
+            "my.yaml:1: Store.hot-cache: 'twice' given, expected once: see line 1",
+        ),
+        ("Containers: {registri: a}", "my.yaml:1: Containers.registri: 'a' given, expected one of registry, tag, "),
+        ("Containers: {monitoring: prometheus}", "my.yaml:1: Containers.monitoring: 'prometheus' given, expected a"),
     ],
 )
 def test_bad_yaml_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str) -> None:
@@ -328,6 +407,52 @@ async def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
     assert pid in child.group()
     await supervisor.end(child, signal.SIGKILL)
     assert child.group() == []
+
+
+SHARES = (
+    "import multiprocessing, os, pathlib, time; from multiprocessing import shared_memory; "
+    "pathlib.Path(os.environ['VLLM_RPC_BASE_PATH'], 'socket').touch(); "
+    "shared = shared_memory.SharedMemory(create=True, size=4096); "
+    "lock = multiprocessing.get_context('spawn').Lock(); "
+    "print('made', os.environ['VLLM_RPC_BASE_PATH'], '/dev/shm/' + shared.name, flush=True); time.sleep(60)"
+)
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "is killed"])
+async def test_a_killed_child_leaves_no_shared_memory_and_no_sockets(tmp_path: Path, dies: bool) -> None:
+    lines: list[str] = []
+    process = Process("a", "A", script(SHARES), {}, ready_line="made")
+    supervisor = Supervisor(deployment(tmp_path, process), lambda _, line: lines.append(line))
+    await supervisor.start()
+    made = [Path(word) for word in lines[0].split()[1:]]
+    assert all(path.exists() for path in made)
+    if dies:
+        first = supervisor.children["a"]
+        os.kill(first.pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            while supervisor.children["a"] is first or not supervisor.children["a"].ready:
+                await asyncio.sleep(0.05)
+    supervisor.unwatch()
+    await supervisor.end(supervisor.children["a"], signal.SIGKILL)
+    assert not any(path.exists() for path in made)
+
+
+async def test_who_waits_for_the_end_sees_what_stops(tmp_path: Path) -> None:
+    told: list[str] = []
+    process = Process("a", "A", script(WAIT), {}, ready_line="up")
+    supervisor = Supervisor(deployment(tmp_path, process), lambda *_: None, status=lambda _, text: told.append(text))
+    await supervisor.start()
+    await supervisor.stop()
+    assert told[-2] == "stopping"
+    assert re.fullmatch(r"stopped after \d\.\d s", told[-1])
+
+
+async def test_a_log_file_has_no_colours(tmp_path: Path) -> None:
+    talk = "print('\\033[32mgreen\\033[0m'); " + WAIT
+    supervisor = Supervisor(deployment(tmp_path, Process("a", "A", script(talk), {}, ready_line="up")), lambda *_: None)
+    await supervisor.start()
+    await supervisor.stop()
+    assert (tmp_path / "logs" / "a.log").read_text() == "green\nup\n"
 
 
 async def test_a_child_that_does_not_come_up_stops_the_start(tmp_path: Path) -> None:
@@ -421,6 +546,21 @@ def test_where_the_dead_were_reached_is_forgotten(tmp_path: Path) -> None:
         (instances / "half-written").write_text("{")
         forget_dead(tmp_path)
     assert {path.name for path in instances.iterdir()} == {"dynamo%2Fbackend%2Fgenerate%2Fliving", "half-written"}
+
+
+def test_when_all_are_gone_nothing_stays_registered(tmp_path: Path) -> None:
+    for name in ("instances", "mdc", "event_channels"):
+        (tmp_path / "v1" / name).mkdir(parents=True)
+        (tmp_path / "v1" / name / f"{name}%2F1").write_text("{}")
+    instance = tmp_path / "v1" / "instances" / "instances%2F1"
+    with socket.socket() as alive:
+        alive.bind(("127.0.0.1", 0))
+        alive.listen()
+        instance.write_text(json.dumps({"transport": {"tcp": f"127.0.0.1:{alive.getsockname()[1]}/1/generate"}}))
+        forget_all(tmp_path)
+        assert len(list((tmp_path / "v1").glob("*/*"))) == 3
+    forget_all(tmp_path)
+    assert list((tmp_path / "v1").glob("*/*")) == []
 
 
 class Terminal(io.StringIO):
@@ -540,7 +680,7 @@ def test_killing_the_supervisor_ends_its_children(tmp_path: Path) -> None:
     [
         ([], 2, "usage:"),
         (["--help"], 0, "serve"),
-        (["fly"], 2, "usage:"),
+        (["fly"], 2, "error: command: 'fly' given, expected one of serve, render, store, connector, top, "),
         (["serve", "graphs.nothing:X"], 2, "error: graph: 'graphs.nothing:X' given"),
         (["serve", GRAPH, "-f", "/nowhere.yaml"], 2, "error: config: '/nowhere.yaml' given"),
         (["store", "--dir", "/nowhere", "--capacity", "1G"], 2, "error: dir: '/nowhere' given"),
