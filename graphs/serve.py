@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -198,7 +198,13 @@ class Supervisor:
         sockets = tempfile.mkdtemp(prefix="kvtier-")
         running = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "graphs.child", *process.command),
-            env={**self._environment, "PYTHONUNBUFFERED": "1", "VLLM_RPC_BASE_PATH": sockets, **process.env},
+            env={
+                **self._environment,
+                **_no_proxy(self._environment, process),
+                "PYTHONUNBUFFERED": "1",
+                "VLLM_RPC_BASE_PATH": sockets,
+                **process.env,
+            },
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -295,6 +301,17 @@ async def serve(
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().remove_signal_handler(number)
         await supervisor.stop()
+
+
+def _no_proxy(environment: Mapping[str, str], process: Process) -> dict[str, str]:
+    """Lets a process reach its neighbours where there is a proxy for the world beyond: Dynamo's frontend asks workers
+    for their models' files over HTTP."""
+    spared = environment.get("NO_PROXY") or environment.get("no_proxy") or ""
+    hosts = {split_address(address)[0] for address in process.listens} | {"127.0.0.1", "::1", "localhost"}
+    if host := process.env.get("DYN_SYSTEM_HOST"):
+        hosts.add(host)
+    value = ",".join([*([spared] if spared else []), *sorted(hosts)])
+    return {"NO_PROXY": value, "no_proxy": value}
 
 
 async def _emptied(child: Child, seconds: float) -> None:

@@ -437,6 +437,20 @@ async def test_a_killed_child_leaves_no_shared_memory_and_no_sockets(tmp_path: P
     assert not any(path.exists() for path in made)
 
 
+async def test_children_reach_each_other_where_there_is_a_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("no_proxy", "intranet")
+    show = "import os; print(os.environ['NO_PROXY'], os.environ['no_proxy']); " + WAIT
+    lines: list[str] = []
+    process = Process("a", "A", script(show), {"DYN_SYSTEM_HOST": "127.0.0.2"}, ready_line="up")
+    supervisor = Supervisor(deployment(tmp_path, process), lambda _, line: lines.append(line), status=lambda *_: None)
+    await supervisor.start()
+    await supervisor.stop()
+    assert set(lines[0].split()) == {"intranet,127.0.0.1,127.0.0.2,::1,localhost"}
+
+
 async def test_who_waits_for_the_end_sees_what_stops(tmp_path: Path) -> None:
     told: list[str] = []
     process = Process("a", "A", script(WAIT), {}, ready_line="up")
