@@ -422,9 +422,10 @@ SHARES = (
 async def test_a_killed_child_leaves_no_shared_memory_and_no_sockets(tmp_path: Path, dies: bool) -> None:
     lines: list[str] = []
     process = Process("a", "A", script(SHARES), {}, ready_line="made")
-    supervisor = Supervisor(deployment(tmp_path, process), lambda _, line: lines.append(line))
+    supervisor = Supervisor(deployment(tmp_path, process), lambda _, line: lines.append(line), status=lambda *_: None)
     await supervisor.start()
     made = [Path(word) for word in lines[0].split()[1:]]
+    assert len(made) == 2
     assert all(path.exists() for path in made)
     if dies:
         first = supervisor.children["a"]
