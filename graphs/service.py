@@ -50,7 +50,7 @@ class ServiceArgs(BaseModel):
 
 class Containers(BaseModel):
     """What only containers have: where images and volumes come from, and who watches. The YAML's section of that name;
-    from `model_cache` on, for Kubernetes alone."""
+    from `pull_secrets` on, for Kubernetes alone."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 

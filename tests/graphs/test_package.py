@@ -80,7 +80,7 @@ def test_a_storage_node_needs_neither_torch_nor_dynamo(plain: Path, tmp_path: Pa
     for program in ("kvtier", "dynamo"):
         assert run(plain / program, "--version", cwd=tmp_path).stdout == said
     assert "--capacity" in run(plain / "python", "-m", "kvstore", "--help", cwd=tmp_path).stdout
-    for command in ("store", "connector", "top", "explain", "size"):
+    for command in ("store", "connector", "top", "explain", "try", "size"):
         assert "usage: " in run(plain / "kvtier", command, "--help", cwd=tmp_path).stdout
     run(plain / "python", "-c", "import graphs.top_app, etcd3", cwd=tmp_path)
     listed = json.loads(run(UV, "pip", "list", "--python", plain / "python", "--format", "json").stdout)
