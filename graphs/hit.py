@@ -25,6 +25,7 @@ from kvstore.tools import words
 
 _WORDS = 400  # more than a few blocks, whatever the tokenizer
 _ANSWER_TOKENS = 8
+_EVENTS_SECONDS = 0.5  # workers tell the router what they hold
 _TIMEOUT = aiohttp.ClientTimeout(total=120)
 
 
@@ -47,6 +48,7 @@ async def tried(frontend: str, page: str, token: str | None) -> str:
             if not latest:
                 raise UnavailableError(f"router: {page} did not decide on this prompt: is it the router of {frontend}?")
             rows.append(_row(name, latest[0]))
+            await asyncio.sleep(_EVENTS_SECONDS)
     return words.table(rows)
 
 
