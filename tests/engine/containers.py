@@ -62,7 +62,9 @@ def why_not() -> str:
         return "containers need root here"
     if not (PROGRAMS / "usr/bin/podman").exists():
         return "no container engine: docker/install_test_programs.sh unpacks one"
-    tried = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
+    laid_over = ["mount", "-t", "overlay", "-o", f"lowerdir={PROGRAMS}/usr:/usr", "overlay", "/usr"]
+    enter = ["unshare", "-m", "--propagation", "private", *laid_over]
+    tried = subprocess.run(enter, capture_output=True, text=True, check=False)
     return tried.stderr.strip()
 
 
