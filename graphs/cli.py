@@ -178,7 +178,7 @@ def _render(argv: list[str]) -> None:
 
 def _own_program() -> str:
     """`kvtier`, as a shell finds it."""
-    return "kvtier" if shutil.which("kvtier") else str(Path(sys.argv[0]).with_name("kvtier"))
+    return "kvtier" if shutil.which("kvtier") else str(Path(sys.executable).with_name("kvtier"))
 
 
 def _curl(url: str, model: str) -> str:
