@@ -59,7 +59,8 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        command_line = [sys.executable, "-m", "kvstore", *arguments]
+        # A shell's background job ignores SIGINT, and would hand that on.
+        command_line = ["env", "--default-signal=INT", sys.executable, "-m", "kvstore", *arguments]
         started.append(subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True, cwd=ROOT))
         return started[-1]
 
