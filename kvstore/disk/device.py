@@ -246,7 +246,7 @@ class Device:
             stamps = [one.stamp for one in (header, trailer) if one is not None and one.stamp.store in stores]
             return max(((stamp.generation, stamp.store) for stamp in stamps), default=None)
 
-        slots = self.space.used_slots()
+        slots = [slot for slot in self.space.used_slots() if slot < self.slots]  # those beyond will be deleted
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="kvtier-recovery") as pool:
             found = dict(zip(slots, pool.map(look, slots), strict=True))
         for slot, last in found.items():

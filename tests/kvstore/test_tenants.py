@@ -291,6 +291,19 @@ def test_a_device_that_cannot_name_all_is_refused(tmp_path: Path) -> None:
         Device(place, 9 * SEGMENT, many, shared=True, segment_bytes=SEGMENT, files=Files())
 
 
+def test_a_smaller_capacity_gives_space_back_at_once(tmp_path: Path) -> None:
+    rack = make_rack(tmp_path, {"a": 12, "b": 12})
+    assert all(store(shelf, n, content_of(name, n)) for name, shelf in rack.shelves.items() for n in range(150))
+    rack.close()
+    rack = make_rack(tmp_path, {"a": 4, "b": 4}, slots=8)
+    rack.delete_beyond()
+    assert len(list(tmp_path.glob("segment-*.kvt"))) == 8
+    # A deleted file takes its space for as long as somebody has it open.
+    held = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [path for path in held if str(path).startswith(f"{tmp_path}/segment-") and "(deleted)" in path.name]
+    rack.close()
+
+
 @pytest.mark.parametrize("slots", [2, 3, 12])
 def test_a_namespace_that_shrinks_goes_on_storing(tmp_path: Path, slots: int) -> None:
     """Also if it has been writing values again, and has few segments from now on."""
