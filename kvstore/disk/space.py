@@ -397,7 +397,7 @@ def _allow_open_files(segments: int, segment_bytes: int) -> None:
 def _slots(directory: Path) -> list[int]:
     """The slots whose files are there."""
     found = (_SEGMENT_NAME.fullmatch(name) for name in os.listdir(directory))
-    slots = sorted(int(match.group(1)) for match in found if match)
+    slots = sorted({int(match.group(1)) for match in found if match})
     return [slot for slot in slots if _segment_file(directory, slot).is_file()]
 
 

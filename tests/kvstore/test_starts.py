@@ -112,11 +112,12 @@ def test_a_device_keeps_its_segment_size(tmp_path: Path) -> None:
 
 
 def test_files_of_others_are_left_alone_and_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    names = ["segment-old.kvt", "segment-1.kvt", "segment-0000700.kvt", "notes.txt"]
+    names = ["segment-old.kvt", "segment-1.kvt", "segment-0000700.kvt", "segment-0000001.kvt", "notes.txt"]
     for name in names:
         (folder / name).write_text("mine")
     log = Log(folder, 16 * MIB)
     log.delete_beyond()
+    assert log._device.space.used_slots() == [0, 1, 2, 3]
     log.close()
     assert all((folder / name).read_text() == "mine" for name in names)
     (line,) = [one for one in caplog.messages if "left alone" in one]
