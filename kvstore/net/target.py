@@ -234,11 +234,11 @@ class Target(Acceptor):
         stream = connection.incoming
         try:
             connection.reader.client = greet() if greet else self._greet(connection)
-            while not self._stopping and connection.wait_for_frame():
+            while not (self._stopping or connection.leaving) and connection.wait_for_frame():
                 deadline = time.monotonic() + STALL_SECONDS
                 header = stream.receive_header(deadline)
                 self._answer(connection, header, stream.receive_control(header, deadline))
-            if self._stopping:
+            if self._stopping or connection.leaving:
                 connection.flush()
         except ProtocolError as error:
             self._complain(error)

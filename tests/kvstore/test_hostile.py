@@ -356,6 +356,36 @@ def test_when_places_run_out_who_is_idle_for_longest_makes_room(start_target, mo
         stream.close()
 
 
+def test_a_request_that_comes_as_its_connection_makes_room_is_answered(
+    start_target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    running = start_target(connections_max=1, files=gate)
+    fill(running, 1)
+    eventually(lambda: not running.target._connections)
+    stream = greeted(running, "first")
+    (connection,) = running.target._connections
+    monkeypatch.setattr(target, "IDLE_SECONDS", 0.1)
+    time.sleep(0.2)
+    gate.shut_reads()
+    drain = connection.drain
+
+    def late() -> None:
+        stream.send([get_frame([0])], soon())
+        eventually(lambda: connection._owed)
+        drain()
+
+    monkeypatch.setattr(connection, "drain", late)
+    other = greeted(running, "other")
+    gate.open_all()
+    header = stream.receive_header(soon())
+    assert Outcome(header.flags) is Outcome.HIT
+    stream.receive(memoryview(bytearray(header.data_bytes)), soon())
+    assert is_closed(stream)
+    for one in (stream, other):
+        one.close()
+
+
 def test_a_peer_whose_host_is_gone_is_noticed(start_target) -> None:
     running = start_target()
     stream = greeted(running, "client")
