@@ -408,7 +408,7 @@ class WriteQueue:
                 write.done.append(done)
             return write is not None
 
-    def expect(self, length: int, standing: Standing, until: float) -> bool:
+    def expect(self, key: bytes, length: int, standing: Standing, until: float) -> bool:
         """Before a payload is taken in: whether there is room for it. What ranks lower is dropped for it, otherwise
         room is waited for until `until` (time.monotonic()). If so, `offer` or `give_up` must follow."""
         size = record_bytes(length)
@@ -417,8 +417,9 @@ class WriteQueue:
             displaced = None if orphan else self._backlog.drop_below(standing, self._excess_bytes(size))
             while displaced is None:
                 if orphan or self._stopping or not self._changed.wait(until - time.monotonic()):
-                    self._backlog.note_dropped([standing])
-                    self.dropped["orphaned" if orphan else "no_room"] += 1
+                    if self._is_lost(key):
+                        self._backlog.note_dropped([standing])
+                        self.dropped["orphaned" if orphan else "no_room"] += 1
                     return False
                 displaced = self._backlog.drop_below(standing, self._excess_bytes(size))
             self._coming_bytes += size
@@ -427,12 +428,17 @@ class WriteQueue:
             self._finish(write, Outcome.REFUSED)
         return True
 
-    def give_up(self, length: int, dropped: Sequence[Standing] = ()) -> None:
-        """The payload did not come; `dropped` is where the chunk stands if what follows it may come."""
+    def give_up(self, key: bytes, length: int, standing: Standing | None = None) -> None:
+        """The payload did not come; `standing` is given if what follows the chunk may come."""
         with self._changed:
             self._coming_bytes -= record_bytes(length)
-            self._backlog.note_dropped(dropped)
+            if standing is not None and self._is_lost(key):
+                self._backlog.note_dropped([standing])
             self._changed.notify_all()
+
+    def _is_lost(self, key: bytes) -> bool:
+        """Whether a chunk that was not taken in came from nobody else either. With the lock held."""
+        return key not in self._pending and key not in self._log
 
     def offer(self, write: Write) -> None:
         """Queue a chunk that was expected; its buffer is the queue's from now on."""

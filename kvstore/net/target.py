@@ -455,10 +455,10 @@ class Target(Acceptor):
         if wanted and returned:
             self._returned.inc()
         buffer = None
-        if wanted and writes.expect(item.length, standing, patient_until):
+        if wanted and writes.expect(item.key, item.length, standing, patient_until):
             buffer = self.pool.take(item.length, patient_until)
             if buffer is None:
-                writes.give_up(item.length, [standing])
+                writes.give_up(item.key, item.length, standing)
         if buffer is None:
             self._skip(stream, item.length, deadline)
             if not joined:
@@ -468,7 +468,7 @@ class Target(Acceptor):
             intact = stream.receive_checksum(buffer.payload, deadline) == item.crc
         except BaseException:
             self.pool.give_back(buffer)
-            writes.give_up(item.length)
+            writes.give_up(item.key, item.length)
             raise
         if intact:
             value = Value(
@@ -477,7 +477,7 @@ class Target(Acceptor):
             writes.offer(Write(value, standing, [done]))
         else:
             self.pool.give_back(buffer)
-            writes.give_up(item.length, [standing])
+            writes.give_up(item.key, item.length, standing)
             done(Outcome.CORRUPT)
 
     def _skip(self, stream: Stream, length: int, deadline: float) -> None:

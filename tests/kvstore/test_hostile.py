@@ -644,7 +644,7 @@ class Writer:
         eventually(lambda: gate.waiting == 1)
 
     def offer(self, number: int, benefit: float) -> bool:
-        if not self.queue.expect(LENGTH, Standing(benefit), 0.0):
+        if not self.queue.expect(key(number), LENGTH, Standing(benefit), 0.0):
             return False
         self.bring(number, benefit)
         return True
@@ -677,21 +677,21 @@ def test_a_full_queue_sheds_what_is_of_least_benefit(writer: Writer, log: Log) -
 
 def test_nothing_is_shed_for_what_finds_no_room_even_so(writer: Writer) -> None:
     assert all(writer.offer(number, 2.0 if number == 2 else 9.0) for number in (2, 3, 4, 5))
-    assert not writer.queue.expect(2 * LENGTH, Standing(5.0), 0.0)
+    assert not writer.queue.expect(key(6), 2 * LENGTH, Standing(5.0), 0.0)
     assert not writer.outcomes[2]
 
 
 def test_what_is_coming_in_counts(writer: Writer) -> None:
-    assert all(writer.queue.expect(LENGTH, Standing(1.0), 0.0) for _ in range(4))
-    assert not writer.queue.expect(LENGTH, Standing(9.0), 0.0)  # there is nothing that could be shed
-    writer.queue.give_up(LENGTH)
+    assert all(writer.queue.expect(key(number), LENGTH, Standing(1.0), 0.0) for number in range(3, 7))
+    assert not writer.queue.expect(key(7), LENGTH, Standing(9.0), 0.0)  # there is nothing that could be shed
+    writer.queue.give_up(key(3), LENGTH)
     assert writer.offer(2, 9.0)
 
 
 def test_who_finds_no_room_waits_until_something_was_written(writer: Writer) -> None:
     assert all(writer.offer(number, 9.0) for number in (2, 3, 4, 5))
     found: list[bool] = []
-    waiting = threading.Thread(target=lambda: found.append(writer.queue.expect(LENGTH, Standing(1.0), soon())))
+    waiting = threading.Thread(target=lambda: found.append(writer.queue.expect(key(6), LENGTH, Standing(1.0), soon())))
     waiting.start()
     time.sleep(0.1)
     assert not found
@@ -700,8 +700,21 @@ def test_who_finds_no_room_waits_until_something_was_written(writer: Writer) -> 
     assert found == [True]
 
 
+def test_what_follows_a_chunk_that_somebody_else_brought_is_taken_in(writer: Writer) -> None:
+    first, second = Standing(9.0, router_hash=2), Standing(9.0, 1, router_hash=3, parent=2)
+    assert all(writer.queue.expect(key(2), LENGTH, first, 0.0) for _ in range(2))  # from two clients
+    writer.bring(2, 9.0)
+    assert all(writer.offer(number, 9.0) for number in (4, 5))
+    assert not writer.queue.expect(key(2), LENGTH, first, 0.0)  # a third, for whom there is no room
+    writer.queue.give_up(key(2), LENGTH, first)
+    assert not writer.queue.dropped.total()
+    assert writer.queue.expect(key(3), LENGTH, second, 0.0)
+    writer.queue.give_up(key(3), LENGTH, second)
+    assert not writer.queue.expect(key(6), LENGTH, Standing(9.0, 2, router_hash=6, parent=3), soon())
+
+
 def test_a_key_that_comes_twice_is_written_once(writer: Writer, log: Log) -> None:
-    assert writer.queue.expect(LENGTH, Standing(1.0), 0.0)
+    assert writer.queue.expect(key(2), LENGTH, Standing(1.0), 0.0)
     assert writer.offer(2, 1.0)
     writer.bring(2, 1.0)
     assert writer.queue.join(key(2), writer.outcomes[2].append)
