@@ -365,8 +365,13 @@ async def _serve_tenants(options: Options, path: Path) -> None:
         segment_bytes=options.segment_size,
         sync_seconds=0.0 if options.sync == "seal" else options.sync / 1000,
     )
-    line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
     unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
+    with contextlib.ExitStack() as opened:  # what is refused here has changed nothing on disk
+        opened.callback(rack.close)
+        line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
+        unix_listener = _listen("unix-socket", unix_path) if unix_path else None
+        rack.begin()
+        opened.pop_all()
     settings = Settings(
         name=name,
         capacity_bytes=options.capacity,
@@ -383,8 +388,8 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     tenancy = Tenancy(path, rack, settings, line)
     await tenancy.begin(grants)
     _show_metrics(options, LabelledMetrics(tenancy.lobby), TlsMetrics(server_tls))
-    if unix_path:
-        tenancy.lobby.serve(_listen("unix-socket", unix_path))
+    if unix_listener:
+        tenancy.lobby.serve(unix_listener)
     tenancy.lobby.serve(listener)
     reloads: set[asyncio.Task[None]] = set()
 

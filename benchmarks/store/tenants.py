@@ -104,6 +104,7 @@ class Site:
         self, folder: Path, quotas: dict[str, int], credentials: dict[str, Credential], *, mixed: bool = False
     ):
         self.rack = Rack([folder], SLOTS * SEGMENT_BYTES, quotas, segment_bytes=SEGMENT_BYTES)
+        self.rack.begin()
         self.lobby = Lobby()
         listener = transport.listen("127.0.0.1:0")
         address = f"127.0.0.1:{listener.getsockname()[1]}"

@@ -87,6 +87,8 @@ class Shelf:
 class Rack:
     """A shelf for each namespace, all on the same devices, each within its quota of bytes.
 
+    Opened in two steps: the constructor locks and checks, and changes nothing on disk; `begin` makes the shelves.
+
     Quotas together are at most the capacity: a namespace that fills up evicts its own values, and nobody else's. One
     thread at a time may call its methods. Raises ConfigError if the devices cannot hold this.
     """
@@ -103,15 +105,23 @@ class Rack:
     ):
         self.shelves: dict[str, Shelf] = {}
         self._sync_seconds = sync_seconds
+        self._quotas = dict(quotas)
         self._devices: list[Device] = []
         names, share = list(quotas), capacity_bytes // len(paths)
         try:
             for path in paths:
                 self._devices.append(Device(path, share, names, shared=True, segment_bytes=segment_bytes, files=files))
             self.check(quotas)
-            for device in self._devices:  # not before all of them were found good: a refusal changes nothing
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self) -> None:
+        """Make the devices ready to be written to, and open the shelves."""
+        try:
+            for device in self._devices:
                 device.begin()
-            for name, quota_bytes in quotas.items():
+            for name, quota_bytes in self._quotas.items():
                 self._open(name, quota_bytes)
             for shelf in self.shelves.values():
                 shelf.settle()

@@ -56,13 +56,18 @@ def taken() -> Iterator[int]:
         (["--capacity", "16MiB", "--namespace", "another"], "namespace"),
         (["--capacity", "16MiB", "--hot", "900TiB"], "hot"),
         (["--capacity", "16MiB", "--unix-socket", "/nowhere/target.sock"], "unix-socket"),
+        (["--capacity", "16MiB", "--namespaces", "NAMES", "--unix-socket", "/nowhere/target.sock"], "unix-socket"),
     ],
     ids=lambda one: one[-2] if isinstance(one, list) else one,
 )
 def test_a_refused_start_changes_nothing(folder: Path, taken: int, arguments: list[str], expected: str) -> None:
     before = content(folder)
     options = ["--dir", str(folder), "--listen", "127.0.0.1:0", "--nats", "", "--unix-socket", ""]
-    given = [one.replace("TAKEN", str(taken)) for one in arguments]
+    credential, names = folder.parent / "credential", folder.parent / "names.yaml"
+    credential.write_text("0123456789abcdef0123456789abcdef")
+    credential.chmod(0o600)
+    names.write_text(f"namespaces: [{{name: default, quota: 8MiB, credential-file: {credential}}}]")
+    given = [one.replace("TAKEN", str(taken)).replace("NAMES", str(names)) for one in arguments]
     with pytest.raises((ConfigError, UnavailableError), match=expected):
         main([*options, *given])
     assert content(folder) == before

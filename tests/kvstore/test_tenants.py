@@ -39,9 +39,11 @@ def make_log(folder: Path, namespace: str, slots: int = 8) -> Log:
 def make_rack(paths: Path | list[Path], quotas: Mapping[str, int], slots: int = 24) -> Rack:
     """Quotas are in segments."""
     paths = [paths] if isinstance(paths, Path) else paths
-    return Rack(
+    rack = Rack(
         paths, slots * SEGMENT, {name: count * SEGMENT for name, count in quotas.items()}, segment_bytes=SEGMENT
     )
+    rack.begin()
+    return rack
 
 
 def store(shelf: Shelf, number: int, content: bytes) -> bool:
