@@ -117,14 +117,13 @@ class Options(BaseModel):
 
     def check_name(self) -> None:
         """What is told to others must be an address that they can reach."""
+        listening, _ = transport.split_address(membership.checked_address("listen", self.listen))
         if self.advertise is not None:
             host, port = transport.split_address(membership.checked_address("advertise", self.advertise))
             if transport.is_wildcard(host) or not port:
                 raise ConfigError("advertise", self.advertise, "an address and a port at which clients reach it")
-        elif self.nats or self.etcd:
-            host, _ = transport.split_address(membership.checked_address("listen", self.listen))
-            if transport.is_wildcard(host):
-                raise ConfigError("listen", self.listen, "--advertise HOST:PORT beside it, at which clients reach it")
+        elif (self.nats or self.etcd) and transport.is_wildcard(listening):
+            raise ConfigError("listen", self.listen, "--advertise HOST:PORT beside it, at which clients reach it")
 
 
 def parse(argv: list[str] | None = None) -> Options:

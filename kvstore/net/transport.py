@@ -298,9 +298,10 @@ def join_address(host: str, port: int) -> str:
 def is_wildcard(host: str) -> bool:
     """Whether a host stands for all addresses of the machine: one can listen there, and reach nobody."""
     try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:  # a name
+        found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)  # it takes 0 for 0.0.0.0
+    except (socket.gaierror, UnicodeError):  # a name
         return False
+    return all(ipaddress.ip_address(where[0]).is_unspecified for *_, where in found)
 
 
 def is_loopback(host: str) -> bool:
