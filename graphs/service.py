@@ -166,19 +166,22 @@ class Deployment:
             try:
                 processes += service.compose(self.of(service.name), self)
             except ConfigError as error:
-                name = f"{service.name}.{str(error).partition(':')[0]}"
-                error.args = (f"{self.source.find(name)}{service.name}.{error}",)
+                text = str(error)
+                if text.partition(".")[0] not in self.settings:  # what is wrong may be another service's
+                    text = f"{service.name}.{text}"
+                error.args = (self.source.find(text.partition(":")[0]) + text,)
                 raise
-        if not self.place.apart:
-            self._check_ports(processes)
+        for together in [[process] for process in processes] if self.place.apart else [processes]:
+            self._check_ports(together)
         return processes
 
     def _check_ports(self, processes: Sequence[Process]) -> None:
-        """Raises ConfigError if two processes are to listen on the same port."""
+        """Raises ConfigError if processes of one machine are to listen on the same port, or one on it twice."""
         taken: dict[int, str] = {}
         for process in processes:
-            listened = {split_address(address)[1] for address in process.listens}
-            for port in (listened | {process.metrics_port}) - {0}:
+            listened = [split_address(address)[1] for address in process.listens]
+            metrics = [] if process.metrics_port in listened[:1] else [process.metrics_port]
+            for port in filter(None, listened + metrics):
                 if port in taken:
                     where = self.source.find(process.service)
                     raise ConfigError(f"{where}{process.name}", f"port {port}", f"one that {taken[port]} does not have")

@@ -10,12 +10,14 @@ import difflib
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import sys
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
@@ -26,7 +28,7 @@ from kvstore.errors import ConfigError, validated
 from kvstore.net import tenants
 from kvstore.net.etcd import checked_servers
 from kvstore.net.membership import checked_address
-from kvstore.net.transport import join_address, split_address
+from kvstore.net.transport import is_loopback, is_wildcard, join_address, split_address
 
 _PORT_MAX = 32_767
 _chance = random.SystemRandom()  # vLLM seeds the other one: processes would draw the same ports at the same time
@@ -127,7 +129,8 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
     _known("Store", settings, known | {"addresses"})
     if "addresses" in settings.flags:
         for address in str(settings.flags["addresses"]).removeprefix("etcd://").split(","):
-            checked_address("addresses", address.strip())
+            host, _ = split_address(checked_address("addresses", address.strip()))
+            _check_reachable("addresses", address, host, deployment.place)
         return []
     if not settings.args.workers:
         raise ConfigError("ServiceArgs.workers", 0, "1 or more, or Store.addresses where targets run elsewhere")
@@ -146,7 +149,9 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
         if place.apart:
             folder = Path("/data")
         made = [] if "dir" in settings.flags or place.apart else [folder]
-        port = split_address(address)[1]
+        host, port = split_address(address)
+        if is_wildcard(host):
+            raise ConfigError("listen", address, "an address of this machine at which workers reach it")
         given: dict[str, Setting] = {
             "capacity": "4GiB",
             **flags,
@@ -163,7 +168,7 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
             metrics_port += 0 if place.apart else replica
             given["metrics-port"] = metrics_port
         values = {key.replace("-", "_"): value for key, value in given.items()}
-        validated(Options, {**values, "dir": [folder]})
+        validated(Options, {**values, "dir": [folder]}).check()
         processes.append(
             Process(
                 f"Store-{replica}",
@@ -315,9 +320,10 @@ def _router(workers: str, worker_type: str, settings: Settings, deployment: Depl
         port = _port(settings, "system-port", replica, place)
         page = page_address(deployment, replica)
         shown: dict[str, Setting] = {"page": page} if page else {}
-        if page and place.is_private and "page-token-file" not in settings.flags:
+        has_token = "page-token-file" in settings.flags or PAGE_TOKEN in settings.env
+        if page and not has_token and _is_page_private(deployment):
             shown["page-open"] = True
-        asks = page and not place.is_private and "page-token-file" not in settings.flags
+        asks = page and not has_token and not {**settings.flags, **shown}.get("page-open")
         command = [place.python, "-m", "components.router", *as_flags({**flags, **shown})]
         env = {**runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)}
         host = env.get("DYN_SYSTEM_HOST", "127.0.0.1")
@@ -391,14 +397,18 @@ Frontend = Service("Frontend", _frontend)
 
 def nats_url(deployment: Deployment) -> str:
     if servers := _flag(deployment.of("Nats"), "servers", ""):
-        return checked_urls("Nats.servers", servers)
+        for url in checked_urls("Nats.servers", servers).split(","):
+            host = urlsplit(url if "://" in url else f"nats://{url}").hostname
+            _check_reachable("Nats.servers", url, host or "", deployment.place)
+        return servers
     return f"nats://{_address('Nats', deployment, _NATS_LISTEN)}"
 
 
 def etcd_address(deployment: Deployment) -> str:
     """host:port, or several with commas between them."""
     if servers := _flag(deployment.of("Etcd"), "servers", ""):
-        checked_servers("Etcd.servers", servers)
+        for host, port in checked_servers("Etcd.servers", servers):
+            _check_reachable("Etcd.servers", join_address(host, port), host, deployment.place)
         return servers
     return _address("Etcd", deployment, _ETCD_LISTEN)
 
@@ -413,7 +423,15 @@ def _address(name: str, deployment: Deployment, default: str) -> str:
     host, port = _listen(settings, default)
     if deployment.place.apart and settings.args.workers:
         host = deployment.place.hosts[name]
+    else:
+        _check_reachable(f"{name}.listen", join_address(host, port), host, deployment.place)
     return join_address(host, port)
+
+
+def _check_reachable(setting: str, address: str, host: str, place: Place) -> None:
+    """Raises ConfigError for what runs already, where a container would look for it in itself."""
+    if place.apart and (is_loopback(host) or is_wildcard(host)):
+        raise ConfigError(setting, address, "an address at which containers reach it")
 
 
 def target_addresses(deployment: Deployment) -> list[str]:
@@ -491,6 +509,10 @@ def _named_secrets(namespaces: Path, place: Place) -> tuple[dict[str, Path], lis
         if name == "credential-env":
             variables.append(value)
             continue
+        if not re.fullmatch(r"[\w.-]+", Path(value).name, re.ASCII):
+            raise ConfigError(
+                "namespaces", value, "a name of letters, digits, '.', '_' and '-', for a secret of its own"
+            )
         inside = Path(place.files, value)
         if inside.parent != Path(place.files):
             expected = f"a file beside {namespaces}, or in {place.files}, for containers to find it"
@@ -534,6 +556,12 @@ def page_address(deployment: Deployment, replica: int = 0) -> str:
         is_guarded |= any(map(settings.flags.get, ("page-token-file", "page-open")))
         return f"{'0.0.0.0' if is_guarded else '127.0.0.1'}:{port}"  # the container decides who gets there
     return join_address(host, port + replica)
+
+
+def _is_page_private(deployment: Deployment) -> bool:
+    """Whether nobody else is in the containers' network, and what is published of it is this machine's alone."""
+    host, _ = split_address(_flag(deployment.of("Router"), "page", ""))
+    return deployment.place.is_private and is_loopback(host)
 
 
 def runtime_env(deployment: Deployment) -> Mapping[str, str]:

@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
-from kvstore import memory, tools
+from kvstore import certificates, memory, tools
 from kvstore.bus import messages, residency
 from kvstore.bus.broker import DEFAULT_URLS, NatsUrls
 from kvstore.bus.messages import Bus
@@ -105,7 +105,19 @@ class Options(BaseModel):
             return 0
         return self.hot if self.dirty is None else self.dirty
 
-    def check_durability(self) -> None:
+    def check(self) -> None:
+        """Raises ConfigError for options that do not go together."""
+        if self.namespaces and "namespace" in self.model_fields_set:
+            raise ConfigError("namespace", self.namespace, "nothing: --namespaces names all of them")
+        certificates.checked(self.tls_files, certificates.SERVER)
+        self._check_durability()
+        self._check_name()
+
+    @property
+    def tls_files(self) -> Files:
+        return Files(*(str(path or "") for path in (self.tls_cert, self.tls_key, self.tls_client_ca)))
+
+    def _check_durability(self) -> None:
         if self.durability == "memory" and not self.hot:
             raise ConfigError(
                 "durability", self.durability, "--hot beside it: puts are kept there until they are written"
@@ -115,7 +127,7 @@ class Options(BaseModel):
         if self.dirty_bytes > self.hot:
             raise ConfigError("dirty", self.dirty, f"at most the {self.hot} bytes of --hot")
 
-    def check_name(self) -> None:
+    def _check_name(self) -> None:
         """What is told to others must be an address that they can reach."""
         listening, _ = transport.split_address(membership.checked_address("listen", self.listen))
         if self.advertise is not None:
@@ -192,10 +204,7 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--metrics-port", help="port for Prometheus; default: none")
     parser.add_argument("--log-level", help="debug, info, warning, error; default info")
     options = validated(Options, vars(parser.parse_args(argv)))
-    if options.namespaces and "namespace" in options.model_fields_set:
-        raise ConfigError("namespace", options.namespace, "nothing: --namespaces names all of them")
-    options.check_durability()
-    options.check_name()
+    options.check()
     return options
 
 
@@ -326,8 +335,7 @@ async def serve(options: Options) -> None:
 
 
 def _open_tls(options: Options) -> ServerTls | None:
-    given = (options.tls_cert, options.tls_key, options.tls_client_ca)
-    return tls.open_server(Files(*(str(path or "") for path in given)), options.carrier)
+    return tls.open_server(options.tls_files, options.carrier)
 
 
 async def _check_surroundings(options: Options) -> None:

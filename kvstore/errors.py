@@ -15,6 +15,8 @@ from kvstore.text import masked, shown
 # In place of pydantic's words, where those say how it parses and not what to write.
 _EXPECTED = {
     "byte_size": "a size such as 500G or 1.5TiB",
+    "byte_size_unit": "a size such as 500G or 1.5TiB",
+    "string_type": "a text, in quotes",
     "int_parsing": "a whole number",
     "float_parsing": "a number",
 }

@@ -193,15 +193,22 @@ def test_a_service_is_probed_where_it_listens(
 ) -> None:
     monkeypatch.setenv("DYN_SYSTEM_HOST", host)
     at = f"[{host}]" if ":" in host else host
-    overrides = [f"--{name}.listen='{at}:{free_port()}'" for name in ("Nats", "Etcd", "Store")]
+    overrides = [f"--{name}.listen='{at}:{free_port()}'" for name in ("Nats", "Etcd")]
     overrides += ["--Etcd.ServiceArgs.workers=1", f"--Frontend.host='{host}'", f"--Router.page='{at}:8300'"]
     deployment = load_deployment(GRAPH, QUICKSTART, [*overrides, "--Router.page-open=true"], tmp_path)
     processes = deployment.processes()
     probed = {urlsplit(process.ready_url).netloc.rpartition(":")[0] for process in processes if process.ready_url}
     assert probed == {reached}
-    assert {split_address(address)[0] for process in processes for address in process.listens} == {host}
+    listening = [process for process in processes if process.service != "Store"]
+    assert {split_address(address)[0] for process in listening for address in process.listens} == {host}
     assert frontend_url(deployment) == f"http://{reached}:8000"
     assert page_url(deployment) == f"http://{reached}:8300/"
+
+
+def test_a_target_is_told_to_workers_by_an_address_that_they_reach(tmp_path: Path) -> None:
+    deployment = load_deployment(GRAPH, QUICKSTART, ["--Store.listen=0.0.0.0:7600"], tmp_path)
+    with pytest.raises(ConfigError, match=r"Store\.listen: '0.0.0.0:7600' given, expected an address of this machine"):
+        deployment.processes()
 
 
 def test_probes_of_this_machine_go_to_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

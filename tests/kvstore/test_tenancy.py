@@ -372,7 +372,7 @@ ZERO = GOOD.replace("1G", "0")
         ("namespaces: [&secret {a: *secret-secret}]", "this is not YAML: see line 1"),
         ("namespaces: [secret-secret-secret]", "namespaces.0: 'str' given, expected a mapping"),
         (f"namespaces: [{{name: a b, {GOOD}}}]", "namespaces.0.namespace: 'a b' given, expected 1 to 64 letters"),
-        (f"namespaces: [{{name: 7, {GOOD}}}]", "namespaces.0.name: '7' given, expected a valid string"),
+        (f"namespaces: [{{name: 7, {GOOD}}}]", "namespaces.0.name: '7' given, expected a text, in quotes"),
         (f"namespaces: [{{{GOOD}}}]", "namespaces.0.name: '' given, expected a value"),
         (
             f"namespaces: [{{name: a, {GOOD}}}, {{name: a, {GOOD}}}]",
