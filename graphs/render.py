@@ -4,9 +4,11 @@ Both come from the very processes that `dynamo serve` would start, with other ad
 everywhere.
 """
 
+import ipaddress
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -19,8 +21,9 @@ from pydantic import ByteSize, TypeAdapter
 from graphs.service import Deployment, Place, Process, Service, load_deployment, load_graph, numbered_cores
 from graphs.services import HUB_TOKEN, is_folder, page_address, place_model
 from kvstore.errors import ConfigError
-from kvstore.net.transport import split_address
-from kvstore.text import is_secret, masked_variable
+from kvstore.net.target import FLUSH_SECONDS
+from kvstore.net.transport import join_address, split_address
+from kvstore.text import is_secret, masked_variable, shown
 
 NATS_IMAGE = "nats:2.11-alpine"
 ETCD_IMAGE = "quay.io/coreos/etcd:v3.5.21"
@@ -47,10 +50,19 @@ PLACES = {
 _BROKERS = {"Nats": NATS_IMAGE, "Etcd": ETCD_IMAGE}
 _OTHERS = {"Nats", "Etcd", "Store"}  # not Dynamo's
 _START_SECONDS = 900  # a 70B model loads in minutes
-_STOP_SECONDS = 60  # a stock worker alone needs 10
+_STOP_SECONDS = 60  # a stock worker alone needs 10, a target FLUSH_SECONDS beside its requests
+_LINE_CHARACTERS_MAX = 10_000  # of a comment
 _POD_NAME = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
-_UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
 _USER = 1000  # of the images
+# What the Pod Security Standard `restricted` asks for.
+_UNPRIVILEGED_POD = {
+    "runAsNonRoot": True,
+    "runAsUser": _USER,
+    "fsGroup": _USER,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+_UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+_READ_ONLY = {**_UNPRIVILEGED, "readOnlyRootFilesystem": True}
 _FRONTEND_PORT, _SYSTEM_PORT = 8000, 9090  # of the operator
 _SECRETS = "kvtier-secrets"
 _JOB = "kvtier/job"  # label of pods: their job in Prometheus, as docker/prometheus/rules.yml knows it
@@ -73,14 +85,21 @@ def render(target: str, reference: str, config: Path | None, overrides: Sequence
     if target != "k8s" and {"Frontend", "Etcd"} <= names:
         forced = ["--Etcd.ServiceArgs.workers=1"]  # the folder through which Dynamo's processes meet is one machine's
     deployment = load_deployment(reference, config, [*overrides, *forced], Path("/data"), PLACES[target])
-    source = f" -f {config.name}" if config else ""
-    settings = "".join(f" {_without_secret(override)}" for override in overrides)
-    head = f"# dynamo render {target} {reference}{source}{settings}\n# Change the settings there and render it again.\n"
+    source = ["-f", config.name] if config else []
+    command = ["dynamo", "render", target, reference, *source, *map(_without_secret, overrides)]
+    head = _comment(shlex.join(command)) + _comment("Change the settings there and render it again.")
     if target != "prometheus" and not _IS_CHECKOUT:
-        head += f"# Build the images in a checkout of kvtier {version('kvtier')}: docker/*.Dockerfile say how.\n"
+        head += _comment(f"Build the images in a checkout of kvtier {version('kvtier')}: docker/*.Dockerfile say how.")
     if target == "k8s":
         return head + _wanted_secrets(deployment) + _ways_in(deployment) + _k8s(deployment)
-    return head + (_compose(deployment, folder) if target == "compose" else _prometheus(deployment.processes()))
+    if target == "compose":
+        return head + _wanted_folders(deployment) + _compose(deployment, folder)
+    return head + _prometheus(deployment.processes())
+
+
+def _comment(text: str) -> str:
+    """A line of YAML. What is not printable is escaped, or a line end would end the comment."""
+    return f"# {shown(text, _LINE_CHARACTERS_MAX)}\n"
 
 
 def _without_secret(override: str) -> str:
@@ -94,11 +113,18 @@ def _wanted_secrets(deployment: Deployment) -> str:
     for process in deployment.processes():
         for name, path in process.files.items():
             key = _secret(process, name)
-            wanted[key] = f"--from-file={key}={path}"
+            wanted[key] = shlex.quote(f"--from-file={key}={path}")
         wanted |= {key: f"--from-literal={key}=..." for key in process.env if is_secret(key) and key != HUB_TOKEN}
     if not wanted:
         return ""
-    return f"# They need: kubectl create secret generic {_SECRETS} {' '.join(wanted.values())}\n"
+    return _comment(f"They need: kubectl create secret generic {_SECRETS} {' '.join(wanted.values())}")
+
+
+def _wanted_folders(deployment: Deployment) -> str:
+    """As a comment, how to make the folders in which targets of a compose file keep their chunks."""
+    replicas = range(deployment.of("Store").args.workers if deployment.runs("Store") else 0)
+    wanted = [str(folder) for replica in replicas if (folder := _target_folder(deployment, replica))]
+    return _comment(f"It needs: install -d -o {_USER} -g {_USER} {shlex.join(wanted)}") if wanted else ""
 
 
 def _ways_in(deployment: Deployment) -> str:
@@ -107,7 +133,7 @@ def _ways_in(deployment: Deployment) -> str:
     if page := page_address(deployment):
         pod = f"$(kubectl get pods -o name -l {_JOB}=router | head -n 1)"
         ways.append(f"{pod} {split_address(page)[1]}")
-    return "".join(f"# From outside: kubectl port-forward {way}\n" for way in ways)
+    return "".join(_comment(f"From outside: kubectl port-forward {way}") for way in ways)
 
 
 def image_of(process: Process) -> str:
@@ -155,6 +181,12 @@ def _size(text: Any) -> int:
     return TypeAdapter(ByteSize).validate_python(text)
 
 
+def _stop_seconds(deployment: Deployment, name: str) -> int:
+    """How long a service may take to stop. A target that may flush longer than by default has as much more."""
+    flush = float(deployment.of(name).flags.get("flush", FLUSH_SECONDS)) if name == "Store" else FLUSH_SECONDS
+    return _STOP_SECONDS + max(0, math.ceil(flush - FLUSH_SECONDS))
+
+
 def _shm_bytes(deployment: Deployment, process: Process) -> int:
     """What a worker needs in /dev/shm: its DRAM tier, and room for what the engine's own processes share."""
     has_tier = "components.worker" in process.command
@@ -183,6 +215,7 @@ def _compose(deployment: Deployment, folder: Path) -> str:
         for name, path in process.files.items():
             secrets[_secret(process, name)] = {"file": _escaped(_beside(path, folder))}
     services |= _watching(folder)
+    _check_published(services)
     volumes: dict[str, None] = {}
     for service in services.values():
         for volume in service.get("volumes", []):
@@ -214,7 +247,7 @@ def _compose_service(
             root = _escaped(os.path.relpath(_ROOT, folder.resolve()))
             content["build"] = {"context": root, "dockerfile": f"docker/{IMAGES[image]}"}
         # On SIGTERM, which init passes on, workers end their requests and targets seal.
-        content |= {"init": True, "stop_grace_period": f"{_STOP_SECONDS}s"}
+        content |= {"init": True, "stop_grace_period": f"{_stop_seconds(deployment, name)}s"}
     content["command"] = [_escaped(word) for word in process.command]
     # A variable without a value has that of whoever calls compose, or of .env beside the file.
     environment: dict[str, str | None] = dict.fromkeys(process.passed)
@@ -236,12 +269,14 @@ def _compose_service(
     }
     replica = int(process.name.rpartition("-")[2]) if "-" in process.name else 0
     if name == "Frontend":
-        content["ports"] = [_published(str(settings.flags.get("host", "127.0.0.1")), process.port, replica)]
+        host = str(settings.flags.get("host", "127.0.0.1"))
+        content["ports"] = [_published("Frontend.host", host, process.port, replica)]
     if name == "Router" and (page := str(settings.flags.get("page", ""))):
-        content["ports"] = [_published(*split_address(page), replica)]
+        content["ports"] = [_published("Router.page", *split_address(page), replica)]
     volumes: list[Any] = []
     if name == "Store":
-        volumes.append(f"{process.name.lower()}:/data")
+        kept = _target_folder(deployment, replica)
+        volumes.append(_mounted(_beside(kept, folder), "/data", "rw") if kept else f"{process.name.lower()}:/data")
     elif name not in _BROKERS:
         volumes.append("models:/cache")
         model = _model(deployment, name)
@@ -275,17 +310,43 @@ def _secret(process: Process, name: str) -> str:
     return f"{process.service.lower()}-{name}"
 
 
-def _published(host: str, port: int, replica: int) -> str:
-    return f"{f'[{host}]' if ':' in host else host}:{port + replica}:{port}"
+def _published(setting: str, host: str, port: int, replica: int) -> str:
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        raise ConfigError(setting, host, "an IP address: Compose publishes ports at those alone") from None
+    return f"{join_address(str(address), port + replica)}:{port}"
 
 
-def _mounted(source: str, target: str) -> dict[str, Any]:
+def _check_published(services: Mapping[str, Any]) -> None:
+    """Raises ConfigError if two services are to have the same port of the machine."""
+    taken: dict[str, str] = {}
+    for name, service in services.items():
+        for published in service.get("ports", []):
+            port = published.split(":")[-2]
+            if port in taken:
+                raise ConfigError(name, f"port {port}", f"one that {taken[port]} does not have")
+            taken[port] = name
+
+
+def _target_folder(deployment: Deployment, replica: int) -> Path | None:
+    """The host's folder for a target, as `dynamo serve` would take it. None if the settings name none: a volume."""
+    settings = deployment.of("Store")
+    if "dir" not in settings.flags:
+        return None
+    folder = Path(str(settings.flags["dir"]))
+    if folder.is_relative_to("/dev") and not folder.is_relative_to("/dev/shm"):
+        raise ConfigError("Store.dir", folder, "a folder: containers get no devices")
+    return folder / str(replica) if settings.args.workers > 1 else folder
+
+
+def _mounted(source: str, target: str, mode: str = "ro") -> dict[str, Any]:
     """A file or folder of the host. It must be there: Docker would make a folder of root's in its place."""
     return {
         "type": "bind",
         "source": _escaped(source),
         "target": _escaped(target),
-        "read_only": True,
+        **({"read_only": True} if mode == "ro" else {}),
         "bind": {"create_host_path": False},
     }
 
@@ -452,13 +513,13 @@ def _monitoring(labels: Mapping[str, str]) -> list[dict[str, Any]]:
     ]
 
 
-def _pod(deployment: Deployment, containers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A pod's spec, of this project's images."""
+def _pod(deployment: Deployment, name: str, containers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The spec of a service's pods, of this project's images."""
     secrets = [{"name": name} for name in deployment.containers.pull_secrets]
     return {
         **({"imagePullSecrets": secrets} if secrets else {}),
-        "securityContext": {"runAsNonRoot": True, "runAsUser": _USER, "fsGroup": _USER},
-        "terminationGracePeriodSeconds": _STOP_SECONDS,
+        "securityContext": _UNPRIVILEGED_POD,
+        "terminationGracePeriodSeconds": _stop_seconds(deployment, name),
         "containers": list(containers),
     }
 
@@ -482,8 +543,13 @@ def _environment(process: Process, env: Mapping[str, str]) -> list[dict[str, Any
     secrets = {**dict.fromkeys(process.passed, True), **{key: False for key in env if is_secret(key)}}
     return [
         *({"name": key, "valueFrom": {"secretKeyRef": _reference(key, may_miss)}} for key, may_miss in secrets.items()),
-        *({"name": key, "value": value} for key, value in env.items() if key not in secrets),
+        *({"name": key, "value": _literal(value)} for key, value in env.items() if key not in secrets),
     ]
+
+
+def _literal(text: str) -> str:
+    """In a manifest $(NAME) is a variable of the container's, and $$ a $."""
+    return text.replace("$", "$$")
 
 
 def _reference(variable: str, may_miss: bool) -> dict[str, Any]:
@@ -540,11 +606,11 @@ def _broker(process: Process) -> list[dict[str, Any]]:
         "env": _environment(process, process.env),
         "ports": [{"name": "client", "containerPort": process.port}],
         "readinessProbe": {"tcpSocket": {"port": "client"}, "periodSeconds": 5},
-        "securityContext": _UNPRIVILEGED,
+        "securityContext": _READ_ONLY,
         "volumeMounts": [{"name": "data", "mountPath": "/data"}],
     }
     pod = {
-        "securityContext": {"runAsNonRoot": True, "runAsUser": _USER, "fsGroup": _USER},
+        "securityContext": _UNPRIVILEGED_POD,
         "containers": [container],
         "volumes": [{"name": "data", "emptyDir": {}}],
     }
@@ -593,12 +659,12 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
         "readinessProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 5},
         "livenessProbe": {"tcpSocket": {"port": "store"}, "periodSeconds": 10, "failureThreshold": 3},
         **_resources(deployment, "Store", memory, 2 * memory),
-        "securityContext": _UNPRIVILEGED,
+        "securityContext": _READ_ONLY,
         "volumeMounts": [{"name": "data", "mountPath": "/data"}, {"name": "tmp", "mountPath": "/tmp"}],
     }
     containers = deployment.containers
     pod = {
-        **_pod(deployment, [container]),
+        **_pod(deployment, "Store", [container]),
         **({"nodeSelector": containers.target_nodes} if containers.target_nodes else {}),
         "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [_apart(labels)]}},
         "volumes": [{"name": "tmp", "emptyDir": {}}],
@@ -665,12 +731,13 @@ def _component(deployment: Deployment, service: Service, replicas: Sequence[Proc
         "args": command[1:],
         "env": _environment(first, env),
         **_resources(deployment, service.name),
+        "securityContext": _UNPRIVILEGED,
     }
     if is_router:
         main["ports"] = [{"name": "system", "containerPort": _SYSTEM_PORT}]
         main["readinessProbe"] = {"httpGet": {"path": "/health", "port": "system"}, "periodSeconds": 5}
         main["livenessProbe"] = {"tcpSocket": {"port": "system"}, "initialDelaySeconds": 60, "periodSeconds": 10}
-    pod = _pod(deployment, [main])
+    pod = _pod(deployment, service.name, [main])
     if _model(deployment, service.name) is not None:
         main["volumeMounts"] = [{"name": "models", "mountPath": "/models", "readOnly": True}]
         claim = {"claimName": "kvtier-models", "readOnly": True}
@@ -696,7 +763,7 @@ def _component(deployment: Deployment, service: Service, replicas: Sequence[Proc
 
 def _same(process: Process, own_name: str) -> tuple[list[str], dict[str, str]]:
     """Command and environment, with the pod's name in place of this replica's."""
-    words = list(process.command)
+    words = list(map(_literal, process.command))
     if own_name:
         words = [word.replace(own_name, "$(POD_NAME).") for word in words]
     return words, dict(process.env)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -433,8 +434,107 @@ def test_what_compose_writes_into_a_container_can_be_written() -> None:
     assert not any(service.get("read_only") for service in services if "configs" in service)
 
 
+def test_targets_keep_chunks_in_the_folders_that_the_settings_name() -> None:
+    """As under `dynamo serve`, and not on the disk on which Docker has its volumes."""
+    text = render("compose", ROUTED, CONFIGS / "two_gpu.yaml", [], Path("docker"))
+    services = yaml.safe_load(text)["services"]
+    for name, folder in (("store-0", "/nvme/0"), ("store-1", "/nvme/1")):
+        (volume,) = services[name]["volumes"]
+        assert (volume["source"], volume["target"], volume.get("read_only", False)) == (folder, "/data", False)
+    assert "# It needs: install -d -o 1000 -g 1000 /nvme/0 /nvme/1\n" in text
+
+
+def test_a_page_that_other_machines_reach_asks_for_a_token() -> None:
+    overrides = ["--Router.page=0.0.0.0:8300"]
+    text = render("compose", ROUTED, CONFIGS / "quickstart.yaml", overrides, Path("docker"))
+    router = yaml.safe_load(text)["services"]["router-0"]
+    assert "--page-open" not in router["command"]
+    assert router["environment"]["KVTIER_PAGE_TOKEN"] is None  # of whoever calls compose
+
+
+def test_targets_have_the_time_to_stop_that_they_may_flush() -> None:
+    overrides = ["--Store.flush=300", "--Store.durability=memory"]
+    text = render("compose", ROUTED, CONFIGS / "two_gpu.yaml", overrides, Path("docker"))
+    services = yaml.safe_load(text)["services"]
+    grace = manifest("StatefulSet", overrides)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert (services["store-0"]["stop_grace_period"], services["router-0"]["stop_grace_period"]) == ("340s", "60s")
+    assert grace == 340
+
+
+def test_a_namespace_that_restricts_pods_takes_all_of_them() -> None:
+    """The Pod Security Standard `restricted`."""
+    text = render("k8s", ROUTED, CONFIGS / "two_gpu.yaml", ["--Etcd.ServiceArgs.workers=1"], Path("docker"))
+    documents = list(yaml.safe_load_all(text))
+    pods = [one["spec"]["template"]["spec"] for one in documents if one["kind"] in ("Deployment", "StatefulSet")]
+    pods += [one["podTemplate"]["spec"] for one in documents[-1]["spec"]["components"]]
+    assert len(pods) == 6
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("target", ["compose", "k8s"])
+def test_values_reach_the_process_as_they_are_written(target: str) -> None:
+    """Compose takes $ for a variable of its own, Kubernetes $(NAME) for one of the container's."""
+    value = "a\n$(POD_NAME) $$ $HOME: b"
+    text = render(target, ROUTED, CONFIGS / "two_gpu.yaml", [f"--VllmWorker.env.VALUE={value}"], Path("docker"))
+    documents = list(yaml.safe_load_all(text))
+    assert documents[0].get("name", "kvtier") == "kvtier"
+    if target == "compose":
+        given = documents[0]["services"]["vllmworker-0"]["environment"]["VALUE"]
+    else:
+        worker = documents[-1]["spec"]["components"][0]["podTemplate"]["spec"]["containers"][0]
+        (given,) = [one["value"] for one in worker["env"] if one["name"] == "VALUE"]
+    assert re.sub(r"\$\$", "$", given) == value
+    assert not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", given)
+    assert shlex.split(text.splitlines()[0])[:3] == ["#", "dynamo", "render"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["--Frontend.host=gateway"], r"Frontend\.host: 'gateway' given, expected an IP address"),
+        (["--Router.page=127.0.0.1:8000"], "frontend-0: 'port 8000' given, expected one that router-0 does not have"),
+        (["--Router.page=127.0.0.1:3000"], "grafana: 'port 3000' given, expected one that router-0 does not have"),
+        (["--Router.page=127.0.0.1:9200"], "Router-0: 'port 9200' given"),
+        (["--Store.dir=/dev/nvme1n1"], r"Store\.dir: '/dev/nvme1n1.*' given, expected a folder"),
+        (["--Nats.ServiceArgs.workers=0"], r":10: Nats\.listen: '127.0.0.1:4222' given, expected an address at which"),
+        (["--Nats.servers=localhost:4222"], r"Nats\.servers: 'localhost:4222' given, expected an address at which"),
+        (["--Etcd.servers='[::1]:2379'"], r"Etcd\.servers: '\[::1\]:2379' given, expected an address at which"),
+        (["--Store.addresses=127.0.0.1:7600"], r"Store\.addresses: '127.0.0.1:7600' given, expected an address at"),
+        (
+            ["--Store.durability=memory", "--Store.hot=0"],
+            r"Store\.durability: 'memory' given, expected --hot beside it",
+        ),
+        (["--Store.tls-cert=c.pem"], r"Store\.tls-key: '' given, expected a file, beside --tls-cert"),
+        (["--Store.ServiceArgs.resources.memory=1XB"], r"memory: '1XB' given, expected a size such as 500G"),
+        (["--Containers.tag=1.0"], r"Containers\.tag: '1.0' given, expected a text, in quotes"),
+    ],
+)
+def test_what_containers_could_not_start_with_is_refused(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        render("compose", ROUTED, CONFIGS / "two_gpu.yaml", overrides, Path("docker"))
+
+
+def test_a_file_whose_name_no_secret_can_have_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "names.yaml").write_text("namespaces: [{name: a, quota: 1GiB, credential-file: a b}]")
+    (tmp_path / "a b").write_text("a" * 32)
+    for target in ("compose", "k8s"):
+        with pytest.raises(ConfigError, match="namespaces: 'a b' given, expected a name of letters"):
+            render(target, ROUTED, CONFIGS / "two_gpu.yaml", [f"--Store.namespaces={tmp_path}/names.yaml"], tmp_path)
+
+
+def test_a_file_that_a_secret_is_made_of_is_quoted(tmp_path: Path) -> None:
+    text = render("k8s", ROUTED, CONFIGS / "two_gpu.yaml", [f"--VllmWorker.seal-key={tmp_path}/a key"], tmp_path)
+    (line,) = [line for line in text.splitlines() if "kubectl create secret" in line]
+    assert shlex.split(line)[-1] == f"--from-file=vllmworker-seal-key={tmp_path}/a key"
+
+
 def test_published_ports_are_loopbacks_and_each_is_once() -> None:
-    overrides = ["--Frontend.ServiceArgs.workers=2", "--Router.ServiceArgs.workers=2"]
+    overrides = ["--Frontend.ServiceArgs.workers=2", "--Router.ServiceArgs.workers=2", "--Frontend.host=localhost"]
     text = render("compose", ROUTED, CONFIGS / "quickstart.yaml", overrides, Path("docker"))
     ports = [port for service in yaml.safe_load(text)["services"].values() for port in service.get("ports", [])]
     assert {"127.0.0.1:8000:8000", "127.0.0.1:8001:8000", "127.0.0.1:8300:8300", "127.0.0.1:8301:8300"} <= set(ports)
