@@ -73,6 +73,8 @@ def test_the_manifest_hangs_together(programs: dict[str, str]) -> None:
     (tier,) = extra["secondary_tiers"]
     assert tier["store"].split(",") == [f"{name}-{number}.{name}:{port}" for number in replicas]
     assert extra["cpu_bytes_to_use"] < quantity(pod["volumes"][0]["emptyDir"]["sizeLimit"])
+    (token,) = engine["env"]  # the model's licence is accepted on the hub
+    assert token["valueFrom"]["secretKeyRef"] == {"name": "hf-token-secret", "key": "HF_TOKEN", "optional": True}
     ports = {one["name"]: one["containerPort"] for one in engine["ports"]}
     assert arguments[arguments.index("--port") + 1] == str(ports["http"])
 
