@@ -58,6 +58,7 @@ Looking after targets ('COMMAND --help' says more):
   python -m kvstore stat 10.0.0.7:7600    what a running target holds and does
   python -m kvstore verify --dir /nvme0   whether everything in a stopped one is sound
   python -m kvstore bench --dir /nvme0    how many workers one here would feed
+  python -m kvstore export 10.0.0.7:7600  chunks of a running one as a file, which 'import' puts into another
 """
 
 

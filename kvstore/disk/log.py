@@ -275,6 +275,26 @@ class Log:
             written = [entry for segment in self._segments.values() for _, entry in self._live(segment)]
             return [*written, *self._dirty.values()]
 
+    def page(self, place: tuple[int, int], count: int) -> tuple[list[Entry], tuple[int, int] | None]:
+        """The written chunks among the next `count` entries of one segment, and the place to go on from, None at the
+        end. A place is a segment's generation and the number of an entry, (0, 0) the first. Chunks that come, go or
+        move meanwhile may be missed or come twice."""
+        generation, number = place
+        with self._changed:
+            segments = [segment for segment in self._segments.values() if segment.stamp.generation >= generation]
+            if not segments:
+                return [], None
+            segment = min(segments, key=lambda segment: segment.stamp.generation)
+            if segment.stamp.generation > generation:
+                number = 0
+            table = bytes(segment.table[number * ENTRY_BYTES : (number + count) * ENTRY_BYTES])
+        looked = len(table) // ENTRY_BYTES
+        base = segment.slot << _INDEX_BITS
+        entries = [record.unpack_entry(table, place) for place in range(looked)]
+        live = [entry for place, entry in enumerate(entries, base | number) if self._index.get(entry.key) == place]
+        more = looked == count
+        return live, (segment.stamp.generation, number + looked) if more else (segment.stamp.generation + 1, 0)
+
     def key_versions(self) -> Counter[int]:
         """How many visible chunks have a key of each version."""
         with self._changed:

@@ -45,6 +45,14 @@ class Shelf:
     def entries(self) -> list[Entry]:
         return [entry for log in self.logs for entry in log.entries()]
 
+    def page(self, place: tuple[int, int, int], count: int) -> tuple[list[Entry], tuple[int, int, int] | None]:
+        """`Log.page` of one log after the other; a place begins with the log's number."""
+        number, *within = place
+        if number >= len(self.logs):
+            return [], None
+        entries, after = self.logs[number].page((within[0], within[1]), count)
+        return entries, (number + 1, 0, 0) if after is None else (number, *after)
+
     def tell(self, ledger: Ledger) -> None:
         """From now on `ledger` hears of what comes and goes."""
         for log in self.logs:

@@ -188,6 +188,13 @@ class StoreClient:
                 answers[target] = self._line(target).stat(deadline)
         return answers
 
+    def listed(self, target: str, ask: wire.List, deadline: float) -> wire.Listed | None:
+        """A part of the chunks that a target has written, and the cursor of the next one; None if it did not answer.
+        Keys are as they are stored: of sealed chunks, names."""
+        with contextlib.suppress(*_FAILURES):
+            return self._line(target).listed(ask, deadline)
+        return None
+
     def failure(self, target: str) -> str:
         """Why a request to this target failed last; "" if none did."""
         return self._line(target).failure
@@ -445,6 +452,19 @@ class _TargetLine:
             stream.send([wire.encode(Header(Op.STAT, request))], deadline)
             header = _expect(stream, (Op.STATUS,), request, deadline)
             answer.append(wire.decode_control(stream.receive_control(header, deadline), wire.Status))
+
+        failure = self._exchange(exchange, deadline)
+        if not answer:
+            raise ConnectionError(f"{self._target}: {failure.name.lower()}")
+        return answer[0]
+
+    def listed(self, ask: wire.List, deadline: float) -> wire.Listed:
+        answer: list[wire.Listed] = []
+
+        def exchange(stream: Stream, request: int) -> None:
+            stream.send([wire.encode(Header(Op.LIST, request), ask)], deadline)
+            header = _expect(stream, (Op.LISTED,), request, deadline)
+            answer.append(wire.decode_control(stream.receive_control(header, deadline), wire.Listed))
 
         failure = self._exchange(exchange, deadline)
         if not answer:

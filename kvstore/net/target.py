@@ -200,6 +200,7 @@ class Target(Acceptor):
     def _begin(self, stream: Stream) -> None:
         """Start a connection's session; with the lock held."""
         connection = _Connection(stream, self.pool, self._made_room)
+        connection.may_list = stream.is_own_user
         thread = threading.Thread(target=self._session, args=(connection,), name="kvtier-session", daemon=True)
         self._connections[connection] = thread
         try:
@@ -213,6 +214,7 @@ class Target(Acceptor):
         """Serve a client whose greeting, up to here, was somebody else's to check; on this thread, until it is gone.
         `sign` makes the proof that goes with the welcome."""
         connection = _Connection(stream, self.pool, self._made_room)
+        connection.may_list = True
         with self._lock:
             has_place = self._has_place()
             if has_place:
@@ -324,10 +326,36 @@ class Target(Acceptor):
             case Op.STAT:
                 connection.owe(1)
                 connection.send([_Message([wire.encode(Header(Op.STATUS, header.request), self.status())])])
+            case Op.LIST:
+                self._list(connection, header.request, wire.decode_control(control, wire.List))
             case Op.TAKEN:
                 connection.taken(header.request, wire.decode_control(control, wire.Taken).number)
             case _:
                 raise ProtocolError(f"{header.op.name} is not a request")
+
+    def _list(self, connection: "_Connection", request: int, ask: wire.List) -> None:
+        """A key is what a client without a credential must know to read a chunk: it is not told any."""
+        if not (connection.may_list and self.readable):
+            raise ProtocolError(
+                "chunks are listed for clients that prove a credential with the right to read, or run as the target's "
+                "user on its host"
+            )
+        entries, cursor = self.shelf.page(ask.cursor, wire.LISTED_MAX)
+        chunks = [
+            wire.Listing(
+                entry.key,
+                entry.length,
+                entry.crc,
+                entry.router_hash,
+                entry.fingerprint,
+                entry.blocks_per_chunk,
+                entry.key_version,
+            )
+            for entry in entries
+            if ask.fingerprint in (0, entry.fingerprint)
+        ]
+        connection.owe(1)
+        connection.send([_Message([wire.encode(Header(Op.LISTED, request), wire.Listed(chunks, cursor))])])
 
     def _made_room(self) -> None:
         for reads in self._reads.values():
@@ -549,6 +577,7 @@ class _Connection:
         self._outgoing = stream.twin()
         self.idle_since = time.monotonic()  # endless while a request is being taken in
         self.leaving = False  # its place is another's
+        self.may_list = False
         self._pool = pool
         self._made_room = made_room
         self._outbox: deque[_Message] = deque()  # those with a payload

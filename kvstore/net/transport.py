@@ -7,6 +7,7 @@ call, and a plain sendmsg/recv_into loop reaches what the loopback device can ca
 import contextlib
 import ipaddress
 import logging
+import os
 import socket
 import struct
 import threading
@@ -134,6 +135,11 @@ class Stream:
     @property
     def is_unix(self) -> bool:
         return self._socket.family == socket.AF_UNIX
+
+    @property
+    def is_own_user(self) -> bool:
+        """Whether the peer is on this host and runs as the same user."""
+        return self.is_unix and _peer_uid(self._socket) == os.getuid()
 
     def twin(self) -> "Stream":
         return Stream(self._socket.dup())
@@ -267,12 +273,18 @@ def _listen_unix(path: str) -> socket.socket:
     return sock
 
 
+def _peer_uid(sock: socket.socket) -> int:
+    """The user of the process at the other end of a UNIX socket, as the kernel says."""
+    _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return int(uid)
+
+
 def is_permitted(sock: socket.socket, uids: Collection[int] | None) -> bool:
-    """Whether the process at the other end of a UNIX socket runs as one of these users, as the kernel says; True on any
-    other socket, and if anybody may."""
+    """Whether the process at the other end of a UNIX socket runs as one of these users; True on any other socket, and
+    if anybody may."""
     if uids is None or sock.family != socket.AF_UNIX:
         return True
-    _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    uid = _peer_uid(sock)
     if uid not in uids:
         logger.warning("user %d may not use the UNIX socket; --unix-uids names those who may", uid)
     return uid in uids

@@ -23,6 +23,8 @@ HEADER_BYTES = HEADER.size
 KEYS_MAX = 4096
 # A key with its metadata packs into less than 80 bytes.
 CONTROL_BYTES_MAX = 512 << 10
+# Chunks that a LIST has a target look at: about a millisecond, whatever it stores.
+LISTED_MAX = 1024
 # The largest chunk a target takes, whatever its segments would allow: a buffer of it is held while it travels.
 VALUE_BYTES_MAX = 64 << 20
 
@@ -44,6 +46,8 @@ class Op(enum.IntEnum):
     ERROR = 12  # the sender closes the connection after it
     CHALLENGE = 16  # in place of WELCOME: the client has to PROVE first that it belongs to the namespace
     PROVE = 17  # answered by WELCOME
+    LIST = 19
+    LISTED = 20
     PLACED = 14  # in place of a VALUE: the data is to be fetched from the target's memory (carrier.py)
 
 
@@ -152,6 +156,31 @@ class Put(msgspec.Struct, array_like=True, frozen=True):
 
 class Exists(msgspec.Struct, array_like=True, frozen=True):
     keys: Keys
+
+
+Cursor = tuple[U16, U64, U32]  # the target's own: where its list goes on
+
+
+class List(msgspec.Struct, array_like=True, frozen=True):
+    fingerprint: U64  # 0: chunks of any
+    cursor: Cursor = (0, 0, 0)
+
+
+class Listing(msgspec.Struct, array_like=True, frozen=True):
+    """What a target knows of a chunk, as `PutItem` told it."""
+
+    key: Key
+    length: ValueBytes
+    crc: U32
+    router_hash: U64
+    fingerprint: U64
+    blocks_per_chunk: U16
+    key_version: KeyVersion
+
+
+class Listed(msgspec.Struct, array_like=True, frozen=True):
+    chunks: Annotated[list[Listing], msgspec.Meta(max_length=LISTED_MAX)]
+    cursor: Cursor | None  # None: there are no more
 
 
 class Outcomes(msgspec.Struct, array_like=True, frozen=True):

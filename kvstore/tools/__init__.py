@@ -1,12 +1,19 @@
-"""What an operator asks of a target: how it is doing, whether what it holds is sound, how many workers it feeds."""
+"""What an operator asks of a target: how it is doing, whether what it holds is sound, how many workers it feeds, and
+chunks for another store."""
 
 import os
 import sys
 from collections.abc import Callable
 
-from kvstore.tools import bench, stat, verify
+from kvstore.tools import bench, export, import_, stat, verify
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"stat": stat.main, "verify": verify.main, "bench": bench.main}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "stat": stat.main,
+    "verify": verify.main,
+    "bench": bench.main,
+    "export": export.main,
+    "import": import_.main,
+}
 
 
 def run(command: str, argv: list[str]) -> int:

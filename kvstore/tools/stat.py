@@ -6,24 +6,22 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from kvstore import credentials
-from kvstore.bus import messages
-from kvstore.certificates import ClientOptions, add_client_arguments
 from kvstore.credentials import Credential
 from kvstore.errors import validated
-from kvstore.net import membership, tls, transport
+from kvstore.net import tls, transport
 from kvstore.net.client import StoreClient
-from kvstore.net.membership import Membership, StaticMembership
+from kvstore.net.membership import StaticMembership
 from kvstore.net.tls import ClientTls
 from kvstore.net.wire import Outcome, Status
 from kvstore.text import clean
 from kvstore.tools import words
+from kvstore.tools.targets import TargetOptions, add_target_arguments, open_targets
 
 HELP = """Show how targets are doing: what they hold, and what they did since their start. With --watch again and again;
 from the second time on, counts are per second since the time before. The exit code is 1 if a target does not answer.
@@ -52,13 +50,8 @@ _GROWING = (
 )
 
 
-class Options(ClientOptions):
-    model_config = ConfigDict(extra="forbid")
-
-    address: str
+class Options(TargetOptions):
     watch: float | None = Field(None, gt=0)
-    namespace: str = "default"
-    credential_file: Path | None = None
     as_json: bool = False
 
 
@@ -72,7 +65,7 @@ class Look(NamedTuple):
 def main(argv: list[str]) -> int:
     options = _parse(argv)
     logging.basicConfig(level=logging.ERROR)  # why a target does not answer is said in the table
-    targets = _membership(options)
+    targets = open_targets(options)
     credential, client_tls = credentials.load(options.credential_file), tls.open_client(options.tls_files)
     before: Look | None = None
     try:
@@ -91,25 +84,10 @@ def _parse(argv: list[str]) -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m kvstore stat", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "address", help="host:port, several with commas between them, or etcd://host:port for all there"
-    )
+    add_target_arguments(parser)
     parser.add_argument("--watch", metavar="SECONDS", help="look again so often, until interrupted")
-    parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
-    parser.add_argument(
-        "--credential-file", help=f"the namespace's credential; default: the variable {credentials.VARIABLE}, if set"
-    )
-    add_client_arguments(parser)
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object a look, each on its line")
     return validated(Options, vars(parser.parse_args(argv)))
-
-
-def _membership(options: Options) -> Membership:
-    messages.checked_namespace(options.namespace)
-    if not options.address.startswith("etcd://"):
-        addresses = [part.strip() for part in options.address.split(",")]
-        return StaticMembership([membership.checked_address("address", address) for address in addresses])
-    return membership.open_membership(options.address, options.namespace)
 
 
 def take_look(
