@@ -116,10 +116,9 @@ def main(argv: list[str]) -> int:
             writer = Writer(file, fingerprint)
             found = _fill(writer, client, chosen, wanted or set(), options.max, result)
             if not writer.chunks:
-                raise UnavailableError(
-                    f"store: no chunk {'of these tokens ' if prompts else ''}is of fingerprint {result.fingerprint} and "
-                    f"can be read ({result.failed} failed, {result.unnamed} are of no known prompt): nothing is written"
-                )
+                what = f"fingerprint {result.fingerprint}" + (" and these tokens" if prompts else "")
+                why = f"{result.failed} failed, {result.unnamed} are of no known prompt"
+                raise UnavailableError(f"store: no chunk of {what} can be read ({why}): nothing is written")
             writer.end()
     result.prompts = [_leading(path, hashes, found) for path, hashes in prompts.items()]
     print(msgspec.json.encode(result).decode() if options.as_json else _summary(result))

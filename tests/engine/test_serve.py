@@ -5,6 +5,7 @@ reads; then the target is killed.
 """
 
 import asyncio
+import json
 import random
 import secrets
 import subprocess
@@ -83,13 +84,54 @@ async def test_vllm_serve_takes_the_tier_by_one_flag(tmp_path: Path) -> None:
                 assert one.off(right) <= ROUNDING
 
 
+async def test_an_exported_prompt_is_a_hit_in_another_cluster(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", layers=8)
+    prompts = [random.Random(2).choices([ord(letter) for letter in ALPHABET], k=count) for count in PROMPTS]
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    flag = connector(addresses[0], tmp_path)
+    tokens, file = tmp_path / "tokens.json", tmp_path / "prompt.kvtier"
+    tokens.write_text(json.dumps(prompts[2]))
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    targets = [
+        [*KVTIER, "store", "--dir", str(tmp_path / name), "--capacity", "1G", "--listen", address, "--nats", ""]
+        for name, address in zip(("first", "second"), addresses, strict=True)
+    ]
+    with running(targets[0], {}, tmp_path / "first.log"):
+        async with serving(tmp_path, model, "writes", ["--kv-transfer-config", flag]) as writes:
+            await writes.ready()
+            right = [await writes(prompt) for prompt in prompts]
+            eventually(lambda: stored(addresses[0]) == sum(count // BLOCK_TOKENS for count in PROMPTS), 30)
+        chosen = ["--tokens", str(tokens), "--block-size", str(BLOCK_TOKENS)]
+        exported = kvtier("store", "export", addresses[0], str(file), *chosen)
+    assert f"the first {PROMPTS[2] // BLOCK_TOKENS} of {PROMPTS[2] // BLOCK_TOKENS} chunks are in it" in exported
+    with running(targets[1], {}, tmp_path / "second.log"):
+        eventually(lambda: addresses[1] in (tmp_path / "second.log").read_text())
+        print(kvtier("store", "import", addresses[1], str(file)))
+        flag = flag.replace(*addresses)
+        async with serving(tmp_path, model, "reads", ["--kv-transfer-config", flag]) as reads:
+            await reads.ready()
+            await reads.until_tier(prompts[2])
+            await reads.endpoint.forget(external=True)
+            found = await reads(prompts[2])
+            assert found.from_tiers == PROMPTS[2] // BLOCK_TOKENS * BLOCK_TOKENS
+            assert found.tokens == right[2].tokens
+            assert found.off(right[2]) <= ROUNDING
+            assert (await reads(prompts[1])).from_tiers == 0
+
+
+def kvtier(*arguments: str) -> str:
+    return subprocess.run(
+        [*KVTIER, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout.strip()
+
+
 def connector(address: str, folder: Path) -> str:
     keys = folder / "keys.yaml"
     keys.write_text(f"[{{id: 1, key: '{secrets.token_hex(32)}'}}]")
     keys.chmod(0o600)
-    command = [*KVTIER, "connector", "--store", address, "--dram", "256M", "--deadline-ms", "60000"]
-    command += ["--seal-key", str(keys), "--seal", "encrypt"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    command = ["connector", "--store", address, "--dram", "256M", "--deadline-ms", "60000"]
+    return kvtier(*command, "--seal-key", str(keys), "--seal", "encrypt")
 
 
 def stored(address: str) -> int:
