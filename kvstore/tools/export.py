@@ -84,7 +84,7 @@ class Exported(msgspec.Struct):
     chunks: int = 0
     bytes: int = 0
     sealed: int = 0  # of the chunks
-    gone: int = 0  # evicted since they were listed
+    gone: int = 0  # evicted, or found corrupt, since they were listed
     failed: int = 0  # that a target did not send
     unnamed: int = 0  # of no known prompt; left out where prompts are given
     cut: bool = False  # there are more, beyond --max
@@ -327,7 +327,7 @@ def _table(held: Mapping[str, Held]) -> str:
 def _summary(result: Exported) -> str:
     lines = [
         f"{result.file}: {result.chunks:,} chunks of fingerprint {result.fingerprint}, {words.size(result.bytes)}, "
-        f"{result.sealed:,} sealed; {result.gone:,} were evicted meanwhile, {result.failed:,} failed",
+        f"{result.sealed:,} sealed; {result.gone:,} were gone, {result.failed:,} failed",
         *(f"{one.file}: the first {one.leading:,} of {one.chunks:,} chunks are in it" for one in result.prompts),
     ]
     if result.prompts and result.unnamed:

@@ -86,7 +86,8 @@ async def test_vllm_serve_takes_the_tier_by_one_flag(tmp_path: Path) -> None:
 
 async def test_an_exported_prompt_is_a_hit_in_another_cluster(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", layers=8)
-    prompts = [random.Random(2).choices([ord(letter) for letter in ALPHABET], k=count) for count in PROMPTS]
+    chance = random.Random(2)
+    prompts = [chance.choices([ord(letter) for letter in ALPHABET], k=count) for count in PROMPTS]
     addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     flag = connector(addresses[0], tmp_path)
     tokens, file = tmp_path / "tokens.json", tmp_path / "prompt.kvtier"
