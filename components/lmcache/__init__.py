@@ -1,15 +1,7 @@
-"""The store as remote storage of LMCache: a plug-in for its `remote_storage_plugins`. In LMCache's configuration:
+"""The store as an L2 adapter of LMCache's multi-process server: `lmcache server --l2-adapter`, and as its JSON
 
-    pre_caching_hash_algorithm: sha256_cbor
-    remote_storage_plugins: ["kvtier"]
-    extra_config:
-      remote_storage_plugin.kvtier.module_path: components.lmcache.connector
-      remote_storage_plugin.kvtier.class_name: KvtierAdapter
-      remote_storage_plugin.kvtier.store: 10.0.0.7:7600,10.0.0.8:7600
-      remote_storage_plugin.kvtier.namespace: default
-      remote_storage_plugin.kvtier.deadline_ms: 2000
-      remote_storage_plugin.kvtier.store_tls_ca: /etc/kvtier/ca.pem   # with TLS; also store_tls_cert, store_tls_key
+{"type": "plugin", "module_path": "components.lmcache.adapter", "class_name": "KvtierL2Adapter",
+ "adapter_params": {"store": "10.0.0.7:7600,10.0.0.8:7600", "identity": "Qwen3-8B, revision 9c925d6"}}
 
-`store` may be `etcd://host:port`, too; several stores are `kvtier.NAME` each. LMCache does not say which weights it
-runs, only their name: workers that share a store must give one name to one checkpoint.
+docs/lmcache.md has the rest.
 """
