@@ -27,7 +27,7 @@ HELP = """Show how targets are doing: what they hold, and what they did since th
 from the second time on, counts are per second since the time before. The exit code is 1 if a target does not answer.
 
 chunks by key version  shown if a target holds chunks whose keys another release made. v1: releases to 0.2; workers of
-                       this release ask for none of those except LMCache's, and eviction removes the rest
+                       this release ask for none of those, and eviction removes them
 
   python -m kvstore stat 10.0.0.7:7600,10.0.0.8:7600 --watch 5
 """

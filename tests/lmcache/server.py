@@ -1,15 +1,18 @@
 """LMCache's own storage manager in this process, on the CPU: L1 memory, store and prefetch threads, the plug-in."""
 
 import argparse
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lmcache.v1.distributed.api import GroupedObjectKeys, MemoryLayoutDesc, ObjectKey, PrefetchTaskSpec
 from lmcache.v1.distributed.config import add_storage_manager_args, parse_args_to_config
-from lmcache.v1.distributed.storage_manager import StorageManager
+from lmcache.v1.distributed.storage_manager import _L1_WRITE_TAG, StorageManager
+from lmcache.v1.memory_management import MemoryObj
+from lmcache.v1.multiprocess.config import add_mp_server_args
 
 from tests.conftest import eventually
 
@@ -39,12 +42,14 @@ class Server:
 
     def __init__(self, store: str, *, l1_gb: float = 0.05, arguments: Sequence[str] | None = None, **params: object):
         parser = argparse.ArgumentParser()
+        add_mp_server_args(parser)
         add_storage_manager_args(parser)
         given = {"store": store, "identity": "a", "deadline_ms": 1000, **params}
         plugin = {"module_path": "components.lmcache.adapter", "class_name": "KvtierL2Adapter", "adapter_params": given}
         spec = json.dumps({"type": "plugin", **plugin})
-        made = ["--l1-size-gb", str(l1_gb), "--no-l1-use-lazy", "--eviction-policy", "LRU", "--l2-adapter", spec]
-        chosen = parser.parse_args(arguments or made)
+        made = ["--l1-size-gb", str(l1_gb), "--eviction-policy", "LRU", "--l2-adapter", spec]
+        # Otherwise all of a process would have one and the same L1.
+        chosen = parser.parse_args([*(arguments or made), "--no-l1-use-lazy", "--shm-name", ""])
         self.manager = StorageManager(parse_args_to_config(chosen))
         ((_, self.adapter),) = self.manager.l2_adapters()
 
@@ -81,6 +86,12 @@ class Server:
                     assert torch.equal(torch.frombuffer(memory.byte_array, dtype=torch.uint8), content(one, layout))
             self.manager.finish_read_prefetched(found)
         return hits
+
+    @contextlib.contextmanager
+    def room(self, one: ObjectKey) -> Iterator[MemoryObj]:
+        """Memory of L1 for an object, which is then dropped."""
+        yield self.manager.reserve_write([one], LAYOUT)[one]
+        self.manager._l1_manager.finish_write_and_delete([one], tag=_L1_WRITE_TAG)
 
     def close(self) -> None:
         """All memory must have been given back."""
