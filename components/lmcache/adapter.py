@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 LOOKUP_THREADS = 2
 LOAD_THREADS = 4
 STORE_THREADS = 2
-# Of an object in one value. A change of it makes larger objects unfindable.
+# Of an object in one value.
 PART_BYTES = 32 << 20
 # Several values go in one put, to spare round trips; if a target is too slow for one, all of it is lost.
 PUT_BYTES = 32 << 20
@@ -98,6 +98,7 @@ class _Tasks(Generic[Result]):
         self._ended = create_event_notifier()
         self._numbers = itertools.count()
         self._lock = threading.Lock()
+        self._complains = Rarely(COMPLAIN_SECONDS)
         self._results: dict[int, Result] = {}
 
     @property
@@ -129,7 +130,10 @@ class _Tasks(Generic[Result]):
         try:
             result = work()
         except Exception:
-            logger.exception("kvtier: a task failed")
+            with self._lock:
+                complains = self._complains()
+            if complains:
+                logger.exception("kvtier: a task failed")
         with self._lock:
             self._results[number] = result
         self._ended.notify()
@@ -278,6 +282,7 @@ class KvtierL2Adapter(L2AdapterInterface):
             {
                 "engine": f"lmcache {lmcache.__version__}",
                 "identity": self._identity,
+                "part": PART_BYTES,
                 "model": model,
                 "rank": rank,  # and world size
                 "group": group,

@@ -14,6 +14,7 @@ pytest.importorskip("lmcache", reason="LMCache is not installed")
 
 import torch
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+from lmcache.v1.memory_management import GDSMemoryObject
 from prometheus_client import REGISTRY
 
 from benchmarks.store.authority import Authority
@@ -169,6 +170,18 @@ def test_a_hash_too_short_to_name_its_tokens_is_refused(server: Make, start_targ
     assert made.write(short) == {"refused": 1}
     assert made.read(short, key(2)) == [False, False]
     assert made.counts("lookup") == {"refused": 1, "miss": 1}
+
+
+def test_memory_that_cannot_be_read_fails_its_task_alone(server: Make, start_target: Start) -> None:
+    """Of an L1 on a disk (`--gds-l1-path`)."""
+    made = server(start_target().address)
+    with made.room(key(1)) as memory:
+        elsewhere = GDSMemoryObject(memory.metadata)
+        made.adapter.submit_store_task([key(1)], [elsewhere])
+        load = made.adapter.submit_load_task([key(1), key(2)], [memory, elsewhere])
+        eventually(lambda: (found := made.adapter.query_load_result(load)) and not (found.test(0) or found.test(1)))
+    assert made.write(key(1)) == {"stored": 1}
+    assert made.read(key(1)) == [True]
 
 
 # ---- a store that fails, or lies
