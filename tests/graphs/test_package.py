@@ -114,11 +114,11 @@ def test_version_names_what_is_beside_it() -> None:
 
 
 def named_files(compose: Path) -> set[Path]:
-    """What a compose file names on the machine it is used on."""
+    """What a compose file names on the machine it is used on, but for the disks of targets."""
     files = set()
     for service in yaml.safe_load(compose.read_text())["services"].values():
         for volume in service.get("volumes", []):
-            if isinstance(volume, dict):  # the others are Docker's own
+            if isinstance(volume, dict) and volume["target"] != "/data":  # the others are Docker's own
                 files.add(compose.parent / volume["source"])
         if "build" in service:
             context = compose.parent / service["build"]["context"]
