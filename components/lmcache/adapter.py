@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import lmcache
@@ -30,19 +29,13 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.memory_management import MemoryObj
 from lmcache.v1.platform import create_event_notifier
 from prometheus_client import Counter as Series
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from kvstore import credentials
-from kvstore.bus.messages import checked_namespace
-from kvstore.certificates import ClientOptions
-from kvstore.errors import ConfigError, validated
+from components.plugin import PluginOptions
 from kvstore.keys import chunk_key, fingerprint, layout_digest
-from kvstore.net import tls
-from kvstore.net.client import Item, StoreClient
-from kvstore.net.membership import open_membership
+from kvstore.net.client import Item
 from kvstore.net.wire import Outcome
 from kvstore.rarely import Rarely
-from kvstore.seal import announce, open_seal
 
 logger = logging.getLogger(__name__)
 
@@ -70,24 +63,12 @@ _BYTES = Series("kvtier_lmcache_bytes", "Bytes of objects that were found by loa
 Result = TypeVar("Result")
 
 
-class Options(ClientOptions):
+class Options(PluginOptions):
     """What LMCache's configuration says under `adapter_params`, checked."""
 
-    store: str = Field("", validate_default=True)
     identity: str = ""
-    namespace: str = "default"
-    credential_file: Path | None = None
-    seal_key: str = ""
-    seal: str = ""
     # A request may wait this long for the question what is there, and as long again for the objects.
     deadline_ms: int = Field(2000, ge=1, le=DEADLINE_MS_MAX)
-
-    @field_validator("store")
-    @classmethod
-    def _not_empty(cls, store: str) -> str:
-        if not store.strip(", "):
-            raise ValueError("host:port,host:port or etcd://host:port")
-        return store
 
 
 class _Tasks(Generic[Result]):
@@ -147,28 +128,18 @@ class KvtierL2Adapter(L2AdapterInterface):
     def __init__(self, params: Mapping[str, object], l1_memory_desc: object = None):
         """Raises ConfigError."""
         super().__init__()
-        options = read_options(params)
-        seal = open_seal(options.seal_key, options.seal)
-        credential = credentials.load(options.credential_file)
-        client_tls = tls.open_client(options.tls_files)
+        options = Options.read(params)
+        secrets = options.open_secrets()
         self._identity = options.identity
         self._deadline_seconds = options.deadline_ms / 1000
         self._digests = lru_cache(DIGESTS_MAX)(self._describe)
         self._counts: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._complains = {operation: Rarely(COMPLAIN_SECONDS) for operation in ("lookup", "load", "store")}
-        self._client = StoreClient(
-            open_membership(options.store, options.namespace, isolated=True),
-            namespace=options.namespace,
-            name="lmcache",
-            credential=credential,
-            seal=seal,
-            tls=client_tls,
-        )
+        self._client = options.open_client("lmcache", secrets)
         self._lookups = _Tasks[Bitmap]("lookup", LOOKUP_THREADS)
         self._loads = _Tasks[Bitmap]("load", LOAD_THREADS)
         self._stores = _Tasks[L2StoreResult]("store", STORE_THREADS)
-        announce(seal, options.store)
         if not options.identity:
             logger.warning(
                 "kvtier: no identity is set. LMCache names a model by its name alone: whoever gives other weights, or "
@@ -315,16 +286,6 @@ class KvtierL2Adapter(L2AdapterInterface):
 
 _NO_LAYOUT = MemoryLayoutDesc([], [])
 _EXPECTED = ("hit", "miss", "stored")
-
-
-def read_options(params: Mapping[str, object]) -> Options:
-    """Raises ConfigError."""
-    for name, value in params.items():
-        if name not in Options.model_fields:
-            raise ConfigError(name, value, f"one of {', '.join(Options.model_fields)}")
-    options = validated(Options, dict(params))
-    checked_namespace(options.namespace)
-    return options
 
 
 def _names(digest: bytes, key: ObjectKey, size: int) -> list[bytes]:

@@ -14,29 +14,24 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import sglang
 import torch
 from prometheus_client import Counter as Series
-from pydantic import Field, field_validator
+from pydantic import Field
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, HiCacheStorageConfig, PoolName
 from sglang.srt.mem_cache.utils import storage_namespace_seed
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
+from components.plugin import PluginOptions
 from components.sglang import identity
-from kvstore import credentials
-from kvstore.bus.messages import checked_namespace
-from kvstore.certificates import ClientOptions
-from kvstore.errors import ConfigError, validated
+from kvstore.errors import ConfigError
 from kvstore.keys import chunk_key, fingerprint, layout_digest
-from kvstore.net import tls
-from kvstore.net.client import Item, StoreClient
-from kvstore.net.membership import open_membership
+from kvstore.net.client import Item
 from kvstore.net.wire import VALUE_BYTES_MAX, Outcome
 from kvstore.rarely import Rarely
-from kvstore.seal import TRAILER_BYTES, announce, open_seal
+from kvstore.seal import TRAILER_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -57,23 +52,11 @@ _PAGES = Series(
 _BYTES = Series("kvtier_sglang_bytes", "Bytes of pages that were found by get, or stored by put", ["operation"])
 
 
-class Options(ClientOptions):
+class Options(PluginOptions):
     """What `--hicache-storage-backend-extra-config` says beside SGLang's own settings, checked."""
 
-    store: str = Field("", validate_default=True)
-    namespace: str = "default"
-    credential_file: Path | None = None
-    seal_key: str = ""
-    seal: str = ""
     # SGLang waits this long for the question what is there, and as long again for each batch of 128 pages.
     deadline_ms: int = Field(2000, ge=1, le=DEADLINE_MS_MAX)
-
-    @field_validator("store")
-    @classmethod
-    def _not_empty(cls, store: str) -> str:
-        if not store.strip(", "):
-            raise ValueError("host:port,host:port or etcd://host:port")
-        return store
 
 
 class _Batch(NamedTuple):
@@ -92,28 +75,18 @@ class KvtierStorage(HiCacheStorage):
         options = read_options(extra)
         if config.tp_lcm_size:
             raise ConfigError("tp_lcm_size", config.tp_lcm_size, "none: a page is of one tensor parallelism")
-        seal = open_seal(options.seal_key, options.seal)
-        credential = credentials.load(options.credential_file)
-        client_tls = tls.open_client(options.tls_files)
+        secrets = options.open_secrets()
         identity.watch()
         self._model = identity.loaded_model()
         self._config = config
         self._interface_v1 = bool(extra.get("interface_v1"))
         self._deadline_seconds = options.deadline_ms / 1000
-        self._trailer_bytes = TRAILER_BYTES if seal is not None else 0
+        self._trailer_bytes = TRAILER_BYTES if secrets.seal is not None else 0
         self._complains = {operation: Rarely(COMPLAIN_SECONDS) for operation in ("exists", "get", "put")}
         self._batches: deque[_Batch] = deque(maxlen=BATCHES_MAX)
         self._sizes: list[int] = []
         self._digest = b""
-        self._client = StoreClient(
-            open_membership(options.store, options.namespace, isolated=True),
-            namespace=options.namespace,
-            name="sglang",
-            credential=credential,
-            seal=seal,
-            tls=client_tls,
-        )
-        announce(seal, options.store)
+        self._client = options.open_client("sglang", secrets)
 
     # ---- at start, on the scheduler's thread
 
@@ -121,9 +94,12 @@ class KvtierStorage(HiCacheStorage):
         """Raises ConfigError for a pool whose pages cannot be kept."""
         super().register_mem_pool_host(mem_pool_host)
         pool, page_bytes = mem_pool_host, mem_pool_host.size_per_token * mem_pool_host.page_size
-        self._sizes = self._value_sizes()
+        expected = "layer_first, page_first or page_first_direct, with interface_v1 set"
+        try:
+            self._sizes = self._value_sizes()
+        except (ValueError, NotImplementedError) as error:  # the pool cannot give pages in the way asked for
+            raise ConfigError("hicache-mem-layout", pool.layout, f"{expected} (SGLang: {error})") from error
         if sum(self._sizes) != page_bytes:
-            expected = "layer_first, page_first or page_first_direct, with interface_v1 set"
             raise ConfigError("hicache-mem-layout", pool.layout, expected)
         if max(self._sizes) + self._trailer_bytes > VALUE_BYTES_MAX:
             expected = f"pages in values of at most {VALUE_BYTES_MAX} bytes, these have {max(self._sizes)}"
@@ -141,16 +117,13 @@ class KvtierStorage(HiCacheStorage):
             )
 
     def _value_sizes(self) -> list[int]:
-        """The lengths of a page's values, in their order; empty if the pool cannot give pages in the way asked for."""
+        """The lengths of a page's values, in their order. Raises what the pool does if it cannot give such pages."""
         pool = self.mem_pool_host
-        try:
-            if not self._interface_v1 or pool.layout == "layer_first":
-                copied_bytes = pool.get_dummy_flat_data_page().nbytes
-            if pool.layout == "layer_first":
-                return [copied_bytes]
-            return [int(size) for size in pool.get_page_buffer_meta(torch.arange(pool.page_size))[1]]
-        except (ValueError, NotImplementedError):
-            return []
+        if not self._interface_v1 or pool.layout == "layer_first":
+            copied_bytes = pool.get_dummy_flat_data_page().nbytes
+        if pool.layout == "layer_first":
+            return [copied_bytes]
+        return [int(size) for size in pool.get_page_buffer_meta(torch.arange(pool.page_size))[1]]
 
     def _describe(self) -> dict[str, object]:
         """What decides the meaning of a page's bytes, beside what its hash says."""
@@ -319,10 +292,4 @@ _EXPECTED = (Outcome.HIT, Outcome.MISS, Outcome.STORED)
 
 def read_options(extra: Mapping[str, object]) -> Options:
     """The settings of the extra config that are kvtier's. Raises ConfigError."""
-    given = {name: value for name, value in extra.items() if name not in _SGLANG_SETTINGS}
-    for name, value in given.items():
-        if name not in Options.model_fields:
-            raise ConfigError(name, value, f"one of {', '.join(Options.model_fields)}")
-    options = validated(Options, dict(given))
-    checked_namespace(options.namespace)
-    return options
+    return Options.read({name: value for name, value in extra.items() if name not in _SGLANG_SETTINGS})

@@ -149,7 +149,7 @@ class BufferPool:
         return Buffer(self.arena[offset : offset + size], offset, length)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._values or key in self._dirty
+        return key in self._dirty or key in self._values  # the way that a chunk moves
 
     def find(self, key: bytes, length: int) -> Buffer | None:
         """The buffer that holds the value of `key`, held by the caller now; None if there is none of that length."""

@@ -27,7 +27,7 @@ from kvstore.net.carrier import Borrower
 from kvstore.net.membership import Membership, place
 from kvstore.net.tls import HANDSHAKE_SECONDS, ClientTls
 from kvstore.net.transport import Bytes, Cancelled, Stream
-from kvstore.net.wire import Header, Op, Outcome, ProtocolError, PutItem
+from kvstore.net.wire import Control, Header, Op, Outcome, ProtocolError, PutItem
 from kvstore.seal import TRAILER_BYTES, Reason, Seal, SealKey
 from kvstore.text import shown
 
@@ -446,25 +446,19 @@ class _TargetLine:
         return answer or [failure] * len(keys)
 
     def stat(self, deadline: float) -> wire.Status:
-        answer: list[wire.Status] = []
-
-        def exchange(stream: Stream, request: int) -> None:
-            stream.send([wire.encode(Header(Op.STAT, request))], deadline)
-            header = _expect(stream, (Op.STATUS,), request, deadline)
-            answer.append(wire.decode_control(stream.receive_control(header, deadline), wire.Status))
-
-        failure = self._exchange(exchange, deadline)
-        if not answer:
-            raise ConnectionError(f"{self._target}: {failure.name.lower()}")
-        return answer[0]
+        return self._ask(Op.STAT, None, Op.STATUS, wire.Status, deadline)
 
     def listed(self, ask: wire.List, deadline: float) -> wire.Listed:
-        answer: list[wire.Listed] = []
+        return self._ask(Op.LIST, ask, Op.LISTED, wire.Listed, deadline)
+
+    def _ask(self, op: Op, ask: msgspec.Struct | None, answers: Op, kind: type[Control], deadline: float) -> Control:
+        """One question without payloads. Raises ConnectionError."""
+        answer: list[Control] = []
 
         def exchange(stream: Stream, request: int) -> None:
-            stream.send([wire.encode(Header(Op.LIST, request), ask)], deadline)
-            header = _expect(stream, (Op.LISTED,), request, deadline)
-            answer.append(wire.decode_control(stream.receive_control(header, deadline), wire.Listed))
+            stream.send([wire.encode(Header(op, request), ask)], deadline)
+            header = _expect(stream, (answers,), request, deadline)
+            answer.append(wire.decode_control(stream.receive_control(header, deadline), kind))
 
         failure = self._exchange(exchange, deadline)
         if not answer:

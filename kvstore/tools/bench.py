@@ -13,13 +13,14 @@ from pydantic import ByteSize, ConfigDict, Field
 
 from kvstore import credentials
 from kvstore.bus import messages
-from kvstore.certificates import ClientOptions, add_client_arguments
+from kvstore.certificates import ClientOptions
 from kvstore.disk.record import PAGE_BYTES
 from kvstore.errors import ConfigError, validated
 from kvstore.net import tls
 from kvstore.net.wire import VALUE_BYTES_MAX
 from kvstore.tools import speeds, words
 from kvstore.tools.speeds import Speed, StoreSpeeds
+from kvstore.tools.targets import add_namespace_arguments
 
 HELP = """Measure how fast a target here would be, and say how many workers it feeds as fast as they compute.
 
@@ -139,11 +140,7 @@ def _parse(argv: list[str]) -> Options:
     parser.add_argument(
         "--store", help="targets to measure: host:port, several with commas between, or etcd://host:port"
     )
-    parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
-    parser.add_argument(
-        "--credential-file", help=f"the namespace's credential; default: the variable {credentials.VARIABLE}, if set"
-    )
-    add_client_arguments(parser)
+    add_namespace_arguments(parser)
     parser.add_argument("--size", help="bytes of a chunk; default 2MiB")
     parser.add_argument("--seconds", help="for each thing that is measured; default 5")
     parser.add_argument("--tokens-per-second", help="prefill speed of one of your workers, for a model of your own")

@@ -26,6 +26,11 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "address", help="host:port, several with commas between them, or etcd://host:port for all there"
     )
+    add_namespace_arguments(parser)
+
+
+def add_namespace_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to be let in: namespace, credential, TLS."""
     parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
     parser.add_argument(
         "--credential-file", help=f"the namespace's credential; default: the variable {credentials.VARIABLE}, if set"
