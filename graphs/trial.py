@@ -10,8 +10,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,16 +94,25 @@ class Turn:
 SILENCE = {"DYN_LOG": "off,request_span=off", "DYN_LOGGING_SPAN_EVENTS": "0"}
 
 
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set for this process, and afterwards as they were: what is left behind, other clusters of it would inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def import_dynamo_in_silence() -> None:
     """Dynamo reads these when this process first imports it; the services of a trial have their own logs."""
-    before = {name: os.environ.get(name) for name in SILENCE}
-    os.environ.update(SILENCE)
-    importlib.import_module("dynamo.runtime")
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+    with environment(SILENCE):
+        importlib.import_module("dynamo.runtime")
 
 
 @dataclass
@@ -216,10 +225,10 @@ class Trial:
     async def client(self, endpoint: str) -> Any:
         """Dynamo's own client of an endpoint of the cluster, for what HTTP does not offer."""
         if self._runtime is None:
-            os.environ.update(runtime_env(self.deployment))
             from dynamo.runtime import DistributedRuntime
 
-            self._runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
+            with environment(runtime_env(self.deployment)):
+                self._runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
         if endpoint not in self._clients:  # each watches the discovery folder for as long as the runtime lives
             self._clients[endpoint] = await self._runtime.endpoint(endpoint).client()
         await self._clients[endpoint].wait_for_instances()
