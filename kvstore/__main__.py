@@ -88,7 +88,7 @@ class Options(BaseModel):
     etcd: str | None = None
     buffers: ByteSize = ByteSize(256 << 20)
     connections: int = Field(512, ge=1)
-    carrier: Literal["", "nixl"] = ""
+    carrier: Literal["", "memory", "nixl"] = ""
     metrics_port: int = Field(0, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -201,7 +201,11 @@ def parse(argv: list[str] | None = None) -> Options:
     )
     parser.add_argument("--buffers", help="memory for payloads in flight; default 256MiB")
     parser.add_argument("--connections", help="how many clients may be connected at once; default 512")
-    parser.add_argument("--carrier", help="'nixl' for clients that ask for RDMA; needs the package nixl; default none")
+    parser.add_argument(
+        "--carrier",
+        help="for clients that ask for it: 'memory' shows this target's memory to those of this host and user, 'nixl' "
+        "(needs the package) is for RDMA; default none",
+    )
     parser.add_argument("--metrics-port", help="port for Prometheus; default: none")
     parser.add_argument("--log-level", help="debug, info, warning, error; default info")
     options = validated(Options, vars(parser.parse_args(argv)))

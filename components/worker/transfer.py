@@ -38,7 +38,7 @@ class TierOptions(CommonOptions, ClientOptions):
     store: str
     dram: ByteSize = ByteSize(8 << 30)
     blocks_per_chunk: int = Field(1, ge=1)
-    carrier: Literal["", "nixl"] = ""
+    carrier: Literal["", "memory", "nixl"] = ""
     tp_private: bool = False
     share_images: bool = False
     credential_file: Path | None = None
@@ -66,7 +66,11 @@ def add_tier_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", required=True, help="targets: host:port,host:port or etcd://host:port")
     parser.add_argument("--dram", help="host memory of the DRAM tier; default 8GiB")
     parser.add_argument("--blocks-per-chunk", help="KV blocks in one stored chunk; aim at 1 to 8 MiB; default 1")
-    parser.add_argument("--carrier", help="'nixl' to fetch by RDMA from targets that have it; default none")
+    parser.add_argument(
+        "--carrier",
+        help="of targets that have it: 'memory' to copy out of the memory of those on this host, 'nixl' to fetch by "
+        "RDMA; default none",
+    )
     parser.add_argument(
         "--credential-file",
         help="file with the secret of the namespace, where targets ask for one; default: the environment's "

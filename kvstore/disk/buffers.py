@@ -4,15 +4,17 @@ A buffer holds a record as it lies on disk (record.py): a page for the header, t
 value when it is given back stays findable under its key until its memory is wanted: the hot cache costs no copy. A
 dirty value, which is not on disk yet, is findable, too, and never evicted.
 
-All buffers are cut from one arena in huge pages. The first touch of a page costs more than filling it (0.3 to 1.5 GB/s
-against 6), so that a thread touches the arena ahead of use.
+All buffers are cut from one arena, in huge pages unless it is shared. The first touch of a page costs more than filling
+it (0.3 to 1.5 GB/s against 6), so that a thread touches the arena ahead of use.
 """
 
 import bisect
+import fcntl
 import mmap
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -22,6 +24,7 @@ _TOUCH_BYTES = 8 << 20
 # As much as is left when two dozen clients take nothing any more (net/queues.py): what holds more is worth a closer
 # look.
 _SHORT = 1 / 4
+_F_SEAL_FUTURE_WRITE = 0x10  # since Linux 5.1; not in fcntl
 
 
 class Buffer:
@@ -56,12 +59,22 @@ class Arena:
     """One piece of memory, cut into extents that are joined again when they come back. Not thread-safe.
 
     Extents are pages; the first that is long enough is taken. With chunks of one model all have one length, and nothing
-    is ever split.
+    is ever split. A shared one lies in a file without a name, `descriptor`, which nobody can write to but by this
+    object, and nobody can cut short.
     """
 
-    def __init__(self, total_bytes: int):
+    def __init__(self, total_bytes: int, *, shared: bool = False):
         self.total_bytes = total_bytes
-        self._memory = mmap.mmap(-1, total_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.descriptor: int | None = None
+        if shared:
+            self.descriptor = os.memfd_create("kvtier", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self.descriptor, total_bytes)
+            self._memory = mmap.mmap(self.descriptor, total_bytes)
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
+            weakref.finalize(self, os.close, self.descriptor)
+        else:
+            self._memory = mmap.mmap(-1, total_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._memory)
         self._starts: list[int] = []  # of the free extents, sorted
@@ -98,9 +111,9 @@ class Arena:
 class BufferPool:
     """Hands out buffers and finds values in those that came back. Thread-safe."""
 
-    def __init__(self, total_bytes: int, *, keeps_values: bool = False):
+    def __init__(self, total_bytes: int, *, keeps_values: bool = False, shared: bool = False):
         self._keeps_values = keeps_values
-        self.arena = Arena(-(-total_bytes // PAGE_BYTES) * PAGE_BYTES)
+        self.arena = Arena(-(-total_bytes // PAGE_BYTES) * PAGE_BYTES, shared=shared)
         self._values: OrderedDict[bytes, Buffer] = OrderedDict()  # least recently used first
         self._dirty: dict[bytes, Buffer] = {}
         self._dirty_bytes = 0  # of whole buffers, which are not among those held

@@ -4,11 +4,16 @@ A target that lends a payload says where it lies (PLACED), keeps it there until 
 never writes to a client's memory. A client copies it into memory of its own first, so that nothing can arrive at a
 destination after the call that named it has returned; the checksum tells if the target's memory was reused meanwhile.
 
-NIXL (UCX: RDMA where there is a device for it, shared memory and TCP elsewhere) is the one implementation. Between
-processes of a host the UNIX socket is faster (`python -m benchmarks.store`), so nobody uses this without asking.
+`memory`: on the target's host, the client maps the target's memory and copies from it, once instead of twice through a
+socket. `nixl`: by UCX, RDMA where there is a device for it, shared memory and TCP elsewhere; slower than the stream
+without RDMA (`python -m benchmarks.store`). Nobody uses either without asking.
 """
 
+import contextlib
 import ctypes
+import fcntl
+import mmap
+import os
 import secrets
 import struct
 import threading
@@ -17,12 +22,19 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.disk.buffers import Arena, Buffer, BufferPool
+from kvstore.disk.record import PAGE_BYTES
 from kvstore.errors import ConfigError
 from kvstore.net.transport import Cancelled
 
-NAMES = ("nixl",)
-_PLACE = struct.Struct("<QQ")  # address, length
+MEMORY = "memory"
+NAMES = (MEMORY, "nixl")
+_PLACE = struct.Struct("<QQ")  # address, or place in the memory, and length
+_MAP_BYTES = 16 << 20
+_MADV_POPULATE_READ = 22  # since Linux 5.14; not in mmap
 _POLL_SECONDS = 50e-6
 _MODULES = ("nixl_cu13", "nixl_cu12", "nixl")
 
@@ -31,9 +43,10 @@ class Lender(Protocol):
     """A target's side. Thread-safe; must not block for long."""
 
     name: str
+    descriptor: int | None  # of a file that a client gets after the greeting; None: it needs none
 
     def greeting(self) -> bytes:
-        """What a client needs to reach this target's memory."""
+        """What a client needs to reach this target's memory; another one after each start."""
 
     def place(self, buffer: Buffer) -> bytes:
         """Where the payload lies that `buffer` holds."""
@@ -43,13 +56,15 @@ class Borrower(Protocol):
     """A client's side. Thread-safe."""
 
     name: str
+    needs_descriptor: bool
 
-    def connect(self, greeting: bytes) -> str:
-        """The name of the target that greets so. Raises ConnectionError."""
+    def connect(self, greeting: bytes, descriptor: int | None) -> Any:
+        """How the target that greets so is reached: what `fetch` needs. The descriptor stays the caller's. Raises
+        ConnectionError."""
 
     def fetch(
         self,
-        target: str,
+        target: Any,
         place: bytes,
         into: Sequence[memoryview],
         deadline: float,
@@ -59,10 +74,74 @@ class Borrower(Protocol):
         nothing arrives in them any more."""
 
 
+class MemoryLender:
+    """Lends the arena of a target's buffers, which is shared."""
+
+    name = MEMORY
+
+    def __init__(self, arena: Arena):
+        self.descriptor = arena.descriptor
+        self._greeting = secrets.token_bytes(16)
+
+    def greeting(self) -> bytes:
+        return self._greeting
+
+    def place(self, buffer: Buffer) -> bytes:
+        return _PLACE.pack(buffer.offset + PAGE_BYTES, buffer.length)
+
+
+class MemoryBorrower:
+    """Copies out of targets' memory, mapped to be read alone."""
+
+    name = MEMORY
+    needs_descriptor = True
+
+    def connect(self, greeting: bytes, descriptor: int | None) -> npt.NDArray[np.uint8]:
+        """The target's memory; unmapped with the last reference to it."""
+        assert descriptor is not None
+        try:
+            # Memory that its owner could cut short would end this process at the next access.
+            if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise ConnectionError("memory: it could be cut short")
+            mapped = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
+        except (OSError, ValueError) as error:
+            raise ConnectionError(f"memory: {error}") from None
+        threading.Thread(target=_populate, args=(mapped,), name="kvtier-map", daemon=True).start()
+        return np.frombuffer(mapped, np.uint8)
+
+    def fetch(
+        self,
+        target: npt.NDArray[np.uint8],
+        place: bytes,
+        into: Sequence[memoryview],
+        deadline: float,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        start, length = _unpack_place(place, into)
+        if start + length > len(target):
+            raise ConnectionError(f"memory: a place that ends at {start + length}, of {len(target)} bytes")
+        if cancelled is not None and cancelled():
+            raise Cancelled
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        for part in into:
+            ctypes.memmove(_address(part), target.ctypes.data + start, len(part))
+            start += len(part)
+
+
+def _populate(mapped: mmap.mmap) -> None:
+    """Map the pages ahead of use, in steps that hold the interpreter for a few milliseconds each."""
+    with contextlib.suppress(OSError):  # before Linux 5.14
+        for start in range(0, len(mapped), _MAP_BYTES):
+            mapped.madvise(_MADV_POPULATE_READ, start, min(_MAP_BYTES, len(mapped) - start))
+            time.sleep(0.001)
+
+
 class NixlLender:
     """Lends the arena of a target's buffers."""
 
     name = "nixl"
+    descriptor: int | None = None
 
     def __init__(self, arena: Arena):
         self._agent, self._lock = _agent("target"), threading.Lock()
@@ -81,6 +160,7 @@ class NixlBorrower:
     """Fetches into staging memory of `staging_bytes`, and copies from there."""
 
     name = "nixl"
+    needs_descriptor = False
 
     def __init__(self, staging_bytes: int = 256 << 20):
         self._agent, self._lock = _agent("client"), threading.Lock()
@@ -88,7 +168,7 @@ class NixlBorrower:
         self._transfers: list[_Transfer] = []  # done or given up, and not freed yet
         _register(self._agent, self._staging.arena[0 : self._staging.arena.total_bytes])
 
-    def connect(self, greeting: bytes) -> str:
+    def connect(self, greeting: bytes, descriptor: int | None) -> str:
         with self._lock:
             try:
                 name = self._agent.add_remote_agent(greeting)
@@ -104,10 +184,7 @@ class NixlBorrower:
         deadline: float,
         cancelled: Callable[[], bool] | None,
     ) -> None:
-        address, length = _PLACE.unpack(place)
-        wanted = sum(len(part) for part in into)
-        if length != wanted:
-            raise ConnectionError(f"nixl: a place of {length} bytes, {wanted} were asked for")
+        address, length = _unpack_place(place, into)
         self._sweep()
         buffer = self._staging.take(length, deadline)
         if buffer is None:
@@ -173,13 +250,13 @@ class _Transfer(NamedTuple):
 def lender(name: str, arena: Arena) -> Lender:
     """The target's side of the carrier `name`. Raises ConfigError."""
     _checked(name)
-    return NixlLender(arena)
+    return MemoryLender(arena) if name == MEMORY else NixlLender(arena)
 
 
 def borrower(name: str) -> Borrower:
     """The client's side of the carrier `name`. Raises ConfigError."""
     _checked(name)
-    return NixlBorrower()
+    return MemoryBorrower() if name == MEMORY else NixlBorrower()
 
 
 def _checked(name: str) -> None:
@@ -200,6 +277,17 @@ def _agent(role: str) -> Any:
 
 def _register(agent: Any, memory: memoryview) -> None:
     agent.register_memory([(_address(memory), len(memory), 0, "")], "DRAM")
+
+
+def _unpack_place(place: bytes, into: Sequence[memoryview]) -> tuple[int, int]:
+    """Where the value lies. Raises ConnectionError if it is not as long as what is to be filled."""
+    if len(place) != _PLACE.size:
+        raise ConnectionError(f"a place of {len(place)} bytes, not {_PLACE.size}")
+    start, length = _PLACE.unpack(place)
+    wanted = sum(len(part) for part in into)
+    if length != wanted:
+        raise ConnectionError(f"a value of {length} bytes, {wanted} were asked for")
+    return start, length
 
 
 def _address(memory: memoryview) -> int:

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from crc32c import crc32c
@@ -293,7 +293,7 @@ class _TargetLine:
         self._carrier = carrier
         self._seal = seal
         self._carrier_greeting = b""
-        self._carrier_target = ""
+        self._carrier_target: Any = None
         self._hello = hello
         self._far_until = 0.0  # no UNIX socket before
         self._near: wire.Welcome | None = None  # over TCP, if the target's UNIX socket is in use
@@ -391,7 +391,7 @@ class _TargetLine:
         place = wire.decode_control(stream.receive_control(header, deadline), wire.Placed).place
         if self._carrier is None:
             raise ProtocolError("PLACED, and no carrier was agreed on")
-        self._carrier.fetch(self._carrier_target, place, room.parts, deadline, cancelled)
+        self._carrier.fetch(stream.carrier_target, place, room.parts, deadline, cancelled)
         stream.received_bytes += room.size
         stream.send([wire.encode(Header(Op.TAKEN, header.request), wire.Taken(header.number))], deadline)
         if room.trailer is not None:
@@ -607,13 +607,23 @@ class _TargetLine:
     ) -> wire.Welcome:
         with self._abortable(stream):
             welcome = _greet(stream, hello, self._credential, over_tcp, deadline)
+            if self._carrier is not None and welcome.carrier_greeting:
+                stream.carrier_target = self._reach(self._carrier, stream, welcome.carrier_greeting, deadline)
         self._value_bytes_max = welcome.value_bytes_max
-        if self._carrier is not None and welcome.carrier_greeting:
-            with self._lock:
-                if welcome.carrier_greeting != self._carrier_greeting:
-                    self._carrier_target = self._carrier.connect(welcome.carrier_greeting)
-                    self._carrier_greeting = welcome.carrier_greeting
         return welcome
+
+    def _reach(self, carrier: Borrower, stream: Stream, greeting: bytes, deadline: float) -> Any:
+        """How the target is reached by the carrier; the same for all connections since its start."""
+        descriptor = stream.receive_descriptor(deadline) if carrier.needs_descriptor else None
+        try:
+            with self._lock:
+                if greeting != self._carrier_greeting:
+                    self._carrier_target = carrier.connect(greeting, descriptor)
+                    self._carrier_greeting = greeting
+                return self._carrier_target
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _keep(self, stream: Stream) -> None:
         with self._lock:
@@ -625,6 +635,7 @@ class _TargetLine:
     def _failed(self, reason: str) -> None:
         with self._lock:
             free, self._free = self._free, []
+            self._carrier_greeting, self._carrier_target = b"", None  # a target that is gone gets its memory back
             first, longest = BACKOFF_SECONDS
             pause = min(longest, first * 2**self._failures)
             self._failures += 1

@@ -26,7 +26,7 @@ from kvstore.disk.shelf import Shelf
 from kvstore.net import transport, wire
 from kvstore.net.accept import Acceptor
 from kvstore.net.backlog import Standing, Write
-from kvstore.net.carrier import Lender, lender
+from kvstore.net.carrier import MEMORY, Lender, lender
 from kvstore.net.queues import BATCH_BYTES, Answer, Read, Reader, ReadQueue, Want, WriteQueue
 from kvstore.net.tls import ServerTls
 from kvstore.net.transport import Bytes, Stream
@@ -99,7 +99,7 @@ class Target(Acceptor):
         self.name = name
         self.epoch = epoch
         self.registry = CollectorRegistry()
-        self.pool = BufferPool(buffer_bytes + hot_bytes, keeps_values=hot_bytes > 0)
+        self.pool = BufferPool(buffer_bytes + hot_bytes, keeps_values=hot_bytes > 0, shared=carrier == MEMORY)
         self._lender = lender(carrier, self.pool.arena) if carrier else None
         self._behind = dirty_bytes > 0
         self._flush_seconds = flush_seconds
@@ -287,7 +287,7 @@ class Target(Acceptor):
     ) -> str:
         near = self._unix_path if hello.boot_id == self._boot_id else ""
         limit = min(wire.VALUE_BYTES_MAX, self.shelf.value_bytes_max)
-        if self._lender is not None and hello.carrier == self._lender.name:
+        if self._lender is not None and self._lends(self._lender, connection, hello):
             connection.lender = self._lender
         greeting = connection.lender.greeting() if connection.lender else b""
         welcome = wire.Welcome(self.name, self.epoch, limit, near, greeting)
@@ -301,7 +301,15 @@ class Target(Acceptor):
             welcome = msgspec.structs.replace(welcome, pass_id=pass_id, pass_key=self._pass_key(pass_id))
         connection.owe(1)
         connection.send([_Message([wire.encode(Header(Op.WELCOME, header.request), welcome)])])
+        if connection.lender is not None and connection.lender.descriptor is not None:
+            connection.flush()
+            connection.incoming.send_descriptor(connection.lender.descriptor, time.monotonic() + STALL_SECONDS)
         return hello.client
+
+    def _lends(self, lender: Lender, connection: "_Connection", hello: wire.Hello) -> bool:
+        """Whoever has the memory itself sees all that is in it: as with LIST, it is not for everybody."""
+        trusted = connection.incoming.is_unix and connection.may_list and self.readable
+        return hello.carrier == lender.name and (lender.descriptor is None or trusted)
 
     def _pass_key(self, pass_id: bytes) -> bytes:
         """What one client was told over TCP alone. Nothing has to be kept for it."""

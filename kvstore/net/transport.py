@@ -65,6 +65,7 @@ class Stream:
         self._socket = sock
         self._header = bytearray(HEADER_BYTES)
         self.received_bytes = 0
+        self.carrier_target: Any = None  # of a client: how payloads are fetched (carrier.py)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for option in _KEEPALIVE:
@@ -131,6 +132,19 @@ class Stream:
         control = bytearray(header.control_bytes)
         self.receive(memoryview(control), deadline)
         return control
+
+    def send_descriptor(self, descriptor: int, deadline: float) -> None:
+        """Give the peer, on a UNIX socket, a file of this process: with a byte of its own."""
+        self._arm(deadline)
+        socket.send_fds(self._socket, [b"\0"], [descriptor])
+
+    def receive_descriptor(self, deadline: float) -> int:
+        """What `send_descriptor` sent; the caller closes it."""
+        self._arm(deadline)
+        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        if not descriptors:
+            raise ConnectionError("a file was expected of the peer, none came")
+        return descriptors[0]
 
     @property
     def is_unix(self) -> bool:

@@ -240,6 +240,7 @@ class Lender:
     """A carrier of which nothing is fetched."""
 
     name = "stub"
+    descriptor = None
 
     def greeting(self) -> bytes:
         return b"hello"
