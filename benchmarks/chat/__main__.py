@@ -19,6 +19,9 @@ What the store holds stays for the rounds that follow. --over names the mode tha
 round. --with FILE counts in the points of an earlier run's --json, made on the same machine. With --fresh N each engine
 also has N prompts that nobody goes on with, the same for all: what the tier costs where it cannot help. With
 --first-token N prompts of that length are asked for one at a time, from each place where they can be.
+With --timeline SECONDS the last number of clients then also goes on for so long, told every 5 s (--seconds 0 for
+nothing else); with --kill target the store's target is killed at a third of it, and started again at two thirds. Where
+there are GPUs, what they draw is counted, too, and how much of it they draw idle.
 With --url a server that runs already is measured.
 """
 
@@ -26,6 +29,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import secrets
 import shlex
@@ -39,12 +43,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import aiohttp
 import msgspec
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
+from benchmarks.chat.energy import Meter
 from benchmarks.chat.load import (
     CHAT,
     FRESH,
@@ -62,6 +67,7 @@ from benchmarks.chat.load import (
 )
 from benchmarks.chat.plot import plot
 from benchmarks.chat.results import Over, Spread, best, medians, over
+from benchmarks.chat.timeline import Breaking, Fault, Moment, Timeline, follow
 from components.worker.transfer import Options as TierOptions
 from components.worker.transfer import transfer_config as tier_config
 from graphs.services import free_port
@@ -105,7 +111,9 @@ class Options(BaseModel):
     clients: list[Positive] = [8, 16, 32]
     pool: Positive = 80
     scale: float = Field(1.0, gt=0, le=10)
-    seconds: float = Field(30.0, gt=0)
+    seconds: float = Field(30.0, ge=0)
+    timeline: float = Field(0.0, ge=0)
+    kill: Literal["", "target"] = ""
     ramp: float = Field(12.0, ge=0)
     seed: int = 1
     fresh: int = Field(0, ge=0)
@@ -135,6 +143,8 @@ class Report(msgspec.Struct):
     command: str
     pool_tokens: int
     points: list[Point] = []
+    timelines: list[Timeline] = []
+    energy: str = ""  # what the GPUs draw idle, or why nothing is measured
     first_tokens: list[FirstToken] = []
     failed: dict[str, str] = {}
     warm_ups: dict[str, dict[str, float]] = {}  # mode -> what the tier counted before the first point
@@ -176,7 +186,9 @@ def parse(argv: list[str]) -> Options:
     add("--pool", help="conversations; default 80")
     add("--fills", help="how often the pool is asked for before: again if the disk writes too slowly; default 1")
     add("--scale", help="of all lengths, for small models; default 1")
-    add("--seconds", help="of each measurement; default 30")
+    add("--seconds", help="of each measurement; default 30; 0: no points")
+    add("--timeline", help="seconds; then the last number of clients for so long, in steps of 5 s; default 0")
+    add("--kill", help="target: during the timelines of the store's modes, at a third of them")
     add("--ramp", help="seconds before each, in which its clients begin: longer than a request takes; default 12")
     add("--seed")
     add("--fresh", help="then also so many prompts that share nothing, with the fewest clients; default 0")
@@ -201,6 +213,8 @@ def parse(argv: list[str]) -> Options:
     for path in options.earlier:
         if not path.is_file():
             raise ConfigError("with", path, "a file that --json wrote")
+    if options.kill and (options.url or not options.timeline):
+        raise ConfigError("kill", options.kill, "nothing, without --timeline or with --url")
     check_folders(options)
     return options
 
@@ -302,7 +316,9 @@ def engine_arguments(options: Options, transfer: dict[str, object] | None) -> li
 
 
 @contextlib.contextmanager
-def target_running(options: Options, mode: str, folder: Path, address: str, log: Path) -> Iterator[None]:
+def target_running(
+    options: Options, mode: str, folder: Path, address: str, log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
     """A target that listens, until the block ends."""
     hot = 0 if mode == "store" else int(options.hot)
     command = [sys.executable, "-m", "kvstore", "--dir", str(folder), "--capacity", str(int(options.capacity))]
@@ -312,7 +328,7 @@ def target_running(options: Options, mode: str, folder: Path, address: str, log:
             if target.poll() is not None or time.monotonic() > deadline:
                 raise EngineError(f"the target does not come up: {last_words(log)}")
             time.sleep(0.1)
-        yield
+        yield target
 
 
 # ---- measuring
@@ -324,10 +340,17 @@ class Bench:
         self.logs = logs
         self._round = 0
         self._of_store: dict[Path, Pool] = {}  # as far as it was played
+        self._target_pid = 0
         pool = self._pool(CHAT)
         self.report = Report(shlex.join(["python", "-m", "benchmarks.chat", *sys.argv[1:]]), pool.prompt_tokens)
         for path in options.earlier:
-            self.report.points += msgspec.json.decode(path.read_bytes(), type=Report).points
+            earlier = msgspec.json.decode(path.read_bytes(), type=Report)
+            self.report.points += earlier.points
+            self.report.timelines += earlier.timelines
+        try:
+            self.meter: Meter | None = Meter(0 if options.url else options.tensor_parallel)
+        except RuntimeError as error:
+            self.meter, self.report.energy = None, f"not measured: {error}"
 
     def _pool(self, shape: Shape, number: int = 0) -> Pool:
         return Pool(self.options.pool, self.options.seed + number, shape, scale=self.options.scale)
@@ -339,10 +362,12 @@ class Bench:
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             if self.options.url:
                 endpoint, pool = Endpoint(session, self.options.url, self.options.model), self._pool(CHAT)
+                await self._idle()
                 await self._fill(endpoint, "url", pool)
                 for number in range(self.options.rounds):
                     self._round = number
                     await self._measure(endpoint, "url", pool)
+                    await self._follow(endpoint, "url", pool)
                     await self._measure_first_tokens(endpoint, "url")
                     if self.options.fresh:
                         await self._measure_fresh(endpoint, "url")
@@ -381,6 +406,7 @@ class Bench:
             engine = stack.enter_context(running(command, ENGINE_ENVIRONMENT, self.logs / "engine.log"))
             await until_ready(endpoint, session, engine)
             say(f"{mode}: up after {time.monotonic() - begun:.0f} s")
+            await self._idle()
             pool = self._of_store.get(own)
             if pool is None:
                 pool = self._pool(CHAT)
@@ -399,9 +425,19 @@ class Bench:
                     await asyncio.sleep(TARGET_FOUND_SECONDS)
                     serving = wanted
 
+            async def kill() -> None:
+                os.killpg(self._target_pid, signal.SIGKILL)
+
+            async def start() -> None:
+                nonlocal target
+                target.close()
+                target = stack.enter_context(await asyncio.to_thread(self._target, serving, own, address))
+
             for mode in modes:
                 await served_by(mode)
                 await self._measure(endpoint, mode, pool)
+                is_broken = options.kill and mode.startswith("store")
+                await self._follow(endpoint, mode, pool, Breaking("target", kill, start) if is_broken else None)
             # Last what pushes the pool out of a store that has room for little more.
             for mode in reversed(modes) if options.first_token else ():
                 await served_by(mode)
@@ -414,8 +450,15 @@ class Bench:
         """The target that the mode needs, if any."""
         stack = ExitStack()
         if mode.startswith("store"):
-            stack.enter_context(target_running(self.options, mode, folder, address, self.logs / "target.log"))
+            running = target_running(self.options, mode, folder, address, self.logs / "target.log")
+            self._target_pid = stack.enter_context(running).pid
         return stack
+
+    async def _idle(self) -> None:
+        """Of an engine that is up and has nothing to do."""
+        if self.meter:
+            self.report.energy = f"GPUs draw {await self.meter.measure_idle():.0f} W idle"
+        say(f"energy: {self.report.energy}")
 
     async def _fill(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
         begun, clients = time.monotonic(), max(self.options.clients)
@@ -430,9 +473,36 @@ class Bench:
 
     async def _measure(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
         options = self.options
+        if not options.seconds:
+            return
         for clients in options.clients if self._round % 2 == 0 else reversed(options.clients):
-            point = await measure(endpoint, pool, mode, clients, seconds=options.seconds, ramp_seconds=options.ramp)
+            point = await measure(
+                endpoint, pool, mode, clients, seconds=options.seconds, ramp_seconds=options.ramp, meter=self.meter
+            )
             self._add(point)
+
+    async def _follow(self, endpoint: Endpoint, mode: str, pool: Pool, breaking: Breaking | None = None) -> None:
+        options = self.options
+        if not options.timeline or self._round:
+            return
+        timeline = Timeline(mode, options.clients[-1])
+        self.report.timelines.append(timeline)
+
+        def tell(moment: Moment) -> None:
+            say(f"{mode}: {moment_line(moment)}")
+            self.write()
+
+        await follow(
+            endpoint,
+            pool,
+            timeline,
+            seconds=options.timeline,
+            ramp_seconds=options.ramp,
+            tell=tell,
+            meter=self.meter,
+            breaking=breaking,
+        )
+        self.write()
 
     async def _measure_first_tokens(self, endpoint: Endpoint, mode: str) -> None:
         options = self.options
@@ -491,7 +561,8 @@ def say(text: str) -> None:
 
 
 HEADER = (
-    f"{'mode':<13}{'clients':>8}{'requests/s':>12}{'TTFT ms':>9}{'p50':>8}{'p99':>8}{'TPOT ms':>9}{'gap p99':>9}"
+    f"{'mode':<13}{'clients':>8}{'requests/s':>12}{'TTFT ms':>9}{'p50':>8}{'p99':>8}{'TPOT ms':>9}{'p50':>7}{'p99':>7}"
+    f"{'gap p99':>9}"
     f"{'out tok/s':>11}{'HBM':>6}{'tiers':>7}{'store GB/s':>12}{'failed':>8}"
 )
 
@@ -499,9 +570,49 @@ HEADER = (
 def line(point: Point) -> str:
     return (
         f"{point.mode:<13}{point.clients:>8}{point.requests_per_second:>12.2f}{point.ttft_ms_mean:>9.0f}"
-        f"{point.ttft_ms_p50:>8.0f}{point.ttft_ms_p99:>8.0f}{point.tpot_ms_mean:>9.1f}{point.gap_ms_p99:>9.0f}"
+        f"{point.ttft_ms_p50:>8.0f}{point.ttft_ms_p99:>8.0f}{point.tpot_ms_mean:>9.1f}{point.tpot_ms_p50:>7.1f}"
+        f"{point.tpot_ms_p99:>7.1f}{point.gap_ms_p99:>9.0f}"
         f"{point.output_tokens_per_second:>11.0f}{point.hbm_hit_share:>6.0%}{point.external_hit_share:>7.0%}"
         f"{point.store_bytes_per_second / 1e9:>12.2f}{point.failed:>8}"
+    )
+
+
+def moment_line(moment: Moment) -> str:
+    ttft, tpot = (math.nan if one is None else one for one in (moment.ttft_ms_mean, moment.tpot_ms_mean))
+    return (
+        f"{moment.second:>6.0f} s {moment.requests_per_second:>8.2f} requests/s, TTFT {ttft:>6.0f} ms,"
+        f" TPOT {tpot:>6.1f} ms, {moment.failed} failed"
+    )
+
+
+def energy_line(point: Point) -> str:
+    return (
+        f"{point.mode}, {point.clients} clients: {point.watts:.0f} W; {point.joules_per_request:.0f} J a request"
+        f" ({point.joules_per_request_over_idle:.0f} over idle), {point.joules_per_1000_tokens:.0f} J for 1,000 tokens"
+        f" of output ({point.joules_per_1000_tokens_over_idle:.0f} over idle)"
+    )
+
+
+def timeline_lines(timeline: Timeline) -> list[str]:
+    name = f"{timeline.mode}, {timeline.clients} clients"
+    found = [f"{name}, a time line:", *(f"  {moment_line(one)}" for one in timeline.moments)]
+    if timeline.lowest is not None:
+        found.append(f"{name}: lowest 30 s {timeline.lowest:.2f} requests/s, from {timeline.lowest_second:.0f} s")
+    if timeline.whole is not None:
+        found += [HEADER, line(timeline.whole), *([energy_line(timeline.whole)] if timeline.whole.watts else [])]
+    if timeline.fault is not None:
+        found.append(f"{name}: {fault_line(timeline.fault)}")
+    return [*found, ""]
+
+
+def fault_line(fault: Fault) -> str:
+    if fault.killed is None:
+        return f"{fault.process} not yet killed"
+    if fault.started is None:
+        return f"{fault.process} killed at {fault.killed:.1f} s, not up again"
+    back = "none seen" if fault.hits_back_seconds is None else f"{fault.hits_back_seconds:.1f} s later"
+    return (
+        f"{fault.process} killed at {fault.killed:.1f} s, up again at {fault.started:.1f} s; hits of the store: {back}"
     )
 
 
@@ -519,6 +630,10 @@ def table(report: Report) -> str:
             for one in points
             if one.failed
         ]
+    lines += [energy_line(one) for one in medians(report.points) if one.watts]
+    lines += [f"energy: {report.energy}"] if report.energy else []
+    for timeline in report.timelines:
+        lines += timeline_lines(timeline)
     for mode, of_mode in report.best.items():
         lines += [f"{mode}: {most:.2f} requests/s with TPOT <= {limit} ms" for limit, most in of_mode.items()]
     lines += [

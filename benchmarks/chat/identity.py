@@ -169,7 +169,7 @@ class Identity:
         with running(command, environment, self.logs / f"{mode}-{ranks}.log") as process:
             yield Endpoint(self.session, f"http://127.0.0.1:{port}", options.model), process
 
-    def target(self, own: Path) -> AbstractContextManager[None]:
+    def target(self, own: Path) -> AbstractContextManager[object]:
         return target_running(self.options, "store", own, self.address, self.logs / "target.log")
 
     async def run(self, own: Path, parallel: list[int], number_bytes: int) -> None:

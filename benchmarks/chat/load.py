@@ -12,12 +12,14 @@ import re
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import aiohttp
 import msgspec
+
+from benchmarks.chat.energy import Meter
 
 
 class Shape(NamedTuple):
@@ -230,6 +232,14 @@ class Point(msgspec.Struct):
     store_bytes_per_second: float  # fetched, where the tier counts them
     tier: dict[str, float]  # what the tier counted meanwhile
     first_failure: str = ""
+    tpot_ms_p50: float = 0.0
+    tpot_ms_p99: float = 0.0
+    # Of the GPUs, by their own counters; 0 where nothing is measured. `over_idle` is what the load alone drew.
+    watts: float = 0.0
+    joules_per_request: float = 0.0
+    joules_per_request_over_idle: float = 0.0
+    joules_per_1000_tokens: float = 0.0  # of output
+    joules_per_1000_tokens_over_idle: float = 0.0
 
 
 class _Sample(msgspec.Struct):
@@ -239,6 +249,9 @@ class _Sample(msgspec.Struct):
     ttft_seconds: float
     tpot_seconds: float
     gaps: list[float]
+
+
+Samples = list[_Sample | str]  # in the order in which they ended; why, of what failed
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -308,13 +321,22 @@ async def play(endpoint: Endpoint, pool: Pool) -> _Sample | str:
 
 
 async def measure(
-    endpoint: Endpoint, pool: Pool, mode: str, clients: int, *, seconds: float, ramp_seconds: float
+    endpoint: Endpoint,
+    pool: Pool,
+    mode: str,
+    clients: int,
+    *,
+    seconds: float,
+    ramp_seconds: float,
+    meter: Meter | None = None,
+    watch: Callable[[Samples], Awaitable[None]] | None = None,
 ) -> Point:
-    """Closed loop: each client plays one turn after the other. What ends in the window after the ramp counts.
+    """Closed loop: each client plays one turn after the other. What ends in the window after the ramp counts. `watch`
+    runs in the window.
 
     Clients begin one by one over the ramp: together, their first prompts would wait for each other, and where a request
     takes longer than the ramp, that is what would be measured. The ramp must be longer than a request takes."""
-    samples: list[_Sample | str] = []
+    samples: Samples = []
     begin = time.monotonic() + ramp_seconds
     end = begin + seconds
 
@@ -324,20 +346,27 @@ async def measure(
             samples.append(await play(endpoint, pool))
 
     players = [asyncio.create_task(client(number)) for number in range(clients)]
-    await asyncio.sleep(max(0.0, begin - time.monotonic()))
-    before = await endpoint.counters()
-    await asyncio.sleep(max(0.0, end - time.monotonic()))
-    after = await endpoint.counters()
-    took = time.monotonic() - begin
-    await asyncio.gather(*players)
-    ended = [one for one in _answered(samples) if begin <= one.ended < begin + took]
-    return summary(mode, clients, ended, _failures(samples), took, difference(after, before))
+    try:
+        await asyncio.sleep(max(0.0, begin - time.monotonic()))
+        before, drawn = await endpoint.counters(), meter.joules() if meter else 0.0
+        if watch:
+            await watch(samples)
+        await asyncio.sleep(max(0.0, end - time.monotonic()))
+        after, drawn = await endpoint.counters(), (meter.joules() if meter else 0.0) - drawn
+        took = time.monotonic() - begin
+        await asyncio.gather(*players)
+    finally:
+        for player in players:
+            player.cancel()
+    ended = [one for one in answered(samples) if begin <= one.ended < begin + took]
+    point = summary(mode, clients, ended, failures(samples), took, difference(after, before))
+    return with_energy(point, drawn, meter.idle_watts) if meter else point
 
 
 async def measure_all(endpoint: Endpoint, pool: Pool, mode: str, clients: int, requests: int) -> Point:
     """Closed loop over so many turns, the same for every engine, until all are answered: finer than a window, in which
     one request more or less is some percent."""
-    samples: list[_Sample | str] = []
+    samples: Samples = []
     left = requests
 
     async def client() -> None:
@@ -349,14 +378,14 @@ async def measure_all(endpoint: Endpoint, pool: Pool, mode: str, clients: int, r
     before, begin = await endpoint.counters(), time.monotonic()
     await asyncio.gather(*(client() for _ in range(clients)))
     took, after = time.monotonic() - begin, await endpoint.counters()
-    return summary(mode, clients, _answered(samples), _failures(samples), took, difference(after, before))
+    return summary(mode, clients, answered(samples), failures(samples), took, difference(after, before))
 
 
-def _answered(samples: Sequence[_Sample | str]) -> list[_Sample]:
+def answered(samples: Sequence[_Sample | str]) -> list[_Sample]:
     return [one for one in samples if isinstance(one, _Sample)]
 
 
-def _failures(samples: Sequence[_Sample | str]) -> list[str]:
+def failures(samples: Sequence[_Sample | str]) -> list[str]:
     return [one for one in samples if isinstance(one, str)]
 
 
@@ -368,11 +397,12 @@ def summary(
     mode: str,
     clients: int,
     samples: Sequence[_Sample],
-    failures: Sequence[str],
+    failed: Sequence[str],
     seconds: float,
     counted: dict[str, float],
 ) -> Point:
     ttfts = [1000 * one.ttft_seconds for one in samples]
+    tpots = [1000 * one.tpot_seconds for one in samples if one.output_tokens > 1]
     gaps = [1000 * gap for one in samples for gap in one.gaps]
     computed, hbm, tiers = (
         counted.get(f"prompt_tokens_by_source:{source}", 0.0)
@@ -384,21 +414,37 @@ def summary(
         clients=clients,
         seconds=round(seconds, 2),
         requests=len(samples),
-        failed=len(failures),
+        failed=len(failed),
         requests_per_second=round(len(samples) / seconds, 3),
         output_tokens_per_second=round(sum(one.output_tokens for one in samples) / seconds, 1),
         prompt_tokens_mean=round(mean([one.prompt_tokens for one in samples]), 1),
         ttft_ms_mean=round(mean(ttfts), 1),
         ttft_ms_p50=round(quantile(ttfts, 0.5), 1),
         ttft_ms_p99=round(quantile(ttfts, 0.99), 1),
-        tpot_ms_mean=round(1000 * mean([one.tpot_seconds for one in samples if one.output_tokens > 1]), 2),
+        tpot_ms_mean=round(mean(tpots), 2),
+        tpot_ms_p50=round(quantile(tpots, 0.5), 2),
+        tpot_ms_p99=round(quantile(tpots, 0.99), 2),
         gap_ms_p50=round(quantile(gaps, 0.5), 2),
         gap_ms_p99=round(quantile(gaps, 0.99), 2),
         hbm_hit_share=round(hbm / prompts, 3),
         external_hit_share=round(tiers / prompts, 3),
         store_bytes_per_second=round(counted.get("kvtier_fetched_bytes", 0.0) / seconds),
         tier={name: value for name, value in counted.items() if name.startswith("kvtier_")},
-        first_failure=next(iter(failures), ""),
+        first_failure=next(iter(failed), ""),
+    )
+
+
+def with_energy(point: Point, joules: float, idle_watts: float) -> Point:
+    """The point, and what was drawn in its window."""
+    over_idle = joules - idle_watts * point.seconds
+    requests, thousands = point.requests or math.nan, point.output_tokens_per_second * point.seconds / 1000 or math.nan
+    return msgspec.structs.replace(
+        point,
+        watts=round(joules / point.seconds, 1),
+        joules_per_request=round(joules / requests, 1),
+        joules_per_request_over_idle=round(over_idle / requests, 1),
+        joules_per_1000_tokens=round(joules / thousands, 1),
+        joules_per_1000_tokens_over_idle=round(over_idle / thousands, 1),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 
 from benchmarks.chat.__main__ import MODES, Bench, by_engine, engine_command, parse, transfer_config
@@ -28,6 +29,7 @@ from benchmarks.chat.load import (
 )
 from benchmarks.chat.plot import plot
 from benchmarks.chat.results import best, medians, over
+from benchmarks.chat.timeline import Breaking, Moment, Timeline, follow, lowest
 from graphs.services import free_port
 from kvstore.errors import ConfigError
 from kvstore.net.client import StoreClient
@@ -228,3 +230,76 @@ def test_the_target_is_started_again_over_what_it_holds(model: Path, tmp_path: P
         room = memoryview(bytearray(100_000))
         eventually(lambda: client.get([key(1)], [room], soon()) == [Outcome.HIT])
     client.close()
+
+
+def moment(second: float, requests_per_second: float) -> Moment:
+    return Moment(second, requests_per_second, 100.0, 30.0, 0)
+
+
+def test_the_lowest_half_minute_is_found() -> None:
+    assert lowest([moment(5.0 * number, 3.0) for number in range(1, 6)]) == (None, None)
+    rates = [4, 4, 2, 2, 0, 2, 2, 4, 4, 4]
+    assert lowest([moment(5.0 * number, rate) for number, rate in enumerate(rates, 1)]) == (2.0, 5.0)
+
+
+class Restarted:
+    """An endpoint whose first request fails, and which has hits of a store while `up`."""
+
+    def __init__(self) -> None:
+        self.up, self.asked, self.hits = True, 0, 0
+
+    async def complete(self, prompt: list[int], tokens: int) -> Answer:
+        self.asked += 1
+        if self.asked == 1:
+            raise ConnectionError("it left")
+        await asyncio.sleep(0.05)
+        self.hits += self.up
+        now = time.monotonic()
+        return Answer(now - 0.05, now - 0.02, now, [7, 7], 2, [0.02])
+
+    async def counters(self) -> dict[str, float]:
+        return {"kvtier_fetched_chunks:hit": self.hits}
+
+    async def kill(self) -> None:
+        self.up = False
+
+    async def start(self) -> None:
+        self.up = True
+
+
+class Drawing:
+    """600 W, of which 200 W idle."""
+
+    idle_watts = 200.0
+
+    def joules(self) -> float:
+        return 600 * time.monotonic()
+
+
+async def test_a_time_line_has_every_step_and_what_a_fault_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.chat.timeline.STEP_SECONDS", 0.3)
+    monkeypatch.setattr("benchmarks.chat.timeline._HITS_POLL_SECONDS", 0.01)
+    server, told, found = Restarted(), list[Moment](), Timeline("store", 2)
+    breaking = Breaking("target", server.kill, server.start)
+    async with asyncio.timeout(60):
+        await follow(
+            server,  # type: ignore[arg-type]
+            Pool(20, 3),
+            found,
+            seconds=1.2,
+            ramp_seconds=0.0,
+            tell=told.append,
+            meter=Drawing(),  # type: ignore[arg-type]
+            breaking=breaking,
+        )
+    assert found.whole is not None
+    assert found.fault is not None
+    assert [round(one.second, 1) for one in told] == [0.3, 0.6, 0.9, 1.2]
+    assert sum(one.failed for one in told) == found.whole.failed == 1
+    assert found.fault.killed == pytest.approx(0.4, abs=0.2)
+    assert found.fault.hits_back_seconds is not None
+    point = found.whole
+    assert point.watts == pytest.approx(600, rel=0.05)
+    assert point.joules_per_request == pytest.approx(point.watts / point.requests_per_second, rel=0.05)
+    assert point.joules_per_request_over_idle == pytest.approx(2 / 3 * point.joules_per_request, rel=0.05)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Timeline) == found

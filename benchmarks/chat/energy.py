@@ -1,0 +1,54 @@
+"""What GPUs draw, by their own counters of energy: the whole card, and nothing of the host."""
+
+import asyncio
+import contextlib
+import importlib
+import os
+import time
+from types import ModuleType
+from typing import Any
+
+IDLE_SECONDS = 5.0
+
+
+class Meter:
+    """The GPUs in use. Raises RuntimeError where there is none, or where they do not count."""
+
+    def __init__(self, gpus: int = 0):
+        """The first so many of CUDA_VISIBLE_DEVICES, or of the machine; 0: all of them."""
+        nvml = _nvml()
+        self.idle_watts = 0.0
+        self._nvml: Any = nvml
+        try:
+            nvml.nvmlInit()
+            visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            names = visible or [str(number) for number in range(nvml.nvmlDeviceGetCount())]
+            used = names[: gpus or len(names)]
+            self._gpus = [
+                nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
+                for name in used
+            ]
+            self.joules()
+        except nvml.NVMLError as error:
+            raise RuntimeError(f"GPUs do not count their energy: {error}") from None
+        if not self._gpus:
+            raise RuntimeError("there is no GPU")
+
+    def joules(self) -> float:
+        """All that they have drawn since their driver was loaded."""
+        return float(sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) for gpu in self._gpus)) / 1000
+
+    async def measure_idle(self, seconds: float = IDLE_SECONDS) -> float:
+        """Watts while nothing runs: from now on `idle_watts`."""
+        before, begun = self.joules(), time.monotonic()
+        await asyncio.sleep(seconds)
+        self.idle_watts = round((self.joules() - before) / (time.monotonic() - begun), 1)
+        return self.idle_watts
+
+
+def _nvml() -> ModuleType:
+    """nvidia-ml-py, or what vLLM brings."""
+    for name in ("pynvml", "vllm.third_party.pynvml"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    raise RuntimeError("there is neither nvidia-ml-py nor vLLM")
