@@ -43,7 +43,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import aiohttp
 import msgspec
@@ -63,6 +63,7 @@ from benchmarks.chat.load import (
     measure,
     measure_all,
     settled,
+    stored_bytes,
     warm_up,
 )
 from benchmarks.chat.plot import plot
@@ -173,6 +174,30 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine", help="more arguments for the engine, as one string")
 
 
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--clients", help="numbers of clients; default 8,16,32")
+    add("--pool", help="conversations; default 80")
+    add("--fills", help="how often the pool is asked for before, while that stores more; default 1")
+    add("--scale", help="of all lengths, for small models; default 1")
+    add("--seconds", help="of each measurement; default 30; 0: no points")
+    add("--timeline", help="seconds; then the last number of clients for so long, in steps of 5 s; default 0")
+    add("--ramp", help="seconds before each, in which its clients begin: longer than a request takes; default 12")
+    add("--seed")
+    add("--with", dest="earlier", help="JSON of earlier runs, to be counted in: FILE,FILE")
+    add("--hot", help="cache in the target's memory, where it has one; default 16GiB")
+    add("--json", dest="json_file", help="where to write the result, after every point")
+    add("--plot", help="where to draw it, as SVG")
+
+
+def split(values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with lists of what has commas."""
+    for name in ("modes", "clients", "first_token", "earlier"):
+        if values.get(name) is not None:
+            values[name] = values[name].split(",")
+    return values
+
+
 def parse(argv: list[str]) -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.chat",
@@ -182,37 +207,20 @@ def parse(argv: list[str]) -> Options:
     add = parser.add_argument
     add("--url", help="measure this server instead of starting engines")
     add("--modes", help=f"default {','.join(MODES)}; also {', '.join(SEALED)}")
-    add("--clients", help="numbers of clients; default 8,16,32")
-    add("--pool", help="conversations; default 80")
-    add("--fills", help="how often the pool is asked for before: again if the disk writes too slowly; default 1")
-    add("--scale", help="of all lengths, for small models; default 1")
-    add("--seconds", help="of each measurement; default 30; 0: no points")
-    add("--timeline", help="seconds; then the last number of clients for so long, in steps of 5 s; default 0")
     add("--kill", help="target: during the timelines of the store's modes, at a third of them")
-    add("--ramp", help="seconds before each, in which its clients begin: longer than a request takes; default 12")
-    add("--seed")
     add("--fresh", help="then also so many prompts that share nothing, with the fewest clients; default 0")
     add("--rounds", help="default 1")
     add("--over", help="mode that the others are compared with; default plain")
-    add("--with", dest="earlier", help="JSON of earlier runs, to be counted in: FILE,FILE")
     add("--first-token", help="prompt lengths to time one by one, such as 2200,8000")
     add("--repeats", help="of these; default 5")
+    add_load_arguments(parser)
     add_engine_arguments(parser)
-    add("--hot", help="cache in the target's memory, in store-hot; default 16GiB")
-    add("--json", dest="json_file", help="where to write the result, after every point")
-    add("--plot", help="where to draw it, as SVG")
     values = vars(parser.parse_args(argv))
-    for name in ("modes", "clients", "first_token", "earlier"):
-        if values[name] is not None:
-            values[name] = values[name].split(",")
-    options = validated(Options, values)
+    options = validated(Options, split(values))
     known = (*MODES, *SEALED)
     for name, mode in [("over", options.over), *(("modes", mode) for mode in options.modes)]:
         if mode not in known:
             raise ConfigError(name, mode, f"{'one' if name == 'over' else 'some'} of {','.join(known)}")
-    for path in options.earlier:
-        if not path.is_file():
-            raise ConfigError("with", path, "a file that --json wrote")
     if options.kill and (options.url or not options.timeline):
         raise ConfigError("kill", options.kill, "nothing, without --timeline or with --url")
     check_folders(options)
@@ -224,6 +232,9 @@ def check_folders(options: Options) -> None:
         raise ConfigError("dir", options.dir, "a folder that exists")
     if not options.url and not (Path(options.model) / "config.json").is_file():
         raise ConfigError("model", options.model, "a folder with a config.json")
+    for path in options.earlier:
+        if not path.is_file():
+            raise ConfigError("with", path, "a file that --json wrote")
 
 
 # ---- engines
@@ -335,20 +346,22 @@ def target_running(
 
 
 class Bench:
-    def __init__(self, options: Options, logs: Path):
+    """What is asked of the engines, one after the other, and what comes of it."""
+
+    def __init__(self, options: Options, logs: Path, *, gpus: int = 0, module: str = "benchmarks.chat"):
         self.options = options
         self.logs = logs
         self._round = 0
         self._of_store: dict[Path, Pool] = {}  # as far as it was played
         self._target_pid = 0
         pool = self._pool(CHAT)
-        self.report = Report(shlex.join(["python", "-m", "benchmarks.chat", *sys.argv[1:]]), pool.prompt_tokens)
+        self.report = Report(shlex.join(["python", "-m", module, *sys.argv[1:]]), pool.prompt_tokens)
         for path in options.earlier:
             earlier = msgspec.json.decode(path.read_bytes(), type=Report)
             self.report.points += earlier.points
             self.report.timelines += earlier.timelines
         try:
-            self.meter: Meter | None = Meter(0 if options.url else options.tensor_parallel)
+            self.meter: Meter | None = Meter(gpus)
         except RuntimeError as error:
             self.meter, self.report.energy = None, f"not measured: {error}"
 
@@ -465,8 +478,11 @@ class Bench:
         await warm_up(endpoint, pool, clients)
         counted = await settled(endpoint, SETTLE_SECONDS, SETTLE_SECONDS_MAX)
         for _ in range(1, self.options.fills):
+            before = stored_bytes(counted)
             await ask_again(endpoint, pool, clients)
             counted = await settled(endpoint, SETTLE_SECONDS, SETTLE_SECONDS_MAX)
+            if stored_bytes(counted) == before:
+                break
         self.report.warm_ups[mode] = {name: value for name, value in counted.items() if name.startswith("kvtier_")}
         stored = {name: round(value) for name, value in counted.items() if name.startswith("kvtier_stored_chunks")}
         say(f"{mode}: warm after {time.monotonic() - begun:.0f} s {stored or ''}")
@@ -654,7 +670,7 @@ def main() -> int:
     leave_on_sigterm()
     options = parse(sys.argv[1:])
     logs = Path(tempfile.mkdtemp(prefix="kvtier-turns-logs-"))
-    bench = Bench(options, logs)
+    bench = Bench(options, logs, gpus=0 if options.url else options.tensor_parallel)
     try:
         asyncio.run(bench.run())
     finally:

@@ -30,7 +30,7 @@ class Meter:
             ]
             self.joules()
         except nvml.NVMLError as error:
-            raise RuntimeError(f"GPUs do not count their energy: {error}") from None
+            raise RuntimeError(f"no counters of GPUs: {error}") from None
         if not self._gpus:
             raise RuntimeError("there is no GPU")
 

@@ -5,6 +5,8 @@ holds of the last turn is a prefix of this one, to the token. One event loop.
 """
 
 import asyncio
+import contextlib
+import itertools
 import json
 import math
 import random
@@ -142,11 +144,20 @@ class Endpoint:
     (`return_token_ids`), answers are taken for other tokens of that number, and only prompts are ever reused. Stock
     dynamo.frontend refuses to be asked: `asks_ids`."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, model: str, *, asks_ids: bool = True):
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        model: str,
+        *,
+        asks_ids: bool = True,
+        metrics: Sequence[str] = (),  # where the engines' counters are; default: its own
+    ):
         self._session = session
         self._asks_ids = asks_ids
         self.url = url.rstrip("/")
         self.model = model
+        self._metrics = metrics or (f"{self.url}/metrics",)
 
     async def complete(self, prompt: Sequence[int], tokens: int) -> Answer:
         """Raises ConnectionError or TimeoutError if it does not answer in full."""
@@ -188,19 +199,21 @@ class Endpoint:
         return answer
 
     async def counters(self) -> dict[str, float]:
-        """The sums of its Prometheus counters, by source or outcome where they tell; empty where it has none."""
+        """The sums of the engines' Prometheus counters, by source or outcome where they tell; of those that answer."""
         sums: dict[str, float] = {}
-        try:
-            async with self._session.get(f"{self.url}/metrics") as reply:
-                text = await reply.text() if reply.status == 200 else ""
-        except aiohttp.ClientError:
-            text = ""
-        for line in text.splitlines():
+        for line in itertools.chain(*await asyncio.gather(*map(self._page, self._metrics))):
             found = _COUNTER.match(line)
             if found:
                 name = f"{found['name']}:{found['label']}" if found["label"] else found["name"]
                 sums[name] = sums.get(name, 0.0) + float(found["value"])
         return sums
+
+    async def _page(self, url: str) -> list[str]:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with self._session.get(url, timeout=aiohttp.ClientTimeout(5)) as reply:
+                if reply.status == 200:
+                    return (await reply.text()).splitlines()
+        return []
 
     async def forget(self, *, external: bool) -> None:
         """Empty the engine's HBM cache, and with `external` its DRAM tier, too: what a store holds stays."""
@@ -300,9 +313,14 @@ async def settled(endpoint: Endpoint, seconds: float, seconds_max: float) -> dic
     while True:
         await asyncio.sleep(seconds)
         now = await endpoint.counters()
-        if now.get("kvtier_stored_bytes") == counted.get("kvtier_stored_bytes") or time.monotonic() > until:
+        if stored_bytes(now) == stored_bytes(counted) or time.monotonic() > until:
             return now
         counted = now
+
+
+def stored_bytes(counted: dict[str, float]) -> float:
+    """By the tier's counters: vLLM's own from HBM to DRAM, and what went on to a store."""
+    return counted.get("kv_offload_store_bytes", 0.0) + counted.get("kvtier_stored_bytes", 0.0)
 
 
 async def play(endpoint: Endpoint, pool: Pool) -> _Sample | str:
