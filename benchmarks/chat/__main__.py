@@ -66,6 +66,7 @@ from benchmarks.chat.load import (
     stored_bytes,
     warm_up,
 )
+from benchmarks.chat.machine import Facts, facts
 from benchmarks.chat.plot import plot
 from benchmarks.chat.results import Over, Spread, best, medians, over
 from benchmarks.chat.timeline import Breaking, Fault, Moment, Timeline, follow
@@ -145,6 +146,7 @@ class Report(msgspec.Struct):
     pool_tokens: int
     points: list[Point] = []
     timelines: list[Timeline] = []
+    machine: Facts = {}
     energy: str = ""  # what the GPUs draw idle, or why nothing is measured
     first_tokens: list[FirstToken] = []
     failed: dict[str, str] = {}
@@ -190,6 +192,14 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", help="where to draw it, as SVG")
 
 
+def check_load(options: Options) -> None:
+    if max(options.clients) > options.pool:
+        raise ConfigError("clients", max(options.clients), f"at most the pool's {options.pool} conversations")
+    for path in options.earlier:
+        if not path.is_file():
+            raise ConfigError("with", path, "a file that --json wrote")
+
+
 def split(values: dict[str, Any]) -> dict[str, Any]:
     """The arguments, with lists of what has commas."""
     for name in ("modes", "clients", "first_token", "earlier"):
@@ -223,6 +233,7 @@ def parse(argv: list[str]) -> Options:
             raise ConfigError(name, mode, f"{'one' if name == 'over' else 'some'} of {','.join(known)}")
     if options.kill and (options.url or not options.timeline):
         raise ConfigError("kill", options.kill, "nothing, without --timeline or with --url")
+    check_load(options)
     check_folders(options)
     return options
 
@@ -232,9 +243,6 @@ def check_folders(options: Options) -> None:
         raise ConfigError("dir", options.dir, "a folder that exists")
     if not options.url and not (Path(options.model) / "config.json").is_file():
         raise ConfigError("model", options.model, "a folder with a config.json")
-    for path in options.earlier:
-        if not path.is_file():
-            raise ConfigError("with", path, "a file that --json wrote")
 
 
 # ---- engines
@@ -364,6 +372,12 @@ class Bench:
             self.meter: Meter | None = Meter(gpus)
         except RuntimeError as error:
             self.meter, self.report.energy = None, f"not measured: {error}"
+
+    def describe_machine(self) -> None:
+        """Some seconds of its disk and its memory, before anything runs."""
+        self.report.machine = facts(self.options.dir)
+        if self.meter:
+            self.report.machine["gpus"] = ", ".join(self.meter.names)
 
     def _pool(self, shape: Shape, number: int = 0) -> Pool:
         return Pool(self.options.pool, self.options.seed + number, shape, scale=self.options.scale)
@@ -637,7 +651,8 @@ def spread(of: Spread) -> str:
 
 
 def table(report: Report) -> str:
-    lines = [report.command, f"the pool's prompts have {report.pool_tokens} tokens", ""]
+    lines = [report.command, f"the pool's prompts have {report.pool_tokens} tokens"]
+    lines += [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.machine.items()), ""]
     if report.points:
         points = medians(report.points)
         lines += [HEADER, *map(line, points), ""]
@@ -666,19 +681,25 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def page(report: Report) -> str:
+    return plot(medians(report.points), report.timelines, report.machine)
+
+
 def main() -> int:
     leave_on_sigterm()
     options = parse(sys.argv[1:])
     logs = Path(tempfile.mkdtemp(prefix="kvtier-turns-logs-"))
     bench = Bench(options, logs, gpus=0 if options.url else options.tensor_parallel)
     try:
+        if not options.url:
+            bench.describe_machine()
         asyncio.run(bench.run())
     finally:
         bench.write()
         shutil.rmtree(logs, ignore_errors=True)
     print(table(bench.report))
     if options.plot:
-        options.plot.write_text(plot(medians(bench.report.points)))
+        options.plot.write_text(page(bench.report))
     return 1 if bench.report.failed else 0
 
 

@@ -33,7 +33,9 @@ from benchmarks.chat.__main__ import (
     add_engine_arguments,
     add_load_arguments,
     check_folders,
+    check_load,
     engine_arguments,
+    page,
     say,
     split,
     table,
@@ -41,8 +43,6 @@ from benchmarks.chat.__main__ import (
 from benchmarks.chat.__main__ import Options as ChatOptions
 from benchmarks.chat.clusters import FOLDER
 from benchmarks.chat.load import CHAT, Endpoint
-from benchmarks.chat.plot import plot
-from benchmarks.chat.results import medians
 from benchmarks.chat.timeline import Breaking
 from graphs.serve import Supervisor, dry_run
 from graphs.service import Deployment, load_deployment
@@ -74,6 +74,7 @@ class Options(ChatOptions):
     gpus_per_worker: int = Field(1, ge=0)
     over: str = "stock"
     kill: str = ""  # type: ignore[assignment]
+    logs: Path | None = None
     dry_run: bool = False
 
 
@@ -89,6 +90,7 @@ def parse(argv: list[str]) -> Options:
     add("--modes", help=f"of {', '.join(GRAPHS)}; default {','.join(DEFAULT_MODES)}")
     add("--over", help="mode that the others are compared with; default stock")
     add("--kill", help="process to kill at a third of a timeline, and to start again at two thirds")
+    add("--logs", help="folder for what the processes say; default: it is gone with each cluster")
     add("--dry-run", action="store_true", help="show the processes, and start none")
     add_load_arguments(parser)
     add_engine_arguments(parser)
@@ -103,6 +105,7 @@ def parse(argv: list[str]) -> Options:
             raise ConfigError("workers", options.workers, f"an even number, with {mode}")
     if options.kill and not options.timeline:
         raise ConfigError("kill", options.kill, "nothing, without --timeline")
+    check_load(options)
     check_folders(options)
     return options
 
@@ -171,6 +174,7 @@ class ClusterBench(Bench):
             lambda name, line: None,
             status=lambda name, line: say(f"{mode}: {name} {line}"),
             restart=False,
+            logs=self._cluster.logs and self._cluster.logs / mode,
         )
         await supervisor.start()
         try:
@@ -233,6 +237,7 @@ def main() -> int:
     bench = ClusterBench(options, options.dir)
     stopped = False
     try:
+        bench.describe_machine()
         asyncio.run(run(bench))
     except asyncio.CancelledError:
         stopped = True
@@ -240,7 +245,7 @@ def main() -> int:
         bench.write()
     print(table(bench.report))
     if options.plot:
-        options.plot.write_text(plot(medians(bench.report.points)))
+        options.plot.write_text(page(bench.report))
     return 143 if stopped else 1 if bench.report.failed else 0
 
 

@@ -28,6 +28,7 @@ class Meter:
                 nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
                 for name in used
             ]
+            self.names = [str(nvml.nvmlDeviceGetName(gpu)) for gpu in self._gpus]
             self.joules()
         except nvml.NVMLError as error:
             raise RuntimeError(f"no counters of GPUs: {error}") from None

@@ -1,59 +1,95 @@
-"""The multi-turn benchmark's picture: requests per second and time to first token against clients, as SVG."""
+"""The multi-turn benchmark's page, as SVG: requests and first tokens over clients and over time, and the machine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from html import escape
 
 from benchmarks.chat.load import Point
+from benchmarks.chat.machine import Facts
+from benchmarks.chat.timeline import Timeline
 
 # Told apart by people who do not see red and green, too (Okabe and Ito, 2008).
-COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7")
+COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 PANEL = (360, 240)
 MARGIN = 60
+_ROW = PANEL[1] + MARGIN + 40
+_TEXT_LINE = 18
+
+Lines = list[tuple[str, list[tuple[float, float]]]]  # of each mode
+Panels = dict[str, Lines]  # by their titles
 
 
-def plot(points: Sequence[Point]) -> str:
-    """Two panels side by side, a line for each mode."""
-    modes = list(dict.fromkeys(point.mode for point in points))
-    width, height = 2 * (PANEL[0] + MARGIN) + MARGIN, PANEL[1] + 2 * MARGIN + 20
+def plot(points: Sequence[Point], timelines: Sequence[Timeline] = (), facts: Facts | None = None) -> str:
+    """A row of two panels over clients, one over time if there are time lines, and below them the machine."""
+    modes = list(dict.fromkeys([*(point.mode for point in points), *(one.mode for one in timelines)]))
+    colours = {mode: COLOURS[number % len(COLOURS)] for number, mode in enumerate(modes)}
+    by_mode = {
+        mode: sorted(
+            (point for point in points if point.mode == mode and point.requests), key=lambda point: point.clients
+        )
+        for mode in modes
+    }
+    over_clients: Panels = {
+        "requests per second": [
+            (mode, [(one.clients, one.requests_per_second) for one in line]) for mode, line in by_mode.items()
+        ],
+        "mean TTFT, ms": [(mode, [(one.clients, one.ttft_ms_mean) for one in line]) for mode, line in by_mode.items()],
+    }
+    over_time: Panels = {
+        "requests per second": [
+            (one.mode, [(step.second, step.requests_per_second) for step in one.moments]) for one in timelines
+        ],
+        "mean TTFT, ms": [
+            (one.mode, [(step.second, step.ttft_ms_mean) for step in one.moments if step.ttft_ms_mean is not None])
+            for one in timelines
+        ],
+    }
+    rows = [("clients", over_clients), *([("seconds", over_time)] if timelines else [])]
+    said = [f"{name.replace('_', ' ')}: {value}" for name, value in (facts or {}).items()]
+    width = 2 * (PANEL[0] + MARGIN) + MARGIN
+    legend = MARGIN + len(rows) * _ROW
+    height = legend + _TEXT_LINE * (len(modes) + len(said) + 1)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
         f' font-size="12"><rect width="{width}" height="{height}" fill="white"/>'
     ]
-    parts += _panel(points, modes, MARGIN, "requests per second", lambda point: point.requests_per_second)
-    parts += _panel(points, modes, PANEL[0] + 2 * MARGIN, "mean TTFT, ms", lambda point: point.ttft_ms_mean)
+    for row, (across, panels) in enumerate(rows):
+        for column, (title, lines) in enumerate(panels.items()):
+            place = MARGIN + column * (PANEL[0] + MARGIN), MARGIN + row * _ROW
+            parts += _panel(place, title, across, lines, colours)
     for number, mode in enumerate(modes):
-        left = MARGIN + 110 * number
-        colour = COLOURS[number % len(COLOURS)]
-        parts.append(f'<rect x="{left}" y="{height - 24}" width="12" height="12" fill="{colour}"/>')
-        parts.append(f'<text x="{left + 18}" y="{height - 14}">{mode}</text>')
+        top = legend + _TEXT_LINE * number
+        parts.append(f'<rect x="{MARGIN}" y="{top}" width="12" height="12" fill="{colours[mode]}"/>')
+        parts.append(f'<text x="{MARGIN + 18}" y="{top + 10}">{escape(mode)}</text>')
+    for number, text in enumerate(said, len(modes)):
+        parts.append(f'<text x="{MARGIN}" y="{legend + _TEXT_LINE * number + 10}">{escape(text)}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _panel(
-    points: Sequence[Point], modes: Sequence[str], left: int, title: str, value: Callable[[Point], float]
-) -> list[str]:
-    most_clients = max((point.clients for point in points), default=1)
-    most = 1.1 * max((value(point) for point in points), default=1.0) or 1.0
-    bottom = MARGIN + PANEL[1]
+def _panel(place: tuple[int, int], title: str, across: str, lines: Lines, colours: dict[str, str]) -> list[str]:
+    left, top = place
+    corners = [corner for _, line in lines for corner in line]
+    widest = max((x for x, _ in corners), default=1.0) or 1.0
+    most = 1.1 * max((y for _, y in corners), default=1.0) or 1.0
+    bottom = top + PANEL[1]
 
-    def place(point: Point) -> tuple[float, float]:
-        return left + PANEL[0] * point.clients / most_clients, bottom - PANEL[1] * value(point) / most
+    def placed(corner: tuple[float, float]) -> tuple[float, float]:
+        return left + PANEL[0] * corner[0] / widest, bottom - PANEL[1] * corner[1] / most
 
     parts = [
-        f'<text x="{left}" y="{MARGIN - 16}" font-weight="bold">{title}</text>',
-        f'<path d="M{left} {MARGIN}V{bottom}H{left + PANEL[0]}" fill="none" stroke="#888"/>',
-        f'<text x="{left + PANEL[0]}" y="{bottom + 32}" text-anchor="end">clients</text>',
+        f'<text x="{left}" y="{top - 16}" font-weight="bold">{title}</text>',
+        f'<path d="M{left} {top}V{bottom}H{left + PANEL[0]}" fill="none" stroke="#888"/>',
+        f'<text x="{left + PANEL[0]}" y="{bottom + 32}" text-anchor="end">{across}</text>',
     ]
     for share in (0.5, 1.0):
         height = bottom - PANEL[1] * share
         parts.append(f'<text x="{left - 6}" y="{height + 4:.0f}" text-anchor="end">{most * share:.3g}</text>')
-    for clients in sorted({point.clients for point in points}):
-        across = left + PANEL[0] * clients / most_clients
-        parts.append(f'<text x="{across:.0f}" y="{bottom + 16}" text-anchor="middle">{clients}</text>')
-    for number, mode in enumerate(modes):
-        line = sorted((point for point in points if point.mode == mode), key=lambda point: point.clients)
-        colour = COLOURS[number % len(COLOURS)]
-        corners = " ".join(f"{across:.1f},{height:.1f}" for across, height in map(place, line))
-        parts.append(f'<polyline points="{corners}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for across, height in map(place, line):
-            parts.append(f'<circle cx="{across:.1f}" cy="{height:.1f}" r="3" fill="{colour}"/>')
+    marks = sorted({x for x, _ in corners})
+    for mark in marks if len(marks) <= 8 else (0, widest / 2, widest):
+        at = left + PANEL[0] * mark / widest
+        parts.append(f'<text x="{at:.0f}" y="{bottom + 16}" text-anchor="middle">{mark:.0f}</text>')
+    for mode, line in lines:
+        drawn = [placed(corner) for corner in line]
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
+        parts.append(f'<polyline points="{joined}" fill="none" stroke="{colours[mode]}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colours[mode]}"/>' for x, y in drawn]
     return parts

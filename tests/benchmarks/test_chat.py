@@ -196,6 +196,8 @@ def model(tmp_path: Path) -> Path:
         ({"--model": "/nowhere"}, "model: '/nowhere' given, expected a folder with a config.json"),
         ({"--dir": "/nowhere"}, "dir: '/nowhere' given, expected a folder that exists"),
         ({"--clients": "0"}, "clients.0: '0' given"),
+        ({"--clients": "81"}, "clients: '81' given, expected at most the pool's 80 conversations"),
+        ({"--kill": "target"}, "kill: 'target' given, expected nothing, without --timeline"),
         ({"--dram": "much"}, "dram: 'much' given, expected a size such as 500G"),
     ],
 )
@@ -303,3 +305,4 @@ async def test_a_time_line_has_every_step_and_what_a_fault_did(monkeypatch: pyte
     assert point.joules_per_request == pytest.approx(point.watts / point.requests_per_second, rel=0.05)
     assert point.joules_per_request_over_idle == pytest.approx(2 / 3 * point.joules_per_request, rel=0.05)
     assert msgspec.json.decode(msgspec.json.encode(found), type=Timeline) == found
+    ElementTree.fromstring(plot([point], [found], {"cpu": "<fast> & good", "cores": 2}))

@@ -66,7 +66,7 @@ def test_stock_workers_publish_their_events_each_at_a_port_of_its_own(model: Pat
         (["--modes", "stock,magic"], "modes: 'magic' given, expected some of stock,"),
         (["--modes", "1p1d-stock"], "workers: '1' given, expected an even number"),
         (["--kill", "Store-0"], "kill: 'Store-0' given, expected nothing, without --timeline"),
-        (["--gpus-per-worker", "some"], "gpus_per_worker: 'some' given"),
+        (["--gpus-per-worker", "some"], "gpus-per-worker: 'some' given"),
     ],
 )
 def test_what_is_wrong_is_named(model: Path, words: list[str], says: str) -> None:
