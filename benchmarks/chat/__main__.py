@@ -62,6 +62,7 @@ from benchmarks.chat.load import (
     first_tokens,
     measure,
     measure_all,
+    of_tier,
     settled,
     stored_bytes,
     warm_up,
@@ -147,7 +148,7 @@ class Report(msgspec.Struct):
     points: list[Point] = []
     timelines: list[Timeline] = []
     machine: Facts = {}
-    energy: str = ""  # what the GPUs draw idle, or why nothing is measured
+    energy: str = ""  # why nothing is measured
     first_tokens: list[FirstToken] = []
     failed: dict[str, str] = {}
     warm_ups: dict[str, dict[str, float]] = {}  # mode -> what the tier counted before the first point
@@ -483,9 +484,7 @@ class Bench:
 
     async def _idle(self) -> None:
         """Of an engine that is up and has nothing to do."""
-        if self.meter:
-            self.report.energy = f"GPUs draw {await self.meter.measure_idle():.0f} W idle"
-        say(f"energy: {self.report.energy}")
+        say(f"{await self.meter.measure_idle():.0f} W idle" if self.meter else f"energy {self.report.energy}")
 
     async def _fill(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
         begun, clients = time.monotonic(), max(self.options.clients)
@@ -497,9 +496,10 @@ class Bench:
             counted = await settled(endpoint, SETTLE_SECONDS, SETTLE_SECONDS_MAX)
             if stored_bytes(counted) == before:
                 break
-        self.report.warm_ups[mode] = {name: value for name, value in counted.items() if name.startswith("kvtier_")}
+        self.report.warm_ups[mode] = of_tier(counted)
         stored = {name: round(value) for name, value in counted.items() if name.startswith("kvtier_stored_chunks")}
-        say(f"{mode}: warm after {time.monotonic() - begun:.0f} s {stored or ''}")
+        put = stored_bytes(counted) / 1e9
+        say(f"{mode}: warm after {time.monotonic() - begun:.0f} s, {put:.3f} GB put into tiers {stored or ''}")
 
     async def _measure(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
         options = self.options
@@ -617,9 +617,10 @@ def moment_line(moment: Moment) -> str:
 
 def energy_line(point: Point) -> str:
     return (
-        f"{point.mode}, {point.clients} clients: {point.watts:.0f} W; {point.joules_per_request:.0f} J a request"
-        f" ({point.joules_per_request_over_idle:.0f} over idle), {point.joules_per_1000_tokens:.0f} J for 1,000 tokens"
-        f" of output ({point.joules_per_1000_tokens_over_idle:.0f} over idle)"
+        f"{point.mode}, {point.clients} clients: {point.watts:.0f} W ({point.idle_watts:.0f} idle);"
+        f" {point.joules_per_request:.0f} J a request ({point.joules_per_request_over_idle:.0f} over idle),"
+        f" {point.joules_per_1000_tokens:.0f} J for 1,000 tokens of output"
+        f" ({point.joules_per_1000_tokens_over_idle:.0f} over idle)"
     )
 
 
@@ -662,7 +663,7 @@ def table(report: Report) -> str:
             if one.failed
         ]
     lines += [energy_line(one) for one in medians(report.points) if one.watts]
-    lines += [f"energy: {report.energy}"] if report.energy else []
+    lines += [f"energy {report.energy}"] if report.energy else []
     for timeline in report.timelines:
         lines += timeline_lines(timeline)
     for mode, of_mode in report.best.items():

@@ -249,6 +249,7 @@ class Point(msgspec.Struct):
     tpot_ms_p99: float = 0.0
     # Of the GPUs, by their own counters; 0 where nothing is measured. `over_idle` is what the load alone drew.
     watts: float = 0.0
+    idle_watts: float = 0.0
     joules_per_request: float = 0.0
     joules_per_request_over_idle: float = 0.0
     joules_per_1000_tokens: float = 0.0  # of output
@@ -316,6 +317,10 @@ async def settled(endpoint: Endpoint, seconds: float, seconds_max: float) -> dic
         if stored_bytes(now) == stored_bytes(counted) or time.monotonic() > until:
             return now
         counted = now
+
+
+def of_tier(counted: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in counted.items() if name.startswith(("kvtier_", "kv_offload_"))}
 
 
 def stored_bytes(counted: dict[str, float]) -> float:
@@ -447,7 +452,7 @@ def summary(
         hbm_hit_share=round(hbm / prompts, 3),
         external_hit_share=round(tiers / prompts, 3),
         store_bytes_per_second=round(counted.get("kvtier_fetched_bytes", 0.0) / seconds),
-        tier={name: value for name, value in counted.items() if name.startswith("kvtier_")},
+        tier=of_tier(counted),
         first_failure=next(iter(failed), ""),
     )
 
@@ -459,6 +464,7 @@ def with_energy(point: Point, joules: float, idle_watts: float) -> Point:
     return msgspec.structs.replace(
         point,
         watts=round(joules / point.seconds, 1),
+        idle_watts=idle_watts,
         joules_per_request=round(joules / requests, 1),
         joules_per_request_over_idle=round(over_idle / requests, 1),
         joules_per_1000_tokens=round(joules / thousands, 1),
