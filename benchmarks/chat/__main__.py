@@ -269,7 +269,12 @@ def running(command: list[str], environment: dict[str, str], log: Path) -> Itera
 
 def leave_on_sigterm() -> None:
     """So that what was started is stopped. From the main thread."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def last_words(log: Path) -> str:

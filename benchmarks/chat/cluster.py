@@ -222,8 +222,13 @@ async def until_answered(endpoint: Endpoint) -> None:
 async def run(bench: ClusterBench) -> None:
     """Until all is measured, or SIGTERM or SIGINT comes: then what runs is taken down first."""
     running: Any = asyncio.current_task()
+
+    def stop() -> None:
+        if not running.cancelling():  # `timeout` sends it twice
+            running.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, stop)
     await bench.run()
 
 
