@@ -111,10 +111,11 @@ async def _break(endpoint: Endpoint, breaking: Breaking, fault: Fault, begin: fl
     await breaking.start()
     fault.started = now()
     before = (await endpoint.counters()).get(_STORE_HITS, 0.0)
-    while now() < seconds:
+    while fault.hits_back_seconds is None:
         await asyncio.sleep(_HITS_POLL_SECONDS)
         if (await endpoint.counters()).get(_STORE_HITS, 0.0) > before:
             fault.hits_back_seconds = round(now() - fault.started, 2)
+        elif now() >= seconds:
             return
 
 
