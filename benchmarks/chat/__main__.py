@@ -137,6 +137,8 @@ class Options(BaseModel):
     dir: Path = Path(tempfile.gettempdir())
     capacity: ByteSize = ByteSize(64 << 30)
     hot: ByteSize = ByteSize(16 << 30)
+    durability: Literal["written", "memory"] = "written"
+    carrier: Literal["", "memory", "nixl"] = ""
     engine: str = ""
     json_file: Path | None = None
     plot: Path | None = None
@@ -224,6 +226,8 @@ def parse(argv: list[str]) -> Options:
     add("--over", help="mode that the others are compared with; default plain")
     add("--first-token", help="prompt lengths to time one by one, such as 2200,8000")
     add("--repeats", help="of these; default 5")
+    add("--durability", help="of a target with a hot cache: written, or memory; default written")
+    add("--carrier", help="of target and workers: memory, or nixl; default none")
     add_load_arguments(parser)
     add_engine_arguments(parser)
     values = vars(parser.parse_args(argv))
@@ -317,6 +321,7 @@ def transfer_config(
                 "store": store,
                 "dram": int(options.dram),
                 "blocks_per_chunk": options.blocks_per_chunk,
+                "carrier": options.carrier,
                 **({"seal_key": seal_key, "seal": SEALED[mode]} if mode in SEALED else {}),
             }
             return tier_config(validated(TierOptions, given))
@@ -347,7 +352,9 @@ def target_running(
     """A target that listens, until the block ends."""
     hot = 0 if mode == "store" else int(options.hot)
     command = [sys.executable, "-m", "kvstore", "--dir", str(folder), "--capacity", str(int(options.capacity))]
-    with running([*command, "--listen", address, "--nats", "", "--hot", str(hot)], {}, log) as target:
+    command += ["--hot", str(hot), "--durability", options.durability if hot else "written"]
+    command += ["--carrier", options.carrier]
+    with running([*command, "--listen", address, "--nats", ""], {}, log) as target:
         deadline = time.monotonic() + START_SECONDS
         while not listens(address):
             if target.poll() is not None or time.monotonic() > deadline:
