@@ -1,6 +1,7 @@
 """What a start may change and what it must leave alone: a start that is refused has changed nothing."""
 
 import hashlib
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +20,21 @@ SMALL = 100 * MIB
 LARGE = 300 * MIB
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 20 segments of 4 MiB, all full."""
-    directory = tmp_path / "store"
-    directory.mkdir()
+    directory = tmp_path_factory.mktemp("full")
     log = Log(directory, 80 * MIB, segment_bytes=4 * MIB)
     for number in range(1000):
         append(log, number)
     log.close()
     return directory
+
+
+@pytest.fixture
+def folder(full: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(full, tmp_path / "store")
 
 
 def content(folder: Path) -> dict[str, str]:
