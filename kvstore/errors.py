@@ -114,7 +114,7 @@ def run_command(program: str, main: Callable[[], int | None]) -> NoReturn:
     FailedError with 1. A reader of its output that leaves early, as `head` does, ends it without a word."""
     try:
         code = main() or 0
-        sys.stdout.flush()
+        print(end="", flush=True)
         sys.exit(code)
     except (ConfigError, UnavailableError) as error:
         fail(program, error)
