@@ -8,6 +8,7 @@ import ipaddress
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import requires, version
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import ByteSize, TypeAdapter
 
-from graphs.service import Deployment, Place, Process, Service, load_deployment, load_graph, numbered_cores
+from graphs.service import Containers, Deployment, Place, Process, Service, load_deployment, load_graph, numbered_cores
 from graphs.services import HUB_TOKEN, is_folder, page_address, place_model
 from kvstore.errors import ConfigError
 from kvstore.net.target import FLUSH_SECONDS
@@ -214,7 +215,7 @@ def _compose(deployment: Deployment, folder: Path) -> str:
         services[process.name.lower()] = _compose_service(deployment, processes, process, folder)
         for name, path in process.files.items():
             secrets[_secret(process, name)] = {"file": _escaped(_beside(path, folder))}
-    services |= _watching(folder)
+    services |= _watching(deployment.containers, folder)
     _check_published(services)
     volumes: dict[str, None] = {}
     for service in services.values():
@@ -222,7 +223,7 @@ def _compose(deployment: Deployment, folder: Path) -> str:
             if isinstance(volume, str):
                 volumes[volume.partition(":")[0]] = None
     content = {
-        "name": "kvtier",
+        "name": _project(deployment),
         "services": services,
         "volumes": volumes,
         "configs": {"prometheus": {"content": _escaped(_prometheus(processes))}},
@@ -368,7 +369,14 @@ def _beside(path: Path, folder: Path) -> str:
     return relative if relative.startswith(".") else f"./{relative}"
 
 
-def _watching(folder: Path) -> dict[str, Any]:
+def _project(deployment: Deployment) -> str:
+    """The name that sets this cluster's containers, volumes and networks apart from those of others on the machine."""
+    file = deployment.source.file
+    ours = f"kvtier-{re.sub('[^a-z0-9_-]+', '-', file.stem.lower())}" if file else "kvtier"
+    return deployment.containers.project or ours
+
+
+def _watching(containers: Containers, folder: Path) -> dict[str, Any]:
     """Prometheus, which asks every process, and Grafana, which asks Prometheus and shows the dashboards of docker/."""
     # In a checkout the file may move with it; an installed package stays where it is.
     docker = _beside(Path(os.path.relpath(_DOCKER)) if _IS_CHECKOUT else _DOCKER, folder)
@@ -391,7 +399,7 @@ def _watching(folder: Path) -> dict[str, Any]:
                 "prometheus:/prometheus",
                 _mounted(f"{docker}/prometheus/rules.yml", "/etc/prometheus/rules.yml"),
             ],
-            "ports": ["127.0.0.1:9091:9090"],
+            "ports": [f"127.0.0.1:{containers.prometheus_port}:9090"],
             "healthcheck": {
                 "test": ["CMD", "wget", "-q", "-O", "/dev/null", "http://127.0.0.1:9090/-/ready"],
                 "interval": "10s",
@@ -415,7 +423,7 @@ def _watching(folder: Path) -> dict[str, Any]:
             ],
             "read_only": True,
             "tmpfs": ["/tmp"],
-            "ports": ["127.0.0.1:3000:3000"],
+            "ports": [f"127.0.0.1:{containers.grafana_port}:3000"],
             "depends_on": {"prometheus": {"condition": "service_healthy"}},
             "healthcheck": {
                 "test": ["CMD", "wget", "-q", "-O", "/dev/null", "http://127.0.0.1:3000/api/health"],
@@ -459,7 +467,7 @@ def _k8s(deployment: Deployment) -> str:
         if not replicas:
             continue
         if service.name in _BROKERS:
-            documents += _broker(replicas[0])
+            documents += _broker(deployment, replicas[0])
         elif service.name == "Store":
             documents += _targets(deployment, replicas)
         else:
@@ -518,10 +526,18 @@ def _pod(deployment: Deployment, name: str, containers: Sequence[dict[str, Any]]
     secrets = [{"name": name} for name in deployment.containers.pull_secrets]
     return {
         **({"imagePullSecrets": secrets} if secrets else {}),
+        **_placed(deployment, name),
         "securityContext": _UNPRIVILEGED_POD,
         "terminationGracePeriodSeconds": _stop_seconds(deployment, name),
         "containers": list(containers),
     }
+
+
+def _placed(deployment: Deployment, name: str) -> dict[str, Any]:
+    """On which nodes a service's pods run."""
+    nodes = deployment.containers.nodes.get(name)
+    tolerated = [one.model_dump(exclude_none=True) for one in deployment.containers.tolerations.get(name, [])]
+    return {**({"nodeSelector": nodes} if nodes else {}), **({"tolerations": tolerated} if tolerated else {})}
 
 
 def _resources(deployment: Deployment, name: str, request: int = 0, limit: int = 0) -> dict[str, Any]:
@@ -596,7 +612,7 @@ def _guard(name: str, port: int, metrics_port: int = 0, replicas: int = 1) -> li
     return [policy, budget] if replicas > 1 else [policy]
 
 
-def _broker(process: Process) -> list[dict[str, Any]]:
+def _broker(deployment: Deployment, process: Process) -> list[dict[str, Any]]:
     name = PLACES["k8s"].hosts[process.service]
     labels = {"app.kubernetes.io/name": name}
     container = {
@@ -610,6 +626,7 @@ def _broker(process: Process) -> list[dict[str, Any]]:
         "volumeMounts": [{"name": "data", "mountPath": "/data"}],
     }
     pod = {
+        **_placed(deployment, process.service),
         "securityContext": _UNPRIVILEGED_POD,
         "containers": [container],
         "volumes": [{"name": "data", "emptyDir": {}}],
@@ -665,7 +682,6 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
     containers = deployment.containers
     pod = {
         **_pod(deployment, "Store", [container]),
-        **({"nodeSelector": containers.target_nodes} if containers.target_nodes else {}),
         "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [_apart(labels)]}},
         "volumes": [{"name": "tmp", "emptyDir": {}}],
     }

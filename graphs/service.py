@@ -15,20 +15,25 @@ A graph file links services (`Frontend.link(Router).link(VllmWorker)`); a YAML f
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from kvstore.errors import ConfigError, validated
 from kvstore.net.transport import split_address
 
 Setting = str | int | float | bool
 CONTAINERS = "Containers"
+# What the names of images are made of.
+_REGISTRY = r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?"
+_TAG = r"\w[\w.-]{0,127}"
+_PROJECT = r"[a-z0-9][a-z0-9_-]*"
 
 
 class Resources(BaseModel):
@@ -48,20 +53,57 @@ class ServiceArgs(BaseModel):
     resources: Resources = Resources()
 
 
+class Toleration(BaseModel):
+    """Of a node's taint, in Kubernetes' own words."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] | None = None
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    tolerationSeconds: int | None = None
+
+
 class Containers(BaseModel):
-    """What only containers have: where images and volumes come from, and who watches. The YAML's section of that name;
-    from `pull_secrets` on, for Kubernetes alone."""
+    """What only containers have: where images and volumes come from, where pods run, and who watches. The YAML's
+    section of that name; `project` and the ports are for Compose alone, what follows them for Kubernetes alone."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     registry: str = ""  # before the names of this project's images
     tag: str = ""  # of them; default: this project's version
+    project: str = ""  # before the names of containers, volumes and networks; default: by the name of the YAML
+    prometheus_port: int = Field(9091, ge=1, le=65535)  # on the machine's loopback
+    grafana_port: int = Field(3000, ge=1, le=65535)
     pull_secrets: list[str] = []
     model_cache: str = ""  # claim that workers, router and frontend share for models from the hub
     storage_class: str = ""  # of targets' claims; default: the cluster's
-    target_nodes: dict[str, str] = {}  # labels of the nodes on which targets run
+    nodes: dict[str, dict[str, str]] = {}  # by service: labels of the nodes on which it runs
+    tolerations: dict[str, list[Toleration]] = {}  # by service
     # Labels by which Prometheus's operator finds monitors and rules. None: there are no such objects.
     monitoring: dict[str, str] | None = None
+
+    @field_validator("registry")
+    @classmethod
+    def _is_registry(cls, registry: str) -> str:
+        return _matching(_REGISTRY, registry, "host, host:port or either with a path in lower case after a /")
+
+    @field_validator("tag")
+    @classmethod
+    def _is_tag(cls, tag: str) -> str:
+        return _matching(_TAG, tag, "at most 128 letters, digits, '_', '.' and '-', the first no '.' or '-'")
+
+    @field_validator("project")
+    @classmethod
+    def _is_project(cls, project: str) -> str:
+        return _matching(_PROJECT, project, "lower-case letters, digits, '_' and '-', beginning with a letter or digit")
+
+
+def _matching(pattern: str, text: str, expected: str) -> str:
+    if text and not re.fullmatch(pattern, text, re.ASCII):
+        raise ValueError(expected)
+    return text
 
 
 @dataclass(frozen=True)
@@ -254,6 +296,11 @@ def load_deployment(
                 raise ConfigError(name, name, expected)
         common = _section(content, "Common")
         containers = _containers(_section(content, CONTAINERS))
+        for setting, placed in (("nodes", containers.nodes), ("tolerations", containers.tolerations)):
+            for name in placed:
+                if name not in names:
+                    expected = f"a service of the graph: {', '.join(sorted(names))}"
+                    raise ConfigError(f"{CONTAINERS}.{setting}", name, expected)
         settings = {
             service.name: _settings(service.name, _section(content, service.name), common, service.replicas)
             for service in services

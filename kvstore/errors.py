@@ -3,10 +3,12 @@
 What is in their text of others' is escaped, and passwords of URLs are hidden.
 """
 
+import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -95,9 +97,11 @@ def validated(model: type[Model], values: dict[str, object]) -> Model:
 
 def _settings(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """What can be set in the part of a model at `path`, as on the command line."""
+    kind: Any = model
     for name in path:
-        model = cast(type[BaseModel], model.model_fields[str(name)].annotation)
-    return [name.replace("_", "-") for name in model.model_fields]
+        inside = get_args(kind)  # of a list or a mapping
+        kind = inside[-1] if inside else kind.model_fields[name].annotation
+    return [name.replace("_", "-") for name in kind.model_fields]
 
 
 def fail(program: str, error: Exception) -> NoReturn:
@@ -107,10 +111,23 @@ def fail(program: str, error: Exception) -> NoReturn:
 
 def run_command(program: str, main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function; ConfigError and UnavailableError end it with one line and exit code 2,
-    FailedError with 1."""
+    FailedError with 1. A reader of its output that leaves early, as `head` does, ends it without a word."""
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        print(end="", flush=True)
+        sys.exit(code)
     except (ConfigError, UnavailableError) as error:
         fail(program, error)
+    except BrokenPipeError:
+        if not _has_lost_its_reader(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        sys.exit(141)  # as a shell reports SIGPIPE
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _has_lost_its_reader(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are always reported
+    return bool(poll.poll(0))

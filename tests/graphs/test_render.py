@@ -51,7 +51,8 @@ EVERYTHING = [
     "--Containers.pull-secrets=[registry]",
     "--Containers.model_cache=models",
     "--Containers.storage-class=local-nvme",
-    "--Containers.target-nodes={disks: nvme}",
+    "--Containers.nodes={Store: {disks: nvme}}",
+    "--Containers.tolerations.Store=[{key: storage, operator: Exists, effect: NoSchedule}]",
     "--Containers.monitoring={release: prometheus}",
     "--Store.ServiceArgs.resources={cpu: 4, memory: 24GiB}",
 ]
@@ -130,6 +131,8 @@ def test_what_the_settings_say_of_containers_is_in_all_of_them() -> None:
         assert pod["imagePullSecrets"] == [{"name": "registry"}]
         assert re.fullmatch(r"registry\.example:5000/team/kvtier/[a-z]+:nightly", pod["containers"][0]["image"])
     assert pods[0]["nodeSelector"] == {"disks": "nvme"}
+    assert pods[0]["tolerations"] == [{"key": "storage", "operator": "Exists", "effect": "NoSchedule"}]
+    assert not {"nodeSelector", "tolerations"} & pods[1].keys()
     assert stateful["volumeClaimTemplates"][0]["spec"]["storageClassName"] == "local-nvme"
     assert pods[0]["containers"][0]["resources"] == {
         "requests": {"cpu": "4", "memory": "24576Mi"},
@@ -482,7 +485,7 @@ def test_values_reach_the_process_as_they_are_written(target: str) -> None:
     value = "a\n$(POD_NAME) $$ $HOME: b"
     text = render(target, ROUTED, CONFIGS / "two_gpu.yaml", [f"--VllmWorker.env.VALUE={value}"], Path("docker"))
     documents = list(yaml.safe_load_all(text))
-    assert documents[0].get("name", "kvtier") == "kvtier"
+    assert documents[0].get("name", "kvtier-two_gpu") == "kvtier-two_gpu"
     if target == "compose":
         given = documents[0]["services"]["vllmworker-0"]["environment"]["VALUE"]
     else:
@@ -512,6 +515,14 @@ def test_values_reach_the_process_as_they_are_written(target: str) -> None:
         (["--Store.tls-cert=c.pem"], r"Store\.tls-key: '' given, expected a file, beside --tls-cert"),
         (["--Store.ServiceArgs.resources.memory=1XB"], r"memory: '1XB' given, expected a size such as 500G"),
         (["--Containers.tag=1.0"], r"Containers\.tag: '1.0' given, expected a text, in quotes"),
+        (["--Containers.tag=-a"], r"Containers\.tag: '-a' given, expected at most 128 letters"),
+        (["--Containers.registry=https://a"], r"Containers\.registry: 'https://a' given, expected host, host:port or"),
+        (["--Containers.project=A"], r"Containers\.project: 'A' given, expected lower-case letters"),
+        (["--Containers.nodes.Stroe={a: b}"], r"Containers\.nodes: 'Stroe' given, expected a service of the graph: "),
+        (
+            ["--Containers.tolerations.Store=[{keys: a}]"],
+            r"tolerations\.Store\.0\.keys: 'a' given, expected one of key, operator, value, effect, tolerationSeconds",
+        ),
     ],
 )
 def test_what_containers_could_not_start_with_is_refused(overrides: list[str], says: str) -> None:
@@ -540,6 +551,21 @@ def test_published_ports_are_loopbacks_and_each_is_once() -> None:
     assert {"127.0.0.1:8000:8000", "127.0.0.1:8001:8000", "127.0.0.1:8300:8300", "127.0.0.1:8301:8300"} <= set(ports)
     assert len({port.rpartition(":")[0] for port in ports}) == len(ports)
     assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_two_clusters_of_one_machine_share_no_name_and_no_port() -> None:
+    other = ["--Containers.prometheus-port=9191", "--Containers.grafana_port=3100", "--Frontend.port=8100"]
+    rendered = [
+        yaml.safe_load(render("compose", ROUTED, CONFIGS / f"{config}.yaml", overrides, Path("docker")))
+        for config, overrides in (("quickstart", []), ("two_gpu", [*other, "--Router.page=127.0.0.1:8400"]))
+    ]
+    names = [one["name"] for one in rendered]
+    published = [
+        {port.rpartition(":")[0] for service in one["services"].values() for port in service.get("ports", [])}
+        for one in rendered
+    ]
+    assert names == ["kvtier-quickstart", "kvtier-two_gpu"]
+    assert not published[0] & published[1]
 
 
 def test_a_routers_flag_changes_no_worker() -> None:

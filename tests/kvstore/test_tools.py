@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -537,3 +538,11 @@ def test_words() -> None:
         "10.0 days",
     ]
     assert words.table([["", "a"], ["wide", "123"]]) == "        a\nwide  123"
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    """As in `dynamo serve ... --dry-run | head -1`."""
+    code = "from kvstore.errors import run_command; run_command('kvstore', lambda: print('a line\\n' * 100_000))"
+    command = f"set -o pipefail; {shlex.join([sys.executable, '-c', code])} | head -n 1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (141, "a line\n", "")

@@ -9,9 +9,10 @@ import pytest
 @pytest.fixture(scope="session")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The one model that SGLang has loaded in this process."""
-    from tests.sglang import hicache
+    from benchmarks.store.hicache import load
+    from tests.sglang.hicache import PAGE_TOKENS
 
-    return hicache.load(tmp_path_factory.mktemp("model"))
+    return load(tmp_path_factory.mktemp("model"), PAGE_TOKENS)
 
 
 @pytest.fixture

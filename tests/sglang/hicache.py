@@ -1,36 +1,16 @@
-"""SGLang's own scheduler parts in this process, on the CPU: a model runner with a small Llama, host pools, controllers.
+"""SGLang's HiCache of one rank with the backend, and what its radix tree does with them."""
 
-They need no kernels. What does, copies between device and host pool, is not run: tests fill host pools themselves.
-"""
-
-import threading
 from array import array
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import bootstrap
-from sglang.srt.distributed.parallel_state import get_tp_group
-from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
-from sglang.srt.mem_cache.hicache_storage import PoolName
-from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
-from sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler import build_pool_entry
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
-from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
-from sglang.srt.mem_cache.pool_host.group import HostPoolGroup
-from sglang.srt.mem_cache.pool_host.mha import get_mha_host_pool_cls
-from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
-from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.runtime_context import SpawnRanks, publish
-from sglang.srt.server_args import ServerArgs
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from graphs.services import free_port
+from benchmarks.store.hicache import HiCache, kvtier
 from kvstore.errors import ConfigError
 
 PAGE_TOKENS, LAYERS = 16, 3
@@ -42,41 +22,8 @@ KINDS: dict[str, tuple[Any, dict[str, int]]] = {
 }
 
 
-def checkpoint(folder: Path, seed: int) -> str:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)
-
-
-def load(folder: Path) -> ModelRunner:
-    """The model of this process, as a scheduler loads it. Once."""
-    arguments = ServerArgs(
-        model_path=checkpoint(folder, 1),
-        device="cpu",
-        attention_backend="torch_native",
-        page_size=PAGE_TOKENS,
-        skip_tokenizer_init=True,
-    )
-    publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
-    port = free_port()
-    bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
-    config = ModelConfig.from_server_args(arguments)
-    bootstrap.init_layer_runtime(model_config=config)
-    return ModelRunner(model_config=config, mem_fraction_static=0.5, gpu_id=0, nccl_port=port, server_args=arguments)
-
-
-class Cache:
-    """HiCache of one rank: SGLang's pools and its controller, which loads the backend from its extra config. `read` and
-    `write` are what its radix tree does with them."""
+class Cache(HiCache):
+    """HiCache of one rank, with the backend. `read` and `write` are what its radix tree does with them."""
 
     def __init__(
         self,
@@ -89,63 +36,12 @@ class Cache:
         pages: int = 64,
         **settings: object,
     ):
-        self.page_tokens = page_tokens
-        self.settings = {
-            "backend_name": "kvtier",
-            "module_path": "components.sglang.storage",
-            "class_name": "KvtierStorage",
-            "interface_v1": 1,
-            "store": store,
-            "deadline_ms": 1000,
-            **settings,
-        }
-        tokens = pages * page_tokens
-        pool_type, shape = KINDS[kind]
-        device_pool = pool_type(
-            size=tokens,
-            page_size=page_tokens,
-            dtype=dtype,
-            layer_num=LAYERS,
-            device="cpu",
-            enable_memory_saver=False,
-            **shape,
-        )
-        self.pool = _host_pool(device_pool, page_tokens, layout)
-        layers = {layer: layer for layer in range(LAYERS)}
-        group = HostPoolGroup(
-            [
-                build_pool_entry(
-                    name=PoolName.KV,
-                    host_pool=self.pool,
-                    device_pool=device_pool,
-                    layer_mapping=layers,
-                    transfer_layer_id_max=LAYERS,
-                    is_anchor=True,
-                )
-            ]
-        )
-        self.controller = HybridCacheController(
-            PagedTokenToKVPoolAllocator(tokens, page_tokens, dtype, "cpu", device_pool, False),
-            group,
-            page_tokens,
-            get_tp_group().cpu_group,
-            threading.Event(),
-            io_backend="direct",
-        )
+        self.settings = {**kvtier(store), "deadline_ms": 1000, **settings}
+        super().__init__(*KINDS[kind], layers=LAYERS, page_tokens=page_tokens, pages=pages, layout=layout, dtype=dtype)
 
     def attach(self) -> "Cache":
-        self.controller.attach_storage_backend(
-            "dynamic",
-            prefetch_threshold=self.page_tokens,
-            model_name="a name",
-            storage_backend_extra_config=dict(self.settings),
-            host_pools=self.controller.mem_pool_host.entries,
-        )
-        self.backend = self.controller.storage_backend
+        self.backend = self.attach_backend("dynamic", dict(self.settings))
         return self
-
-    def detach(self) -> None:
-        self.controller.detach_storage_backend()
 
     def key(self, pages: int, seed: int = 1, *, extra_key: str | None = None, cache_salt: str | None = None) -> Any:
         tokens = torch.randint(0, 256, (pages * self.page_tokens,), generator=torch.Generator().manual_seed(seed))
@@ -185,25 +81,6 @@ class Cache:
         generator = torch.Generator().manual_seed(seed)
         raw = torch.randint(0, 256, (pages, dummy.nbytes), dtype=torch.uint8, generator=generator)
         return [page.view(dummy.dtype) for page in raw]
-
-
-def _host_pool(device_pool: Any, page_tokens: int, layout: str) -> Any:
-    """As SGLang's assembler makes it, but for memory that a GPU is told of."""
-    info = device_pool.get_device_pool_infos()[0].buffer_info
-    options = {
-        "host_to_device_ratio": 1.0,
-        "host_size": 0,
-        "page_size": page_tokens,
-        "layout": layout,
-        "pin_memory": False,
-        "device_capacity_tokens": device_pool.size,
-        "start_layer": 0,
-        "end_layer": LAYERS - 1,
-    }
-    with host_memory_budget_scope(1 << 30):
-        if isinstance(device_pool, MLATokenToKVPool):
-            return MLATokenToKVPoolHost(info, target_layer_num=LAYERS, **options)
-        return get_mha_host_pool_cls(info)(info, **options)
 
 
 def refusal(store: str, **changes: Any) -> str:

@@ -13,10 +13,11 @@ from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWei
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.runtime_context import get_context
 
+from benchmarks.store.hicache import checkpoint
 from components.sglang import identity
 from kvstore.errors import ConfigError
 from tests.conftest import RunningTarget
-from tests.sglang.hicache import Cache, checkpoint, refusal
+from tests.sglang.hicache import Cache, refusal
 
 Make = Callable[..., Cache]
 Start = Callable[..., RunningTarget]
