@@ -486,7 +486,7 @@ class Target(Acceptor):
         joined = item.key not in log and writes.join(item.key, done)
         returned = log.was_evicted(item.key)
         benefit = max(item.saved_us, 1) / item.length * (_RETURNED if returned else 1.0)
-        standing = Standing(benefit, item.position, item.router_hash, item.parent)
+        standing = Standing(benefit, item.position, item.router_hash, item.parent, item.fingerprint)
         wanted = not joined and item.key not in log and item.length <= log.value_bytes_max
         if wanted and returned:
             self._returned.inc()

@@ -294,6 +294,19 @@ def test_no_prompt_has_a_hole(
         assert positions == list(range(len(positions)))
 
 
+def test_models_with_the_same_tokens_leave_each_others_prompts_alone() -> None:
+    """Their chunks have the same router hashes."""
+    backlog = Backlog(lambda name: False)
+    first = Standing(1.0, 0, 1, 0, fingerprint=7)
+    after, other = (Standing(5.0, 1, 2, 1, fingerprint) for fingerprint in (7, 8))
+    backlog.note_dropped([first])
+    assert (backlog.is_orphan(after), backlog.is_orphan(other)) == (True, False)
+    for standing in (first, after, other):
+        buffer = aligned(100)
+        backlog.add(Write(Value(key(len(backlog)), buffer, 0, 1, 7, 2), standing, []))
+    assert [write.standing.benefit for write in backlog.clear()] == [1.0, 1.0, 5.0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
