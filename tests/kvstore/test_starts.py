@@ -1,6 +1,7 @@
 """What a start may change and what it must leave alone: a start that is refused has changed nothing."""
 
 import hashlib
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,17 +119,26 @@ def test_a_device_keeps_its_segment_size(tmp_path: Path) -> None:
     device.close()
 
 
-def test_files_of_others_are_left_alone_and_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_of_others_are_left_alone_and_named(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names = ["segment-old.kvt", "segment-1.kvt", "segment-0000700.kvt", "segment-0000001.kvt", "notes.txt"]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    other = Log(foreign, 16 * MIB, segment_bytes=4 * MIB)
+    append(other, 1)
+    other.close()
+    shutil.copy(foreign / "segment-000000.kvt", folder / "segment-000700.kvt")
     for name in names:
         (folder / name).write_text("mine")
     log = Log(folder, 16 * MIB)
     log.delete_beyond()
-    assert log._device.space.used_slots() == [0, 1, 2, 3]
+    assert log._device.space.used_slots() == [0, 1, 2, 3, 700]
     log.close()
     assert all((folder / name).read_text() == "mine" for name in names)
-    (line,) = [one for one in caplog.messages if "left alone" in one]
+    line, beyond = [one for one in caplog.messages if "left alone" in one]
     assert all(name in line for name in names)
+    assert beyond.endswith("left alone: segment-000700.kvt")
     assert not (folder / "segment-000019.kvt").exists()
 
 
