@@ -138,9 +138,9 @@ class Target(Acceptor):
             registry=self.registry,
         )
 
-    def stop(self, drain_seconds: float = 5.0) -> None:
+    def stop(self, drain_seconds: float = 5.0, flush_seconds: float | None = None) -> None:
         """Stop accepting, let every request under way finish, write what waits, and close. The shelf is the caller's to
-        close."""
+        close. `flush_seconds` may be less than the target's own."""
         self.stop_accepting()
         with self._lock:
             connections = dict(self._connections)
@@ -150,7 +150,7 @@ class Target(Acceptor):
         for connection, thread in connections.items():
             thread.join(max(0.0, deadline - time.monotonic()))
             connection.abort()
-        flushed_by = time.monotonic() + self._flush_seconds
+        flushed_by = time.monotonic() + (self._flush_seconds if flush_seconds is None else flush_seconds)
         for writes in self._writes.values():
             writes.stop(flushed_by)
         for reads in self._reads.values():

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.__main__ import parse
+from kvstore.credentials import Credential
 from kvstore.disk.buffers import BufferPool, aligned
 from kvstore.disk.log import Log, Value
 from kvstore.disk.record import Entry, record_bytes
 from kvstore.errors import ConfigError
 from kvstore.net.backlog import Backlog, Standing, Write
 from kvstore.net.client import Item
+from kvstore.net.lobby import Lobby
 from kvstore.net.queues import WriteQueue
 from kvstore.net.wire import Outcome
 from tests.conftest import MIB, RunningTarget, eventually, key, payload, soon
@@ -224,6 +226,18 @@ def test_a_stop_writes_what_is_dirty_within_its_bound(
     assert sum(dropped.values()) == 51 - len(log)
     assert dropped.keys() <= {"stopped", "failed"}
     log.close()
+
+
+def test_a_namespace_that_leaves_holds_up_no_reload(running: RunningTarget, files: Broken) -> None:
+    running.target._flush_seconds = 60.0
+    lobby = Lobby()
+    lobby.admit("leaves", running.target, Credential.random())
+    files.shut_writes()
+    put(running, *map(item, range(50)))
+    begun = time.monotonic()
+    lobby.expel("leaves")
+    assert time.monotonic() - begun < 5
+    assert running.target.status().dropped["stopped"]
 
 
 def test_a_dirty_value_survives_any_number_of_reads_and_never_another_value() -> None:
