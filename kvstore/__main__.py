@@ -172,7 +172,7 @@ def parse(argv: list[str] | None = None) -> Options:
         help="seconds that a target which is stopped takes at most to write what waits; the rest is lost; default "
         f"{FLUSH_SECONDS:.0f}",
     )
-    parser.add_argument("--listen", help="host:port to serve on; default 127.0.0.1:7600")
+    parser.add_argument("--listen", help="host:port to serve on; on [::]:port IPv6 and IPv4; default 127.0.0.1:7600")
     parser.add_argument("--advertise", help="host:port under which clients reach it; default: --listen")
     parser.add_argument("--unix-socket", help="path for clients on this host; default: DIR/target.sock, '' for none")
     parser.add_argument(
