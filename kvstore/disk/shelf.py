@@ -138,6 +138,11 @@ class Rack:
             self.close()
             raise
 
+    @property
+    def open_files(self) -> int:
+        """How many segments' files there may be."""
+        return sum(device.space.open_files for device in self._devices)
+
     def check(self, quotas: Mapping[str, int]) -> None:
         """Raises ConfigError if they do not fit the devices."""
         segment_bytes = max(device.segment_bytes for device in self._devices)

@@ -75,6 +75,11 @@ class Space(ABC):
     def used_slots(self) -> list[int]:
         """Slots that may hold a segment, also those beyond the capacity."""
 
+    @property
+    @abstractmethod
+    def open_files(self) -> int:
+        """How many there may be."""
+
     @abstractmethod
     def close(self) -> None: ...
 
@@ -179,6 +184,10 @@ class _DirectorySpace(Space):
     def used_slots(self) -> list[int]:
         return _slots(self.path)
 
+    @property
+    def open_files(self) -> int:
+        return self.slots
+
     def close(self) -> None:
         for fd in self._fds.values():
             self.files.close(fd)
@@ -228,6 +237,10 @@ class _DeviceSpace(Space):
 
     def used_slots(self) -> list[int]:
         return list(range(self.slots))
+
+    @property
+    def open_files(self) -> int:
+        return 1
 
     def close(self) -> None:
         self.files.close(self._fd)

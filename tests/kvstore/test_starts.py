@@ -1,6 +1,7 @@
 """What a start may change and what it must leave alone: a start that is refused has changed nothing."""
 
 import hashlib
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -56,6 +57,8 @@ def taken() -> Iterator[int]:
         (["--capacity", "16MiB", "--nats", "nats://127.0.0.1:TAKEN/x y"], "nats"),
         (["--capacity", "16MiB", "--namespace", "another"], "namespace"),
         (["--capacity", "16MiB", "--hot", "900TiB"], "hot"),
+        (["--capacity", "16MiB", "--connections", "2000000000"], "connections: .* expected at most .* open files"),
+        (["--capacity", "16MiB", "--namespaces", "MANY"], "sum of all connections: '2000000000' given"),
         (["--capacity", "16MiB", "--unix-socket", "/nowhere/target.sock"], "unix-socket"),
         (["--capacity", "16MiB", "--namespaces", "NAMES", "--unix-socket", "/nowhere/target.sock"], "unix-socket"),
     ],
@@ -68,7 +71,10 @@ def test_a_refused_start_changes_nothing(folder: Path, taken: int, arguments: li
     credential.write_text("0123456789abcdef0123456789abcdef")
     credential.chmod(0o600)
     names.write_text(f"namespaces: [{{name: default, quota: 8MiB, credential-file: {credential}}}]")
-    given = [one.replace("TAKEN", str(taken)).replace("NAMES", str(names)) for one in arguments]
+    many = folder.parent / "many.yaml"
+    many.write_text(names.read_text().replace("quota:", "connections: 2000000000, quota:"))
+    replaced = {"TAKEN": str(taken), "NAMES": str(names), "MANY": str(many)}
+    given = [re.sub("[A-Z]{4,}", lambda word: replaced[word[0]], one) for one in arguments]
     with pytest.raises((ConfigError, UnavailableError), match=expected):
         main([*options, *given])
     assert content(folder) == before
