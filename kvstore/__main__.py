@@ -457,7 +457,7 @@ async def _serve_one(options: Options) -> None:
         shelf = _open_shelf(options, namespace, devices)
         opened.pop_all()
     registration = membership.Registration(options.etcd, namespace, name) if options.etcd else None
-    epoch = registration.epoch if registration else shelf.epoch
+    epoch = residency.new_epoch()
     announcer = Announcer(name, epoch, shelf.entries)
     shelf.tell(announcer)
     target = Target(

@@ -121,7 +121,7 @@ class Tenancy:
         registration = None
         if settings.etcd:
             registration = await asyncio.to_thread(Registration, settings.etcd, tenant.name, settings.name)
-        epoch = registration.epoch if registration else shelf.epoch
+        epoch = residency.new_epoch()
         announcer = Announcer(settings.name, epoch, shelf.entries)
         shelf.tell(announcer)
         share = tenant.quota / settings.capacity_bytes

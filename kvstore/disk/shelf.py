@@ -21,11 +21,6 @@ class Shelf:
         self.logs = logs
 
     @property
-    def epoch(self) -> int:
-        """Grows with every start, also when a log is added or taken away."""
-        return sum(log.epoch for log in self.logs)
-
-    @property
     def capacity_bytes(self) -> int:
         return sum(log.capacity_bytes for log in self.logs)
 
