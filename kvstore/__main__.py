@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -20,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
-from kvstore import certificates, memory, tools
+from kvstore import certificates, descriptors, memory, tools
 from kvstore.bus import messages, residency
 from kvstore.bus.broker import DEFAULT_URLS, NatsUrls
 from kvstore.bus.messages import Bus
@@ -38,7 +37,7 @@ from kvstore.net.target import FLUSH_SECONDS, Target
 from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.scrape import Scrapes
-from kvstore.tenancy import Settings, Tenancy, report
+from kvstore.tenancy import Settings, Tenancy, check_connections, report
 from kvstore.text import masked
 
 logger = logging.getLogger("kvstore")
@@ -172,7 +171,7 @@ def parse(argv: list[str] | None = None) -> Options:
         help="seconds that a target which is stopped takes at most to write what waits; the rest is lost; default "
         f"{FLUSH_SECONDS:.0f}",
     )
-    parser.add_argument("--listen", help="host:port to serve on; default 127.0.0.1:7600")
+    parser.add_argument("--listen", help="host:port to serve on; on [::]:port IPv6 and IPv4; default 127.0.0.1:7600")
     parser.add_argument("--advertise", help="host:port under which clients reach it; default: --listen")
     parser.add_argument("--unix-socket", help="path for clients on this host; default: DIR/target.sock, '' for none")
     parser.add_argument(
@@ -380,6 +379,7 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
     with contextlib.ExitStack() as opened:  # what is refused here has changed nothing on disk
         opened.callback(rack.close)
+        check_connections(grants, rack)
         line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
         unix_listener = _listen("unix-socket", unix_path) if unix_path else None
         rack.begin()
@@ -451,12 +451,13 @@ async def _serve_one(options: Options) -> None:
         devices = _open_devices(options, namespace)
         for device in devices:
             opened.callback(device.close)
+        descriptors.check("connections", options.connections, sum(device.space.open_files for device in devices))
         line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
         unix_listener = _listen("unix-socket", unix_path) if unix_path else None
         shelf = _open_shelf(options, namespace, devices)
         opened.pop_all()
     registration = membership.Registration(options.etcd, namespace, name) if options.etcd else None
-    epoch = registration.epoch if registration else shelf.epoch
+    epoch = residency.new_epoch()
     announcer = Announcer(name, epoch, shelf.entries)
     shelf.tell(announcer)
     target = Target(
@@ -505,8 +506,6 @@ async def _serve_one(options: Options) -> None:
 
 def _open_devices(options: Options, namespace: str) -> list[Device]:
     """All directories and devices, locked and checked; they share the capacity. Nothing on disk is changed."""
-    _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))  # a directory keeps a file a segment open
     share = options.capacity // len(options.dir)
     with contextlib.ExitStack() as opened:
         devices = []

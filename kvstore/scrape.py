@@ -9,6 +9,7 @@ from collections import Counter
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
 from kvstore.errors import ConfigError
+from kvstore.net import transport
 
 CONNECTIONS_MAX = 32
 CONNECTIONS_OF_PEER_MAX = 8
@@ -24,7 +25,8 @@ class Scrapes:
 
     async def open(self, host: str, port: int) -> asyncio.Server:
         try:
-            return await asyncio.start_server(self._serve, host, port, limit=_HEAD_BYTES_MAX)
+            listener = transport.listen(transport.join_address(host, port))
+            return await asyncio.start_server(self._serve, sock=listener, limit=_HEAD_BYTES_MAX)
         except OSError as error:
             raise ConfigError("metrics-port", port, f"a free port ({error})") from None
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvstore import descriptors
 from kvstore.bus import messages, residency
 from kvstore.bus.messages import Bus, TargetReport
 from kvstore.bus.residency import Announcer
@@ -78,6 +79,7 @@ class Tenancy:
             try:
                 grants = await asyncio.to_thread(tenants.load, self._path)
                 self._rack.check(grants.quotas)
+                check_connections(grants, self._rack)
             except ConfigError as error:
                 logger.error("the namespaces stay as they are: %s", error)
                 return
@@ -119,7 +121,7 @@ class Tenancy:
         registration = None
         if settings.etcd:
             registration = await asyncio.to_thread(Registration, settings.etcd, tenant.name, settings.name)
-        epoch = registration.epoch if registration else shelf.epoch
+        epoch = residency.new_epoch()
         announcer = Announcer(settings.name, epoch, shelf.entries)
         shelf.tell(announcer)
         share = tenant.quota / settings.capacity_bytes
@@ -155,6 +157,12 @@ class Tenancy:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+def check_connections(grants: Grants, rack: Rack) -> None:
+    """Raises ConfigError if there are not descriptors enough."""
+    connections = sum(tenant.connections for tenant, _ in grants.values())
+    descriptors.check("namespaces: the sum of all connections", connections, rack.open_files)
 
 
 def _rights(tenant: Tenant) -> tuple[bool, bool]:

@@ -16,9 +16,11 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import msgspec
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -28,6 +30,8 @@ from benchmarks.store.results import MIB, SIDE_NAMES, Cell, Report, Result, tabl
 from benchmarks.store.rounds import Bench, Plan
 from benchmarks.store.servers import BenchmarkError
 from kvstore.errors import ConfigError, UnavailableError, run_command
+
+Reported = TypeVar("Reported")
 
 SIZES = "256KiB,2MiB,4MiB,16MiB"
 NO_DEVICE = {"tmpfs", "ramfs", "devtmpfs"}
@@ -197,16 +201,21 @@ def _leave(number: int, _frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def main() -> None:
-    signal.signal(signal.SIGTERM, _leave)  # so that what was started is stopped
-    options = parse()
+def command(measure: Callable[[], Reported], show: Callable[[Reported], str], json: Path | None) -> None:
+    """Measure, show the report, and write it to a file. On SIGTERM, too, what was started is stopped."""
+    signal.signal(signal.SIGTERM, _leave)
     try:
-        report = run(options, choose_folder(options.dir))
+        report = measure()
     except BenchmarkError as error:
         raise UnavailableError(str(error)) from None
     print(show(report))
-    if options.json:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    if json:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+
+
+def main() -> None:
+    options = parse()
+    command(lambda: run(options, choose_folder(options.dir)), show, options.json)
 
 
 if __name__ == "__main__":

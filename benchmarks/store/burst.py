@@ -16,7 +16,6 @@ bytes; writes of 4 MiB to a file of the same disk, four at a time, with O_DIRECT
 import argparse
 import random
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -29,13 +28,13 @@ import msgspec
 import numpy as np
 
 from benchmarks.store import servers
-from benchmarks.store.__main__ import _bytes, _leave, check_space, choose_folder, machine
+from benchmarks.store.__main__ import _bytes, check_space, choose_folder, command, machine
 from benchmarks.store.results import GB, MIB, Spread, paired, spread
 from benchmarks.store.servers import BenchmarkError, Client, Process, Target
 from kvstore.disk.buffers import aligned
 from kvstore.disk.files import Files
 from kvstore.disk.record import PAGE_BYTES
-from kvstore.errors import ConfigError, UnavailableError, run_command
+from kvstore.errors import ConfigError, run_command
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import StaticMembership
 from kvstore.net.wire import Status
@@ -292,17 +291,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, _leave)  # so that what was started is stopped
     options = parse()
     folder = choose_folder(options.dir)
     check_space(folder, 6 * options.hot + (1 << 30))
-    try:
-        report = measure(options, folder)
-    except BenchmarkError as error:
-        raise UnavailableError(str(error)) from None
-    print(show(report))
-    if options.json:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    command(lambda: measure(options, folder), show, options.json)
 
 
 if __name__ == "__main__":

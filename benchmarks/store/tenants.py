@@ -112,7 +112,7 @@ class Site:
         if mixed:  # the control: everybody is served from one shelf
             self.shelves = dict.fromkeys(quotas, next(iter(self.rack.shelves.values())))
         for name, shelf in self.shelves.items():
-            target = Target(shelf, name=address, epoch=shelf.epoch, namespace=name, buffer_bytes=_BUFFER_BYTES)
+            target = Target(shelf, name=address, epoch=1, namespace=name, buffer_bytes=_BUFFER_BYTES)
             self.lobby.admit(name, target, credentials[name])
         self.lobby.serve(listener)
         self.clients = {

@@ -141,7 +141,7 @@ class LiveSpeeds:
         last, _, older = self._targets.get(report.target, (None, 0.0, 0))
         if last is None and len(self._targets) >= TARGETS_MAX:
             return self._ignore("too many targets")
-        if last is not None and (report.epoch, report.ts_ms) < (last.epoch, last.ts_ms) and older < OLDER_MAX:
+        if last is not None and report.epoch == last.epoch and report.ts_ms < last.ts_ms and older < OLDER_MAX:
             self._targets[report.target] = last, self._targets[report.target][1], older + 1
             return self._ignore("older than the last")
         self._targets[report.target] = report, now, 0

@@ -38,7 +38,8 @@ _RECONNECT: dict[str, Any] = {
 
 class Residency(msgspec.Struct, array_like=True, frozen=True):
     """Chunks that became visible on a target or went, since the message before. Published on `residency.<target>`,
-    at least once a heartbeat; a gap in `seq` or a new `epoch` means that something was missed."""
+    at least once a heartbeat; a gap in `seq` or a new `epoch`, a random number of each start, means that something was
+    missed."""
 
     target: str
     epoch: int

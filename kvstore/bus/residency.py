@@ -1,8 +1,8 @@
 """Which chunks are where: a target announces it, a mirror keeps up with it.
 
-Announcements carry an epoch (one start of a target) and a sequence number. A mirror that missed one asks for a
-snapshot, page by page, and replays what was announced meanwhile. All of it is plain data; `follow` is the only part
-that talks to the bus.
+Announcements carry an epoch (a random number of one start of a target, compared for equality alone) and a sequence
+number. A mirror that missed one, or meets a new epoch, asks for a snapshot, page by page, and replays what was
+announced meanwhile. All of it is plain data; `follow` is the only part that talks to the bus.
 """
 
 import asyncio
@@ -11,10 +11,11 @@ import itertools
 import logging
 import mmap
 import random
+import secrets
 import threading
 import time
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -25,6 +26,7 @@ from nats.errors import Error as NatsError
 from kvstore.bus import messages
 from kvstore.bus.messages import Bus, Residency, SnapshotPage, SnapshotRequest
 from kvstore.disk.record import Entry
+from kvstore.rarely import Rarely
 from kvstore.text import NAME_CHARACTERS_MAX, is_plain, shown
 
 logger = logging.getLogger(__name__)
@@ -47,8 +49,11 @@ _PAGES_MAX = 4096  # of a snapshot: over 100 million chunks
 # second answer is waited for.
 RESYNC_SECONDS = 1.0
 _DOUBT_SECONDS = 5.0
-# So many messages in a row of an epoch before the one that is known: that one was wrong, not theirs.
+_COMPLAIN_SECONDS = 60.0
+FORMER = "former start"  # why a message is ignored
+# So many messages in a row of a former start of a target: the start that is known was wrong, not theirs.
 _OLDER_MAX = 5
+_FORMER_MAX = 16  # starts of a target that are remembered
 _SLOTS_MIN = 1024
 # Fuller, and a miss takes more than four looks; emptier, and an entry takes more memory.
 _LOAD_MAX = 0.75
@@ -393,7 +398,8 @@ class _View:
     epoch: int = -1
     seq: int = -1
     snapshot_seq: int = -1  # of the last snapshot
-    older: int = 0  # messages of an older epoch, in a row
+    former: deque[int] = field(default_factory=lambda: deque(maxlen=_FORMER_MAX))  # epochs that came before
+    older: int = 0  # messages of one of those, in a row
     heard: float = 0.0  # time.monotonic() of the last announcement
     complete: bool = False  # False until a snapshot has been taken in
     bit: int = 0  # the target's in every table; 0 until a snapshot has been taken in
@@ -428,6 +434,7 @@ class Mirror:
         self._entries = 0
         self.ignored: Counter[str] = Counter()
         self.resyncs = 0
+        self._complains = Rarely(_COMPLAIN_SECONDS)
 
     def apply(self, message: Residency, now: float) -> bool:
         """Take in an announcement; True if the target must be asked for a snapshot now."""
@@ -439,9 +446,8 @@ class Mirror:
         if view is None and len(self._views) >= _TARGETS_MAX:
             self.forget_silent(now, self._max_age_seconds)
         if reason := self._wrong(message, view):
-            # Not heard, either: a target whose epochs begin anew is forgotten, and then believed.
-            self.ignored[reason] += 1
-            if view is not None and reason == "old epoch":
+            self.ignored[reason] += 1  # and not heard, either
+            if view is not None and reason == FORMER:
                 view.older += 1
                 if view.older >= _OLDER_MAX:
                     self._clear(self._views.pop(message.target))
@@ -475,8 +481,8 @@ class Mirror:
             return "too many changes"
         if view is None and len(self._views) >= _TARGETS_MAX:
             return "too many targets"
-        if view is not None and message.epoch < view.epoch:
-            return "old epoch"
+        if view is not None and message.epoch in view.former:
+            return FORMER
         return None
 
     def apply_snapshot(self, pages: Sequence[SnapshotPage]) -> bool:
@@ -497,13 +503,18 @@ class Mirror:
         )
         if not sound:
             self.ignored["snapshot"] += 1
-        elif first.epoch < view.epoch:
-            self.ignored["old epoch"] += 1
+        elif first.epoch in view.former:
+            self.ignored[FORMER] += 1
         later = [message.seq for message in view.waiting if message.epoch == first.epoch and message.seq > first.seq]
         expected = range(first.seq + 1, first.seq + 1 + len(later))
-        if not sound or first.epoch < view.epoch or later != list(expected):
+        began_again = bool(view.waiting) and view.waiting[-1].epoch != first.epoch
+        if not sound or first.epoch in view.former or began_again or later != list(expected):
             view.forget_waiting()
             return False
+        if view.epoch not in (-1, first.epoch):
+            view.former.append(view.epoch)
+        view.waiting = [message for message in view.waiting if message.epoch == first.epoch]
+        view.waiting_hashes = sum(len(message.stored) + len(message.removed) for message in view.waiting)
         self._clear(view)
         view.bit = self._free_bit()
         view.epoch, view.seq, view.snapshot_seq = first.epoch, first.seq, first.seq
@@ -517,7 +528,7 @@ class Mirror:
                 number = message.epoch, message.seq
                 if number == (view.epoch, view.seq + 1):
                     yield from self._change(view, message)
-                elif number > (view.epoch, view.snapshot_seq):  # a gap, or a number used twice
+                elif message.epoch != view.epoch or message.seq > view.snapshot_seq:  # a gap, or a number used twice
                     view.forget_waiting()
                     return False
             view.complete = self._views.get(first.target) is view
@@ -573,6 +584,8 @@ class Mirror:
     def distrust(self, target: str) -> None:
         """A snapshot had two answers. What is known of the target is not used until there is a new one."""
         self.ignored["two snapshots"] += 1
+        if self._complains():
+            logger.warning("%s: two answer for it: two targets have that address, or somebody forges", shown(target))
         if view := self._views.get(target):
             view.complete = False
             view.forget_waiting()
@@ -667,6 +680,11 @@ async def _between_others(steps: Steps) -> bool:
         except StopIteration as end:
             return bool(end.value)
         await asyncio.sleep(0)
+
+
+def new_epoch() -> int:
+    """The number of a target's start."""
+    return secrets.randbits(63)
 
 
 def _u64s(numbers: list[int]) -> Hashes:

@@ -17,8 +17,16 @@ from pathlib import Path
 from kvstore.disk import record
 from kvstore.disk.buffers import aligned
 from kvstore.disk.files import Files
-from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES
-from kvstore.disk.space import Place, Space, Superblock, open_space, stored_segment_bytes
+from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Stamp
+from kvstore.disk.space import (
+    Place,
+    Space,
+    Superblock,
+    open_space,
+    say_foreign,
+    segment_file,
+    stored_segment_bytes,
+)
 from kvstore.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -78,6 +86,7 @@ class Device:
         self._lock = threading.Lock()
         self._generation = 0
         self._owners: dict[int, int] = {}  # slot -> store id, as found at the start
+        self._stores: set[int] = set()  # ids of all namespaces that were there at the start, or came then
         _check_size(capacity_bytes, self.segment_bytes)
         self.space: Space = open_space(path, capacity_bytes, self.segment_bytes, self.files)
         self.slots = self.space.slots
@@ -85,6 +94,7 @@ class Device:
         try:
             _check_slots(self.slots, capacity_bytes, self.segment_bytes)
             self._block = self._checked_block(namespaces)
+            self._stores = {self._block.store, *(self.store_id(name) for name in names(self._block))}
         except BaseException:
             self.space.close()
             raise
@@ -107,8 +117,21 @@ class Device:
             raise
 
     def delete_beyond(self) -> None:
-        """Delete segments of an earlier, larger capacity: once nothing can refuse this start any more."""
-        self.space.delete_beyond()
+        """Delete this store's segments of an earlier, larger capacity: once nothing can refuse this start any more."""
+        foreign = []
+        for slot in self.space.used_slots():
+            if slot >= self.slots and self._is_own(slot):
+                self.space.delete(slot)
+            elif slot >= self.slots:
+                foreign.append(segment_file(self.path, slot).name)
+        say_foreign(self.path, foreign)
+
+    def _is_own(self, slot: int) -> bool:
+        try:
+            with self.space.reading(slot) as place:
+                return bool(self._stamps(place, self._stores))
+        except OSError:
+            return False
 
     def add(self, namespace: str) -> None:
         """From now on there is this namespace, too; with a new epoch, also if it was there before."""
@@ -237,13 +260,9 @@ class Device:
 
         def look(slot: int) -> tuple[int, int] | None:
             try:
-                place = self.space.place(slot)
-                header = record.unpack_segment_header(self._page(place, 0))
-                last = self._page(place, self.segment_bytes // PAGE_BYTES - 1)
+                stamps = self._stamps(self.space.place(slot), stores)
             except OSError:
                 return None  # the log that looks for it will say so
-            trailer = record.unpack_trailer(last, self.segment_bytes)
-            stamps = [one.stamp for one in (header, trailer) if one is not None and one.stamp.store in stores]
             return max(((stamp.generation, stamp.store) for stamp in stamps), default=None)
 
         slots = [slot for slot in self.space.used_slots() if slot < self.slots]  # those beyond will be deleted
@@ -255,6 +274,13 @@ class Device:
                 self._owners[slot] = last[1]
         # What belongs to nobody is used first, so that a namespace that comes back may find its values.
         self._free = deque(sorted(self._free, key=lambda slot: (slot in self._owners, slot)))
+
+    def _stamps(self, place: Place, stores: Collection[int]) -> list[Stamp]:
+        """On a segment's header and trailer, if they are of one of these stores."""
+        header = record.unpack_segment_header(self._page(place, 0))
+        last = self._page(place, self.segment_bytes // PAGE_BYTES - 1)
+        trailer = record.unpack_trailer(last, self.segment_bytes)
+        return [one.stamp for one in (header, trailer) if one is not None and one.stamp.store in stores]
 
     def _left_behind(self) -> list[str]:
         """Names of whom something is there."""

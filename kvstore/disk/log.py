@@ -55,6 +55,8 @@ _TAIL_BYTES = 32 << 10  # of a segment: the footer of up to 595 entries
 _PROBES = 16  # records that are asked whether a footer is theirs
 # Evicted keys that are remembered: 100 bytes each.
 _GHOSTS_MAX = 100_000
+# How long a log that is closed waits for its device. A footer and the sync of two segments take a second of a disk.
+CLOSE_SECONDS = 10.0
 # A reader holds a place for one read of a device. Whoever waits longer for one is refused.
 _READERS_SECONDS = 10.0
 
@@ -381,8 +383,12 @@ class Log:
         """Write chunks; True for each that is stored now, by this call or before. Neighbours are written at once."""
         return self._append(values, rewrite=False)
 
-    def close(self) -> None:
-        """Wait for reads and writes under way, seal what is being written, and give the space back."""
+    def close(self) -> bool:
+        """Wait for reads and writes under way, seal what is being written, and give the space back. False if the device
+        does not answer (`close_all`)."""
+        return not close_all([self])
+
+    def _close(self) -> None:
         self._closed.set()
         with self._rolling:
             with self._changed:
@@ -390,13 +396,18 @@ class Log:
                 self._heads.clear()
                 for head in heads:
                     head.full = True
-                self._changed.wait_for(lambda: not any(segment.writers for segment in self._segments.values()))
+                self._changed.wait_for(lambda: not self._is_in_use())
             for head in heads:
                 if len(head):
                     self._seal(head)
             if not self._owns_device:
                 self._leave()
         self._close_files()
+
+    def _is_in_use(self) -> bool:
+        """Whether somebody writes, or reads what will be closed. With the lock held."""
+        segments = self._segments.values()
+        return any(segment.writers or (segment.readers and self._owns_device) for segment in segments)
 
     def _leave(self) -> None:
         """Let others have the slots; those that somebody still reads or writes, only after the next start."""
@@ -905,6 +916,21 @@ class Log:
         self._segments.clear()
         self._index.clear()
         self._dirty.clear()
+
+
+def close_all(logs: Iterable[Log]) -> list[Log]:
+    """Close logs side by side. Those whose devices have not answered after CLOSE_SECONDS are returned: their files stay
+    open until they do, or the process ends, and the next start scans their open segments."""
+    closing = [(log, threading.Thread(target=log._close, name="kvtier-close", daemon=True)) for log in logs]
+    for _, thread in closing:
+        thread.start()
+    deadline = time.monotonic() + CLOSE_SECONDS
+    for _, thread in closing:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    hung = [log for log, thread in closing if thread.is_alive()]
+    for path in dict.fromkeys(log.path for log in hung):
+        logger.error("%s: the device does not answer; not closed after %g s", path, CLOSE_SECONDS)
+    return hung
 
 
 def _runs(records: Iterable[_Record]) -> Iterator[list[_Record]]:

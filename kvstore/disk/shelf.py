@@ -9,7 +9,7 @@ import xxhash
 
 from kvstore.disk.device import SLOTS_FEWEST, Device
 from kvstore.disk.files import Files
-from kvstore.disk.log import Ledger, Log, LogStats
+from kvstore.disk.log import Ledger, Log, LogStats, close_all
 from kvstore.disk.record import Entry
 from kvstore.errors import ConfigError
 
@@ -19,11 +19,6 @@ class Shelf:
 
     def __init__(self, logs: Sequence[Log]):
         self.logs = logs
-
-    @property
-    def epoch(self) -> int:
-        """Grows with every start, also when a log is added or taken away."""
-        return sum(log.epoch for log in self.logs)
 
     @property
     def capacity_bytes(self) -> int:
@@ -87,9 +82,9 @@ class Shelf:
         for log in self.logs:
             log.delete_beyond()
 
-    def close(self) -> None:
-        for log in self.logs:
-            log.close()
+    def close(self) -> list[Log]:
+        """Those whose devices do not answer are returned (`close_all`)."""
+        return close_all(self.logs)
 
 
 class Rack:
@@ -115,6 +110,7 @@ class Rack:
         self._sync_seconds = sync_seconds
         self._quotas = dict(quotas)
         self._devices: list[Device] = []
+        self._hung: set[Path] = set()  # devices that a log could not close: it may still write there
         names, share = list(quotas), capacity_bytes // len(paths)
         try:
             for path in paths:
@@ -137,6 +133,11 @@ class Rack:
             self.close()
             raise
 
+    @property
+    def open_files(self) -> int:
+        """How many segments' files there may be."""
+        return sum(device.space.open_files for device in self._devices)
+
     def check(self, quotas: Mapping[str, int]) -> None:
         """Raises ConfigError if they do not fit the devices."""
         segment_bytes = max(device.segment_bytes for device in self._devices)
@@ -157,7 +158,7 @@ class Rack:
         had, and are written over when others need it."""
         self.check(quotas)
         for name in [name for name in self.shelves if name not in quotas]:
-            self.shelves.pop(name).close()
+            self._hung.update(log.path for log in self.shelves.pop(name).close())
         coming = [name for name in quotas if name not in self.shelves]
         for name in coming:
             for device in self._devices:
@@ -174,11 +175,12 @@ class Rack:
             device.delete_beyond()
 
     def close(self) -> None:
-        for shelf in self.shelves.values():
-            shelf.close()
+        hung = close_all(log for shelf in self.shelves.values() for log in shelf.logs)
+        self._hung.update(log.path for log in hung)
         self.shelves.clear()
         for device in self._devices:
-            device.close()
+            if device.path not in self._hung:
+                device.close()
         self._devices.clear()
 
     def _open(self, name: str, quota_bytes: int) -> Shelf:

@@ -13,7 +13,7 @@ import resource
 import secrets
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +73,12 @@ class Space(ABC):
 
     @abstractmethod
     def used_slots(self) -> list[int]:
-        """Slots that may hold a segment."""
+        """Slots that may hold a segment, also those beyond the capacity."""
+
+    @property
+    @abstractmethod
+    def open_files(self) -> int:
+        """How many there may be."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -90,8 +95,8 @@ class Space(ABC):
         """The slot's place, open for reading alone. Raises OSError."""
         yield self.place(slot)
 
-    def delete_beyond(self) -> None:  # noqa: B027
-        """Delete segments of an earlier, larger capacity."""
+    def delete(self, slot: int) -> None:  # noqa: B027
+        """Give the space of a slot beyond the capacity back."""
 
     def new_superblock(self, namespace: str) -> Superblock:
         return Superblock(record.VERSION, secrets.randbits(63), self.segment_bytes, 0, namespace)
@@ -161,25 +166,27 @@ class _DirectorySpace(Space):
 
     def place(self, slot: int) -> Place:
         if slot not in self._fds:
-            self._fds[slot] = self.files.open(_segment_file(self.path, slot), self.segment_bytes)
+            self._fds[slot] = self.files.open(segment_file(self.path, slot), self.segment_bytes)
         return Place(self._fds[slot], 0)
 
     @contextlib.contextmanager
     def reading(self, slot: int) -> Iterator[Place]:
-        fd = _open_read_only(_segment_file(self.path, slot))
+        fd = _open_read_only(segment_file(self.path, slot))
         try:
             yield Place(fd, 0)
         finally:
             os.close(fd)
 
-    def delete_beyond(self) -> None:
-        for slot in _slots(self.path):
-            if slot >= self.slots:
-                logger.info("%s is beyond the capacity now: deleted", _segment_file(self.path, slot))
-                _segment_file(self.path, slot).unlink()
+    def delete(self, slot: int) -> None:
+        logger.info("%s is beyond the capacity now: deleted", segment_file(self.path, slot))
+        segment_file(self.path, slot).unlink()
 
     def used_slots(self) -> list[int]:
         return _slots(self.path)
+
+    @property
+    def open_files(self) -> int:
+        return self.slots
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -205,7 +212,7 @@ class _DirectorySpace(Space):
 
     def _check_room(self, capacity_bytes: int) -> None:
         """A capacity that the file system does not have is refused now, not when the disk is full."""
-        held = sum(os.stat(_segment_file(self.path, slot)).st_blocks * 512 for slot in _slots(self.path))
+        held = sum(os.stat(segment_file(self.path, slot)).st_blocks * 512 for slot in _slots(self.path))
         disk = os.statvfs(self.path)
         free = disk.f_bavail * disk.f_frsize
         if self.slots * self.segment_bytes > held + free:
@@ -230,6 +237,10 @@ class _DeviceSpace(Space):
 
     def used_slots(self) -> list[int]:
         return list(range(self.slots))
+
+    @property
+    def open_files(self) -> int:
+        return 1
 
     def close(self) -> None:
         self.files.close(self._fd)
@@ -291,7 +302,7 @@ class StoppedStore:
         return list(range((size - _RESERVED_BYTES) // self.superblock.segment_bytes))
 
     def file(self, slot: int) -> Path:
-        return _segment_file(self.path, slot) if self._in_directory else self.path
+        return segment_file(self.path, slot) if self._in_directory else self.path
 
     def offset(self, slot: int) -> int:
         """Where in that file the segment begins."""
@@ -380,7 +391,7 @@ def _check_version(path: Path, block: Superblock) -> None:
         raise ConfigError("dir", path, f"a store of format {record.VERSION}, this one has {block.version}")
 
 
-def _segment_file(directory: Path, slot: int) -> Path:
+def segment_file(directory: Path, slot: int) -> Path:
     return directory / f"segment-{slot:06d}.kvt"
 
 
@@ -398,15 +409,19 @@ def _slots(directory: Path) -> list[int]:
     """The slots whose files are there."""
     found = (_SEGMENT_NAME.fullmatch(name) for name in os.listdir(directory))
     slots = sorted({int(match.group(1)) for match in found if match})
-    return [slot for slot in slots if _segment_file(directory, slot).is_file()]
+    return [slot for slot in slots if segment_file(directory, slot).is_file()]
+
+
+def say_foreign(directory: Path, names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
+        logger.warning("%s has files of others, left alone: %s%s", directory, ", ".join(names[:_NAMED_MAX]), more)
 
 
 def _say_foreign(directory: Path) -> None:
     """Name the files that are not a store's: nothing here reads, counts or deletes them."""
-    ours = {_segment_file(directory, slot).name for slot in _slots(directory)} | _OTHER_NAMES
-    if foreign := sorted(set(os.listdir(directory)) - ours):
-        more = f" and {len(foreign) - _NAMED_MAX} more" if len(foreign) > _NAMED_MAX else ""
-        logger.warning("%s has files of others, left alone: %s%s", directory, ", ".join(foreign[:_NAMED_MAX]), more)
+    ours = {segment_file(directory, slot).name for slot in _slots(directory)} | _OTHER_NAMES
+    say_foreign(directory, sorted(set(os.listdir(directory)) - ours))
 
 
 def _locked(space: Path, path: Path) -> int:

@@ -20,7 +20,7 @@ from kvstore.net.wire import Outcome
 # A prompt's chunks come within this time of each other. Later a chunk that follows a dropped one may be of use: its
 # worker may hold that one in DRAM, or compute it again.
 _DROPPED_SECONDS = 60.0
-_DROPPED_MAX = 100_000  # 150 bytes each
+_DROPPED_MAX = 100_000  # 260 bytes each
 # Beyond half of the heap so many of its entries may be of writes that wait no more.
 _STALE_MIN = 64
 
@@ -32,6 +32,16 @@ class Standing(NamedTuple):
     position: int = 0  # in its prompt, counted in chunks
     router_hash: int = 0  # 0: not known
     parent: int = 0  # router hash of the chunk before it; 0: none, or not known
+    fingerprint: int = 0  # of its engine's layout: chunks of two models with the same tokens have the same router hash
+
+    @property
+    def chunk(self) -> tuple[int, int]:
+        return self.fingerprint, self.router_hash
+
+    @property
+    def before(self) -> tuple[int, int]:
+        """The chunk before it in its prompt."""
+        return self.fingerprint, self.parent
 
     @property
     def rank(self) -> tuple[float, int]:
@@ -61,10 +71,10 @@ class Backlog:
         self.size_bytes = 0
         self._is_used = is_used
         self._writes: OrderedDict[bytes, Write] = OrderedDict()
-        self._of_hash: dict[int, Write] = {}
+        self._of_chunk: dict[tuple[int, int], Write] = {}
         self._ranks: list[tuple[tuple[float, int], int, Write]] = []  # a heap, with entries that wait no more
         self._count = 0
-        self._dropped: OrderedDict[int, float] = OrderedDict()  # router hash -> since when
+        self._dropped: OrderedDict[tuple[int, int], float] = OrderedDict()  # chunk -> since when
 
     def __len__(self) -> int:
         return len(self._writes)
@@ -74,8 +84,8 @@ class Backlog:
         self.size_bytes += write.size_bytes
         write.standing = self._within_prompt(write.standing)
         if write.standing.router_hash:
-            self._of_hash[write.standing.router_hash] = write
-            self._dropped.pop(write.standing.router_hash, None)
+            self._of_chunk[write.standing.chunk] = write
+            self._dropped.pop(write.standing.chunk, None)
         self._count += 1
         heapq.heappush(self._ranks, (write.standing.rank, -self._count, write))  # of equals the last goes first
         if len(self._ranks) > 2 * len(self._writes) + _STALE_MIN:
@@ -119,14 +129,14 @@ class Backlog:
         now = time.monotonic()
         for standing in standings:
             if standing.router_hash:
-                self._dropped[standing.router_hash] = now
-                self._dropped.move_to_end(standing.router_hash)
+                self._dropped[standing.chunk] = now
+                self._dropped.move_to_end(standing.chunk)
         while len(self._dropped) > _DROPPED_MAX:
             self._dropped.popitem(last=False)
 
     def is_orphan(self, standing: Standing) -> bool:
         """Whether the chunk before it was dropped."""
-        return time.monotonic() - self._dropped.get(standing.parent, -_DROPPED_SECONDS) < _DROPPED_SECONDS
+        return time.monotonic() - self._dropped.get(standing.before, -_DROPPED_SECONDS) < _DROPPED_SECONDS
 
     def clear(self) -> list[Write]:
         """All, off the line."""
@@ -135,15 +145,15 @@ class Backlog:
     def _take_off(self, write: Write) -> None:
         del self._writes[write.value.key]
         self.size_bytes -= write.size_bytes
-        if self._of_hash.get(write.standing.router_hash) is write:
-            del self._of_hash[write.standing.router_hash]
+        if self._of_chunk.get(write.standing.chunk) is write:
+            del self._of_chunk[write.standing.chunk]
 
     def _waits(self, write: Write) -> bool:
         return self._writes.get(write.value.key) is write
 
     def _within_prompt(self, standing: Standing) -> Standing:
         """The standing, not above that of the chunk before it."""
-        before = self._of_hash.get(standing.parent)
+        before = self._of_chunk.get(standing.before)
         if before is None:
             return standing
         benefit = min(standing.benefit, before.standing.benefit)
@@ -155,5 +165,5 @@ class Backlog:
             before: Write | None = write
             while before is not None and not before.kept:
                 before.kept = True
-                before = self._of_hash.get(before.standing.parent)
+                before = self._of_chunk.get(before.standing.before)
         return write.kept

@@ -28,6 +28,7 @@ from kvstore.net.membership import Membership, place
 from kvstore.net.tls import HANDSHAKE_SECONDS, ClientTls
 from kvstore.net.transport import Bytes, Cancelled, Stream
 from kvstore.net.wire import Control, Header, Op, Outcome, ProtocolError, PutItem
+from kvstore.rarely import Rarely
 from kvstore.seal import TRAILER_BYTES, Reason, Seal, SealKey
 from kvstore.text import shown
 
@@ -275,6 +276,10 @@ def _slices(indices: Sequence[int], sizes: Sequence[int], slices_max: int) -> It
 _FAILURES = (OSError, ProtocolError)  # TimeoutError and ConnectionError are OSErrors
 
 
+class _StaleError(Exception):
+    """The target closed a connection while it waited: to make room for others, or because it started again."""
+
+
 class _TargetLine:
     """The connections to one target, and whether it is worth trying."""
 
@@ -300,12 +305,17 @@ class _TargetLine:
         self._free: list[Stream] = []
         self._busy: dict[Stream, int] = {}  # and how many bytes each had received when it became busy
         self._received_bytes = 0  # on streams while they were busy
+        self._proven: set[Stream] = set()  # on which a request was answered
         self._room = threading.BoundedSemaphore(connections_max)
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # a connection is free, or gone
         self._requests = itertools.count(1)
         self._failures = 0
-        self._silent_seconds = 0.0  # waited for since the target last said something
-        self._retry_at = 0.0
+        self._answered_at = 0.0  # last
+        self._silent_seconds = 0.0  # waited for since then
+        self._retry_at = 0.0  # nothing is asked before
+        self._connect_at = 0.0  # no connection is opened before, while others work
+        self._complains = Rarely(BACKOFF_SECONDS[1])
         self.failure = ""  # the last one's reason
         self._closed = False
         self._value_bytes_max = wire.VALUE_BYTES_MAX
@@ -489,9 +499,18 @@ class _TargetLine:
             return Outcome.LATE
         if not self._room.acquire(timeout=max(0.0, deadline - now)):
             return Outcome.LATE
-        stream, heard_bytes, done, began = None, 0, False, time.monotonic()
         try:
-            stream = self._take(deadline)
+            return self._attempt(exchange, deadline)
+        except _StaleError:  # every request may be repeated: a second PUT finds its chunks stored
+            return self._attempt(exchange, deadline, again=True)
+        finally:
+            self._room.release()
+
+    def _attempt(self, exchange: Callable[[Stream, int], None], deadline: float, *, again: bool = False) -> Outcome:
+        """Raises _StaleError if the target had closed a connection that waited, unless this is done `again`."""
+        stream, waited, heard_bytes, done, began = None, False, 0, False, time.monotonic()
+        try:
+            stream, waited = self._take(deadline, fresh=again)
             heard_bytes = stream.received_bytes
             with self._abortable(stream):
                 exchange(stream, next(self._requests) & 0xFFFFFFFF)
@@ -501,32 +520,80 @@ class _TargetLine:
         except TimeoutError:
             if stream is None or stream.received_bytes == heard_bytes:
                 # A deadline may be a few milliseconds away: that says nothing of a target that is busy.
-                self._silent_seconds += time.monotonic() - began
+                self._silent_seconds += time.monotonic() - max(began, self._answered_at)
                 if self._silent_seconds >= SILENT_SECONDS:
-                    self._failed("not a byte before the deadline")
+                    self._leave_alone("not a byte before the deadline")
             return Outcome.LATE
         except _FAILURES as error:
+            if stream is not None and waited and not again and self._is_stale(stream, heard_bytes, error):
+                raise _StaleError from None
             self._failed(str(error) or type(error).__name__)
             return Outcome.UNREACHABLE
         finally:
             if done and stream is not None:
-                self._failures, self._silent_seconds = 0, 0.0
                 self._keep(stream)
             elif stream is not None:
-                stream.close()
-            self._room.release()
+                self._drop([stream])
         return Outcome.MISS
 
-    def _take(self, deadline: float) -> Stream:
-        """A connection that waited, if it still stands, or a new one: to the UNIX socket where the target is near."""
+    def _is_stale(self, stream: Stream, heard_bytes: int, error: Exception) -> bool:
+        """Whether the connection ended without a byte of the answer, by itself."""
+        return isinstance(error, ConnectionError) and stream.received_bytes == heard_bytes and not self._closed
+
+    def _take(self, deadline: float, *, fresh: bool) -> tuple[Stream, bool]:
+        """A connection, and whether it waited for this: one that still stands, unless a `fresh` one is asked for, or a
+        new one. While none can be opened and others work, the first of those that is free."""
+        while True:
+            stream = None if fresh else self._next_free()
+            if stream is not None:
+                return stream, True
+            fresh = False
+            if time.monotonic() >= self._connect_at or not self._works():
+                try:
+                    return self._connected(deadline), False
+                except TimeoutError:
+                    raise
+                except _FAILURES as error:
+                    if not self._works():
+                        raise
+                    self._connect_at = time.monotonic() + BACKOFF_SECONDS[0]
+                    self._failed(str(error) or type(error).__name__)
+            with self._changed:
+                until = min(deadline, self._connect_at)
+                self._changed.wait_for(lambda: self._free or not self._is_busy(), until - time.monotonic())
+            if time.monotonic() >= deadline:
+                raise Cancelled  # the target did not keep it waiting
+
+    def _next_free(self) -> Stream | None:
+        """A connection that waited and still stands."""
         while True:
             with self._lock:
                 stream = self._free.pop() if self._free else None
-            if stream is None:
-                break
-            if stream.is_idle():
+            if stream is None or stream.is_idle():
                 return stream
+            self._drop([stream])
+
+    def _drop(self, streams: Sequence[Stream]) -> None:
+        with self._lock:
+            self._proven.difference_update(streams)
+        for stream in streams:
             stream.close()
+
+    def _works(self) -> bool:
+        """Whether a connection stands on which the target answered."""
+        with self._lock:
+            ended = [stream for stream in self._free if not stream.is_idle()]
+            self._free = [stream for stream in self._free if stream not in ended]
+            works = bool(self._free) or self._is_busy()
+        self._drop(ended)
+        return works
+
+    def _is_busy(self) -> bool:
+        """Whether such a connection has a request under way. With the lock held."""
+        return not self._proven.isdisjoint(self._busy)
+
+    def _connected(self, deadline: float) -> Stream:
+        """A new connection: to the UNIX socket where the target is near."""
         if self._near:
             try:
                 return self._connect_near(self._near, deadline)
@@ -599,8 +666,9 @@ class _TargetLine:
         try:
             yield
         finally:
-            with self._lock:
+            with self._changed:
                 self._received_bytes += stream.received_bytes - self._busy.pop(stream)
+                self._changed.notify_all()
 
     def _greet(
         self, stream: Stream, hello: wire.Hello, deadline: float, over_tcp: wire.Welcome | None = None
@@ -626,23 +694,40 @@ class _TargetLine:
                 os.close(descriptor)
 
     def _keep(self, stream: Stream) -> None:
-        with self._lock:
+        """A request was answered on it."""
+        with self._changed:
+            self._failures, self._silent_seconds, self._retry_at = 0, 0.0, 0.0
+            self._answered_at = time.monotonic()
             if not self._closed:
+                self._proven.add(stream)
                 self._free.append(stream)
+                self._changed.notify_all()
                 return
         stream.close()
 
     def _failed(self, reason: str) -> None:
+        """One connection failed, or could not be opened. If none works, the target is left alone."""
+        if not self._works():
+            self._leave_alone(reason)
+            return
         with self._lock:
+            self.failure = reason
+            complains = self._complains()
+        if complains:
+            logger.warning("%s: %s; its other connections go on", shown(self._target), shown(reason))
+
+    def _leave_alone(self, reason: str) -> None:
+        with self._lock:
+            self.failure = reason
+            if time.monotonic() < self._retry_at:  # another request failed for the same reason
+                return
             free, self._free = self._free, []
             self._carrier_greeting, self._carrier_target = b"", None  # a target that is gone gets its memory back
             first, longest = BACKOFF_SECONDS
             pause = min(longest, first * 2**self._failures)
             self._failures += 1
             self._retry_at = time.monotonic() + pause
-            self.failure = reason
-        for stream in free:
-            stream.close()
+        self._drop(free)
         logger.warning("%s: %s; next try in %.1f s", shown(self._target), shown(reason), pause)
 
 

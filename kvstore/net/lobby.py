@@ -66,11 +66,12 @@ class Lobby(Acceptor):
             before.target.disconnect()
 
     def expel(self, namespace: str) -> None:
-        """Serve the namespace no more, and end its connections. Its shelf is the caller's to close."""
+        """Serve the namespace no more, and end its connections. What waits to be written is dropped: nobody can ask for
+        it, and the other namespaces' changes wait for this. Its shelf is the caller's to close."""
         with self._lock:
             member = self._members.pop(namespace)
         member.target.disconnect()
-        member.target.stop()
+        member.target.stop(flush_seconds=0.0)
 
     def stop(self) -> None:
         """Stop accepting, let every request under way finish, and close."""

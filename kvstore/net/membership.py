@@ -116,14 +116,14 @@ class ChildMembership:
 
 
 class Registration:
-    """A target's own lease. `epoch` is the etcd revision of its registration, so a later start has a higher one."""
+    """A target's own lease."""
 
     def __init__(self, servers: str, namespace: str, target: str):
         self._etcd = Etcd(servers)
         self._key = _prefix(namespace) + target
         self._target = target
         self._closed = threading.Event()
-        self._lease, self.epoch = self._etcd.call(self._register)
+        self._lease = self._etcd.call(self._register)
         self._thread = threading.Thread(target=self._keep, name="kvtier-lease", daemon=True)
         self._thread.start()
 
@@ -135,11 +135,11 @@ class Registration:
             self._etcd.call(lambda client: client.revoke_lease(self._lease))
         self._etcd.close()
 
-    def _register(self, client: Any) -> tuple[int, int]:
-        """The lease's number, and the revision."""
+    def _register(self, client: Any) -> int:
+        """The lease's number."""
         lease = client.lease(LEASE_SECONDS)
-        answer = client.put(self._key, self._target, lease=lease)
-        return int(lease.id), int(answer.header.revision)
+        client.put(self._key, self._target, lease=lease)
+        return int(lease.id)
 
     def _keep(self) -> None:
         complains = Rarely(COMPLAIN_SECONDS)
@@ -147,7 +147,7 @@ class Registration:
             try:
                 (answer,) = self._etcd.call(lambda client: list(client.refresh_lease(self._lease)))
                 if answer.TTL <= 0:
-                    self._lease, _ = self._etcd.call(self._register)
+                    self._lease = self._etcd.call(self._register)
             except UnavailableError as error:
                 if complains():
                     logger.warning("the lease of %s may run out: %s", self._target, error)

@@ -138,9 +138,9 @@ class Target(Acceptor):
             registry=self.registry,
         )
 
-    def stop(self, drain_seconds: float = 5.0) -> None:
+    def stop(self, drain_seconds: float = 5.0, flush_seconds: float | None = None) -> None:
         """Stop accepting, let every request under way finish, write what waits, and close. The shelf is the caller's to
-        close."""
+        close. `flush_seconds` may be less than the target's own."""
         self.stop_accepting()
         with self._lock:
             connections = dict(self._connections)
@@ -150,7 +150,7 @@ class Target(Acceptor):
         for connection, thread in connections.items():
             thread.join(max(0.0, deadline - time.monotonic()))
             connection.abort()
-        flushed_by = time.monotonic() + self._flush_seconds
+        flushed_by = time.monotonic() + (self._flush_seconds if flush_seconds is None else flush_seconds)
         for writes in self._writes.values():
             writes.stop(flushed_by)
         for reads in self._reads.values():
@@ -178,13 +178,12 @@ class Target(Acceptor):
         if len(staying) < self.connections_max:
             return True
         idle_until = time.monotonic() - IDLE_SECONDS
-        idle = [connection for connection in staying if connection.is_idle and connection.idle_since < idle_until]
-        if not idle:
-            return False
-        longest = min(idle, key=lambda connection: connection.idle_since)
-        longest.leaving = True
-        longest.drain()
-        return True
+        idle = [connection for connection in staying if connection.idle_since < idle_until]
+        idle.sort(key=lambda connection: connection.idle_since)
+        leaving = next((connection for connection in idle if connection.make_room()), None)
+        if leaving is not None:
+            leaving.drain()
+        return leaving is not None
 
     def _turn_away(self, stream: Stream) -> None:
         """Say why, and close."""
@@ -236,7 +235,7 @@ class Target(Acceptor):
         stream = connection.incoming
         try:
             connection.reader.client = greet() if greet else self._greet(connection)
-            while not (self._stopping or connection.leaving) and connection.wait_for_frame():
+            while (connection.lends or not (self._stopping or connection.leaving)) and connection.wait_for_frame():
                 deadline = time.monotonic() + STALL_SECONDS
                 header = stream.receive_header(deadline)
                 self._answer(connection, header, stream.receive_control(header, deadline))
@@ -447,12 +446,12 @@ class Target(Acceptor):
         want, outcome, buffer, crc = answer
         if buffer is None:
             return _Message([wire.encode(Header(Op.VALUE, request, outcome, want.number, crc))])
-        if connection.lender is None:
-            header = Header(Op.VALUE, request, outcome, want.number, crc, data_bytes=buffer.length)
-            return _Message([wire.encode(header), buffer.payload], buffer)
-        place = wire.Placed(connection.lender.place(buffer))
-        connection.lend(request, want.number, buffer)
-        return _Message([wire.encode(Header(Op.PLACED, request, outcome, want.number, crc), place)])
+        if connection.lender is not None:
+            place = wire.Placed(connection.lender.place(buffer))
+            if connection.lend(request, want.number, buffer):
+                return _Message([wire.encode(Header(Op.PLACED, request, outcome, want.number, crc), place)])
+        header = Header(Op.VALUE, request, outcome, want.number, crc, data_bytes=buffer.length)
+        return _Message([wire.encode(header), buffer.payload], buffer)
 
     # ---- put
 
@@ -486,7 +485,7 @@ class Target(Acceptor):
         joined = item.key not in log and writes.join(item.key, done)
         returned = log.was_evicted(item.key)
         benefit = max(item.saved_us, 1) / item.length * (_RETURNED if returned else 1.0)
-        standing = Standing(benefit, item.position, item.router_hash, item.parent)
+        standing = Standing(benefit, item.position, item.router_hash, item.parent, item.fingerprint)
         wanted = not joined and item.key not in log and item.length <= log.value_bytes_max
         if wanted and returned:
             self._returned.inc()
@@ -584,7 +583,7 @@ class _Connection:
         self._took_at = 0.0  # when it last did, or could begin to
         self._outgoing = stream.twin()
         self.idle_since = time.monotonic()  # endless while a request is being taken in
-        self.leaving = False  # its place is another's
+        self.leaving = False  # no place is counted for it
         self.may_list = False
         self._pool = pool
         self._made_room = made_room
@@ -605,9 +604,8 @@ class _Connection:
         return begun
 
     @property
-    def is_idle(self) -> bool:
-        """Whether nothing is owed to its client, and nothing lent."""
-        return not self._owed and not self._lent
+    def lends(self) -> bool:
+        return bool(self._lent)
 
     def owe(self, answers: int) -> None:
         """Promise so many messages. Waits while too many are owed already; raises TimeoutError if the client does not
@@ -636,15 +634,19 @@ class _Connection:
                 return
         self._sent(messages)
 
-    def lend(self, request: int, number: int, buffer: Buffer) -> None:
-        """Keep a buffer until the client has taken its content, or is gone."""
+    def lend(self, request: int, number: int, buffer: Buffer) -> bool:
+        """Keep a buffer until the client has taken its content, or is gone. False if the connection is leaving: nobody
+        would hear that it was taken."""
         with self._changed:
+            if self.leaving:
+                return False
             if not self._closed and (request, number) not in self._lent:
                 if not self._lent:
                     self._took_at = time.monotonic()
                 self._lent[request, number] = buffer
-                return
+                return True
         self._returned([buffer])
+        return True
 
     def taken(self, request: int, number: int) -> None:
         with self._changed:
@@ -658,9 +660,20 @@ class _Connection:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self._owed, seconds)
 
+    def make_room(self) -> bool:
+        """From another thread: leave, unless something is owed to the client or lent; `drain` must follow."""
+        with self._changed:
+            if self._owed or self._lent:
+                return False
+            self.leaving = True
+            return True
+
     def drain(self) -> None:
-        """From another thread: take no more requests in."""
-        self.incoming.stop_receiving()
+        """From another thread: take no more requests in, once everything lent was taken."""
+        with self._changed:
+            self.leaving = True
+            if not self._lent:
+                self.incoming.stop_receiving()
 
     def abort(self) -> None:
         """From another thread: end at once."""

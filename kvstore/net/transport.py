@@ -260,13 +260,15 @@ def _look_up(host: str, port: int, lookup: "Future[Resolved]") -> None:
 
 
 def listen(address: str) -> socket.socket:
-    """A listening socket on `host:port` or on a UNIX socket path, which is replaced if nobody listens there."""
+    """A listening socket on `host:port` or on a UNIX socket path, which is replaced if nobody listens there. On
+    `[::]:port` it takes IPv4, too, whatever the system's default is."""
     if "/" in address:
         return _listen_unix(address)
     host, port = split_address(address)
     families = {found[0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)}
     family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
-    return socket.create_server((host, port), family=family, backlog=128)
+    both = family == socket.AF_INET6 and is_wildcard(host) and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
 
 
 def _listen_unix(path: str) -> socket.socket:

@@ -135,13 +135,18 @@ class Taken(msgspec.Struct, array_like=True, frozen=True):
     number: U16
 
 
-class PutItem(msgspec.Struct, array_like=True, frozen=True):
+class Chunk(msgspec.Struct, array_like=True, frozen=True):
+    """What `PutItem` and `Listing` begin with."""
+
     key: Key
     length: ValueBytes
     crc: U32
     router_hash: U64
     fingerprint: U64
     blocks_per_chunk: U16
+
+
+class PutItem(Chunk, array_like=True, frozen=True):
     saved_us: U32 = 0  # GPU time that a hit saves; when more comes than can be written, what saves least is shed
     key_version: KeyVersion = 1  # how the key was made (keys.py); clients to release 0.2 do not say
     # Of a prompt the end is dropped first. Clients to release 0.2 do not say.
@@ -166,15 +171,9 @@ class List(msgspec.Struct, array_like=True, frozen=True):
     cursor: Cursor = (0, 0, 0)
 
 
-class Listing(msgspec.Struct, array_like=True, frozen=True):
+class Listing(Chunk, array_like=True, frozen=True):
     """What a target knows of a chunk, as `PutItem` told it."""
 
-    key: Key
-    length: ValueBytes
-    crc: U32
-    router_hash: U64
-    fingerprint: U64
-    blocks_per_chunk: U16
     key_version: KeyVersion
 
 

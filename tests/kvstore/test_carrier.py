@@ -6,6 +6,7 @@ import mmap
 import os
 import tempfile
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -195,6 +196,38 @@ def test_a_file_that_could_be_cut_short_is_not_mapped() -> None:
         file.truncate(MIB)
         with pytest.raises(ConnectionError):
             borrower(MEMORY).connect(b"", file.fileno())
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_a_connection_that_leaves_takes_no_memory_from_its_client(start_target, carrier: str, lent: bool) -> None:
+    """It makes room, or its target stops, as an answer is made, or while the client fetches one."""
+    target = start_target(unix=True, carrier=carrier, buffer_bytes=64 * MIB)
+    store = client(target, carrier)
+    store.put([item(1)], soon())
+    eventually(lambda: len(target.target._connections) == 1)
+    (connection,) = target.target._connections
+    place, fetch = target.target._lender.place, store._carrier.fetch
+
+    def leaves(*arguments: object) -> bytes:
+        connection.drain()
+        return place(*arguments)
+
+    def fetches(*arguments: object) -> None:
+        connection.drain()
+        time.sleep(0.2)
+        assert connection.lends
+        fetch(*arguments)
+
+    if lent:
+        store._carrier.fetch = fetches
+    else:
+        target.target._lender.place = leaves
+    into = rooms(1)
+    assert store.get([key(1)], into, soon(20)) == [Outcome.HIT]
+    assert bytes(into[0]) == payload(1)
+    eventually(lambda: connection not in target.target._connections)
+    assert target.target.pool.is_idle
+    store.close()
 
 
 def test_a_carrier_that_is_not_known_is_refused() -> None:

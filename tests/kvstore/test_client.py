@@ -200,6 +200,71 @@ def test_a_silent_target_is_late_and_then_left_alone() -> None:
     client.close()
 
 
+def test_a_refused_connection_leaves_those_that_work(start_target) -> None:
+    target = start_target(connections_max=1)
+    client = target.client(connections_per_target=2)
+    assert client.put([item(100)], soon()) == [Outcome.STORED]
+    assert set(client.put([item(n, MIB) for n in range(20)], soon())) == {Outcome.STORED}
+    assert "all 1 connections of this target are in use" in client.failure(target.address)
+    assert set(client.get([key(n) for n in range(20)], rooms(20, MIB), soon())) == {Outcome.HIT}
+    client.close()
+
+
+def hangs_up_on_key_2(stream: Stream, header: Header, control: bytes) -> None:
+    if wire.decode_control(control, wire.Get).keys == [key(2)]:
+        stream.abort()
+    else:
+        stream.send(value(header, payload(1)), soon())
+
+
+def test_a_lost_connection_leaves_those_that_work() -> None:
+    both = threading.Barrier(2)
+
+    def answer(stream: Stream, header: Header, control: bytes) -> None:
+        if not both.broken:
+            both.wait(20)
+        hangs_up_on_key_2(stream, header, control)
+
+    impostor = Impostor(answer)
+    client = impostor.client()
+    first = threading.Thread(target=client.get, args=([key(1)], rooms(1), soon()))
+    first.start()
+    assert client.get([key(1)], rooms(1), soon()) == [Outcome.HIT]
+    first.join()
+    both.abort()
+    assert client.get([key(2)], rooms(1), soon()) == [Outcome.UNREACHABLE]
+    (left,) = client._line(impostor.address)._free
+    assert client.get([key(1)], rooms(1), soon()) == [Outcome.HIT]
+    assert client._line(impostor.address)._free == [left]
+    assert client.get([key(2)], rooms(1), soon()) == [Outcome.UNREACHABLE]
+    assert client.get([key(1)], rooms(1), soon()) == [Outcome.UNREACHABLE]  # none works: it is left alone
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("ask", "answer"),
+    [
+        (lambda client: client.get([key(1)], rooms(1), soon()), [Outcome.HIT]),
+        (lambda client: client.put([item(1)], soon()), [Outcome.STORED]),
+        (lambda client: client.exists([key(1)], soon()), [Outcome.HIT]),
+    ],
+    ids=["get", "put", "exists"],
+)
+def test_a_request_on_a_connection_that_the_target_closes_is_made_again(
+    start_target, monkeypatch: pytest.MonkeyPatch, ask: Callable[[StoreClient], list[Outcome]], answer: list[Outcome]
+) -> None:
+    """It was idle, and makes room for another client's in the moment in which it is taken."""
+    target = start_target()
+    client = target.client()
+    client.put([item(1)], soon())
+    monkeypatch.setattr(Stream, "is_idle", lambda stream: True)
+    target.target.disconnect()
+    eventually(lambda: not target.target._connections)
+    assert ask(client) == answer
+    assert client.failure(target.address) == ""
+    client.close()
+
+
 def test_what_came_before_the_deadline_is_kept() -> None:
     def half(stream: Stream, header: Header, _: bytes) -> None:
         stream.send(value(header, payload(0)), soon())
@@ -311,7 +376,7 @@ def test_an_expired_request_costs_no_read(start_target) -> None:
     target = start_target()
     client = target.client()
     client.put([item(n) for n in range(3)], soon())
-    stream = client._line(target.address)._take(soon())
+    stream = client._line(target.address)._connected(soon())
     ask = wire.Get([key(n) for n in range(3)], [LENGTH] * 3, 0)
     stream.send([wire.encode(Header(Op.GET, 1), ask)], soon())
     for _ in range(3):

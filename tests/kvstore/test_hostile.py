@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from benchmarks.store.wire_fuzz import Frames, SocketFuzz, parse
+from kvstore.disk import log as log_module
 from kvstore.disk.buffers import Arena, Buffer, BufferPool
 from kvstore.disk.files import Files
 from kvstore.disk.log import Log, Value
 from kvstore.disk.record import PAGE_BYTES, record_bytes
+from kvstore.disk.shelf import Rack
 from kvstore.net import queues, target, transport, wire
 from kvstore.net.backlog import Standing, Write
 from kvstore.net.queues import Answer, Read, Reader, ReadQueue, Want, WriteQueue
@@ -449,6 +451,25 @@ def test_what_has_no_payload_overtakes_those_that_do(start_target, monkeypatch: 
         order.append(header.op)
     assert order.index(Op.STATUS) < 40
     stream.close()
+
+
+def test_a_device_that_hangs_is_named_and_does_not_hold_up_the_stop(
+    start_target, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log_module, "CLOSE_SECONDS", 0.2)
+    running = start_target(files=gate, flush_seconds=0.1)
+    fill(running, 1)
+    (tmp_path / "shared").mkdir()
+    rack = Rack([tmp_path / "shared"], 64 * MIB, {"a": 16 * MIB, "b": 16 * MIB}, segment_bytes=4 * MIB, files=gate)
+    rack.begin()
+    assert all(append(shelf.logs[0], 1) for shelf in rack.shelves.values())
+    gate.shut_writes()
+    began = time.monotonic()
+    running.stop()
+    rack.close()
+    assert time.monotonic() - began < 5
+    hung = [line for line in caplog.messages if "the device does not answer; not closed after 0.2 s" in line]
+    assert [line.partition(":")[0] for line in hung] == [str(running.log.path), str(tmp_path / "shared")]
 
 
 # ---- reads

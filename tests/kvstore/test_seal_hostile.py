@@ -39,7 +39,6 @@ def test_of_an_adversary_on_the_bus_and_in_etcd_nothing_stays(seed: int) -> None
         "not a speed",
         "worker id",
         "too many changes",
-        "old epoch",
         "number used twice",
         "two snapshots",
     }

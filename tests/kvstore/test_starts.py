@@ -1,6 +1,7 @@
 """What a start may change and what it must leave alone: a start that is refused has changed nothing."""
 
 import hashlib
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -61,6 +62,8 @@ def taken() -> Iterator[int]:
         (["--capacity", "16MiB", "--nats", "nats://127.0.0.1:TAKEN/x y"], "nats"),
         (["--capacity", "16MiB", "--namespace", "another"], "namespace"),
         (["--capacity", "16MiB", "--hot", "900TiB"], "hot"),
+        (["--capacity", "16MiB", "--connections", "2000000000"], "connections: .* expected at most .* open files"),
+        (["--capacity", "16MiB", "--namespaces", "MANY"], "sum of all connections: '2000000000' given"),
         (["--capacity", "16MiB", "--unix-socket", "/nowhere/target.sock"], "unix-socket"),
         (["--capacity", "16MiB", "--namespaces", "NAMES", "--unix-socket", "/nowhere/target.sock"], "unix-socket"),
     ],
@@ -73,7 +76,10 @@ def test_a_refused_start_changes_nothing(folder: Path, taken: int, arguments: li
     credential.write_text("0123456789abcdef0123456789abcdef")
     credential.chmod(0o600)
     names.write_text(f"namespaces: [{{name: default, quota: 8MiB, credential-file: {credential}}}]")
-    given = [one.replace("TAKEN", str(taken)).replace("NAMES", str(names)) for one in arguments]
+    many = folder.parent / "many.yaml"
+    many.write_text(names.read_text().replace("quota:", "connections: 2000000000, quota:"))
+    replaced = {"TAKEN": str(taken), "NAMES": str(names), "MANY": str(many)}
+    given = [re.sub("[A-Z]{4,}", lambda word: replaced[word[0]], one) for one in arguments]
     with pytest.raises((ConfigError, UnavailableError), match=expected):
         main([*options, *given])
     assert content(folder) == before
@@ -124,17 +130,26 @@ def test_a_device_keeps_its_segment_size(tmp_path: Path) -> None:
     device.close()
 
 
-def test_files_of_others_are_left_alone_and_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_of_others_are_left_alone_and_named(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names = ["segment-old.kvt", "segment-1.kvt", "segment-0000700.kvt", "segment-0000001.kvt", "notes.txt"]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    other = Log(foreign, 16 * MIB, segment_bytes=4 * MIB)
+    append(other, 1)
+    other.close()
+    shutil.copy(foreign / "segment-000000.kvt", folder / "segment-000700.kvt")
     for name in names:
         (folder / name).write_text("mine")
     log = Log(folder, 16 * MIB)
     log.delete_beyond()
-    assert log._device.space.used_slots() == [0, 1, 2, 3]
+    assert log._device.space.used_slots() == [0, 1, 2, 3, 700]
     log.close()
     assert all((folder / name).read_text() == "mine" for name in names)
-    (line,) = [one for one in caplog.messages if "left alone" in one]
+    line, beyond = [one for one in caplog.messages if "left alone" in one]
     assert all(name in line for name in names)
+    assert beyond.endswith("left alone: segment-000700.kvt")
     assert not (folder / "segment-000019.kvt").exists()
 
 

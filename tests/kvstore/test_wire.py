@@ -193,3 +193,10 @@ def test_a_listener_takes_ipv6_and_names() -> None:
         with transport.listen(address) as listener:
             port = listener.getsockname()[1]
             transport.connected(transport.join_address(transport.split_address(address)[0], port), soon()).close()
+
+
+def test_the_wildcard_of_ipv6_is_reached_over_both() -> None:
+    with transport.listen("[::]:0") as listener:
+        for host in ("127.0.0.1", "::1"):
+            address = transport.join_address(host, listener.getsockname()[1])
+            transport.connect(address, soon()).close()

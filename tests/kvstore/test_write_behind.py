@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.__main__ import parse
+from kvstore.credentials import Credential
 from kvstore.disk.buffers import BufferPool, aligned
 from kvstore.disk.log import Log, Value
 from kvstore.disk.record import Entry, record_bytes
 from kvstore.errors import ConfigError
 from kvstore.net.backlog import Backlog, Standing, Write
 from kvstore.net.client import Item
+from kvstore.net.lobby import Lobby
 from kvstore.net.queues import WriteQueue
 from kvstore.net.wire import Outcome
 from tests.conftest import MIB, RunningTarget, eventually, key, payload, soon
@@ -226,6 +228,18 @@ def test_a_stop_writes_what_is_dirty_within_its_bound(
     log.close()
 
 
+def test_a_namespace_that_leaves_holds_up_no_reload(running: RunningTarget, files: Broken) -> None:
+    running.target._flush_seconds = 60.0
+    lobby = Lobby()
+    lobby.admit("leaves", running.target, Credential.random())
+    files.shut_writes()
+    put(running, *map(item, range(50)))
+    begun = time.monotonic()
+    lobby.expel("leaves")
+    assert time.monotonic() - begun < 5
+    assert running.target.status().dropped["stopped"]
+
+
 def test_a_dirty_value_survives_any_number_of_reads_and_never_another_value() -> None:
     pool = BufferPool(8 * RECORD, keeps_values=True)
     eventually(lambda: pool.available_bytes == 8 * RECORD and pool.take_all([LENGTH], 0.0)[0] is not None)
@@ -292,6 +306,19 @@ def test_no_prompt_has_a_hole(
     for prompt in range(5):
         positions = sorted(position for owner, position in kept if owner == prompt)
         assert positions == list(range(len(positions)))
+
+
+def test_models_with_the_same_tokens_leave_each_others_prompts_alone() -> None:
+    """Their chunks have the same router hashes."""
+    backlog = Backlog(lambda name: False)
+    first = Standing(1.0, 0, 1, 0, fingerprint=7)
+    after, other = (Standing(5.0, 1, 2, 1, fingerprint) for fingerprint in (7, 8))
+    backlog.note_dropped([first])
+    assert (backlog.is_orphan(after), backlog.is_orphan(other)) == (True, False)
+    for standing in (first, after, other):
+        buffer = aligned(100)
+        backlog.add(Write(Value(key(len(backlog)), buffer, 0, 1, 7, 2), standing, []))
+    assert [write.standing.benefit for write in backlog.clear()] == [1.0, 1.0, 5.0]
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_a_target_is_believed_while_it_speaks() -> None:
     assert live.of_target("t:1", 100.1 + TARGET_SECONDS) is None
     assert not live.heard_target(target(4), 101.0)  # replayed
     assert live.heard_target(target(1, epoch=2), 101.0)
-    assert not live.heard_target(target(9, epoch=1), 102.0)
+    assert not live.heard_target(target(0, epoch=2), 102.0)
     assert not live.heard_target(target(9, epoch=2, device_bytes_per_second=math.nan), 102.0)
     assert not live.heard_target(target(9, epoch=2, waiting_read_bytes=-1), 102.0)
     assert live.ignored == {"older than the last": 2, "not a speed": 1, "not a size": 1}
