@@ -441,7 +441,7 @@ class Mirror:
         if reason := self._wrong(message, view):
             # Not heard, either: a target whose epochs begin anew is forgotten, and then believed.
             self.ignored[reason] += 1
-            if view is not None and reason == "old epoch":
+            if view is not None and reason == "stale_epoch":
                 view.older += 1
                 if view.older >= _OLDER_MAX:
                     self._clear(self._views.pop(message.target))
@@ -455,7 +455,7 @@ class Mirror:
         if view.complete and message.epoch == view.epoch and message.seq <= view.seq:
             if message.seq <= view.snapshot_seq:
                 return False  # the snapshot has it
-            self.ignored["number used twice"] += 1  # by somebody else, and only a snapshot tells what is so
+            self.ignored["duplicate_number"] += 1  # by somebody else, and only a snapshot tells what is so
         begin = not view.joining and (view.complete or not view.waiting)
         if begin or len(view.waiting) >= self._waiting_max or view.waiting_hashes >= WAITING_HASHES:
             view.forget_waiting()
@@ -468,15 +468,15 @@ class Mirror:
         """Why the message cannot be right, or None. Its hashes are looked at when they are taken in."""
         numbers = message.epoch, message.seq, message.fingerprint, message.blocks_per_chunk
         if not all(0 <= number <= _U64 for number in numbers):
-            return "number out of range"
+            return "number_out_of_range"
         if not is_plain(message.target, NAME_CHARACTERS_MAX):
-            return "name"
+            return "invalid_name"
         if len(message.stored) + len(message.removed) > _CHANGES_MAX:
-            return "too many changes"
+            return "too_many_changes"
         if view is None and len(self._views) >= _TARGETS_MAX:
-            return "too many targets"
+            return "too_many_targets"
         if view is not None and message.epoch < view.epoch:
-            return "old epoch"
+            return "stale_epoch"
         return None
 
     def apply_snapshot(self, pages: Sequence[SnapshotPage]) -> bool:
@@ -496,9 +496,9 @@ class Mirror:
             for page in pages
         )
         if not sound:
-            self.ignored["snapshot"] += 1
+            self.ignored["invalid_snapshot"] += 1
         elif first.epoch < view.epoch:
-            self.ignored["old epoch"] += 1
+            self.ignored["stale_epoch"] += 1
         later = [message.seq for message in view.waiting if message.epoch == first.epoch and message.seq > first.seq]
         expected = range(first.seq + 1, first.seq + 1 + len(later))
         if not sound or first.epoch < view.epoch or later != list(expected):
@@ -572,7 +572,7 @@ class Mirror:
 
     def distrust(self, target: str) -> None:
         """A snapshot had two answers. What is known of the target is not used until there is a new one."""
-        self.ignored["two snapshots"] += 1
+        self.ignored["conflicting_snapshots"] += 1
         if view := self._views.get(target):
             view.complete = False
             view.forget_waiting()
@@ -604,7 +604,7 @@ class Mirror:
     def _table(self, fingerprint: int) -> _Table | None:
         if fingerprint not in self._tables:
             if len(self._tables) >= _LAYOUTS_MAX:
-                self.ignored["too many layouts"] += 1
+                self.ignored["too_many_layouts"] += 1
                 return None
             self._tables[fingerprint] = _Table()
         return self._tables[fingerprint]
@@ -613,7 +613,7 @@ class Mirror:
         try:
             removed, stored = _u64s(message.removed), _u64s(message.stored)
         except (OverflowError, TypeError):
-            self.ignored["hash out of range"] += 1
+            self.ignored["hash_out_of_range"] += 1
             return  # and the next message finds a gap
         view.seq = message.seq
         for part in _parts(removed):
@@ -639,7 +639,7 @@ class Mirror:
         room = max(0, self._max_entries - self._entries)
         if len(hashes) > room:
             hashes = hashes[(table.masks(hashes) & np.uint64(view.bit)) == 0]  # what is there needs no room
-            self.ignored["no room"] += max(0, len(hashes) - room)
+            self.ignored["mirror_full"] += max(0, len(hashes) - room)
             hashes = hashes[:room]
         new = table.add(hashes, view.bit)
         view.resident[fingerprint] += new

@@ -475,7 +475,7 @@ def test_a_target_takes_new_certificates_under_traffic(tmp_path: Path, made: Cer
     assert outcomes == {Outcome.HIT}
     assert len(kept._free) == 1
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as answer:
-        assert "kvtier_target_certificate_end_seconds 1." in answer.read().decode()
+        assert "kvtier_target_certificate_expiry_timestamp_seconds 1." in answer.read().decode()
     for client in clients:
         client.close()
     said = process.end(signal.SIGTERM)
