@@ -27,7 +27,7 @@ LENGTH = 100_000
 SLOTS = 12  # enough for eviction to write values again
 STORE = 0x0123456789ABCDEF
 
-# ---- the format of release 0.2, written out: nothing below is taken from kvstore.disk
+# ---- the format of release 0.1, written out: nothing below is taken from kvstore.disk
 
 OLD_SEGMENT = struct.Struct("<8sHHIQQQ")
 OLD_RECORD = struct.Struct("<8sHxxIQQQ")
@@ -334,7 +334,7 @@ def test_verify_tells_key_versions(old_store: Path, capsys: pytest.CaptureFixtur
 def test_a_footer_that_release_02_wrote_for_new_records_is_sound(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As after going back to release 0.2 and forth: what it scanned it sealed without key versions."""
+    """As after going back before release 0.2 and forth: what it scanned it sealed without key versions."""
     log = Log(tmp_path, 4 * SEGMENT, segment_bytes=SEGMENT)
     assert append(log, 1)
     (head,) = log._heads.values()
