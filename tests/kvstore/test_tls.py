@@ -537,7 +537,7 @@ def test_a_target_with_a_wrong_file_changes_nothing(made: Certificates, tmp_path
     options = ["--dir", str(tmp_path / "store"), "--capacity", "64MiB", "--nats", "", "--tls-cert", made.target.cert]
     command = [sys.executable, "-m", "kvstore", *options]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    said = "kvstore: error: tls-key: '' given, expected a file, beside --tls-cert\n"
+    said = "kvstore: error: tls-key: missing, expected a file, beside --tls-cert\n"
     assert (ended.returncode, ended.stderr) == (2, said)
     assert not (tmp_path / "store").exists()
 
