@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks.chat import plot
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path for path in ROOT.iterdir() if path.is_dir() and (path.name == ".github" or path.name[0] != "."))
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in folder.rglob("*.md"))])
@@ -89,6 +91,12 @@ def test_benchmarks_of_the_pages_exist_with_their_options() -> None:
         outside_quotes = re.sub(r"([\"']).*?\1", "", arguments)
         wrong += [f"{module} {one}" for one in re.findall(r"--[\w-]+", outside_quotes) if f'"{one}"' not in source]
     assert wrong == []
+
+
+def test_the_picture_of_the_chat_benchmark_shows_its_table() -> None:
+    drawn = plot.picture()
+    assert "<circle" in drawn
+    assert drawn == (ROOT / "docs/images/chat.svg").read_text(), "python -m benchmarks.chat.plot"
 
 
 def test_the_site_has_every_page_in_its_navigation_and_its_links_lead_somewhere(tmp_path: Path) -> None:
