@@ -63,4 +63,4 @@ $(SITE_INSTALLED):
 	@touch $(SITE_INSTALLED)
 
 clean:
-	rm -rf .venv .venv-aiperf .venv-site .demo .kvtier .site site
+	rm -rf .venv .venv-aiperf .venv-site .demo .kvtier .site .cache site
