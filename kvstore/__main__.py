@@ -109,7 +109,7 @@ class Options(BaseModel):
     def check(self) -> None:
         """Raises ConfigError for options that do not go together."""
         if self.namespaces and "namespace" in self.model_fields_set:
-            raise ConfigError("namespace", self.namespace, "nothing: --namespaces names all of them")
+            raise ConfigError("namespace", self.namespace, "none beside --namespaces, which names all of them")
         certificates.checked(self.tls_files, certificates.SERVER)
         self._check_durability()
         self._check_name()

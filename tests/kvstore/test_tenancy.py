@@ -570,7 +570,7 @@ def test_bad_starts_are_told_in_one_line(tmp_path: Path, arguments: list[str]) -
     path = names_file(tmp_path, {"a": "60MiB", "b": "20MiB"})
     for more, says in (
         (["--namespaces", str(path)], "the sum of all quotas: '83886080' given, expected at most 67108864"),
-        (["--namespaces", str(path), "--namespace", "a"], "namespace: 'a' given, expected nothing"),
+        (["--namespaces", str(path), "--namespace", "a"], "namespace: 'a' given, expected none beside"),
         (["--namespaces", str(tmp_path / "no")], "expected a file that can be read (No such file or directory)"),
     ):
         code, said = run(*arguments, *more)
