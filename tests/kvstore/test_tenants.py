@@ -91,7 +91,7 @@ def test_a_store_of_another_namespace_is_refused_and_not_touched(tmp_path: Path,
 
 
 def old_store(folder: Path, *, named: str = "default") -> Path:
-    """A directory of release 0.2 with sealed and open segments; its superblock names no namespace."""
+    """A directory of release 0.1 with sealed and open segments; its superblock names no namespace."""
     folder.mkdir()
     block = {"version": 1, "store": STORE, "segment_bytes": SEGMENT, "epoch": 3}
     (folder / "store.json").write_text(json.dumps(block))
