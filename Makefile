@@ -2,6 +2,7 @@
 # make serve  install and leave a small cluster running
 # make test   install and run all tests
 # make lint   style, types and Dockerfiles
+# make site   write the pages as a site to site/, without a network once its generator is there
 # make aiperf install Dynamo's load generator, in .venv-aiperf
 
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; print((3, 11) <= sys.version_info[:2] <= (3, 12) or "")' 2>/dev/null),$(p))) python3)
@@ -10,6 +11,8 @@ INSTALLED := .venv/.installed
 UV := $(shell sed -n 's/^ *"\(uv==.*\)",/\1/p' pyproject.toml)
 # Its pins contradict Dynamo's, so it has an environment of its own.
 AIPERF := aiperf==0.13.0
+SITE := $(shell sed -n 's/^docs = \["\(.*\)"\]/\1/p' pyproject.toml)
+SITE_INSTALLED := .venv-site/.$(SITE)
 AIPERF_INSTALLED := .venv-aiperf/.$(AIPERF)
 # Python keeps what it compiles, whatever the environment says: every engine process imports 5,000 modules of vLLM and torch,
 # which takes 11 s of CPU, and 23 s if all are compiled anew.
@@ -17,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE =
 # Run one by one: they share a cluster, or are about how long something takes. All others run side by side.
 CLUSTER_TESTS := $(patsubst %,tests/engine/test_%.py,apart cluster faults page prometheus serve top updates)
 
-.PHONY: demo serve test lint install aiperf clean
+.PHONY: demo serve test lint install site aiperf clean
 
 demo: install
 	$(BIN)/python -m graphs.demo .demo
@@ -55,5 +58,14 @@ $(AIPERF_INSTALLED):
 	.venv-aiperf/bin/pip install --quiet $(AIPERF)
 	@touch $(AIPERF_INSTALLED)
 
+site: $(SITE_INSTALLED)
+	$(PYTHON) docs/site.py .site
+	.venv-site/bin/zensical build --clean --strict
+
+$(SITE_INSTALLED):
+	$(PYTHON) -m venv .venv-site
+	.venv-site/bin/pip install --quiet $(SITE)
+	@touch $(SITE_INSTALLED)
+
 clean:
-	rm -rf .venv .venv-aiperf .demo .kvtier
+	rm -rf .venv .venv-aiperf .venv-site .demo .kvtier .site .cache site

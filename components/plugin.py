@@ -45,9 +45,9 @@ class PluginOptions(ClientOptions):
     @classmethod
     def read(cls, given: Mapping[str, object]) -> Self:
         """Raises ConfigError."""
-        for name, value in given.items():
+        for name in given:
             if name not in cls.model_fields:
-                raise ConfigError(name, value, f"one of {', '.join(cls.model_fields)}")
+                raise ConfigError.unknown(name, cls.model_fields)
         options = validated(cls, dict(given))
         checked_namespace(options.namespace)
         return options

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"usage: {name} COMMAND ...\n{HELP}", file=sys.stdout if command else sys.stderr)
         sys.exit(0 if command else USAGE)
     if command not in (known := ("serve", "render", *_MODULES)):
-        fail(name, ConfigError("command", command, f"one of {', '.join(known)}"))
+        fail(name, ConfigError.unknown(command, known, "a command:"))
     run_command(f"{name} {command}", lambda: _run(command, rest))
 
 

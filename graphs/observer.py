@@ -38,7 +38,7 @@ _BAR_CELLS = 28
 _SHADES = "█▓▒░"  # by source; to be told apart without colours, too
 
 WORKERS = ("worker", "prompts", "hbm", "dram", "store", "comp", "open", "queue", "mem", "fetches at")
-TARGETS = ("target", "heard", "used", "sent", "received", "hits", "misses", "evicted at")
+TARGETS = ("target", "heard", "used", "sent", "received", "hits", "misses", "evict age")
 DECISIONS = ("decision", "tokens", "worker", "cached", "fetch", "predicted", "actual", "outcome")
 
 
@@ -150,13 +150,13 @@ def headlines(frame: Frame) -> list[str]:
     rates = "  ".join(f"{source} {state.tokens_per_second.get(source, 0):,.0f}" for source in SOURCES)
     return [
         *lines,
-        f"{state.model or 'model'}: {state.decisions_per_second:.1f} prompts/s, {state.open} under way, "
+        f"{state.model or 'model'}: {state.decisions_per_second:.1f} prompts/s, {state.open} in flight, "
         f"{state.decisions:,} since {time.strftime('%H:%M:%S', time.localtime(state.started))}",
         f"tokens/s  {rates}",
         _bar(state.tokens),
-        f"first token  {_latency(state.ttft)}",
-        f"each token   {_latency(state.tpot)}",
-        f"actual/predicted first token {right}",
+        f"TTFT  {_latency(state.ttft)}",
+        f"TPOT  {_latency(state.tpot)}",
+        f"actual/predicted TTFT  {right}",
     ]
 
 
@@ -194,7 +194,7 @@ def target_rows(frame: Frame) -> list[list[str]]:
             continue
         seconds = frame.look.seconds - before.seconds if before else 0.0
         shown = column(answer, before.answers.get(target) if before else None, seconds)
-        names = ("sent", "received", "get hit", "get miss", "age when evicted last")
+        names = ("sent", "received", "get hit", "get miss", "eviction age")
         used = f"{answer.payload_bytes / answer.capacity_bytes:.0%}"
         rows.append([target, heard.get(target, "-"), used, *(shown[name] or "-" for name in names)])
     return rows
@@ -224,7 +224,7 @@ def _bar(tokens: Mapping[str, int]) -> str:
     """All tokens so far by source, as a bar and its legend."""
     shares = _shares(tokens)
     if not shares:
-        return "no prompt yet"
+        return "no prompt yet: send one to the frontend (kvtier try)"
     ends = [round(_BAR_CELLS * end) for end in accumulate(shares.values())]
     cells = "".join(shade * (end - start) for shade, start, end in zip(_SHADES, [0, *ends], ends, strict=False))
     legend = "  ".join(f"{shade} {source} {shares[source]:.0%}" for shade, source in zip(_SHADES, SOURCES, strict=True))

@@ -326,7 +326,7 @@ def _check_published(services: Mapping[str, Any]) -> None:
         for published in service.get("ports", []):
             port = published.split(":")[-2]
             if port in taken:
-                raise ConfigError(name, f"port {port}", f"one that {taken[port]} does not have")
+                raise ConfigError.saying(name, f"port {port} is taken by {taken[port]}", "another port")
             taken[port] = name
 
 

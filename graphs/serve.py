@@ -265,7 +265,7 @@ class Supervisor:
                 await asyncio.to_thread(forget_dead, Path(folder))
             if time.monotonic() - child.started > longest:
                 pause = shortest
-            self._status(name, f"ended with {code}; starting it again in {pause:.0f} s")
+            self._status(name, f"exited with code {code}; restarting in {pause:.0f} s")
             await asyncio.sleep(pause)
             pause = min(longest, 2 * pause)
             try:
@@ -344,7 +344,7 @@ def _last_words(child: Child, log: Path) -> str:
     if errors:
         return errors[-1]
     end = "\n  ".join(child.tail)
-    return f"ended with {child.running.returncode} before it was ready; {log} says, at its end:\n  {end}"
+    return f"exited with code {child.running.returncode} before it was ready; last lines of {log}:\n  {end}"
 
 
 def dry_run(deployment: Deployment) -> Sequence[str]:

@@ -226,7 +226,8 @@ class Deployment:
             for port in filter(None, listened + metrics):
                 if port in taken:
                     where = self.source.find(process.service)
-                    raise ConfigError(f"{where}{process.name}", f"port {port}", f"one that {taken[port]} does not have")
+                    problem = f"port {port} is taken by {taken[port]}"
+                    raise ConfigError.saying(f"{where}{process.name}", problem, "another port")
                 taken[port] = process.name
 
     def of(self, name: str) -> Settings:
@@ -292,8 +293,7 @@ def load_deployment(
     try:
         for name in content:
             if name not in ("Common", CONTAINERS, *names):
-                expected = f"Common, {CONTAINERS} or a service of the graph: {', '.join(sorted(names))}"
-                raise ConfigError(name, name, expected)
+                raise ConfigError.unknown(str(name), ["Common", CONTAINERS, *sorted(names)])
         common = _section(content, "Common")
         containers = _containers(_section(content, CONTAINERS))
         for setting, placed in (("nodes", containers.nodes), ("tolerations", containers.tolerations)):
@@ -387,7 +387,8 @@ def _find_lines(node: yaml.Node | None, name: str, source: Source) -> None:
             below = f"{name}.{own}" if name else own
             line = key.start_mark.line + 1
             if below in source.lines:
-                raise ConfigError(f"{source.file}:{line}: {below}", "twice", f"once: see line {source.lines[below]}")
+                expected = f"once: see line {source.lines[below]}"
+                raise ConfigError.saying(f"{source.file}:{line}: {below}", "given twice", expected)
             source.lines[below] = line
             _find_lines(value, below, source)
 

@@ -206,7 +206,7 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
     flags, files = _placed(Options, settings.flags, place)
     flags = {key: value for key, value in flags.items() if key not in ("tier", "system-port")}
     if "model" not in flags:
-        raise ConfigError("model", "nothing", "a folder with a config.json, or a name on the hub (owner/model)")
+        raise ConfigError("model", None, "a folder with a config.json, or a name on the hub (owner/model)")
     passed = _hub_token(flags["model"])
     if tier and "credential-file" not in flags:
         passed.append(credentials.VARIABLE)
@@ -596,7 +596,7 @@ def _known(name: str, settings: Settings, keys: set[str]) -> None:
             allowed = sorted({*keys, "ServiceArgs", "env", "common-configs"})
             if len(allowed) > _NAMES_MAX:
                 allowed = difflib.get_close_matches(key, allowed) or allowed
-            raise ConfigError(key, settings.flags[key], f"a setting of {name}: {', '.join(allowed)}")
+            raise ConfigError.unknown(key, allowed, f"a setting of {name}:")
 
 
 def _flag(settings: Settings, key: str, default: str) -> str:
@@ -652,5 +652,5 @@ def _binary(name: str, advice: str) -> str:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        raise ConfigError(name, "nothing", f"the program on the PATH: {advice}")
+        raise ConfigError.saying(name, "not found", f"the program on the PATH: {advice}")
     return found

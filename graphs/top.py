@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         print(asyncio.run(_once(options)))
         return
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ConfigError("once", False, "--once where there is no terminal")
+        raise ConfigError("once", None, "--once where there is no terminal")
     from graphs.top_app import TopApp  # with it comes the terminal's library, which --once does without
 
     TopApp(options).run()

@@ -108,7 +108,7 @@ class Options(BaseModel):
     def check(self) -> None:
         """Raises ConfigError for options that do not go together."""
         if self.namespaces and "namespace" in self.model_fields_set:
-            raise ConfigError("namespace", self.namespace, "nothing: --namespaces names all of them")
+            raise ConfigError("namespace", self.namespace, "none beside --namespaces, which names all of them")
         certificates.checked(self.tls_files, certificates.SERVER)
         self._check_durability()
         self._check_name()
@@ -279,17 +279,17 @@ class Metrics(Collector):
             ("connections", "Clients connected", status.connections),
             ("hot_chunks", "Chunks in the hot cache", status.hot_entries),
             ("hot_bytes", "Payload bytes in the hot cache", status.hot_bytes),
-            ("waiting_read_bytes", "Payload bytes queued for reading", status.waiting_read_bytes),
-            ("waiting_write_bytes", "Payload bytes queued for writing", status.waiting_write_bytes),
+            ("read_queue_bytes", "Payload bytes queued for reading", status.waiting_read_bytes),
+            ("write_queue_bytes", "Payload bytes queued for writing", status.waiting_write_bytes),
             (
                 "dirty_bytes",
                 "With `--durability memory`: payload bytes acknowledged and not written yet. The flush rate is that of "
                 "`accepted_bytes_total`",
                 status.dirty_bytes,
             ),
-            ("dirty_bytes_max", "With `--durability memory`: bound of the dirty bytes", status.dirty_bytes_max),
+            ("dirty_limit_bytes", "With `--durability memory`: bound of the dirty bytes", status.dirty_bytes_max),
             (
-                "evicted_age_seconds",
+                "eviction_age_seconds",
                 "Eviction age: how long the segment evicted last had been there. If it is shorter than the reuse "
                 "interval of your prompts, add capacity",
                 status.evicted_age_seconds,
@@ -308,9 +308,9 @@ class TlsMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         refused, until = (self._tls.refused, self._tls.valid_until) if self._tls else (0, 0.0)
         text = "With --tls-cert: connections whose TLS handshake failed"
-        yield CounterMetricFamily("kvtier_target_refused_handshakes", text, value=refused)
+        yield CounterMetricFamily("kvtier_target_tls_handshake_failures", text, value=refused)
         text = "With --tls-cert: when the certificate ends, in seconds since 1970"
-        yield GaugeMetricFamily("kvtier_target_certificate_end_seconds", text, value=until)
+        yield GaugeMetricFamily("kvtier_target_certificate_expiry_timestamp_seconds", text, value=until)
 
 
 class LabelledMetrics(Collector):
@@ -327,7 +327,7 @@ class LabelledMetrics(Collector):
                 merged.samples += [one._replace(labels={**one.labels, "namespace": name}) for one in family.samples]
         yield from families.values()
         text = "With --namespaces: greetings that did not prove a namespace's credential"
-        yield CounterMetricFamily("kvtier_target_refused_greetings", text, value=self._lobby.refused)
+        yield CounterMetricFamily("kvtier_target_authentication_failures", text, value=self._lobby.refused)
 
 
 async def serve(options: Options) -> None:

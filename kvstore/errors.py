@@ -3,12 +3,13 @@
 What is in their text of others' is escaped, and passwords of URLs are hidden.
 """
 
+import difflib
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -34,10 +35,25 @@ def _line(text: str) -> str:
 
 
 class ConfigError(Exception):
-    """Bad input, in one line: the field, the value given, and what was expected."""
+    """Bad input, in one line: the field, the value given, and what was expected. None or no text is a missing value."""
 
     def __init__(self, name: str, value: object, expected: str):
-        super().__init__(_line(f"{name}: {str(value)!r} given, expected {expected}"))
+        problem = "missing" if value in (None, "") else f"{str(value)!r} given"
+        super().__init__(_line(f"{name}: {problem}, expected {expected}"))
+
+    @classmethod
+    def saying(cls, name: str, problem: str, expected: str) -> Self:
+        """Of a field whose value is not at fault: it is unknown, duplicate or in conflict."""
+        error = cls(name, None, expected)
+        error.args = (_line(f"{name}: {problem}, expected {expected}"),)
+        return error
+
+    @classmethod
+    def unknown(cls, name: str, known: Collection[str], of: str = "one of") -> Self:
+        """Of a field, the last part of `name`, that is none of the `known`. Its value is hidden: it may be a secret."""
+        meant = difflib.get_close_matches(name.rpartition(".")[2], known, 1)
+        hint = f"; did you mean {meant[0]}?" if meant and len(known) > 1 else ""
+        return cls.saying(name, "unknown", f"{of} {', '.join(known)}{hint}")
 
     def within(self, where: str) -> "ConfigError":
         """The same of a field that is a part of `where`."""
@@ -89,10 +105,9 @@ def validated(model: type[Model], values: dict[str, object]) -> Model:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        expected = _EXPECTED.get(first["type"], message)
         if first["type"] == "extra_forbidden":
-            expected = f"one of {', '.join(_settings(model, first['loc'][:-1]))}"
-        raise ConfigError(name, first.get("input"), expected) from None
+            raise ConfigError.unknown(name, _settings(model, first["loc"][:-1])) from None
+        raise ConfigError(name, first.get("input"), _EXPECTED.get(first["type"], message)) from None
 
 
 def _settings(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

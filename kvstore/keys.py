@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 KEY_BYTES = 16
-# How keys are made; stored with each value. 1: names made from samples of weight files, to release 0.2. 2: from the
+# How keys are made; stored with each value. 1: names made from samples of weight files, before release 0.2. 2: from the
 # content that engines have loaded.
 KEY_VERSION = 2
 _U64 = (1 << 64) - 1

@@ -1,10 +1,15 @@
 """The pages: links lead somewhere, pages that code names exist, and so do the benchmarks and options that they show."""
 
 import re
+import tomllib
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from benchmarks.chat import plot
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path for path in ROOT.iterdir() if path.is_dir() and (path.name == ".github" or path.name[0] != "."))
@@ -12,6 +17,15 @@ PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in fol
 SOURCES = [
     path for folder in FOLDERS for path in folder.rglob("*") if path.suffix in (".py", ".yaml", ".yml", ".service")
 ]
+
+
+def load(path: str) -> ModuleType:
+    specification = spec_from_file_location(Path(path).stem, ROOT / path)
+    assert specification
+    assert specification.loader
+    module = module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def prose(page: Path) -> str:
@@ -77,3 +91,21 @@ def test_benchmarks_of_the_pages_exist_with_their_options() -> None:
         outside_quotes = re.sub(r"([\"']).*?\1", "", arguments)
         wrong += [f"{module} {one}" for one in re.findall(r"--[\w-]+", outside_quotes) if f'"{one}"' not in source]
     assert wrong == []
+
+
+def test_the_picture_of_the_chat_benchmark_shows_its_table() -> None:
+    drawn = plot.picture()
+    assert "<circle" in drawn
+    assert drawn == (ROOT / "docs/images/chat.svg").read_text(), "python -m benchmarks.chat.plot"
+
+
+def test_the_site_has_every_page_in_its_navigation_and_its_links_lead_somewhere(tmp_path: Path) -> None:
+    site = load("docs/site.py")
+    site.gather(tmp_path)
+    pages = {page.name: page for page in tmp_path.glob("*.md")}
+    sections = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
+    assert sorted(re.findall(r"[\w-]+\.md", str(sections))) == sorted(pages)
+    for page in pages.values():
+        for name, _, anchor in (link.partition("#") for link in links(page) if "://" not in link):
+            assert (tmp_path / name).is_file() or not name, (page, name)
+            assert not anchor or anchor in anchors(pages[name] if name else page), (page, anchor)

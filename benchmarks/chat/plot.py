@@ -1,9 +1,14 @@
-"""The multi-turn benchmark's page, as SVG: requests and first tokens over clients and over time, and the machine."""
+"""The multi-turn benchmark's page, as SVG: requests and first tokens over clients and over time, and the machine.
 
+`python -m benchmarks.chat.plot` draws the table of docs/benchmarks.md.
+"""
+
+import re
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from benchmarks.chat.load import Point
 from benchmarks.chat.machine import Facts
 from benchmarks.chat.timeline import Timeline
 
@@ -17,8 +22,47 @@ _TEXT_LINE = 18
 Lines = list[tuple[str, list[tuple[float, float]]]]  # of each mode
 Panels = dict[str, Lines]  # by their titles
 
+_DOCS = Path(__file__).parents[2] / "docs"
 
-def plot(points: Sequence[Point], timelines: Sequence[Timeline] = (), facts: Facts | None = None) -> str:
+
+class Drawn(Protocol):
+    """What is drawn of a point."""
+
+    @property
+    def mode(self) -> str: ...
+    @property
+    def clients(self) -> int: ...
+    @property
+    def requests(self) -> int: ...
+    @property
+    def requests_per_second(self) -> float: ...
+    @property
+    def ttft_ms_mean(self) -> float: ...
+
+
+class Row(NamedTuple):
+    """A table's row."""
+
+    mode: str
+    clients: int
+    requests_per_second: float
+    ttft_ms_mean: float
+    requests: int = 1  # the table does not say how many
+
+
+def rows(page: str, heading: str) -> list[Row]:
+    """The rows of the first table below a heading."""
+    table = page.partition(f"\n### {heading}\n")[2].partition("\n\n| ")[2].partition("\n\n")[0]
+    found = re.findall(r"^\| ([^|]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", table, re.MULTILINE)
+    return [Row(mode, int(clients), float(rate), float(ttft)) for mode, clients, rate, ttft in found]
+
+
+def picture() -> str:
+    """Of the table of the page."""
+    return plot(rows((_DOCS / "benchmarks.md").read_text(), "Chat that HBM cannot hold"))
+
+
+def plot(points: Sequence[Drawn], timelines: Sequence[Timeline] = (), facts: Facts | None = None) -> str:
     """A row of two panels over clients, one over time if there are time lines, and below them the machine."""
     modes = list(dict.fromkeys([*(point.mode for point in points), *(one.mode for one in timelines)]))
     colours = {mode: COLOURS[number % len(COLOURS)] for number, mode in enumerate(modes)}
@@ -43,16 +87,16 @@ def plot(points: Sequence[Point], timelines: Sequence[Timeline] = (), facts: Fac
             for one in timelines
         ],
     }
-    rows = [("clients", over_clients), *([("seconds", over_time)] if timelines else [])]
+    grid = [("clients", over_clients), *([("seconds", over_time)] if timelines else [])]
     said = [f"{name.replace('_', ' ')}: {value}" for name, value in (facts or {}).items()]
     width = 2 * (PANEL[0] + MARGIN) + MARGIN
-    legend = MARGIN + len(rows) * _ROW
+    legend = MARGIN + len(grid) * _ROW
     height = legend + _TEXT_LINE * (len(modes) + len(said) + 1)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
         f' font-size="12"><rect width="{width}" height="{height}" fill="white"/>'
     ]
-    for row, (across, panels) in enumerate(rows):
+    for row, (across, panels) in enumerate(grid):
         for column, (title, lines) in enumerate(panels.items()):
             place = MARGIN + column * (PANEL[0] + MARGIN), MARGIN + row * _ROW
             parts += _panel(place, title, across, lines, colours)
@@ -81,8 +125,9 @@ def _panel(place: tuple[int, int], title: str, across: str, lines: Lines, colour
         f'<text x="{left + PANEL[0]}" y="{bottom + 32}" text-anchor="end">{across}</text>',
     ]
     for share in (0.5, 1.0):
-        height = bottom - PANEL[1] * share
-        parts.append(f'<text x="{left - 6}" y="{height + 4:.0f}" text-anchor="end">{most * share:.3g}</text>')
+        height, value = bottom - PANEL[1] * share, most * share
+        text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        parts.append(f'<text x="{left - 6}" y="{height + 4:.0f}" text-anchor="end">{text}</text>')
     marks = sorted({x for x, _ in corners})
     for mark in marks if len(marks) <= 8 else (0, widest / 2, widest):
         at = left + PANEL[0] * mark / widest
@@ -93,3 +138,7 @@ def _panel(place: tuple[int, int], title: str, across: str, lines: Lines, colour
         parts.append(f'<polyline points="{joined}" fill="none" stroke="{colours[mode]}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colours[mode]}"/>' for x, y in drawn]
     return parts
+
+
+if __name__ == "__main__":
+    (_DOCS / "images" / "chat.svg").write_text(picture())

@@ -60,7 +60,7 @@ class Decision(msgspec.Struct):
     targets: list[tuple[str, int]]  # where the fetched chunks lie: runs of target and number
     predicted_ttft_seconds: float
     ttft_seconds: float | None = None
-    outcome: str = "open"  # finished, failed or left
+    outcome: str = "open"  # finished, failed or cancelled
     output_tokens: int = 0
     tpot_seconds: float | None = None  # time per output token after the first
     other_ttft_seconds: float | None = None  # predicted, of the best other worker
@@ -111,21 +111,21 @@ class Decisions:
         )
         self._outcomes = Counter(
             "kvtier_router_outcomes",
-            "Requests by outcome: finished, failed, left (the client disconnected)",
+            "Requests by outcome: finished, failed, cancelled (the client disconnected)",
             ["outcome"],
             registry=self.registry,
         )
         self._fallbacks = Counter(
-            "kvtier_router_fallbacks",
-            "Decisions with degraded inputs: overlap query (Dynamo's KvRouter failed), worker report (a candidate "
+            "kvtier_router_degraded_decisions",
+            "Decisions with degraded inputs: overlap_query (Dynamo's KvRouter failed), worker_report (a candidate "
             "without a tier, or NATS is down)",
             ["missing"],
             registry=self.registry,
         )
         # Prometheus sees no growth in a series that appears with its first count.
-        for outcome in ("finished", "failed", "left"):
+        for outcome in ("finished", "failed", "cancelled"):
             self._outcomes.labels(outcome)
-        for missing in ("overlap query", "worker report"):
+        for missing in ("overlap_query", "worker_report"):
             self._fallbacks.labels(missing)
         self._missed = Counter(
             "kvtier_router_missed_deadlines",
@@ -364,13 +364,13 @@ class _BusCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         ignored = CounterMetricFamily(
-            "kvtier_router_reports_ignored", "Heartbeats rejected by validation, by reason", labels=["reason"]
+            "kvtier_router_rejected_heartbeats", "Heartbeats rejected by validation, by reason", labels=["reason"]
         )
         for reason, count in self._speeds.ignored.items():
             ignored.add_metric([reason], count)
         yield ignored
         undecoded = CounterMetricFamily(
-            "kvtier_router_messages_undecoded", "NATS messages that failed to decode, by expected type", labels=["kind"]
+            "kvtier_router_decode_errors", "NATS messages that failed to decode, by expected type", labels=["kind"]
         )
         for kind, count in self._undecoded.items():
             undecoded.add_metric([kind], count)
@@ -385,7 +385,7 @@ class _BusCollector(Collector):
                 fetched.add_metric([format(worker, "x"), outcome], count)
         yield fetched
         disbelieved = CounterMetricFamily(
-            "kvtier_router_mirror_ignored", "Announcements rejected by validation, by reason", labels=["reason"]
+            "kvtier_router_rejected_announcements", "Announcements rejected by validation, by reason", labels=["reason"]
         )
         for reason, count in self._mirror.ignored.items():
             disbelieved.add_metric([reason], count)
@@ -395,7 +395,7 @@ class _BusCollector(Collector):
         )
         now = time.monotonic()
         ages = GaugeMetricFamily(
-            "kvtier_router_mirror_age_seconds",
+            "kvtier_router_target_heartbeat_age_seconds",
             "Time since a target's last accepted announcement. Over 10 s: its chunks are ignored. Over 60 s: dropped",
             labels=["target"],
         )

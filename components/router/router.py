@@ -162,7 +162,7 @@ class Router:
             except NoWorker as error:
                 raise last or error from None
             worker, decision_id = decided.chosen.candidate.worker, decided.id
-            started, outcome = False, "left"  # what a caller that drops this generator leaves behind
+            started, outcome = False, "cancelled"  # what a caller that drops this generator leaves behind
             try:
                 async with aclosing(self._serve(request, context, decided, tried, arrived)) as outputs:
                     async for output in outputs:
@@ -175,7 +175,7 @@ class Router:
                 outcome = "finished"
                 return
             except Disconnected:
-                logger.info("decision %s: the client left", decision_id)
+                logger.info("decision %s: the client disconnected", decision_id)
                 return
             except RequestError as error:
                 outcome = "failed"
@@ -223,7 +223,7 @@ class Router:
             async with asyncio.timeout(_ASK_SECONDS):
                 overlaps, loads = await self._known_to_dynamo(tokens, identity)
         except Exception as error:
-            fell_back("overlap query")
+            fell_back("overlap_query")
             logger.warning("Dynamo's router does not say what workers hold: %r", error)
             overlaps, loads = self._nothing_known(), []
         asked = time.perf_counter()
@@ -344,7 +344,7 @@ class Router:
                 )
             )
         if is_unreported:  # once a decision
-            fell_back("worker report")
+            fell_back("worker_report")
         return candidates
 
     def _locate(self, fingerprint: int, blocks_per_chunk: int, hashes: list[int], now: float) -> "_Located":

@@ -88,31 +88,31 @@ class LiveSpeeds:
     def heard_worker(self, report: WorkerReport) -> bool:
         """Take in what a worker says; False if it is not to be believed, as a whole."""
         if not (report.worker.isascii() and report.worker.isdigit() and len(report.worker) <= 20):
-            return self._ignore("worker id")
+            return self._ignore("invalid_worker_id")
         prefill = tuple(getattr(report, name) for name in _PREFILL)
         numbers = [*prefill, *(getattr(report, name) for name in _RATES)]
         if not all(math.isfinite(one) and one >= 0 for one in numbers):
-            return self._ignore("not a speed")
+            return self._ignore("invalid_rate")
         if report.bytes_in_flight < 0 or report.queue < 0:
-            return self._ignore("not a size")
+            return self._ignore("invalid_size")
         if not (0 < report.blocks_per_chunk <= _BLOCKS_PER_CHUNK_MAX and 0 < report.chunk_bytes <= _CHUNK_BYTES_MAX):
-            return self._ignore("not a size")
+            return self._ignore("invalid_size")
         if len(report.adapters) > _ADAPTERS_MAX:
-            return self._ignore("too many adapters")
+            return self._ignore("too_many_adapters")
         if len(report.fetched_chunks) > _OUTCOMES_MAX or any(count < 0 for count in report.fetched_chunks.values()):
-            return self._ignore("not a count")
+            return self._ignore("invalid_count")
         # 1,000 tokens: a coefficient alone says little, the others may take its place.
         if any(prefill) and not self._plausible(_thousand(*prefill), _thousand(*self._prior_prefill)):
-            return self._ignore("absurd prefill")
+            return self._ignore("implausible_prefill")
         rates = {name: getattr(report, name) for name in _RATES}
         if any(rate and not self._plausible(rate, getattr(self._prior, name)) for name, rate in rates.items()):
-            return self._ignore("absurd rate")
+            return self._ignore("implausible_rate")
         if int(report.worker) not in self._workers and len(self._workers) >= WORKERS_MAX:
-            return self._ignore("too many workers")
+            return self._ignore("too_many_workers")
         known = self._workers.setdefault(int(report.worker), _Worker())
         if report.ts_ms < known.last_ms and known.older < OLDER_MAX:
             known.older += 1
-            return self._ignore("older than the last")
+            return self._ignore("stale_timestamp")
         known.last_ms, known.older = report.ts_ms, 0
         known.fetched_chunks = {name: report.fetched_chunks.get(name, 0) for name in _OUTCOMES}
         if prefill[1] > 0 or prefill[2] > 0:
@@ -128,22 +128,22 @@ class LiveSpeeds:
 
     def heard_target(self, report: TargetReport, now: float) -> bool:
         if not is_plain(report.target, NAME_CHARACTERS_MAX):
-            return self._ignore("name")
+            return self._ignore("invalid_name")
         if not all(0 <= getattr(report, name) < math.inf for name in _TARGET_RATES):
-            return self._ignore("not a speed")
+            return self._ignore("invalid_rate")
         rate = report.device_bytes_per_second
         if rate and not self._plausible(rate, self._prior.store_bytes_per_second):
-            return self._ignore("absurd rate")
+            return self._ignore("implausible_rate")
         if not all(0 <= getattr(report, name) <= _BYTES_MAX for name in _TARGET_SIZES):
-            return self._ignore("not a size")
+            return self._ignore("invalid_size")
         if not 0 <= report.evicted_age_seconds < math.inf:
-            return self._ignore("not an age")
+            return self._ignore("invalid_age")
         last, _, older = self._targets.get(report.target, (None, 0.0, 0))
         if last is None and len(self._targets) >= TARGETS_MAX:
-            return self._ignore("too many targets")
+            return self._ignore("too_many_targets")
         if last is not None and report.epoch == last.epoch and report.ts_ms < last.ts_ms and older < OLDER_MAX:
             self._targets[report.target] = last, self._targets[report.target][1], older + 1
-            return self._ignore("older than the last")
+            return self._ignore("stale_timestamp")
         self._targets[report.target] = report, now, 0
         return True
 

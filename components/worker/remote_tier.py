@@ -102,9 +102,9 @@ _FETCHED = "vllm:kvtier_fetched_chunks"
 _STORED = "vllm:kvtier_stored_chunks"
 _FETCHED_BYTES = "vllm:kvtier_fetched_bytes"
 _STORED_BYTES = "vllm:kvtier_stored_bytes"
-_CUT = "vllm:kvtier_cut_chunks"
-_OVERDUE = "vllm:kvtier_overdue_chunks"
-_MOVER_STARTS = "vllm:kvtier_mover_starts"
+_ABANDONED = "vllm:kvtier_fetch_abandoned_chunks"
+_TIMED_OUT = "vllm:kvtier_fetch_timeout_chunks"
+_MOVER_RESTARTS = "vllm:kvtier_mover_restarts"
 _IDENTITY = "vllm:kvtier_identity_checks"
 _REJECTED = "vllm:kvtier_rejected_values"
 _FETCHED_OUTCOMES = [outcome.name.lower() for outcome in Outcome if outcome is not Outcome.STORED]
@@ -649,7 +649,7 @@ class RemoteTier(SecondaryTierManager):
         if self.link.dead:
             self.link.start_when_due()
             if not self.link.dead:
-                self._stats.increase_counter(_MOVER_STARTS, 1)
+                self._stats.increase_counter(_MOVER_RESTARTS, 1)
                 self._say_identified()
                 self._put_progress = time.monotonic()
                 for put in self._puts.values():
@@ -766,7 +766,7 @@ class RemoteTier(SecondaryTierManager):
         for outcome, chunks in Counter(outcomes).items():
             self._stats.increase_counter(_FETCHED, chunks, (outcome.name.lower(),))
         if load.overdue or not load.cancelled:
-            self._stats.increase_counter(_OVERDUE, outcomes.count(Outcome.LATE))
+            self._stats.increase_counter(_TIMED_OUT, outcomes.count(Outcome.LATE))
         self._stats.increase_counter(_FETCHED_BYTES, (len(load.keys) - len(failed)) * self.row_bytes)
         load.done = True
         del self._loads[load.job_id], state.loads[load.job_id]
@@ -841,7 +841,7 @@ class RemoteTier(SecondaryTierManager):
                 # What began to come in is let through up to the end of its piece, a boundary in any case.
                 if kept + len(load.keys) > worth and not load.cancelled:
                     self._cancel(load)
-                    self._stats.increase_counter(_CUT, len(load.keys))
+                    self._stats.increase_counter(_ABANDONED, len(load.keys))
                     state.cut = state.cut or worth == 0
                 kept += len(load.keys)
             ahead_bytes += min(kept, worth) * self.row_bytes
@@ -870,10 +870,10 @@ class RemoteTier(SecondaryTierManager):
             ),
             _FETCHED_BYTES: OffloadingCounterMetadata("Bytes loaded from the kvtier store into DRAM"),
             _STORED_BYTES: OffloadingCounterMetadata("Bytes written from DRAM to the kvtier store"),
-            _CUT: OffloadingCounterMetadata(
+            _ABANDONED: OffloadingCounterMetadata(
                 "Chunks whose fetch the worker cancelled: a prefill is estimated faster, or the deadline cannot be met"
             ),
-            _OVERDUE: OffloadingCounterMetadata("Chunks whose fetch timed out: it was in flight at its deadline"),
+            _TIMED_OUT: OffloadingCounterMetadata("Chunks whose fetch timed out: it was in flight at its deadline"),
             _IDENTITY: OffloadingCounterMetadata(
                 "Checks of the weights and adapters that ranks compute with, by result. After changed, failed and "
                 "adapter_changed the DRAM tier is empty; after failed the tier is off",
@@ -884,7 +884,7 @@ class RemoteTier(SecondaryTierManager):
                 "were not used",
                 ("reason",),
             ),
-            _MOVER_STARTS: OffloadingCounterMetadata("Restarts of the mover process: look at the worker's log"),
+            _MOVER_RESTARTS: OffloadingCounterMetadata("Restarts of the mover process: look at the worker's log"),
         }
 
     def get_stats(self) -> OffloadingConnectorStats | None:
@@ -906,7 +906,7 @@ def _zeros() -> OffloadingConnectorStats:
             stats.increase_counter(name, 0, (outcome,))
     for reason in Reason:
         stats.increase_counter(_REJECTED, 0, (str(reason),))
-    for name in (_FETCHED_BYTES, _STORED_BYTES, _CUT, _OVERDUE, _MOVER_STARTS):
+    for name in (_FETCHED_BYTES, _STORED_BYTES, _ABANDONED, _TIMED_OUT, _MOVER_RESTARTS):
         stats.increase_counter(name, 0)
     return stats
 

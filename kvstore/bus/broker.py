@@ -98,7 +98,7 @@ def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _need_nkeys(field: str) -> None:
     if find_spec("nkeys") is None:
-        raise ConfigError(field, "a value", "the package that reads it: pip install nkeys")
+        raise ConfigError.saying(field, "cannot be read", "the package nkeys: pip install nkeys")
 
 
 def _context(environ: Mapping[str, str]) -> ssl.SSLContext:

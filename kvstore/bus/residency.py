@@ -50,7 +50,7 @@ _PAGES_MAX = 4096  # of a snapshot: over 100 million chunks
 RESYNC_SECONDS = 1.0
 _DOUBT_SECONDS = 5.0
 _COMPLAIN_SECONDS = 60.0
-FORMER = "former start"  # why a message is ignored
+FORMER = "former_start"  # why a message is ignored
 # So many messages in a row of a former start of a target: the start that is known was wrong, not theirs.
 _OLDER_MAX = 5
 _FORMER_MAX = 16  # starts of a target that are remembered
@@ -461,7 +461,7 @@ class Mirror:
         if view.complete and message.epoch == view.epoch and message.seq <= view.seq:
             if message.seq <= view.snapshot_seq:
                 return False  # the snapshot has it
-            self.ignored["number used twice"] += 1  # by somebody else, and only a snapshot tells what is so
+            self.ignored["duplicate_number"] += 1  # by somebody else, and only a snapshot tells what is so
         begin = not view.joining and (view.complete or not view.waiting)
         if begin or len(view.waiting) >= self._waiting_max or view.waiting_hashes >= WAITING_HASHES:
             view.forget_waiting()
@@ -474,13 +474,13 @@ class Mirror:
         """Why the message cannot be right, or None. Its hashes are looked at when they are taken in."""
         numbers = message.epoch, message.seq, message.fingerprint, message.blocks_per_chunk
         if not all(0 <= number <= _U64 for number in numbers):
-            return "number out of range"
+            return "number_out_of_range"
         if not is_plain(message.target, NAME_CHARACTERS_MAX):
-            return "name"
+            return "invalid_name"
         if len(message.stored) + len(message.removed) > _CHANGES_MAX:
-            return "too many changes"
+            return "too_many_changes"
         if view is None and len(self._views) >= _TARGETS_MAX:
-            return "too many targets"
+            return "too_many_targets"
         if view is not None and message.epoch in view.former:
             return FORMER
         return None
@@ -502,7 +502,7 @@ class Mirror:
             for page in pages
         )
         if not sound:
-            self.ignored["snapshot"] += 1
+            self.ignored["invalid_snapshot"] += 1
         elif first.epoch in view.former:
             self.ignored[FORMER] += 1
         later = [message.seq for message in view.waiting if message.epoch == first.epoch and message.seq > first.seq]
@@ -583,9 +583,11 @@ class Mirror:
 
     def distrust(self, target: str) -> None:
         """A snapshot had two answers. What is known of the target is not used until there is a new one."""
-        self.ignored["two snapshots"] += 1
+        self.ignored["conflicting_snapshots"] += 1
         if self._complains():
-            logger.warning("%s: two answer for it: two targets have that address, or somebody forges", shown(target))
+            logger.warning(
+                "target %s: two answer for it: two targets have that address, or somebody forges", shown(target)
+            )
         if view := self._views.get(target):
             view.complete = False
             view.forget_waiting()
@@ -617,7 +619,7 @@ class Mirror:
     def _table(self, fingerprint: int) -> _Table | None:
         if fingerprint not in self._tables:
             if len(self._tables) >= _LAYOUTS_MAX:
-                self.ignored["too many layouts"] += 1
+                self.ignored["too_many_layouts"] += 1
                 return None
             self._tables[fingerprint] = _Table()
         return self._tables[fingerprint]
@@ -626,7 +628,7 @@ class Mirror:
         try:
             removed, stored = _u64s(message.removed), _u64s(message.stored)
         except (OverflowError, TypeError):
-            self.ignored["hash out of range"] += 1
+            self.ignored["hash_out_of_range"] += 1
             return  # and the next message finds a gap
         view.seq = message.seq
         for part in _parts(removed):
@@ -652,7 +654,7 @@ class Mirror:
         room = max(0, self._max_entries - self._entries)
         if len(hashes) > room:
             hashes = hashes[(table.masks(hashes) & np.uint64(view.bit)) == 0]  # what is there needs no room
-            self.ignored["no room"] += max(0, len(hashes) - room)
+            self.ignored["mirror_full"] += max(0, len(hashes) - room)
             hashes = hashes[:room]
         new = table.add(hashes, view.bit)
         view.resident[fingerprint] += new

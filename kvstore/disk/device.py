@@ -44,8 +44,8 @@ def default_segment_bytes(capacity_bytes: int) -> int:
 
 
 def store_id(block: Superblock, namespace: str) -> int:
-    """What stamps a namespace's headers. The store's first namespace has the superblock's own id, which releases to 0.2
-    stamped on everything."""
+    """What stamps a namespace's headers. The store's first namespace has the superblock's own id, which releases before
+    0.2 stamped on everything."""
     if namespace == block.namespace:
         return block.store
     digest = hashlib.blake2b(namespace.encode(), digest_size=8, key=block.store.to_bytes(8, "little")).digest()
@@ -214,7 +214,7 @@ class Device:
         return block
 
     def _name(self, block: Superblock, namespaces: Sequence[str]) -> None:
-        """Name the namespace of a store that does not: releases to 0.2 wrote it in the records alone."""
+        """Name the namespace of a store that does not: releases before 0.2 wrote it in the records alone."""
         found = self._namespace_ids(block.store)
         named = {record.namespace_id(name): name for name in namespaces}
         if not found and not self.shared:

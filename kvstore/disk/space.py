@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Of a device, before its first segment: two superblocks, of which the later sound one counts.
 _RESERVED_BYTES = 1 << 20
-# Of a superblock that names several namespaces. Releases to 0.2 would serve one's values to another: they must refuse.
+# Of a superblock that names several namespaces. Releases before 0.2 would mix up their values: they must refuse.
 SHARED_VERSION = 2
 _SEGMENT_NAME = re.compile(r"segment-(\d{6,})\.kvt")
 # In a store's directory, besides its segments.
@@ -46,7 +46,7 @@ class Superblock(msgspec.Struct):
     segment_bytes: int
     epoch: int  # how often the store was opened
     namespace: str = (
-        ""  # whose headers are stamped with the store's id; "" in a store of release 0.2 and in a shared one
+        ""  # whose headers are stamped with the store's id; "" in a store of release 0.1 and in a shared one
     )
     namespaces: list[str] = []  # others that may have values here
 
@@ -109,7 +109,7 @@ class Space(ABC):
             return None
         _check_version(self.path, block)
         if block.segment_bytes != self.segment_bytes:
-            expected = f"{block.segment_bytes}, with which this store was made"
+            expected = f"{block.segment_bytes}, with which this store was made: leave it out, or empty the store"
             raise ConfigError("segment-size", self.segment_bytes, expected)
         return block
 
@@ -388,7 +388,7 @@ def _oserror_in_words(path: Path) -> Iterator[None]:
 
 def _check_version(path: Path, block: Superblock) -> None:
     if block.version not in (record.VERSION, SHARED_VERSION):
-        raise ConfigError("dir", path, f"a store of format {record.VERSION}, this one has {block.version}")
+        raise ConfigError("dir", path, f"a store of format {record.VERSION}, this one has {block.version}: empty it")
 
 
 def segment_file(directory: Path, slot: int) -> Path:
@@ -435,7 +435,7 @@ def _locked(space: Path, path: Path) -> int:
         fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(guard)
-        raise ConfigError("dir", space, "one that no other target is using") from None
+        raise ConfigError("dir", space, "one that no other target is using: give each target its own") from None
     return guard
 
 
@@ -451,7 +451,7 @@ def _kept_from_targets(space: Path, path: Path) -> int | None:
         fcntl.flock(guard, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         os.close(guard)
-        raise ConfigError("dir", space, "a stopped store: a target is using this one") from None
+        raise ConfigError("dir", space, "a stopped store: a target is using this one, stop it first") from None
     return guard
 
 

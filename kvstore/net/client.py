@@ -728,7 +728,7 @@ class _TargetLine:
             self._failures += 1
             self._retry_at = time.monotonic() + pause
         self._drop(free)
-        logger.warning("%s: %s; next try in %.1f s", shown(self._target), shown(reason), pause)
+        logger.warning("target %s: %s; retrying in %.1f s", shown(self._target), shown(reason), pause)
 
 
 def _greet(
@@ -748,7 +748,7 @@ def _greet(
     if credential is not None:
         raise ProtocolError("the target does not ask for the credential, and so does not prove that it knows it")
     welcome = wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
-    if over_tcp is not None and over_tcp.pass_key:  # targets to release 0.2 give none
+    if over_tcp is not None and over_tcp.pass_key:  # targets before release 0.2 give none
         said = wire.transcript(hello, wire.Challenge(b""), welcome)
         if len(over_tcp.pass_key) != wire.NONCE_BYTES or not Credential(over_tcp.pass_key).signed(welcome.proof, said):
             raise ProtocolError("another one than the target that named this path answers there")

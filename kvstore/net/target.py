@@ -128,7 +128,7 @@ class Target(Acceptor):
         )
         self._memory_seconds, self._device_seconds = seconds.labels("memory"), seconds.labels("device")
         self._returned = PrometheusCounter(
-            "kvtier_target_returned_chunks",
+            "kvtier_target_ghost_hits",
             "Ghost hits: puts of chunks that were evicted lately. The working set exceeds the capacity",
             registry=self.registry,
         )

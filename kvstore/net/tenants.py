@@ -97,8 +97,7 @@ def _entries(path: Path) -> list[Any]:
 def _tenant(where: str, values: dict[Any, Any]) -> Tenant:
     known = {"name", "quota", "access", "connections"}
     if unknown := sorted(str(name) for name in values if name not in known):
-        # Its value is not shown: it may be a credential under a mistyped name.
-        raise ConfigError(where, unknown[0], f"one of {', '.join([*sorted(known), *_SECRETS])}")
+        raise ConfigError.unknown(f"{where}.{unknown[0]}", [*sorted(known), *_SECRETS])
     for name in ("name", "quota"):
         if values.get(name) is None:
             raise ConfigError(f"{where}.{name}", "", "a value: it has no default")

@@ -97,7 +97,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
     client: Name
     boot_id: Name  # of the client's kernel: the same as the target's means the same host
     carrier: Name = ""  # by which the client would rather have its data
-    nonce: Nonce = b""  # 32 random bytes; clients to release 0.2 have none
+    nonce: Nonce = b""  # 32 random bytes; clients before release 0.2 have none
     pass_id: Nonce = b""  # on a UNIX socket: of the pass that came over TCP
 
 
@@ -148,8 +148,8 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True):
 
 class PutItem(Chunk, array_like=True, frozen=True):
     saved_us: U32 = 0  # GPU time that a hit saves; when more comes than can be written, what saves least is shed
-    key_version: KeyVersion = 1  # how the key was made (keys.py); clients to release 0.2 do not say
-    # Of a prompt the end is dropped first. Clients to release 0.2 do not say.
+    key_version: KeyVersion = 1  # how the key was made (keys.py); clients before release 0.2 do not say
+    # Of a prompt the end is dropped first. Clients before release 0.2 do not say.
     position: U32 = 0  # of the chunk in its prompt, from 0
     parent: U64 = 0  # router hash of the chunk before it in its prompt; 0: none, or not known
 
@@ -212,8 +212,8 @@ class Status(msgspec.Struct, frozen=True):
     waiting_read_bytes: int
     waiting_write_bytes: int
     operations: dict[str, dict[str, int]]  # operation -> outcome -> keys
-    key_versions: dict[int, int] = {}  # version of the key (keys.py) -> chunks; targets to release 0.2 do not say
-    dirty_bytes: int = 0  # payload that is visible and not written yet; targets to release 0.2 do not say
+    key_versions: dict[int, int] = {}  # version of the key (keys.py) -> chunks; targets before release 0.2 do not say
+    dirty_bytes: int = 0  # payload that is visible and not written yet; targets before release 0.2 do not say
     dirty_entries: int = 0
     dirty_bytes_max: int = 0  # 0: none is visible before it is written
     dropped: dict[str, int] = {}  # chunks by reason (queues.DROP_REASONS)

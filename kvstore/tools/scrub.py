@@ -183,7 +183,7 @@ class Scrub:
         for entry, size in zip(batch, sizes, strict=True):
             intact = crc32c(content[PAGE_BYTES : PAGE_BYTES + entry.length]) == entry.crc
             header = self._entry(content, stamp, entry.page)
-            # A footer that release 0.2 wrote for records of this one does not say their key versions.
+            # A footer that release 0.1 wrote for records of this one does not say their key versions.
             same = header is not None and header._replace(key_version=entry.key_version) == entry
             wrong = ["" if same else "record header", "" if intact else "payload"]
             faults.append(" and ".join(filter(None, wrong)))

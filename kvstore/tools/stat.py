@@ -26,8 +26,8 @@ from kvstore.tools.targets import TargetOptions, add_target_arguments, open_targ
 HELP = """Show how targets are doing: what they hold, and what they did since their start. With --watch again and again;
 from the second time on, counts are per second since the time before. The exit code is 1 if a target does not answer.
 
-chunks by key version  shown if a target holds chunks whose keys another release made. v1: releases to 0.2; workers of
-                       this release ask for none of those, and eviction removes them
+chunks by key version  shown if a target holds chunks whose keys another release made. v1: releases before 0.2; workers
+                       of this release ask for none of those, and eviction removes them
 
   python -m kvstore stat 10.0.0.7:7600,10.0.0.8:7600 --watch 5
 """
@@ -122,7 +122,7 @@ def _reason(target: str, namespace: str, failure: str) -> str:
         transport.connect(target, time.monotonic() + _PATIENCE_SECONDS).close()
     except OSError as error:
         return (error.strerror or "nothing heard").lower()
-    return failure or f"something listens there: it hangs, or serves another namespace than {namespace!r}"
+    return failure or f"something listens there: it hangs, or serves another namespace than {namespace!r} (--namespace)"
 
 
 # ---- what is shown
@@ -204,13 +204,11 @@ def column(status: Status, before: Status | str | None, seconds: float) -> dict[
         "connections": f"{status.connections:,}",
         "received": volume("received_bytes"),
         "sent": volume("sent_bytes"),
-        "chunks sent from memory": count("hot_hits"),
-        "chunks sent from device": count("device_hits"),
-        "held in memory": f"{status.hot_entries:,} chunks, {words.size(status.hot_bytes)}"
-        if status.hot_entries
-        else "",
-        "waiting to be read": words.size(status.waiting_read_bytes),
-        "waiting to be written": words.size(status.waiting_write_bytes),
+        "hot cache hits": count("hot_hits"),
+        "device hits": count("device_hits"),
+        "hot cache": f"{status.hot_entries:,} chunks, {words.size(status.hot_bytes)}" if status.hot_entries else "",
+        "read queue": words.size(status.waiting_read_bytes),
+        "write queue": words.size(status.waiting_write_bytes),
         "dirty": f"{words.size(status.dirty_bytes)} of {words.size(status.dirty_bytes_max)}"
         if status.dirty_bytes_max
         else "",
@@ -219,7 +217,7 @@ def column(status: Status, before: Status | str | None, seconds: float) -> dict[
         "written to device": volume("device_written_bytes"),
         "write amplification": "" if amplification is None else f"{amplification:.2f}",
         "evicted chunks": count("evicted_entries"),
-        "age when evicted last": words.age(status.evicted_age_seconds) if status.evicted_segments else "",
+        "eviction age": words.age(status.evicted_age_seconds) if status.evicted_segments else "",
         "corrupt chunks": f"{status.corrupt_entries:,}",
         "failed writes": f"{status.failed_writes:,}",
     }

@@ -30,7 +30,7 @@ written. A line for each segment, newest first, and what is wrong in it; the exi
 superseded  a later segment has the chunk, too
 dead        space of superseded and corrupt chunks, and of writes that were cut off
 cut off     the last writes in a segment that was open when the target died, as a crash leaves them: not corrupt
-key version how a chunk's key was made; told if another release made some. v1: releases to 0.2
+key version how a chunk's key was made; told if another release made some. v1: releases before 0.2
 
   python -m kvstore verify --dir /nvme0
 """

@@ -233,25 +233,26 @@ BROKEN = [
     ),
     (
         "Stroe: {capacity: 1G}",
-        "my.yaml:1: Stroe: 'Stroe' given, expected Common, Containers or a service of the graph: Etcd, Frontend, Nats, "
-        "Router, Store, VllmWorker",
+        "my.yaml:1: Stroe: unknown, expected one of Common, Containers, Etcd, Frontend, Nats, "
+        "Router, Store, VllmWorker; did you mean Store?",
     ),
     (
         "Router:\n  model-name: m\nRouter:\n  page: 127.0.0.1:8300",
-        "my.yaml:3: Router: 'twice' given, expected once: see line 1",
+        "my.yaml:3: Router: given twice, expected once: see line 1",
     ),
     ("Store:\n  capacity: lots", "my.yaml:2: Store.capacity: 'lots' given, expected a size such as 500G or 1.5TiB"),
     (
         "VllmWorker: {model: a/b}\nFrontend:\n  rooter-mode: kv",
-        "my.yaml:3: Frontend.rooter-mode: 'kv' given, expected a setting of Frontend: router-mode",
+        "my.yaml:3: Frontend.rooter-mode: unknown, expected a setting of Frontend: router-mode",
     ),
     (
         "Store:\n  ServiceArgs: {worker: 2}",
-        "my.yaml:2: Store.ServiceArgs.worker: '2' given, expected one of workers, resources",
+        "my.yaml:2: Store.ServiceArgs.worker: unknown, expected one of workers, resources; did you mean workers?",
     ),
     (
         "VllmWorker:\n  ServiceArgs:\n    resources: {gpus: 1}",
-        "my.yaml:3: VllmWorker.ServiceArgs.resources.gpus: '1' given, expected one of gpu, cpu, memory",
+        "my.yaml:3: VllmWorker.ServiceArgs.resources.gpus: unknown, expected one of gpu, cpu, memory; did you mean "
+        "gpu?",
     ),
     (
         "Common: {model: a/b}\nVllmWorker:\n  common-configs: [modle]",
@@ -259,7 +260,7 @@ BROKEN = [
     ),
     (
         "VllmWorker:\n  ServiceArgs: {workers: 2}",
-        "my.yaml:1: VllmWorker.model: 'nothing' given, expected a folder with a config.json, or a name on the hub "
+        "my.yaml:1: VllmWorker.model: missing, expected a folder with a config.json, or a name on the hub "
         "(owner/model)",
     ),
     (
@@ -268,7 +269,7 @@ BROKEN = [
     ),
     (
         "VllmWorker: {model: a/b, system-port: 8000}\nFrontend: {port: 8000}",
-        "my.yaml:2: Frontend-0: 'port 8000' given, expected one that VllmWorker-0 does not have",
+        "my.yaml:2: Frontend-0: port 8000 is taken by VllmWorker-0, expected another port",
     ),
     (
         "VllmWorker: {model: a/b}\nStore:\n  addresses: 10.0.0.7",
@@ -315,16 +316,16 @@ def test_a_broken_configuration_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         ("Store: {capacity: [1]}", "Store.capacity: '[1]' given"),
         (
             "Store: {capacity: 1G, sise: 2}",
-            "my.yaml:1: Store.sise: '2' given, expected a setting of Store: ServiceArgs",
+            "my.yaml:1: Store.sise: unknown, expected a setting of Store: ServiceArgs",
         ),
         ("Store: {common-configs: [model]}", "Store.common-configs: 'model' given, expected a key of Common"),
         ("Nats: {listen: 4222}", "my.yaml:1: Nats.listen: '4222' given, expected host:port"),
         ("Nats: {env: {A: [1]}}", "my.yaml:1: Nats.env.A: '[1]' given, expected a text"),
         (
             "Store: {hot_cache: 1G, hot-cache: 2G}",
-            "my.yaml:1: Store.hot-cache: 'twice' given, expected once: see line 1",
+            "my.yaml:1: Store.hot-cache: given twice, expected once: see line 1",
         ),
-        ("Containers: {registri: a}", "my.yaml:1: Containers.registri: 'a' given, expected one of registry, tag, "),
+        ("Containers: {registri: a}", "my.yaml:1: Containers.registri: unknown, expected one of registry, tag, "),
         ("Containers: {monitoring: prometheus}", "my.yaml:1: Containers.monitoring: 'prometheus' given, expected a"),
     ],
 )
@@ -533,7 +534,7 @@ async def test_a_child_whose_own_children_live_on_is_started_again(tmp_path: Pat
         while supervisor.children["a"] is first or not supervisor.children["a"].ready:
             await asyncio.sleep(0.05)
     assert first.group() == []
-    assert told[2] == "ended with -9; starting it again in 1 s"
+    assert told[2] == "exited with code -9; restarting in 1 s"
     supervisor.unwatch()
     await supervisor.end(supervisor.children["a"], signal.SIGKILL)
 
@@ -549,9 +550,9 @@ async def test_a_child_that_does_not_come_back_is_tried_again_ever_later(
     await supervisor.start()
     os.kill(supervisor.children["a"].pid, signal.SIGKILL)
     async with asyncio.timeout(20):
-        while sum(text.startswith("did not start: a: ended with 3 before") for text in told) < 2:
+        while sum(text.startswith("did not start: a: exited with code 3 before") for text in told) < 2:
             await asyncio.sleep(0.05)
-    pauses = [float(text.split()[-2]) for text in told if text.startswith("ended with")]
+    pauses = [float(text.split()[-2]) for text in told if text.startswith("exited with")]
     assert pauses == sorted(pauses)
     await supervisor.stop()
 
@@ -607,8 +608,8 @@ async def test_on_a_terminal_there_is_a_line_a_process_that_is_kept_up_to_date()
         "Nats  ready after 0.2 s",
         "Store-0  waiting",
     ]
-    board.status("Store-0", "ended with 1; starting it again in 1 s")
-    assert out.getvalue().endswith("ended with 1; starting it again in 1 s\n")
+    board.status("Store-0", "exited with code 1; restarting in 1 s")
+    assert out.getvalue().endswith("exited with code 1; restarting in 1 s\n")
 
 
 def test_elsewhere_there_is_a_line_a_change(capsys: pytest.CaptureFixture[str]) -> None:
@@ -702,7 +703,7 @@ def test_killing_the_supervisor_ends_its_children(tmp_path: Path) -> None:
     [
         ([], 2, "usage:"),
         (["--help"], 0, "serve"),
-        (["fly"], 2, "error: command: 'fly' given, expected one of serve, render, store, connector, top, "),
+        (["fly"], 2, "error: fly: unknown, expected a command: serve, render, store, connector, top, "),
         (["serve", "graphs.nothing:X"], 2, "error: graph: 'graphs.nothing:X' given"),
         (["serve", GRAPH, "-f", "/nowhere.yaml"], 2, "error: config: '/nowhere.yaml' given"),
         (["store", "--dir", "/nowhere", "--capacity", "1G"], 2, "error: dir: '/nowhere' given"),

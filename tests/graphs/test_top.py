@@ -122,7 +122,7 @@ async def test_with_nobody_there_or_no_terminal_it_ends_with_a_line() -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
     for arguments, says in (
         (["--url", nowhere, "--once", "--every", "0.5"], f"router: no router answers at {nowhere}"),
-        ([], "once: 'False' given, expected --once where there is no terminal"),
+        ([], "once: missing, expected --once where there is no terminal"),
     ):
         code, _, errors = await run(*arguments)
         assert (code, errors.count("\n")) == (2, 1), errors

@@ -40,6 +40,7 @@ def test_names_follow_prometheus_conventions() -> None:
         assert re.fullmatch(r"(kvtier_(target|router)|vllm:kvtier)_[a-z_]+", one.name)
         assert one.name.endswith("_total") == (one.kind == "counter"), one
         assert not re.search(r"_(ms|us|milliseconds|kib|mib|gib|percent)(_|$)", one.name), one
+        assert not re.search(r"_(bytes|seconds|ratio)_(?!total$)", one.name), one  # the unit is last
         assert one.text.rstrip() == one.text != ""
 
 

@@ -284,7 +284,7 @@ def test_pages_hold_what_a_log_holds(tmp_path: Path, seed: int) -> None:
         (["export", "127.0.0.1:9"], "store: 127.0.0.1:9 does not list its chunks: "),
         (["export", "127.0.0.1:9", __file__], "expected one that does not exist yet"),
         (["export", "127.0.0.1:9", "--fingerprint", "xyz"], "fingerprint: 'xyz' given, expected up to 16 hexadecimal"),
-        (["export", "127.0.0.1:9", "--tokens", "/nowhere"], "block-size: '' given, expected the engine's tokens"),
+        (["export", "127.0.0.1:9", "--tokens", "/nowhere"], "block-size: missing, expected the engine's tokens"),
         (["export", "127.0.0.1:9", "--tokens", __file__, "--block-size", "16"], "expected a file with token ids"),
         (["export", "127.0.0.1:9", "--max", "0"], "max: '0' given, expected greater than 0"),
         (["import", "127.0.0.1:9", "/nowhere"], "file: '/nowhere' given, expected a file that can be read"),

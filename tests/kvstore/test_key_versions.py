@@ -27,7 +27,7 @@ LENGTH = 100_000
 SLOTS = 12  # enough for eviction to write values again
 STORE = 0x0123456789ABCDEF
 
-# ---- the format of release 0.2, written out: nothing below is taken from kvstore.disk
+# ---- the format of release 0.1, written out: nothing below is taken from kvstore.disk
 
 OLD_SEGMENT = struct.Struct("<8sHHIQQQ")
 OLD_RECORD = struct.Struct("<8sHxxIQQQ")
@@ -69,7 +69,7 @@ def old_segment(slot: int, generation: int, numbers: Iterable[int], *, sealed: b
 
 @pytest.fixture
 def old_store(tmp_path: Path) -> Path:
-    """A directory that a target of release 0.2 left when it was killed: chunks 0 to 17 in two sealed segments, 18 to 21
+    """A directory that a target of release 0.1 left when it was killed: chunks 0 to 17 in two sealed segments, 18 to 21
     in one that was open."""
     folder = tmp_path / "old"
     folder.mkdir()
@@ -102,12 +102,12 @@ def versions(log: Log) -> dict[int, set[int]]:
 
 
 def test_the_key_version_takes_no_space_of_other_fields() -> None:
-    """Headers of today are those of release 0.2 but for one byte of padding."""
+    """Headers of today are those of release 0.1 but for one byte of padding."""
     entry = record.Entry(key(1), 2, 7, 1, LENGTH, 5, 2, key_version=9)
     packed = record.pack_entry(entry)
     old = OLD_ENTRY.pack(key(1), 2, 7, 1, LENGTH, 5, 2)
     assert packed == old[:46] + b"\x09" + old[47:]
-    assert OLD_ENTRY.unpack(packed) == entry[:7]  # as release 0.2 reads it
+    assert OLD_ENTRY.unpack(packed) == entry[:7]  # as release 0.1 reads it
     assert record.unpack_entry(packed, 0) == entry
     assert record.unpack_entry(old, 0) == entry._replace(key_version=1)
     assert record.key_versions(packed + old) == b"\x09\x01"
@@ -204,7 +204,7 @@ def test_what_is_found_corrupt_is_not_counted(old_store: Path) -> None:
 
 
 class OldPutItem(msgspec.Struct, array_like=True, frozen=True):
-    """As release 0.2 has it."""
+    """As release 0.1 has it."""
 
     key: bytes
     length: int
@@ -334,7 +334,7 @@ def test_verify_tells_key_versions(old_store: Path, capsys: pytest.CaptureFixtur
 def test_a_footer_that_release_02_wrote_for_new_records_is_sound(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As after going back to release 0.2 and forth: what it scanned it sealed without key versions."""
+    """As after going back to release 0.1 and forth: what it scanned it sealed without key versions."""
     log = Log(tmp_path, 4 * SEGMENT, segment_bytes=SEGMENT)
     assert append(log, 1)
     (head,) = log._heads.values()

@@ -269,14 +269,14 @@ def mirrored(held: Iterable[int], **options: int) -> tuple[Holdings, Mirror]:
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        (Residency("t", 5, -1, 7, 2, [2], [], 0), "number out of range"),
-        (Residency("t", 5, 2, 1 << 64, 2, [2], [], 0), "number out of range"),
-        (Residency("t", 5, 2, 7, -2, [2], [], 0), "number out of range"),
-        (Residency("t", FORMER_EPOCH, 2, 7, 2, [2], [1], 0), "former start"),
-        (Residency("t", 5, 2, 7, 2, [2] * 70_000, [], 0), "too many changes"),
-        (Residency("t" * 300, 5, 2, 7, 2, [2], [], 0), "name"),
-        (Residency("t", 5, 2, 7, 2, [2, -3], [1], 0), "hash out of range"),
-        (Residency("t", 5, 2, 7, 2, [2], [1 << 64], 0), "hash out of range"),
+        (Residency("t", 5, -1, 7, 2, [2], [], 0), "number_out_of_range"),
+        (Residency("t", 5, 2, 1 << 64, 2, [2], [], 0), "number_out_of_range"),
+        (Residency("t", 5, 2, 7, -2, [2], [], 0), "number_out_of_range"),
+        (Residency("t", FORMER_EPOCH, 2, 7, 2, [2], [1], 0), "former_start"),
+        (Residency("t", 5, 2, 7, 2, [2] * 70_000, [], 0), "too_many_changes"),
+        (Residency("t" * 300, 5, 2, 7, 2, [2], [], 0), "invalid_name"),
+        (Residency("t", 5, 2, 7, 2, [2, -3], [1], 0), "hash_out_of_range"),
+        (Residency("t", 5, 2, 7, 2, [2], [1 << 64], 0), "hash_out_of_range"),
     ],
 )
 def test_what_cannot_be_right_is_ignored_and_counted(message: Residency, reason: str) -> None:
@@ -302,7 +302,7 @@ def test_snapshots_that_cannot_be_right_are_ignored() -> None:
     assert not mirror.apply_snapshot([page, SnapshotPage("u", 5, 1, 9, 1, 7, b"")])
     assert not mirror.apply_snapshot([SnapshotPage("t", FORMER_EPOCH, 1, 9, 1, 7, bytes(8))])
     assert not mirror.apply_snapshot([SnapshotPage("nobody", 5, 1, 9, 1, 7, bytes(8))])
-    assert mirror.ignored == {"snapshot": 2, "former start": 1}
+    assert mirror.ignored == {"invalid_snapshot": 2, "former_start": 1}
     assert known(mirror, [1]) == {1}
 
 
@@ -317,7 +317,7 @@ def test_a_wiped_or_restored_store_under_an_old_name_is_noticed_at_once(epoch: i
     assert mirror.apply_snapshot(again.snapshot())
     assert not mirror.apply(before.announcer.announcements()[0], 0.0)
     assert known(mirror, [1, 2]) == {2}
-    assert mirror.ignored == {"former start": 1}
+    assert mirror.ignored == {"former_start": 1}
 
 
 def test_a_forged_announcement_is_found_out_by_the_next_true_one() -> None:
@@ -330,7 +330,7 @@ def test_a_forged_announcement_is_found_out_by_the_next_true_one() -> None:
     assert known(mirror, [1, 99]) == set()
     assert mirror.apply_snapshot(holdings.snapshot())
     assert known(mirror, [1, 99]) == {1}
-    assert mirror.ignored == {"number used twice": 1}
+    assert mirror.ignored == {"duplicate_number": 1}
 
 
 def test_a_forged_epoch_counts_until_the_target_has_spoken_some_times() -> None:
@@ -369,7 +369,7 @@ async def test_a_snapshot_with_two_answers_is_not_believed(nats_url: str, caplog
     ]
     clock = asyncio.get_running_loop().time
     async with asyncio.timeout(30):
-        while not mirror.ignored["two snapshots"]:
+        while not mirror.ignored["conflicting_snapshots"]:
             await asyncio.sleep(0.02)
         lies = False
         assert "10.0.0.1:7600: two answer for it" in caplog.text
@@ -387,7 +387,7 @@ def test_entries_are_bounded() -> None:
         holdings.store(router_hash)
     mirror.apply(holdings.announcer.announcements()[0], 0.0)
     assert mirror.counts(0.0) == {"t": 10}
-    assert mirror.ignored == {"no room": 4}
+    assert mirror.ignored == {"mirror_full": 4}
     assert len(known(mirror, range(1, 15))) == 10
     holdings.remove(1)
     holdings.store(20)
@@ -400,10 +400,10 @@ def test_targets_and_layouts_are_bounded() -> None:
     for number in range(70):
         mirror.apply(Residency(f"t{number}", 1, 1, 7, 2, [], [], 0), 0.0)
         mirror.apply_snapshot([SnapshotPage(f"t{number}", 1, 1, 9, 1, number, b"1" * 8)])
-    assert mirror.ignored == {"too many targets": 6}
+    assert mirror.ignored == {"too_many_targets": 6}
     for number in range(70, 80):
         mirror.apply(Residency("t0", 1, number - 68, number, 2, [1], [], 0), 0.0)
-    assert mirror.ignored["too many layouts"] == 10
+    assert mirror.ignored["too_many_layouts"] == 10
     assert mirror.ages(3.0)["t0"] == 3.0
 
 

@@ -35,12 +35,12 @@ def test_of_an_adversary_on_the_bus_and_in_etcd_nothing_stays(seed: int) -> None
     assert result.targets_most <= 64
     assert result.table_bytes_most < 32 << 20
     reasons = {
-        "name",
-        "not a speed",
-        "worker id",
-        "too many changes",
-        "number used twice",
-        "two snapshots",
+        "invalid_name",
+        "invalid_rate",
+        "invalid_worker_id",
+        "too_many_changes",
+        "duplicate_number",
+        "conflicting_snapshots",
     }
     assert reasons <= result.ignored.keys()
 

@@ -147,7 +147,7 @@ def test_metrics_show_what_happened(arguments: list[str]) -> None:
         "kvtier_target_corrupt_chunks_total 0.0",
         'kvtier_target_operations_total{operation="get",outcome="corrupt"} 0.0',
         "kvtier_target_chunks 1.0",
-        "kvtier_target_returned_chunks_total 0.0",
+        "kvtier_target_ghost_hits_total 0.0",
     ):
         assert line in text
     process.end(signal.SIGTERM)
@@ -161,7 +161,7 @@ def test_metrics_tell_a_store_that_is_too_small(arguments: list[str]) -> None:
         for number in range(80):  # of 1 MB, and there is room for 64 MiB
             store.put([item(number, 1_000_000)], soon())
     text = metrics(port)
-    returned = next(line for line in text.splitlines() if line.startswith("kvtier_target_returned_chunks_total "))
+    returned = next(line for line in text.splitlines() if line.startswith("kvtier_target_ghost_hits_total "))
     assert float(returned.split()[1]) > 0
     process.end(signal.SIGTERM)
 

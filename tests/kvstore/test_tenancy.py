@@ -373,14 +373,14 @@ ZERO = GOOD.replace("1G", "0")
         ("namespaces: [secret-secret-secret]", "namespaces.0: 'str' given, expected a mapping"),
         (f"namespaces: [{{name: a b, {GOOD}}}]", "namespaces.0.namespace: 'a b' given, expected 1 to 64 letters"),
         (f"namespaces: [{{name: 7, {GOOD}}}]", "namespaces.0.name: '7' given, expected a text, in quotes"),
-        (f"namespaces: [{{{GOOD}}}]", "namespaces.0.name: '' given, expected a value"),
+        (f"namespaces: [{{{GOOD}}}]", "namespaces.0.name: missing, expected a value"),
         (
             f"namespaces: [{{name: a, {GOOD}}}, {{name: a, {GOOD}}}]",
             "namespaces.1.name: 'a' given, expected a name",
         ),
         (
             "namespaces: [{name: a, credential: 'a secret of a, long'}]",
-            "namespaces.0.quota: '' given, expected a",
+            "namespaces.0.quota: missing, expected a",
         ),
         (f"namespaces: [{{name: a, {GOOD.replace('1G', 'lots')}}}]", "quota: 'lots' given, expected a size such as"),
         (
@@ -389,12 +389,12 @@ ZERO = GOOD.replace("1G", "0")
         ),
         (f"namespaces: [{{name: a, {GOOD}, access: none}}]", "namespaces.0.access: 'none' given, expected 'read'"),
         (f"namespaces: [{{name: a, {GOOD}, connections: 0}}]", "namespaces.0.connections: '0' given"),
-        ("namespaces: [{name: a, quota: 1G}]", "namespaces.0: '' given, expected one of credential, credential-file"),
+        ("namespaces: [{name: a, quota: 1G}]", "namespaces.0: missing, expected one of credential, credential-file"),
         (
             f"namespaces: [{{name: a, {GOOD}, credential-env: E}}]",
             "'credential, credential-env' given, expected one",
         ),
-        (f"namespaces: [{{name: a, {GOOD}, kredential: secret}}]", "namespaces.0: 'kredential' given, expected one of"),
+        (f"namespaces: [{{name: a, {GOOD}, kredential: secret}}]", "namespaces.0.kredential: unknown, expected one of"),
         ("namespaces: [{name: a, quota: 1G, credential: secret}]", "namespaces.0.credential: '(hidden)' given"),
         ("namespaces: [{name: a, quota: 1G, credential: 123456789012345678}]", "'(hidden, int)' given, expected text"),
         ("namespaces: [{name: a, quota: 1G, credential-env: NOWHERE}]", "credential-env: 'NOWHERE' given, expected a"),
@@ -570,7 +570,7 @@ def test_bad_starts_are_told_in_one_line(tmp_path: Path, arguments: list[str]) -
     path = names_file(tmp_path, {"a": "60MiB", "b": "20MiB"})
     for more, says in (
         (["--namespaces", str(path)], "the sum of all quotas: '83886080' given, expected at most 67108864"),
-        (["--namespaces", str(path), "--namespace", "a"], "namespace: 'a' given, expected nothing"),
+        (["--namespaces", str(path), "--namespace", "a"], "namespace: 'a' given, expected none beside"),
         (["--namespaces", str(tmp_path / "no")], "expected a file that can be read (No such file or directory)"),
     ):
         code, said = run(*arguments, *more)
@@ -685,7 +685,7 @@ def test_a_hijacked_unix_path_is_not_believed(
 
 
 def test_without_a_pass_the_hijacker_would_be_believed(start_target: Callable[..., RunningTarget]) -> None:
-    """The control: a target of release 0.2, whose UNIX socket has nothing to prove."""
+    """The control: a target of release 0.1, whose UNIX socket has nothing to prove."""
     target = start_target(unix=True)
     target.target._pass_key = lambda pass_id: b""  # type: ignore[method-assign]
     hijacker = Hijacker(target.target._unix_path, wire.Welcome(target.address, target.log.epoch, 4 * MIB, ""))

@@ -91,7 +91,7 @@ def test_a_store_of_another_namespace_is_refused_and_not_touched(tmp_path: Path,
 
 
 def old_store(folder: Path, *, named: str = "default") -> Path:
-    """A directory of release 0.2 with sealed and open segments; its superblock names no namespace."""
+    """A directory of release 0.1 with sealed and open segments; its superblock names no namespace."""
     folder.mkdir()
     block = {"version": 1, "store": STORE, "segment_bytes": SEGMENT, "epoch": 3}
     (folder / "store.json").write_text(json.dumps(block))
@@ -128,7 +128,7 @@ def test_an_old_store_belongs_to_whom_its_records_name(tmp_path: Path) -> None:
 
 
 def test_an_old_store_of_two_namespaces_is_nobodys(tmp_path: Path) -> None:
-    """As releases to 0.2 left it that were started under another name: their footers say nothing of it."""
+    """As releases before 0.2 left it that were started under another name: their footers say nothing of it."""
     folder = old_store(tmp_path / "old")
     first = folder / "segment-000000.kvt"
     first.write_bytes(renamed(first.read_bytes(), "other"))
@@ -157,7 +157,7 @@ def test_what_a_namespaces_file_was_used_for_is_not_opened_for_one(tmp_path: Pat
         with pytest.raises(ConfigError, match=f"namespace: '{name}' given, expected --namespaces: .* a, b"):
             make_log(tmp_path, name, 24)
     assert contents(tmp_path) == before
-    assert json.loads((tmp_path / "store.json").read_bytes())["version"] == 2  # releases to 0.2 refuse it
+    assert json.loads((tmp_path / "store.json").read_bytes())["version"] == 2  # releases before 0.2 refuse it
 
 
 # ---- equal keys of several namespaces

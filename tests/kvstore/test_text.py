@@ -118,7 +118,7 @@ def test_a_router_takes_no_names_but_plain_ones() -> None:
     mirror.apply(Residency(ESCAPES, 1, 1, 0, 0, [], [], 0), 0.0)
     assert not speeds.heard_target(TargetReport(ESCAPES, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0), 0.0)
     assert (mirror.ages(0.0), speeds.targets(0.0)) == ({}, {})
-    assert (mirror.ignored["name"], speeds.ignored["name"]) == (1, 1)
+    assert (mirror.ignored["invalid_name"], speeds.ignored["invalid_name"]) == (1, 1)
 
 
 async def test_top_and_explain_print_nothing_of_what_a_router_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -475,7 +475,7 @@ def test_a_target_takes_new_certificates_under_traffic(tmp_path: Path, made: Cer
     assert outcomes == {Outcome.HIT}
     assert len(kept._free) == 1
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as answer:
-        assert "kvtier_target_certificate_end_seconds 1." in answer.read().decode()
+        assert "kvtier_target_certificate_expiry_timestamp_seconds 1." in answer.read().decode()
     for client in clients:
         client.close()
     said = process.end(signal.SIGTERM)
@@ -537,7 +537,7 @@ def test_a_target_with_a_wrong_file_changes_nothing(made: Certificates, tmp_path
     options = ["--dir", str(tmp_path / "store"), "--capacity", "64MiB", "--nats", "", "--tls-cert", made.target.cert]
     command = [sys.executable, "-m", "kvstore", *options]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    said = "kvstore: error: tls-key: '' given, expected a file, beside --tls-cert\n"
+    said = "kvstore: error: tls-key: missing, expected a file, beside --tls-cert\n"
     assert (ended.returncode, ended.stderr) == (2, said)
     assert not (tmp_path / "store").exists()
 

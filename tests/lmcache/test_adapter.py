@@ -300,12 +300,12 @@ def test_a_target_with_tls_is_reached_by_certificate(server: Make, start_target:
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ({"store": ""}, "store: '' given, expected host:port"),
+        ({"store": ""}, "store: missing, expected host:port"),
         ({"store": "nowhere"}, "store: 'nowhere' given, expected host:port"),
         ({"deadline_ms": 0}, "deadline-ms: '0' given"),
         ({"namespace": "a b"}, "namespace: 'a b' given"),
         ({"seal": "mac"}, "seal: 'mac' given, expected off where no seal-key is given"),
-        ({"sotre": "host:1"}, "sotre: 'host:1' given, expected one of store_tls_ca"),
+        ({"sotre": "host:1"}, "sotre: unknown, expected one of store_tls_ca"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

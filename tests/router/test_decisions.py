@@ -43,10 +43,10 @@ def test_what_came_over_the_bus_is_shown() -> None:
     mirror.apply(Residency("t:2", -1, 1, 0, 0, [], [], 0), time.monotonic())
     shown = generate_latest(decisions.registry).decode()
     for line in (
-        'kvtier_router_messages_undecoded_total{kind="Residency"} 3.0',
+        'kvtier_router_decode_errors_total{kind="Residency"} 3.0',
         'kvtier_router_fetched_chunks_total{outcome="miss",worker="1a"} 2.0',
-        'kvtier_router_reports_ignored_total{reason="worker id"} 1.0',
-        'kvtier_router_mirror_ignored_total{reason="number out of range"} 1.0',
-        'kvtier_router_mirror_age_seconds{target="t:1"}',
+        'kvtier_router_rejected_heartbeats_total{reason="invalid_worker_id"} 1.0',
+        'kvtier_router_rejected_announcements_total{reason="number_out_of_range"} 1.0',
+        'kvtier_router_target_heartbeat_age_seconds{target="t:1"}',
     ):
         assert line in shown

@@ -66,7 +66,7 @@ def test_the_last_thousand_are_kept() -> None:
     assert decisions.last(1)[0].id == str(KEPT + 9)
     assert decisions.find("9") is None
     assert decisions.last(5, "1a") == []
-    decisions.ended("9", "left")  # one that was forgotten meanwhile
+    decisions.ended("9", "cancelled")  # one that was forgotten meanwhile
 
 
 async def test_decisions_can_be_read_over_http(capsys: pytest.CaptureFixture[str]) -> None:

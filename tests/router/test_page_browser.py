@@ -141,7 +141,7 @@ async def test_totals_are_those_of_the_metrics(shown: Shown, browser: Browser) -
         for source, name in {"hbm": "HBM", "dram": "DRAM", "store": "store", "computed": "computed"}.items():
             counted = registry.get_sample_value("kvtier_router_prompt_tokens_total", {"source": source})
             assert int(tokens[name][2].replace(",", "")) == counted
-        await expect(page.locator("#readings")).to_contain_text("40 so far, 0 under way")
+        await expect(page.locator("#readings")).to_contain_text("40 so far, 0 in flight")
         await expect(page.locator("#alarms p")).to_have_count(0)
         label = await page.get_attribute("#tokens-chart", "aria-label")
         assert label is not None
@@ -185,11 +185,11 @@ async def test_what_came_of_a_decision_appears_when_it_is_known(shown: Shown, br
     name = shown.decide(ended=False)
     shown.feed.tick()
     async with looking(browser, f"{shown.url}?decision={name}") as page:
-        await expect(page.locator("#detail .came")).to_contain_text("under way")
-        shown.decisions.ended(name, "left")
+        await expect(page.locator("#detail .came")).to_contain_text("in flight")
+        shown.decisions.ended(name, "cancelled")
         shown.feed.tick()
-        await expect(page.locator("#detail .came")).to_contain_text("the client left")
-        await expect(page.locator(f"#rows tr[data-id='{name}']")).to_contain_text("left")
+        await expect(page.locator("#detail .came")).to_contain_text("the client disconnected")
+        await expect(page.locator(f"#rows tr[data-id='{name}']")).to_contain_text("cancelled")
     async with looking(browser, f"{shown.url}?decision=0123456789ab") as page:
         await expect(page.locator("#detail")).to_contain_text("no longer kept")
 

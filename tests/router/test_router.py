@@ -490,7 +490,7 @@ async def test_when_dynamos_router_fails_prompts_are_served_from_what_is_left() 
     assert len(await serve(router)) == 5
     assert plan_of(kv_router.sent[0]).fetch == 8
     assert (
-        'kvtier_router_fallbacks_total{missing="overlap query"} 1.0'
+        'kvtier_router_degraded_decisions_total{missing="overlap_query"} 1.0'
         in generate_latest(router.decisions.registry).decode()
     )
 
@@ -499,7 +499,7 @@ async def test_a_decision_counts_once_however_many_workers_do_not_report() -> No
     router = make(KvRouter([1, 2, 3]))
     router._workers.forget_silent(time.monotonic() + 60)
     await serve(router)
-    assert router.decisions.totals().fallbacks["worker report"] == 1
+    assert router.decisions.totals().fallbacks["worker_report"] == 1
 
 
 async def test_under_churn_nothing_stays_booked() -> None:
@@ -523,7 +523,7 @@ async def test_under_churn_nothing_stays_booked() -> None:
     await until(lambda: len(kv_router.closed) > 0)
     assert not any(router.booked().values())
     outcomes = {one.outcome for one in router.decisions.last()}
-    assert outcomes <= {"finished", "failed", "left"}
+    assert outcomes <= {"finished", "failed", "cancelled"}
 
 
 async def test_a_busy_target_is_priced_by_what_others_fetch_there() -> None:

@@ -81,19 +81,19 @@ def test_what_was_not_measured_leaves_the_prior() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"worker": "x"}, "worker id"),
-        ({"worker": "9" * 30}, "worker id"),
-        ({"prefill_seconds_per_token": math.nan}, "not a speed"),
-        ({"store_bytes_per_second": math.inf}, "not a speed"),
-        ({"dram_bytes_per_second": -1.0}, "not a speed"),
-        ({"chunk_bytes": 0}, "not a size"),
-        ({"queue": -5}, "not a size"),
-        ({"chunk_bytes": 1 << 40}, "not a size"),
-        ({"blocks_per_chunk": 1 << 40}, "not a size"),
-        ({"fetched_chunks": {"miss": -1}}, "not a count"),
-        ({"prefill_seconds_per_token": 1e3}, "absurd prefill"),
-        ({"store_bytes_per_second": 1e30}, "absurd rate"),
-        ({"ts_ms": -10}, "older than the last"),
+        ({"worker": "x"}, "invalid_worker_id"),
+        ({"worker": "9" * 30}, "invalid_worker_id"),
+        ({"prefill_seconds_per_token": math.nan}, "invalid_rate"),
+        ({"store_bytes_per_second": math.inf}, "invalid_rate"),
+        ({"dram_bytes_per_second": -1.0}, "invalid_rate"),
+        ({"chunk_bytes": 0}, "invalid_size"),
+        ({"queue": -5}, "invalid_size"),
+        ({"chunk_bytes": 1 << 40}, "invalid_size"),
+        ({"blocks_per_chunk": 1 << 40}, "invalid_size"),
+        ({"fetched_chunks": {"miss": -1}}, "invalid_count"),
+        ({"prefill_seconds_per_token": 1e3}, "implausible_prefill"),
+        ({"store_bytes_per_second": 1e30}, "implausible_rate"),
+        ({"ts_ms": -10}, "stale_timestamp"),
     ],
 )
 def test_absurd_reports_are_counted_and_change_nothing(changes: dict[str, object], reason: str) -> None:
@@ -159,10 +159,10 @@ def test_a_target_is_believed_while_it_speaks() -> None:
     assert not live.heard_target(target(0, epoch=2), 102.0)
     assert not live.heard_target(target(9, epoch=2, device_bytes_per_second=math.nan), 102.0)
     assert not live.heard_target(target(9, epoch=2, waiting_read_bytes=-1), 102.0)
-    assert live.ignored == {"older than the last": 2, "not a speed": 1, "not a size": 1}
+    assert live.ignored == {"stale_timestamp": 2, "invalid_rate": 1, "invalid_size": 1}
     assert not live.heard_target(target(9, epoch=2, waiting_read_bytes=1 << 60), 102.0)
     assert not live.heard_target(target(9, epoch=2, device_bytes_per_second=1e30), 102.0)
-    assert (live.ignored["not a size"], live.ignored["absurd rate"]) == (2, 1)
+    assert (live.ignored["invalid_size"], live.ignored["implausible_rate"]) == (2, 1)
     live.heard_target(target(10, epoch=2, device_bytes_per_second=0.0), 103.0)
     assert live.of_target("t:1", 103.0) is None  # it was idle: nothing is known
 
@@ -172,7 +172,7 @@ def test_a_report_from_the_future_does_not_silence_a_worker_for_ever() -> None:
     live.heard_worker(report(1 << 60))
     heard = [live.heard_worker(report(number)) for number in range(OLDER_MAX + 2)]
     assert heard == [False] * OLDER_MAX + [True] * 2
-    assert live.ignored == {"older than the last": OLDER_MAX}
+    assert live.ignored == {"stale_timestamp": OLDER_MAX}
 
 
 def test_what_workers_fetched_is_kept_by_known_outcomes() -> None:
@@ -186,11 +186,11 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     live = LiveSpeeds(PRIOR)
     for number in range(5):
         live.heard_worker(report(worker=str(number)))
-    assert live.ignored == {"too many workers": 2}
+    assert live.ignored == {"too_many_workers": 2}
     live = LiveSpeeds(PRIOR)
     for number in range(TARGETS_MAX + 5):
         live.heard_target(target(target=f"t:{number}"), 0.0)
-    assert live.ignored == {"too many targets": 5}
+    assert live.ignored == {"too_many_targets": 5}
     live.heard_worker(report())
     live.keep_only(set(), 1000.0)
     assert not live._targets

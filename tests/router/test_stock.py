@@ -59,7 +59,7 @@ def test_under_churn_nothing_stays_booked_here_or_in_dynamos_books(nats_url: str
     assert told["during"]["dynamo requests"] > 0
     assert told["during"]["dynamo blocks"] > 0
     assert not any(told["after"].values()), told["after"]
-    assert set(told["outcomes"]) == {"finished", "failed", "left"}
+    assert set(told["outcomes"]) == {"finished", "failed", "cancelled"}
 
 
 def test_with_half_of_the_workers_failing_every_prompt_has_its_first_token_in_time(

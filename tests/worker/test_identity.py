@@ -1073,7 +1073,7 @@ def test_loads_of_requests_that_are_forgotten_end_as_missing(
     stuck.set()
     assert not engine.result(first).failed
     assert engine.tier.lookup(KEYS[0], kept) is HIT
-    assert engine.counted()["vllm:kvtier_overdue_chunks"] == 0
+    assert engine.counted()["vllm:kvtier_fetch_timeout_chunks"] == 0
     eventually(lambda: (engine.step(), not engine.tier.has_pending_work())[1], SOON)
     assert engine.tier._load_rows == 0
 

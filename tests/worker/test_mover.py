@@ -150,7 +150,7 @@ def test_when_it_is_killed_its_jobs_are_misses_and_the_next_one_serves(start_tar
     again = engine.arrive(engine_request(name="again"), KEYS, plan(target, 4))
     assert not engine.load(again, KEYS[:4], [0, 1, 2, 3]).failed
     assert [engine.memory[row].tobytes() for row in range(4)] == contents
-    assert engine.counted()["vllm:kvtier_mover_starts"] == 1
+    assert engine.counted()["vllm:kvtier_mover_restarts"] == 1
 
 
 def test_router_hashes_survive_it(start_target: Any, engines: Any) -> None:  # noqa: F811

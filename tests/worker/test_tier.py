@@ -575,7 +575,7 @@ def test_a_deadline_ends_a_fetch_and_all_waiting(start_target: Any, engines: Any
     assert engine.tier.gave_up("r")
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
     assert engine.tier.link.starts == 1  # it was the target that stalled, not the mover
-    assert engine.counted()["vllm:kvtier_overdue_chunks"] == 4
+    assert engine.counted()["vllm:kvtier_fetch_timeout_chunks"] == 4
     stuck.set()
 
 
@@ -597,7 +597,7 @@ def test_a_request_that_leaves_stops_its_fetch(start_target: Any, engines: Any, 
     stuck.set()
     assert not engine.result(one).failed
     assert not engine.tier.has_pending_work()
-    assert engine.counted()["vllm:kvtier_overdue_chunks"] == 0  # its client left, no deadline was missed
+    assert engine.counted()["vllm:kvtier_fetch_timeout_chunks"] == 0  # its client left, no deadline was missed
 
 
 def test_puts_beyond_the_bound_pin_nothing_and_wait_for_their_turn(start_target: Any, engines: Any) -> None:
@@ -698,7 +698,7 @@ def test_a_fetch_that_costs_more_than_computing_is_cut(start_target: Any, engine
     assert engine.tier.gave_up("r")
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
     assert all(engine.result(job).failed for job in jobs[1:])
-    assert engine.counted()["vllm:kvtier_cut_chunks"] == 4
+    assert engine.counted()["vllm:kvtier_fetch_abandoned_chunks"] == 4
     stuck.set()
     engine.result(jobs[0])
 

@@ -28,7 +28,8 @@ def _targets(state: State) -> list[Alarm]:
     found = []
     heard = [lane for lane in state.targets if lane.heard_seconds <= _SILENT_SECONDS]
     if not heard:
-        found.append(Alarm("no-target", "warn", "No heartbeat from any target: soon nothing is loaded from the store."))
+        text = "No heartbeat from any target: soon nothing is loaded from the store."
+        found.append(Alarm("no-target", "warn", f"{text} Are targets up, with the router's --nats and --namespace?"))
     for lane in state.targets:
         if heard and lane not in heard:
             text = f"No heartbeat from target {lane.target} for {lane.heard_seconds:.0f} s:"
@@ -46,7 +47,7 @@ def _targets(state: State) -> list[Alarm]:
 
 def _workers(state: State) -> list[Alarm]:
     if not state.workers:
-        return [Alarm("no-worker", "bad", "No worker is live: prompts fail.")]
+        return [Alarm("no-worker", "bad", "No worker is live: prompts fail. Look at the workers' logs.")]
     silent = [
         lane.worker for lane in state.workers if lane.heard_seconds is None or lane.heard_seconds > _SILENT_SECONDS
     ]
@@ -65,12 +66,12 @@ def _prompts(state: State) -> list[Alarm]:
     asked, late = sum(fetched.values()), fetched.get("late", 0)
     if late > _LATE_SHARE_MAX * asked:
         text = f"{late} of {asked} chunks came past their deadline in the last minute: targets or links"
-        found.append(Alarm("late", "warn", f"{text} are slower than they were measured."))
+        found.append(Alarm("late", "warn", f"{text} are slower than measured. Look at target queues."))
     if corrupt := fetched.get("corrupt", 0):
         found.append(Alarm("corrupt-fetch", "bad", f"{corrupt} chunks came corrupt in the last minute: recomputed."))
     if unreachable := fetched.get("unreachable", 0):
         text = f"{unreachable} chunks could not be fetched in the last minute: a target does not answer its workers."
-        found.append(Alarm("unreachable", "bad", text))
+        found.append(Alarm("unreachable", "bad", f"{text} Try kvtier store stat on a worker's machine."))
     ratio = state.prediction
     if ratio is not None and ratio.count >= _PREDICTIONS_MIN:
         off = max(ratio.p50, 1 / ratio.p50) if ratio.p50 > 0 else 1.0

@@ -136,7 +136,7 @@ class MoverLink:
         self._close()
         self._note_failure()
         logger.error(
-            "kvtier: the mover ended with %d; the next one starts in %.1f s, and until then the store is not used",
+            "kvtier: the mover exited with code %d; restarting in %.1f s, and until then the store is not used",
             status,
             self._restart_at - time.monotonic(),
         )

@@ -197,9 +197,9 @@ function whatCame(decision) {
   const ratio = actual !== null && predicted > 0 ? `${(actual / predicted).toFixed(2)} × predicted` : "";
   const ends = {
     finished: `${count(decision.output_tokens)} tokens${decision.tpot_seconds === null ? "" : `, ${milliseconds(decision.tpot_seconds)} ms each`}`,
-    open: "under way",
+    open: "in flight",
     failed: "the worker failed",
-    left: "the client left",
+    cancelled: "cancelled: the client disconnected",
   };
   return element(
     "table",

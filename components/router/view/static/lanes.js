@@ -8,17 +8,17 @@ export function showWorkers(table, model, filter, choose) {
   const heads = [
     ["Worker", ""],
     ["Tokens by source", "of its prompts, since the router's start"],
-    ["Under way", "prompts sent there that have not ended, and over the last minute"],
+    ["In flight", "prompts sent there that have not ended, now and over the last minute"],
     [
       "Queue",
-      "prompt tokens to compute before a new prompt, when the last one was decided; and requests that the engine has not begun with",
+      "prompt tokens to compute before a new prompt, at the last decision; and requests waiting in the engine",
     ],
-    ["KV memory", "held by running requests, when the last prompt was decided"],
-    ["Prefill", "tokens a second, as priced now"],
-    ["Loads", "into HBM from DRAM, and into DRAM from the store: when busy, as measured"],
-    ["On its way", "from the store"],
+    ["KV memory", "share of HBM held by running requests, at the last decision"],
+    ["Prefill speed", "tokens a second, as priced now"],
+    ["Load speed", "throughput measured while busy: DRAM to HBM, and store to DRAM"],
+    ["Fetching", "bytes in flight from the store"],
     ["Fetched", "chunks asked of the store since the worker's start: hits, and those that were late, corrupt or lost"],
-    ["Heard", "last report of its tier"],
+    ["Heartbeat", "age of the last one from its tier"],
   ];
   const rows = model.state.workers.map((lane) => {
     const { hit = 0, late = 0, corrupt = 0, ...others } = lane.fetched_chunks;
@@ -65,25 +65,25 @@ export function showWorkers(table, model, filter, choose) {
       ],
     };
   });
-  fill(table, heads, rows, "No worker is live.");
+  fill(table, heads, rows, "No worker is live: look at the workers' logs. Is their namespace the router's?");
 }
 
 export function showTargets(table, state) {
   const heads = [
     ["Target", ""],
-    ["Space", "payload held, of what it may hold"],
-    ["Chunks", "that the router knows it holds"],
-    ["Device reads", "bytes a second when busy; – : not lately"],
+    ["Space used", "payload held, of the capacity"],
+    ["Chunks", "in the router's residency mirror"],
+    ["Device reads", "throughput when busy; – : not lately"],
     ["Sent", "now"],
     ["Received", "now"],
-    ["Waiting", "to be read and to be written"],
+    ["Queues", "bytes waiting to be read, and to be written"],
     [
-      "Evicted at",
-      "age of the segment evicted last: below the time after which prompts come back, the store is too small",
+      "Eviction age",
+      "age of the segment evicted last: if it is shorter than the reuse interval of prompts, add capacity",
     ],
     ["Clients", "connections"],
     ["Faults", "corrupt chunks and failed writes since its start"],
-    ["Heard", "last announcement"],
+    ["Heartbeat", "age of the last one"],
   ];
   const rows = state.targets.map((lane) => ({
     cells: [
@@ -118,7 +118,7 @@ export function showTargets(table, state) {
       [mark(lane.heard_seconds > SILENT, age(lane.heard_seconds))],
     ],
   }));
-  fill(table, heads, rows, "No target is heard.");
+  fill(table, heads, rows, "No target is heard: start one with --nats and the --namespace of the router.");
 }
 
 function fill(table, heads, rows, empty) {

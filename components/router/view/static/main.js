@@ -103,7 +103,7 @@ function link() {
   document.body.classList.toggle("stale", stale);
   $("link").setAttribute("aria-live", stale ? "polite" : "off"); // a rate is not to be read out each second
   const text = stale
-    ? refused || "The router does not answer; trying again"
+    ? refused || "The router does not answer; reconnecting"
     : state === null
       ? "connecting"
       : `${rate(state.decisions_per_second)} prompts/s${view.paused ? ", paused" : ""}`;

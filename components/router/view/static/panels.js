@@ -50,24 +50,24 @@ function readings(model) {
       "Prompts",
       `${rate(state.decisions_per_second)}`,
       "/s",
-      [`${count(state.decisions)} so far, ${count(state.open)} under way`],
+      [`${count(state.decisions)} so far, ${count(state.open)} in flight`],
     ],
     [
-      "Tokens not computed",
+      "Cache hit rate",
       total ? percent(tiers / total) : "–",
       "",
       total ? [sourcesBar(recent)] : ["no prompt in the last minute"],
     ],
     [
-      "Prefill spared",
+      "Prefill saved",
       total ? saved(tiers).toFixed(2) : "–",
       total ? "workers" : "",
-      total ? [`${saved(recent.store).toFixed(2)} of it by the store`] : [""],
+      total ? [`${saved(recent.store).toFixed(2)} by the store`] : [""],
     ],
-    ["First token, median", ...medians(state.ttft)],
-    ["Output token, median", ...medians(state.tpot)],
+    ["TTFT, median", ...medians(state.ttft)],
+    ["TPOT, median", ...medians(state.tpot)],
     [
-      "Actual / predicted",
+      "TTFT, actual / predicted",
       state.prediction ? state.prediction.p50.toFixed(2) : "–",
       state.prediction ? "×" : "",
       [
@@ -77,7 +77,7 @@ function readings(model) {
       ],
     ],
     [
-      "A decision takes",
+      "Routing decision",
       ...split(state.decision_seconds),
       [
         Object.entries(state.outcomes)
