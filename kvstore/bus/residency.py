@@ -40,7 +40,8 @@ _SNAPSHOTS_KEPT = 2
 # snapshot is under way, as Python's numbers, take 150 MB at most.
 _CHANGES_MAX = 2 * MESSAGE_HASHES
 WAITING_HASHES = 4_000_000
-_TARGETS_MAX = 64  # bits of a mask
+_TARGETS_MAX = 1024
+_NUMBERS = 2 * _TARGETS_MAX  # of targets, from 1 on: those that are being cleared keep theirs
 _LAYOUTS_MAX = 64
 _PAGES_MAX = 4096  # of a snapshot: over 100 million chunks
 # Snapshots of one target are this far apart, however often it seems that something was missed. For so long after one, a
@@ -64,6 +65,7 @@ _U64 = (1 << 64) - 1
 Hashes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 Steps: TypeAlias = Generator[None, None, bool]
 Slots: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
+Lanes: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.uint16]]"
 
 
 class Announcer:
@@ -173,7 +175,8 @@ async def announce(announcer: Announcer, line: Bus, namespace: str, *, interval_
 
 
 class _Slots:
-    """Router hash -> bit mask of targets, by open addressing, in two arrays of a size that is a power of two."""
+    """Router hash -> holders, by open addressing, in two arrays of a size that is a power of two. The holders of a
+    chunk are the numbers of up to four targets, 16 bits each; 0 is no target."""
 
     def __init__(self, slots: int, secret: np.uint64):
         self._secret = secret
@@ -184,17 +187,17 @@ class _Slots:
         for one in self._memory:
             with contextlib.suppress(OSError):
                 one.madvise(mmap.MADV_HUGEPAGE)  # or a look-up misses the TLB, too
-        self._hashes, self.masks = (np.frombuffer(one, np.uint64) for one in self._memory)  # hash 0: free
+        self._hashes, self.holders = (np.frombuffer(one, np.uint64) for one in self._memory)  # hash 0: free
         self._touched = self._released = 0  # slots
-        self.used = 0  # slots with a hash, its mask maybe 0: what goes keeps its slot
+        self.used = 0  # slots with a hash, its holders maybe none: what goes keeps its slot
 
     def __len__(self) -> int:
-        return len(self.masks)
+        return len(self.holders)
 
     def touch(self, slots: int) -> None:
         """Have the system provide memory for so many more slots of a table that is not in use yet: first for hashes,
-        then for masks, so that it clears one large page at a time."""
-        array, at = (self._hashes, 0) if self._touched < len(self) else (self.masks, len(self))
+        then for holders, so that it clears one large page at a time."""
+        array, at = (self._hashes, 0) if self._touched < len(self) else (self.holders, len(self))
         array[self._touched - at : self._touched - at + slots] = 0
         self._touched = min(self._touched + slots, at + len(self))
 
@@ -211,18 +214,18 @@ class _Slots:
 
     @property
     def size_bytes(self) -> int:
-        return int(self._hashes.nbytes + self.masks.nbytes)
+        return int(self._hashes.nbytes + self.holders.nbytes)
 
     def held(self, part: slice) -> tuple[Hashes, Hashes]:
-        """Hashes and masks in these slots, of what somebody holds."""
-        masks = self.masks[part]
-        there = np.flatnonzero(masks)
-        return self._hashes[part][there], masks[there]
+        """Hashes and holders in these slots, of what somebody holds."""
+        holders = self.holders[part]
+        there = np.flatnonzero(holders)
+        return self._hashes[part][there], holders[there]
 
-    def masks_of(self, hashes: Hashes) -> Hashes:
+    def holders_of(self, hashes: Hashes) -> Hashes:
         found, slots = self.find(hashes)
-        masks: Hashes = np.where(found, self.masks[slots], np.uint64(0))
-        return masks
+        holders: Hashes = np.where(found, self.holders[slots], np.uint64(0))
+        return holders
 
     def _start(self, hashes: Hashes) -> Slots:
         start: Slots = ((hashes * self._secret) >> self._shift).astype(np.int64)
@@ -268,13 +271,13 @@ class _Slots:
 
 
 class _Table:
-    """Which targets hold which chunks of one layout. 16 bytes a slot and 21 to 53 an entry; whole batches are looked up
-    and changed at once. The place of a hash depends on a number that nobody else knows, so that nobody can make up
-    hashes that collide.
+    """Which targets hold which chunks of one layout: up to four of each chunk, by number. 16 bytes a slot and 21 to 53
+    an entry; whole batches are looked up and changed at once. The place of a hash depends on a number that nobody else
+    knows, so that nobody can make up hashes that collide.
 
     No call takes longer the more there is. A full table moves to a new one incrementally, some slots for each entry
-    that is added; until the end a hash may be in both, and has the bits of both. The bits of a target that is gone are
-    cleared incrementally, too.
+    that is added; a hash has holders in one of the two. The number of a target that is gone is cleared incrementally,
+    too.
     """
 
     def __init__(self) -> None:
@@ -284,43 +287,77 @@ class _Table:
         self._moved = 0  # slots of it
         self._next: _Slots | None = None  # in preparation
         self._gone: _Slots | None = None  # whose memory is given back
-        self._live = 0  # hashes with a mask
-        self.stale = 0  # bits that are being cleared
+        self._live = 0  # hashes with a holder
+        self.stale: set[int] = set()  # numbers that are being cleared
+        self._is_stale = np.zeros(_NUMBERS, np.bool_)
         self._cleared = 0  # slots of `_now` without any of them
 
     @property
     def size_bytes(self) -> int:
         return sum(table.size_bytes for table in (self._before, self._now, self._next) if table is not None)
 
-    def masks(self, hashes: Hashes) -> Hashes:
-        """Of each hash; 0 of those that nobody holds."""
-        return self._now.masks_of(hashes) | self._masks_before(hashes)
+    def holders(self, hashes: Hashes) -> Lanes:
+        """The numbers of each hash's targets, also stale ones; 0 in free places."""
+        holders = self._now.holders_of(hashes)
+        if self._before is not None:
+            holders |= self._before.holders_of(hashes)
+        return _lanes(holders)
 
-    def add(self, hashes: Hashes, bit: int) -> int:
-        """Set `bit` for hashes that differ; returns for how many it was not set before."""
+    def add(self, hashes: Hashes, number: int) -> int:
+        """Add the target to hashes that differ; returns how many did not have it and have it now. A chunk on four
+        other targets stays as it is."""
         self._reserve(len(hashes))
         self._move(_MOVED_PER_ENTRY * len(hashes))
         slots = self._now.claim(hashes)
-        own = self._now.masks[slots]
-        masks = own | self._masks_before(hashes)
-        self._live += int(np.count_nonzero(masks == 0))
-        self._now.masks[slots] = own | np.uint64(bit)
-        return int(np.count_nonzero((masks & np.uint64(bit)) == 0))
+        holders = self._now.holders[slots]
+        if self._before is not None:
+            found, before = self._before.find(hashes)
+            holders[found] |= self._before.holders[before[found]]
+            self._before.holders[before[found]] = 0
+        fresh = holders == 0
+        holders[fresh] = number
+        added = int(np.count_nonzero(fresh))
+        self._live += added
+        if added < len(hashes):
+            held = np.flatnonzero(~fresh)
+            others = holders[held]
+            lanes = self._without_stale(_lanes(others))
+            free = lanes == 0
+            missing = np.flatnonzero(free.any(axis=1) & (lanes != number).all(axis=1))
+            lanes[missing, free[missing].argmax(axis=1)] = number
+            holders[held] = others
+            added += len(missing)
+        self._now.holders[slots] = holders
+        return added
 
-    def remove(self, hashes: Hashes, bit: int) -> int:
-        """Clear `bit` for hashes that differ; returns for how many it was set."""
-        masks = self.masks(hashes)
+    def remove(self, hashes: Hashes, number: int) -> int:
+        """Remove the target from hashes that differ; returns how many had it."""
+        removed = 0
         for table in (self._now, self._before):
             if table is not None:
                 found, slots = table.find(hashes)
-                table.masks[slots[found]] &= ~np.uint64(bit)
-        self._live -= int(np.count_nonzero(masks == np.uint64(bit)))
-        return int(np.count_nonzero(masks & np.uint64(bit)))
+                slots = slots[found]
+                holders = table.holders[slots]
+                held = np.count_nonzero(holders)
+                lanes = _lanes(holders)
+                had = lanes == number
+                lanes[had] = 0
+                table.holders[slots] = holders
+                self._live -= int(held - np.count_nonzero(holders))
+                removed += int(np.count_nonzero(had))
+        return removed
 
-    def forget(self, bit: int) -> None:
-        """Clear `bit` everywhere, by and by: until `stale` is 0 it must not be set again."""
-        self.stale |= bit
+    def forget(self, number: int) -> None:
+        """Remove the target from all hashes, by and by: until `stale` is empty the number must not be used again."""
+        self.stale.add(number)
+        self._is_stale[number] = True
         self._cleared = 0
+
+    def _without_stale(self, lanes: Lanes) -> Lanes:
+        """The same lanes, cleared of stale numbers."""
+        if self.stale:
+            lanes[self._is_stale[lanes]] = 0
+        return lanes
 
     def release(self) -> bool:
         """Give some of the memory back, of a table that is in use no more; False at the end."""
@@ -353,14 +390,15 @@ class _Table:
         """Move or clear so many slots; False if nothing is left to do."""
         if self._before is not None or self._gone is not None:
             self._move(slots)
-        elif self._cleared < len(self._now):
-            part = self._now.masks[self._cleared : self._cleared + slots]
+        elif self._cleared < len(self._now) and self.stale:
+            part = self._now.holders[self._cleared : self._cleared + slots]
             held = int(np.count_nonzero(part))
-            part &= ~np.uint64(self.stale)
+            self._without_stale(_lanes(part))
             self._live -= held - int(np.count_nonzero(part))
             self._cleared += slots
         else:
-            self.stale = 0
+            self.stale.clear()
+            self._is_stale[:] = False
             return False
         return True
 
@@ -370,20 +408,20 @@ class _Table:
         if self._before is None:
             return
         part = slice(self._moved, self._moved + slots)
-        hashes, masks = self._before.held(part)
-        kept = masks & ~np.uint64(self.stale)
-        live = kept != 0
-        own = self._now.masks_of(hashes)
-        self._live -= int(np.count_nonzero(~live & (own == 0)))
-        hashes, kept = hashes[live], kept[live]
-        self._now.masks[self._now.claim(hashes)] |= kept
-        self._before.masks[part] = 0
+        hashes, holders = self._before.held(part)
+        self._without_stale(_lanes(holders))
+        live = holders != 0
+        self._live -= int(np.count_nonzero(~live))
+        self._now.holders[self._now.claim(hashes[live])] = holders[live]
+        self._before.holders[part] = 0
         self._moved += slots
         if self._moved >= len(self._before):
             self._before, self._gone = None, self._before
 
-    def _masks_before(self, hashes: Hashes) -> Hashes:
-        return np.zeros_like(hashes) if self._before is None else self._before.masks_of(hashes)
+
+def _lanes(holders: Hashes) -> Lanes:
+    """The four numbers in each, in the same memory."""
+    return holders.view(np.uint16).reshape(-1, 4)
 
 
 @dataclass
@@ -396,7 +434,7 @@ class _View:
     older: int = 0  # messages of an older epoch, in a row
     heard: float = 0.0  # time.monotonic() of the last announcement
     complete: bool = False  # False until a snapshot has been taken in
-    bit: int = 0  # the target's in every table; 0 until a snapshot has been taken in
+    number: int = 0  # the target's in every table; 0 until a snapshot has been taken in
     resident: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # fingerprint -> chunks
     waiting: list[Residency] = field(default_factory=list)  # announced while a snapshot is under way
     waiting_hashes: int = 0
@@ -505,7 +543,7 @@ class Mirror:
             view.forget_waiting()
             return False
         self._clear(view)
-        view.bit = self._free_bit()
+        view.number = self._free_number()
         view.epoch, view.seq, view.snapshot_seq = first.epoch, first.seq, first.seq
         view.complete, view.joining = False, True
         try:
@@ -528,17 +566,18 @@ class Mirror:
 
     def locate(self, fingerprint: int, router_hashes: list[int], now: float) -> list[str | None]:
         """For each chunk a target that holds it, or None."""
-        holders = {
-            view.bit: target
+        targets = {
+            view.number: target
             for target, view in self._views.items()
             if view.complete and now - view.heard <= self._max_age_seconds and fingerprint in view.resident
         }
         table = self._tables.get(fingerprint)
-        if table is None or not holders or not router_hashes:
+        if table is None or not targets or not router_hashes:
             return [None] * len(router_hashes)
-        masks = table.masks(_u64s(router_hashes)) & np.uint64(sum(holders))
-        lowest = masks & (~masks + np.uint64(1))
-        return list(map(holders.get, lowest.tolist()))
+        answering = np.zeros(_NUMBERS, np.uint16)  # its own number of each target that may be named
+        answering[list(targets)] = list(targets)
+        named = answering[table.holders(_u64s(router_hashes))].max(axis=1)
+        return list(map(targets.get, named.tolist()))
 
     def counts(self, now: float) -> dict[str, int]:
         """Chunks known on each target that is heard."""
@@ -582,24 +621,21 @@ class Mirror:
         if view := self._views.get(target):
             view.forget_waiting()
 
-    def _free_bit(self) -> int:
-        """A bit that no view has, and no table any more."""
+    def _free_number(self) -> int:
+        """A number that no view has, and no table any more."""
         while True:
-            taken = {view.bit for view in self._views.values()}
-            stale = 0
-            for table in self._tables.values():
-                stale |= table.stale
-            free = [1 << bit for bit in range(_TARGETS_MAX) if 1 << bit not in taken and not stale >> bit & 1]
-            if free:
-                return free[0]
+            taken = {view.number for view in self._views.values()}.union(*(one.stale for one in self._tables.values()))
+            free = next((number for number in range(1, _NUMBERS) if number not in taken), None)
+            if free is not None:
+                return free
             self.work()
 
     def _clear(self, view: _View) -> None:
         for fingerprint, chunks in view.resident.items():
             self._entries -= chunks
-            self._tables[fingerprint].forget(view.bit)
+            self._tables[fingerprint].forget(view.number)
         view.resident.clear()
-        view.bit = 0
+        view.number = 0
 
     def _table(self, fingerprint: int) -> _Table | None:
         if fingerprint not in self._tables:
@@ -619,7 +655,7 @@ class Mirror:
         for part in _parts(removed):
             table = self._tables.get(message.fingerprint)
             if table is not None and message.fingerprint in view.resident:
-                gone = table.remove(np.unique(part), view.bit)
+                gone = table.remove(np.unique(part), view.number)
                 view.resident[message.fingerprint] -= gone
                 self._entries -= gone
             yield
@@ -627,7 +663,7 @@ class Mirror:
 
     def _store(self, view: _View, fingerprint: int, hashes: Hashes) -> Iterator[None]:
         for part in _parts(hashes):
-            if view.bit:  # the target is not forgotten
+            if view.number:  # the target is not forgotten
                 self._store_part(view, fingerprint, part)
             yield
 
@@ -638,10 +674,10 @@ class Mirror:
             return
         room = max(0, self._max_entries - self._entries)
         if len(hashes) > room:
-            hashes = hashes[(table.masks(hashes) & np.uint64(view.bit)) == 0]  # what is there needs no room
+            hashes = hashes[(table.holders(hashes) != view.number).all(axis=1)]  # what is there needs no room
             self.ignored["no room"] += max(0, len(hashes) - room)
             hashes = hashes[:room]
-        new = table.add(hashes, view.bit)
+        new = table.add(hashes, view.number)
         view.resident[fingerprint] += new
         self._entries += new
 

@@ -182,14 +182,14 @@ def test_an_expired_token_has_no_pages() -> None:
     assert announcer.snapshot_page(SnapshotRequest(page.token, 1)).pages == 0
 
 
-TARGETS = st.sampled_from(["a", "b", "c"])
+TARGETS = st.sampled_from(["a", "b", "c", "d"])  # a mirror remembers four holders of a chunk
 LAYOUTS = st.sampled_from([7, 8])
 # Few different ones, so that they meet again; the ends of the range among them.
 HASHES = st.lists(st.one_of(st.integers(1, 40), st.integers((1 << 64) - 5, (1 << 64) - 1)), max_size=30)
 
 
 class MirrorMachine(RuleBasedStateMachine):
-    """A mirror of three targets against plain sets, with tables so small that they are made anew all the time."""
+    """A mirror of four targets against plain sets, with tables so small that they are made anew all the time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -332,7 +332,8 @@ def test_a_forged_epoch_counts_until_the_target_has_spoken_some_times() -> None:
     assert known(mirror, [1]) == {1}
 
 
-def test_targets_that_nobody_hears_make_room() -> None:
+def test_targets_that_nobody_hears_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "_TARGETS_MAX", 64)
     mirror = Mirror()
     for number in range(70):
         mirror.apply(Residency(f"forged-{number}", 1, 1, 7, 2, [], [], 0), 0.0)
@@ -383,7 +384,8 @@ def test_entries_are_bounded() -> None:
     assert known(mirror, [1, 20]) == {20}
 
 
-def test_targets_and_layouts_are_bounded() -> None:
+def test_targets_and_layouts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "_TARGETS_MAX", 64)
     mirror = Mirror()
     for number in range(70):
         mirror.apply(Residency(f"t{number}", 1, 1, 7, 2, [], [], 0), 0.0)
@@ -393,6 +395,22 @@ def test_targets_and_layouts_are_bounded() -> None:
         mirror.apply(Residency("t0", 1, number - 68, number, 2, [1], [], 0), 0.0)
     assert mirror.ignored["too many layouts"] == 10
     assert mirror.ages(3.0)["t0"] == 3.0
+
+
+def test_of_a_chunk_on_many_targets_four_are_known() -> None:
+    mirror = Mirror()
+    for number in range(1000):
+        held = array("Q", [7, 1000 + number]).tobytes()  # a chunk that all hold, and one of its own
+        mirror.apply(Residency(f"t{number}", 1, 1, 7, 2, [], [], 0), 0.0)
+        assert mirror.apply_snapshot([SnapshotPage(f"t{number}", 1, 1, 9, 1, 7, held)])
+    assert mirror.locate(7, list(range(1000, 2000)), 0.0) == [f"t{number}" for number in range(1000)]
+    assert sum(mirror.counts(0.0).values()) == 1000 + 4
+    for number in range(4):
+        assert mirror.locate(7, [7], 0.0) != [None]
+        mirror.apply(Residency(f"t{number}", 1, 2, 7, 2, [], [7], 0), 0.0)
+    assert mirror.locate(7, [7], 0.0) == [None]
+    mirror.apply(Residency("t999", 1, 2, 7, 2, [7], [], 0), 0.0)
+    assert mirror.locate(7, [7], 0.0) == ["t999"]
 
 
 async def test_over_nats_two_mirrors_follow_two_targets(nats_url: str, seed: int) -> None:
