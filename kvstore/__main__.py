@@ -457,7 +457,7 @@ async def _serve_one(options: Options) -> None:
         opened.pop_all()
     registration = membership.Registration(options.etcd, namespace, name) if options.etcd else None
     epoch = registration.epoch if registration else shelf.epoch
-    announcer = Announcer(name, epoch, shelf.entries)
+    announcer = Announcer(name, epoch, shelf.announced)
     shelf.tell(announcer)
     target = Target(
         shelf,

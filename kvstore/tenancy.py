@@ -120,7 +120,7 @@ class Tenancy:
         if settings.etcd:
             registration = await asyncio.to_thread(Registration, settings.etcd, tenant.name, settings.name)
         epoch = registration.epoch if registration else shelf.epoch
-        announcer = Announcer(settings.name, epoch, shelf.entries)
+        announcer = Announcer(settings.name, epoch, shelf.announced)
         shelf.tell(announcer)
         share = tenant.quota / settings.capacity_bytes
         readable, writable = _rights(tenant)

@@ -1,8 +1,8 @@
 """Which chunks are where: a target announces it, a mirror keeps up with it.
 
-Announcements carry an epoch (one start of a target) and a sequence number. A mirror that missed one asks for a
-snapshot, page by page, and replays what was announced meanwhile. All of it is plain data; `follow` is the only part
-that talks to the bus.
+Announcements carry an epoch (one start of a target) and a sequence number. A mirror that missed some asks for them
+again, as long as the target keeps them; else for a snapshot, page by page, and for what was announced since. All of it
+is plain data; `announce` and `follow` are the only parts that talk to the bus.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -23,8 +23,16 @@ import numpy as np
 from nats.errors import Error as NatsError
 
 from kvstore.bus import messages
-from kvstore.bus.messages import Bus, Residency, SnapshotPage, SnapshotRequest
-from kvstore.disk.record import Entry
+from kvstore.bus.messages import (
+    Bus,
+    Conversation,
+    Replay,
+    ReplayRequest,
+    Residency,
+    SnapshotPage,
+    SnapshotRequest,
+)
+from kvstore.disk.record import Announced, Entry
 from kvstore.text import NAME_CHARACTERS_MAX, is_plain, shown
 
 logger = logging.getLogger(__name__)
@@ -35,9 +43,22 @@ PAGE_HASHES = 32_768
 MESSAGE_HASHES = 32_768
 # With NATS away, changes collect; beyond this the announcer forgets them and lets mirrors find the gap.
 PENDING_MAX = 1_000_000
+# Announcements that a target keeps to say them again: 50 a second at most, and 44 bytes a hash in memory.
+REPLAY_MESSAGES = 4096
+REPLAY_HASHES = 200_000
+_REPLAY_ANSWER = 256  # announcements in one answer, of at most as many hashes as one has
+# A snapshot is handed to all who ask within this time; its later pages for as long as somebody takes some.
+_SNAPSHOT_SECONDS = 5.0
+_SNAPSHOT_IDLE_SECONDS = 30.0
 _SNAPSHOTS_KEPT = 2
-# A mirror's bounds. A message of twice an announcement's hashes was made by nobody we know; the changes kept while a
-# snapshot is under way, as Python's numbers, take 150 MB at most.
+# Entries looked at in one go: 0.2 ms in which no other thread runs. A GET waits for one at a time, with these pauses.
+_WALK_ENTRIES = 1024
+_WALK_SECONDS, _WALK_PAUSE_SECONDS = 0.0005, 0.001
+# A snapshot that takes longer to make is asked for again.
+_MAKING_ASK_SECONDS, _MAKING_SECONDS_MAX = 0.25, 120.0
+_SNAPSHOTS_AT_ONCE = 8  # that a mirror takes in
+# A mirror's bounds. A message of twice an announcement's hashes was made by nobody we know; the changes kept while
+# snapshots are under way, as Python's numbers, take 150 MB at most.
 _CHANGES_MAX = 2 * MESSAGE_HASHES
 WAITING_HASHES = 4_000_000
 _TARGETS_MAX = 1024
@@ -68,22 +89,34 @@ Slots: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 Lanes: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.uint16]]"
 
 
+class _Snapshot:
+    """Everything visible at `seq`, as pages of one layout each."""
+
+    def __init__(self, seq: int, pages: list[tuple[int, bytes]]):
+        self.seq = seq
+        self.token = random.getrandbits(62) | 1
+        self.pages = pages or [(0, b"")]
+        self.made = self.asked = time.monotonic()
+
+
 class Announcer:
     """A target's side: notes what the log says, and turns it into announcements and snapshots. Thread-safe.
 
-    `entries` returns everything visible now; it is called without the announcer's lock.
+    `announced` returns everything visible now, in parts of at most so many; it is called without the announcer's lock.
     """
 
-    def __init__(self, target: str, epoch: int, entries: Callable[[], Iterable[Entry]]):
+    def __init__(self, target: str, epoch: int, announced: Callable[[int], Iterable[Announced]]):
         self.target = target
         self._epoch = epoch
-        self._entries = entries
+        self._announced = announced
         self._lock = threading.Lock()
         self._seq = 0
         # (fingerprint, blocks per chunk) -> router hash -> is it there now; the last change wins
         self._pending: defaultdict[tuple[int, int], dict[int, bool]] = defaultdict(dict)
         self._pending_count = 0
-        self._snapshots: dict[int, list[tuple[int, int, bytes]]] = {}  # token -> (seq, fingerprint, hashes) a page
+        self._said: deque[Residency] = deque()  # the last announcements, without a gap
+        self._said_hashes = 0
+        self._snapshots: list[_Snapshot] = []  # the newest last
 
     def stored(self, entry: Entry) -> None:
         self._note(entry, True)
@@ -103,21 +136,71 @@ class Announcer:
             if lost:
                 self._seq += 1  # the gap that sends mirrors to the snapshot
                 changes.clear()
+                self._said.clear()
+                self._said_hashes = 0
+                self._snapshots.clear()
             said = [
                 self._message(layout, part)
                 for layout, hashes in changes.items()
                 for part in _batched(hashes.items(), MESSAGE_HASHES)
             ]
-            return said or [self._message((0, 0), [])]
+            said = said or [self._message((0, 0), [])]
+            self._keep(said)
+            return said
 
-    def snapshot_page(self, request: SnapshotRequest) -> SnapshotPage:
-        """Page `request.page` of a snapshot. It may be newer than its `seq`: replaying what follows does no harm."""
-        token = request.token or self._take_snapshot()
-        pages = self._snapshots.get(token)
-        if pages is None or not 0 <= request.page < len(pages):
-            return SnapshotPage(self.target, self._epoch, 0, token, 0, 0, b"")
-        seq, layout, hashes = pages[request.page]
-        return SnapshotPage(self.target, self._epoch, seq, token, len(pages), layout, hashes)
+    def snapshot_page(self, request: SnapshotRequest) -> SnapshotPage | None:
+        """Page `request.page` of a snapshot. It may be newer than its `seq`: replaying what follows does no harm. None
+        if a new snapshot is asked for, and `make_snapshot` must come first."""
+        now = time.monotonic()
+        with self._lock:
+            found = [one for one in self._snapshots if one.token == request.token]
+            if not request.token:
+                found = [one for one in self._snapshots[-1:] if now - one.made <= _SNAPSHOT_SECONDS]
+                if not found:
+                    return None
+            if not found or not 0 <= request.page < len(found[0].pages):
+                return SnapshotPage(self.target, self._epoch, 0, request.token, 0, 0, b"")
+            snapshot = found[0]
+            snapshot.asked = now
+        layout, hashes = snapshot.pages[request.page]
+        return SnapshotPage(self.target, self._epoch, snapshot.seq, snapshot.token, len(snapshot.pages), layout, hashes)
+
+    def not_yet(self) -> SnapshotPage:
+        """What is answered while a snapshot is being made."""
+        return SnapshotPage(self.target, self._epoch, 0, 0, 0, 0, b"")
+
+    def make_snapshot(self) -> None:
+        """Takes long, and little of any second: other threads come first. For one thread at a time."""
+        with self._lock:
+            seq = self._seq
+        pages = list(itertools.islice(_paged(_unhurried(self._announced(_WALK_ENTRIES))), _PAGES_MAX))
+        with self._lock:
+            self._snapshots = [*self._snapshots[1 - _SNAPSHOTS_KEPT :], _Snapshot(seq, pages)]
+
+    def replay(self, request: ReplayRequest) -> Replay:
+        with self._lock:
+            first = self._said[0].seq if self._said else self._seq + 1
+            if request.epoch != self._epoch or request.seq < first:
+                return Replay(self._seq, [])
+            kept = itertools.islice(self._said, request.seq - first, request.seq - first + _REPLAY_ANSWER)
+            messages: list[Residency] = []
+            hashes = 0
+            for message in kept:
+                hashes += _hashes_in(message)
+                if messages and hashes > MESSAGE_HASHES:
+                    break
+                messages.append(message)
+            return Replay(self._seq, messages)
+
+    def _keep(self, said: list[Residency]) -> None:
+        """For those who miss them. And let go what nobody takes any more. With the lock held."""
+        self._said.extend(said)
+        self._said_hashes += sum(map(_hashes_in, said))
+        while len(self._said) > REPLAY_MESSAGES or self._said_hashes > REPLAY_HASHES:
+            self._said_hashes -= _hashes_in(self._said.popleft())
+        if self._snapshots:
+            since = time.monotonic() - _SNAPSHOT_IDLE_SECONDS
+            self._snapshots = [one for one in self._snapshots if one.asked > since]
 
     def _note(self, entry: Entry, there: bool) -> None:
         if not entry.router_hash:
@@ -133,33 +216,57 @@ class Announcer:
         removed = [router_hash for router_hash, there in changes if not there]
         return Residency(self.target, self._epoch, self._seq, *layout, stored, removed, time.time_ns() // 1_000_000)
 
-    def _take_snapshot(self) -> int:
-        with self._lock:
-            seq = self._seq
-        by_layout: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))
-        for entry in self._entries():
-            if entry.router_hash:
-                by_layout[entry.fingerprint].append(entry.router_hash)
-        pages = [
-            (seq, layout, hashes[start : start + PAGE_HASHES].tobytes())
-            for layout, hashes in by_layout.items()
-            for start in range(0, len(hashes), PAGE_HASHES)
-        ]
-        token = random.getrandbits(62) | 1
-        self._snapshots[token] = pages or [(seq, 0, b"")]
-        while len(self._snapshots) > _SNAPSHOTS_KEPT:
-            self._snapshots.pop(next(iter(self._snapshots)))
-        return token
+
+def _hashes_in(message: Residency) -> int:
+    return len(message.stored) + len(message.removed)
+
+
+def _unhurried(parts: Iterable[Announced]) -> Iterator[Announced]:
+    """The parts, with pauses in which other threads run: what is done with a part keeps the interpreter busy."""
+    begun = time.monotonic()
+    for part in parts:
+        yield part
+        if time.monotonic() - begun >= _WALK_SECONDS:
+            time.sleep(_WALK_PAUSE_SECONDS)
+            begun = time.monotonic()
+
+
+def _paged(parts: Iterable[Announced]) -> Iterator[tuple[int, bytes]]:
+    """Fingerprint and router hashes of each page."""
+    waiting: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))
+    for part in parts:
+        part = part[part["router_hash"] != 0]
+        for layout in np.unique(part["fingerprint"]).tolist():
+            hashes = waiting[layout]
+            hashes.frombytes(part["router_hash"][part["fingerprint"] == layout].tobytes())
+            while len(hashes) >= PAGE_HASHES:
+                yield layout, hashes[:PAGE_HASHES].tobytes()
+                del hashes[:PAGE_HASHES]
+    yield from ((layout, hashes.tobytes()) for layout, hashes in waiting.items() if hashes)
 
 
 async def announce(announcer: Announcer, line: Bus, namespace: str, *, interval_seconds: float = 0.02) -> None:
     """Publish until cancelled: changes soon, a burst of them in one message, and a heartbeat every second."""
 
+    making: asyncio.Future[None] | None = None
+
     async def page(request: SnapshotRequest) -> SnapshotPage:
-        return await asyncio.to_thread(announcer.snapshot_page, request)
+        nonlocal making
+        answer = announcer.snapshot_page(request)
+        if answer is None and (making is None or making.done()):
+            making = asyncio.ensure_future(asyncio.to_thread(announcer.make_snapshot))
+            await asyncio.wait([making], timeout=_MAKING_ASK_SECONDS)
+            answer = announcer.snapshot_page(request)
+        return answer or announcer.not_yet()
+
+    async def replay(request: ReplayRequest) -> Replay:
+        return announcer.replay(request)
 
     target = announcer.target
-    asked = await line.subscribe(messages.subject(namespace, "snapshot", target), SnapshotRequest, page)
+    asked = [
+        await line.subscribe(messages.subject(namespace, "snapshot", target), SnapshotRequest, page),
+        await line.subscribe(messages.subject(namespace, "replay", target), ReplayRequest, replay),
+    ]
     last = 0.0
     try:
         while True:
@@ -170,8 +277,9 @@ async def announce(announcer: Announcer, line: Bus, namespace: str, *, interval_
                     await line.publish(messages.subject(namespace, "residency", target), message)
             await asyncio.sleep(interval_seconds)
     finally:
-        with contextlib.suppress(OSError, NatsError):
-            await asked.unsubscribe()  # the namespace may come back, with another announcer
+        for subscription in asked:
+            with contextlib.suppress(OSError, NatsError):
+                await subscription.unsubscribe()  # the namespace may come back, with another announcer
 
 
 class _Slots:
@@ -430,19 +538,15 @@ class _View:
 
     epoch: int = -1
     seq: int = -1
-    snapshot_seq: int = -1  # of the last snapshot
+    caught_up_seq: int = -1  # of the last snapshot or replay
+    sound: bool = False  # what is known was right at (epoch, seq)
     older: int = 0  # messages of an older epoch, in a row
     heard: float = 0.0  # time.monotonic() of the last announcement
-    complete: bool = False  # False until a snapshot has been taken in
+    complete: bool = False  # False until a snapshot has been taken in, and after a gap
     number: int = 0  # the target's in every table; 0 until a snapshot has been taken in
     resident: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # fingerprint -> chunks
-    waiting: list[Residency] = field(default_factory=list)  # announced while a snapshot is under way
-    waiting_hashes: int = 0
+    waiting: deque[Residency] = field(default_factory=deque)  # announced while a snapshot is under way
     joining: bool = False  # a snapshot is being taken in
-
-    def forget_waiting(self) -> None:
-        self.waiting.clear()
-        self.waiting_hashes = 0
 
 
 class Mirror:
@@ -453,7 +557,8 @@ class Mirror:
 
     A target that has been silent for `max_age_seconds` is left out of answers until it is heard again. Beyond
     `max_entries` (chunk on a target) nothing more is taken in: what is not known is computed anew. `ignored` counts,
-    by reason, messages that cannot be right and entries there was no room for; `resyncs` counts snapshots taken in.
+    by reason, messages that cannot be right and entries there was no room for; `resyncs` counts snapshots taken in,
+    and `replays` gaps that took none.
     """
 
     def __init__(self, *, max_age_seconds: float = 10.0, waiting_max: int = 10_000, max_entries: int = 50_000_000):
@@ -465,7 +570,8 @@ class Mirror:
         self._gone: list[_Table] = []  # whose memory is given back
         self._entries = 0
         self.ignored: Counter[str] = Counter()
-        self.resyncs = 0
+        self.resyncs = self.replays = 0
+        self._waiting_hashes = 0  # of all targets
 
     def apply(self, message: Residency, now: float) -> bool:
         """Take in an announcement; True if the target must be asked for a snapshot now."""
@@ -482,7 +588,7 @@ class Mirror:
             if view is not None and reason == "old epoch":
                 view.older += 1
                 if view.older >= _OLDER_MAX:
-                    self._clear(self._views.pop(message.target))
+                    self._drop(message.target)
             return False
         if view is None:
             view = self._views[message.target] = _View()
@@ -491,15 +597,16 @@ class Mirror:
             yield from self._change(view, message)
             return False
         if view.complete and message.epoch == view.epoch and message.seq <= view.seq:
-            if message.seq <= view.snapshot_seq:
+            if message.seq <= view.caught_up_seq:
                 return False  # the snapshot has it
             self.ignored["number used twice"] += 1  # by somebody else, and only a snapshot tells what is so
+            view.sound = False
         begin = not view.joining and (view.complete or not view.waiting)
-        if begin or len(view.waiting) >= self._waiting_max or view.waiting_hashes >= WAITING_HASHES:
-            view.forget_waiting()
+        if begin or len(view.waiting) >= self._waiting_max or self._waiting_hashes >= WAITING_HASHES:
+            self._forget_waiting(view)
         view.complete = False
         view.waiting.append(message)
-        view.waiting_hashes += len(message.stored) + len(message.removed)
+        self._waiting_hashes += _hashes_in(message)
         return begin
 
     def _wrong(self, message: Residency, view: _View | None) -> str | None:
@@ -517,12 +624,27 @@ class Mirror:
             return "old epoch"
         return None
 
-    def apply_snapshot(self, pages: Sequence[SnapshotPage]) -> bool:
-        """Take in a whole snapshot and what was announced since; False if it does not join up with that."""
-        return _all_of(self.joining(pages))
+    def missing(self, target: str) -> ReplayRequest | None:
+        """The announcements that the mirror lacks; None if only a snapshot helps."""
+        view = self._views.get(target)
+        return ReplayRequest(view.epoch, view.seq + 1) if view is not None and view.sound else None
 
-    def joining(self, pages: Sequence[SnapshotPage]) -> Steps:
-        """`apply_snapshot`, in steps. What is announced meanwhile waits for its turn."""
+    def replaying(self, target: str, replayed: Sequence[Residency]) -> Steps:
+        """Take in announcements that were missed, and what was announced since; False if they do not join up."""
+        view = self._views.get(target)
+        if view is None or view.joining or not view.sound:
+            return False
+        yield from self._catching_up(target, view, replayed)
+        self.replays += view.complete
+        return view.complete
+
+    def apply_snapshot(self, pages: Sequence[SnapshotPage], replayed: Sequence[Residency] = ()) -> bool:
+        """Take in a whole snapshot and what was announced since; False if it does not join up with that."""
+        return _all_of(self.joining(pages, replayed))
+
+    def joining(self, pages: Sequence[SnapshotPage], replayed: Sequence[Residency] = ()) -> Steps:
+        """`apply_snapshot`, in steps. What is announced meanwhile waits for its turn. `replayed` are announcements that
+        were asked for again, in order."""
         first = pages[0]
         view = self._views.get(first.target)
         if view is None or view.joining:
@@ -537,32 +659,48 @@ class Mirror:
             self.ignored["snapshot"] += 1
         elif first.epoch < view.epoch:
             self.ignored["old epoch"] += 1
-        later = [message.seq for message in view.waiting if message.epoch == first.epoch and message.seq > first.seq]
-        expected = range(first.seq + 1, first.seq + 1 + len(later))
-        if not sound or first.epoch < view.epoch or later != list(expected):
-            view.forget_waiting()
+        known = [*replayed, *view.waiting]
+        later = {message.seq for message in known if message.epoch == first.epoch and message.seq > first.seq}
+        if not sound or first.epoch < view.epoch or later != set(range(first.seq + 1, first.seq + 1 + len(later))):
+            self._forget_waiting(view)
             return False
         self._clear(view)
         view.number = self._free_number()
-        view.epoch, view.seq, view.snapshot_seq = first.epoch, first.seq, first.seq
+        view.epoch, view.seq, view.caught_up_seq = first.epoch, first.seq, first.seq
         view.complete, view.joining = False, True
         try:
             for page in pages:
                 yield from self._store(view, page.fingerprint, np.frombuffer(page.hashes, "<u8").astype(np.uint64))
+        finally:
+            view.joining = False
+        view.sound = view.number != 0
+        yield from self._catching_up(first.target, view, replayed)
+        self.resyncs += view.complete
+        return view.complete
+
+    def _catching_up(self, target: str, view: _View, replayed: Sequence[Residency]) -> Iterator[None]:
+        """Take in `replayed`, then what waits, as far as there is no gap. What is announced meanwhile waits, too."""
+        view.joining = True
+        try:
+            for message in replayed:
+                if reason := "name" if message.target != target else self._wrong(message, view):
+                    self.ignored[reason] += 1
+                elif (message.epoch, message.seq) == (view.epoch, view.seq + 1):
+                    yield from self._change(view, message)
+            view.caught_up_seq = view.seq
             while view.waiting:
-                message = view.waiting.pop(0)
-                view.waiting_hashes -= len(message.stored) + len(message.removed)
+                message = view.waiting.popleft()
+                self._waiting_hashes -= _hashes_in(message)
                 number = message.epoch, message.seq
                 if number == (view.epoch, view.seq + 1):
                     yield from self._change(view, message)
-                elif number > (view.epoch, view.snapshot_seq):  # a gap, or a number used twice
-                    view.forget_waiting()
-                    return False
-            view.complete = self._views.get(first.target) is view
+                elif number > (view.epoch, view.caught_up_seq):  # a gap, or a number used twice
+                    view.sound = view.sound and number > (view.epoch, view.seq)
+                    self._forget_waiting(view)
+                    return
+            view.complete = view.sound and self._views.get(target) is view
         finally:
             view.joining = False
-        self.resyncs += view.complete
-        return view.complete
 
     def locate(self, fingerprint: int, router_hashes: list[int], now: float) -> list[str | None]:
         """For each chunk a target that holds it, or None."""
@@ -599,7 +737,7 @@ class Mirror:
     def forget_silent(self, now: float, after_seconds: float = 60.0) -> None:
         """Free what is known of targets that have been gone for long."""
         for target in [target for target, view in self._views.items() if now - view.heard > after_seconds]:
-            self._clear(self._views.pop(target))
+            self._drop(target)
         wanted = {fingerprint for view in self._views.values() for fingerprint in view.resident}
         self._gone += [self._tables.pop(fingerprint) for fingerprint in self._tables.keys() - wanted]
 
@@ -613,13 +751,17 @@ class Mirror:
         """A snapshot had two answers. What is known of the target is not used until there is a new one."""
         self.ignored["two snapshots"] += 1
         if view := self._views.get(target):
-            view.complete = False
-            view.forget_waiting()
+            view.complete = view.sound = False
+            self._forget_waiting(view)
 
     def give_up_snapshot(self, target: str) -> None:
         """The next announcement asks for a snapshot again."""
         if view := self._views.get(target):
-            view.forget_waiting()
+            self._forget_waiting(view)
+
+    def _forget_waiting(self, view: _View) -> None:
+        self._waiting_hashes -= sum(map(_hashes_in, view.waiting))
+        view.waiting.clear()
 
     def _free_number(self) -> int:
         """A number that no view has, and no table any more."""
@@ -630,12 +772,17 @@ class Mirror:
                 return free
             self.work()
 
+    def _drop(self, target: str) -> None:
+        view = self._views.pop(target)
+        self._forget_waiting(view)
+        self._clear(view)
+
     def _clear(self, view: _View) -> None:
         for fingerprint, chunks in view.resident.items():
             self._entries -= chunks
             self._tables[fingerprint].forget(view.number)
         view.resident.clear()
-        view.number = 0
+        view.number, view.sound = 0, False
 
     def _table(self, fingerprint: int) -> _Table | None:
         if fingerprint not in self._tables:
@@ -650,6 +797,7 @@ class Mirror:
             removed, stored = _u64s(message.removed), _u64s(message.stored)
         except (OverflowError, TypeError):
             self.ignored["hash out of range"] += 1
+            view.sound = False
             return  # and the next message finds a gap
         view.seq = message.seq
         for part in _parts(removed):
@@ -713,17 +861,18 @@ def _u64s(numbers: list[int]) -> Hashes:
 
 async def follow(mirror: Mirror, line: Bus, namespace: str) -> None:
     """Keep `mirror` up with every target on the bus, until cancelled."""
-    snapshots: set[asyncio.Task[None]] = set()
-    due: dict[str, float] = {}  # the next snapshot of each target
+    resyncs: set[asyncio.Task[None]] = set()
+    due: dict[str, float] = {}  # the next resync of each target
+    turns = asyncio.Semaphore(_SNAPSHOTS_AT_ONCE)
 
     async def heard(message: Residency) -> None:
         now = time.monotonic()
         if await _between_others(mirror.applying(message, now)):
             begin = max(now, due.get(message.target, now))
             due[message.target] = begin + RESYNC_SECONDS
-            task = asyncio.create_task(_fetch_snapshot(mirror, line, namespace, message.target, begin - now))
-            snapshots.add(task)
-            task.add_done_callback(snapshots.discard)
+            task = asyncio.create_task(_resync(mirror, line, namespace, message.target, begin - now, turns))
+            resyncs.add(task)
+            task.add_done_callback(resyncs.discard)
 
     await line.subscribe(messages.subject(namespace, "residency"), Residency, heard)
     forgot = 0.0
@@ -736,21 +885,56 @@ async def follow(mirror: Mirror, line: Bus, namespace: str) -> None:
                 del due[target]
 
 
-async def _fetch_snapshot(mirror: Mirror, line: Bus, namespace: str, target: str, wait_seconds: float) -> None:
+async def _resync(
+    mirror: Mirror, line: Bus, namespace: str, target: str, wait_seconds: float, turns: asyncio.Semaphore
+) -> None:
     await asyncio.sleep(wait_seconds)
-    pages: list[SnapshotPage] = []
-    async with line.conversation(messages.subject(namespace, "snapshot", target)) as peer:
-        while not pages or len(pages) < pages[0].pages:
-            request = SnapshotRequest(pages[0].token if pages else 0, len(pages))
-            page = await peer.ask(request, SnapshotPage, seconds=5)
-            if page is None or not 0 < page.pages <= _PAGES_MAX or len(page.hashes) > 8 * PAGE_HASHES:
-                mirror.give_up_snapshot(target)
-                return
-            pages.append(page)
-        if await _between_others(mirror.joining(pages)):
-            logger.info("%s: %d chunks mirrored", shown(target), sum(len(page.hashes) // 8 for page in pages))
-        if await peer.hears_more(_DOUBT_SECONDS):
+    async with (
+        line.conversation(messages.subject(namespace, "snapshot", target)) as pages,
+        line.conversation(messages.subject(namespace, "replay", target)) as history,
+    ):
+        missing = mirror.missing(target)
+        replayed = await _replayed(history, missing) if missing else []
+        if not (replayed and await _between_others(mirror.replaying(target, replayed))):
+            progress = bool(replayed) and mirror.missing(target) is not None  # the next announcement asks again
+            async with turns:
+                if progress or not await _join(mirror, pages, history):
+                    mirror.give_up_snapshot(target)
+        if any(await asyncio.gather(pages.hears_more(_DOUBT_SECONDS), history.hears_more(_DOUBT_SECONDS))):
             mirror.distrust(target)
+
+
+async def _join(mirror: Mirror, peer: Conversation, history: Conversation) -> bool:
+    """Take in a snapshot; False if none is to be had, or it does not join up with what was announced."""
+    pages: list[SnapshotPage] = []
+    give_up = time.monotonic() + _MAKING_SECONDS_MAX
+    while not pages or len(pages) < pages[0].pages:
+        page = await peer.ask(SnapshotRequest(pages[0].token if pages else 0, len(pages)), SnapshotPage, seconds=5)
+        if page and not (pages or page.pages or page.token) and time.monotonic() < give_up:
+            await asyncio.sleep(_MAKING_ASK_SECONDS)
+            continue
+        if page is None or not 0 < page.pages <= _PAGES_MAX or len(page.hashes) > 8 * PAGE_HASHES:
+            return False
+        pages.append(page)
+    replayed = await _replayed(history, ReplayRequest(pages[0].epoch, pages[0].seq + 1))
+    if not await _between_others(mirror.joining(pages, replayed)):
+        return False
+    logger.info("%s: %d chunks mirrored", shown(pages[0].target), sum(len(page.hashes) // 8 for page in pages))
+    return True
+
+
+async def _replayed(history: Conversation, missing: ReplayRequest) -> list[Residency]:
+    """The announcements from that one on; none if they are not kept any more."""
+    replayed: list[Residency] = []
+    while len(replayed) < REPLAY_MESSAGES:
+        request = ReplayRequest(missing.epoch, missing.seq + len(replayed))
+        answer = await history.ask(request, Replay, seconds=5)
+        if answer is None or not answer.messages:
+            break
+        replayed += answer.messages
+        if replayed[-1].seq >= answer.seq:
+            break
+    return replayed
 
 
 def _batched(items: Iterable[tuple[int, bool]], size: int) -> Iterable[list[tuple[int, bool]]]:
