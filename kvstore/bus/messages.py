@@ -59,7 +59,8 @@ class SnapshotRequest(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SnapshotPage(msgspec.Struct, array_like=True, frozen=True):
-    """A part of everything that was resident at (epoch, seq). `pages` is 0 if the token is no longer known."""
+    """A part of everything that was resident at (epoch, seq). `pages` is 0 if the token is no longer known, and with
+    token 0 if the snapshot is being made: ask again soon."""
 
     target: str
     epoch: int
@@ -68,6 +69,21 @@ class SnapshotPage(msgspec.Struct, array_like=True, frozen=True):
     pages: int
     fingerprint: int
     hashes: bytes  # little-endian u64
+
+
+class ReplayRequest(msgspec.Struct, array_like=True, frozen=True):
+    """Asks `replay.<target>` for the announcements from number `seq` of `epoch` on."""
+
+    epoch: int
+    seq: int
+
+
+class Replay(msgspec.Struct, array_like=True, frozen=True):
+    """Announcements once more, in order, from the one asked for on: as many as fit, none if it is not kept any more.
+    `seq` is the number of the last one there is."""
+
+    seq: int
+    messages: list[Residency]
 
 
 class WorkerReport(msgspec.Struct, frozen=True):

@@ -1,8 +1,9 @@
 """Which chunks are where: a target announces it, a mirror keeps up with it.
 
 Announcements carry an epoch (a random number of one start of a target, compared for equality alone) and a sequence
-number. A mirror that missed one, or meets a new epoch, asks for a snapshot, page by page, and replays what was
-announced meanwhile. All of it is plain data; `follow` is the only part that talks to the bus.
+number. A mirror that missed some asks for them again, as long as the target keeps them; else for a snapshot, page by
+page, and for what was announced since. All of it is plain data; `announce` and `follow` are the only parts that talk to
+the bus.
 """
 
 import asyncio
@@ -24,8 +25,16 @@ import numpy as np
 from nats.errors import Error as NatsError
 
 from kvstore.bus import messages
-from kvstore.bus.messages import Bus, Residency, SnapshotPage, SnapshotRequest
-from kvstore.disk.record import Entry
+from kvstore.bus.messages import (
+    Bus,
+    Conversation,
+    Replay,
+    ReplayRequest,
+    Residency,
+    SnapshotPage,
+    SnapshotRequest,
+)
+from kvstore.disk.record import Announced, Entry
 from kvstore.rarely import Rarely
 from kvstore.text import NAME_CHARACTERS_MAX, is_plain, shown
 
@@ -37,12 +46,26 @@ PAGE_HASHES = 32_768
 MESSAGE_HASHES = 32_768
 # With NATS away, changes collect; beyond this the announcer forgets them and lets mirrors find the gap.
 PENDING_MAX = 1_000_000
+# Announcements that a target keeps to say them again: 50 a second at most, and 44 bytes a hash in memory.
+REPLAY_MESSAGES = 4096
+REPLAY_HASHES = 200_000
+_REPLAY_ANSWER = 256  # announcements in one answer, of at most as many hashes as one has
+# A snapshot is handed to all who ask within this time; its later pages for as long as somebody takes some.
+_SNAPSHOT_SECONDS = 5.0
+_SNAPSHOT_IDLE_SECONDS = 30.0
 _SNAPSHOTS_KEPT = 2
-# A mirror's bounds. A message of twice an announcement's hashes was made by nobody we know; the changes kept while a
-# snapshot is under way, as Python's numbers, take 150 MB at most.
+# Entries looked at in one go: 0.2 ms in which no other thread runs. A GET waits for one at a time, with these pauses.
+_WALK_ENTRIES = 1024
+_WALK_SECONDS, _WALK_PAUSE_SECONDS = 0.0005, 0.001
+# A snapshot that takes longer to make is asked for again.
+_MAKING_ASK_SECONDS, _MAKING_SECONDS_MAX = 0.25, 120.0
+_SNAPSHOTS_AT_ONCE = 8  # that a mirror takes in
+# A mirror's bounds. A message of twice an announcement's hashes was made by nobody we know; the changes kept while
+# snapshots are under way, as Python's numbers, take 150 MB at most.
 _CHANGES_MAX = 2 * MESSAGE_HASHES
 WAITING_HASHES = 4_000_000
-_TARGETS_MAX = 64  # bits of a mask
+_TARGETS_MAX = 1024
+_NUMBERS = 2 * _TARGETS_MAX  # of targets, from 1 on: those that are being cleared keep theirs
 _LAYOUTS_MAX = 64
 _PAGES_MAX = 4096  # of a snapshot: over 100 million chunks
 # Snapshots of one target are this far apart, however often it seems that something was missed. For so long after one, a
@@ -69,24 +92,37 @@ _U64 = (1 << 64) - 1
 Hashes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 Steps: TypeAlias = Generator[None, None, bool]
 Slots: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
+Lanes: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.uint16]]"
+
+
+class _Snapshot:
+    """Everything visible at `seq`, as pages of one layout each."""
+
+    def __init__(self, seq: int, pages: list[tuple[int, bytes]]):
+        self.seq = seq
+        self.token = random.getrandbits(62) | 1
+        self.pages = pages or [(0, b"")]
+        self.made = self.asked = time.monotonic()
 
 
 class Announcer:
     """A target's side: notes what the log says, and turns it into announcements and snapshots. Thread-safe.
 
-    `entries` returns everything visible now; it is called without the announcer's lock.
+    `announced` returns everything visible now, in parts of at most so many; it is called without the announcer's lock.
     """
 
-    def __init__(self, target: str, epoch: int, entries: Callable[[], Iterable[Entry]]):
+    def __init__(self, target: str, epoch: int, announced: Callable[[int], Iterable[Announced]]):
         self.target = target
         self._epoch = epoch
-        self._entries = entries
+        self._announced = announced
         self._lock = threading.Lock()
         self._seq = 0
         # (fingerprint, blocks per chunk) -> router hash -> is it there now; the last change wins
         self._pending: defaultdict[tuple[int, int], dict[int, bool]] = defaultdict(dict)
         self._pending_count = 0
-        self._snapshots: dict[int, list[tuple[int, int, bytes]]] = {}  # token -> (seq, fingerprint, hashes) a page
+        self._said: deque[Residency] = deque()  # the last announcements, without a gap
+        self._said_hashes = 0
+        self._snapshots: list[_Snapshot] = []  # the newest last
 
     def stored(self, entry: Entry) -> None:
         self._note(entry, True)
@@ -106,21 +142,71 @@ class Announcer:
             if lost:
                 self._seq += 1  # the gap that sends mirrors to the snapshot
                 changes.clear()
+                self._said.clear()
+                self._said_hashes = 0
+                self._snapshots.clear()
             said = [
                 self._message(layout, part)
                 for layout, hashes in changes.items()
                 for part in _batched(hashes.items(), MESSAGE_HASHES)
             ]
-            return said or [self._message((0, 0), [])]
+            said = said or [self._message((0, 0), [])]
+            self._keep(said)
+            return said
 
-    def snapshot_page(self, request: SnapshotRequest) -> SnapshotPage:
-        """Page `request.page` of a snapshot. It may be newer than its `seq`: replaying what follows does no harm."""
-        token = request.token or self._take_snapshot()
-        pages = self._snapshots.get(token)
-        if pages is None or not 0 <= request.page < len(pages):
-            return SnapshotPage(self.target, self._epoch, 0, token, 0, 0, b"")
-        seq, layout, hashes = pages[request.page]
-        return SnapshotPage(self.target, self._epoch, seq, token, len(pages), layout, hashes)
+    def snapshot_page(self, request: SnapshotRequest) -> SnapshotPage | None:
+        """Page `request.page` of a snapshot. It may be newer than its `seq`: replaying what follows does no harm. None
+        if a new snapshot is asked for, and `make_snapshot` must come first."""
+        now = time.monotonic()
+        with self._lock:
+            found = [one for one in self._snapshots if one.token == request.token]
+            if not request.token:
+                found = [one for one in self._snapshots[-1:] if now - one.made <= _SNAPSHOT_SECONDS]
+                if not found:
+                    return None
+            if not found or not 0 <= request.page < len(found[0].pages):
+                return SnapshotPage(self.target, self._epoch, 0, request.token, 0, 0, b"")
+            snapshot = found[0]
+            snapshot.asked = now
+        layout, hashes = snapshot.pages[request.page]
+        return SnapshotPage(self.target, self._epoch, snapshot.seq, snapshot.token, len(snapshot.pages), layout, hashes)
+
+    def not_yet(self) -> SnapshotPage:
+        """What is answered while a snapshot is being made."""
+        return SnapshotPage(self.target, self._epoch, 0, 0, 0, 0, b"")
+
+    def make_snapshot(self) -> None:
+        """Takes long, and little of any second: other threads come first. For one thread at a time."""
+        with self._lock:
+            seq = self._seq
+        pages = list(itertools.islice(_paged(_unhurried(self._announced(_WALK_ENTRIES))), _PAGES_MAX))
+        with self._lock:
+            self._snapshots = [*self._snapshots[1 - _SNAPSHOTS_KEPT :], _Snapshot(seq, pages)]
+
+    def replay(self, request: ReplayRequest) -> Replay:
+        with self._lock:
+            first = self._said[0].seq if self._said else self._seq + 1
+            if request.epoch != self._epoch or request.seq < first:
+                return Replay(self._seq, [])
+            kept = itertools.islice(self._said, request.seq - first, request.seq - first + _REPLAY_ANSWER)
+            messages: list[Residency] = []
+            hashes = 0
+            for message in kept:
+                hashes += _hashes_in(message)
+                if messages and hashes > MESSAGE_HASHES:
+                    break
+                messages.append(message)
+            return Replay(self._seq, messages)
+
+    def _keep(self, said: list[Residency]) -> None:
+        """For those who miss them. And let go what nobody takes any more. With the lock held."""
+        self._said.extend(said)
+        self._said_hashes += sum(map(_hashes_in, said))
+        while len(self._said) > REPLAY_MESSAGES or self._said_hashes > REPLAY_HASHES:
+            self._said_hashes -= _hashes_in(self._said.popleft())
+        if self._snapshots:
+            since = time.monotonic() - _SNAPSHOT_IDLE_SECONDS
+            self._snapshots = [one for one in self._snapshots if one.asked > since]
 
     def _note(self, entry: Entry, there: bool) -> None:
         if not entry.router_hash:
@@ -136,33 +222,57 @@ class Announcer:
         removed = [router_hash for router_hash, there in changes if not there]
         return Residency(self.target, self._epoch, self._seq, *layout, stored, removed, time.time_ns() // 1_000_000)
 
-    def _take_snapshot(self) -> int:
-        with self._lock:
-            seq = self._seq
-        by_layout: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))
-        for entry in self._entries():
-            if entry.router_hash:
-                by_layout[entry.fingerprint].append(entry.router_hash)
-        pages = [
-            (seq, layout, hashes[start : start + PAGE_HASHES].tobytes())
-            for layout, hashes in by_layout.items()
-            for start in range(0, len(hashes), PAGE_HASHES)
-        ]
-        token = random.getrandbits(62) | 1
-        self._snapshots[token] = pages or [(seq, 0, b"")]
-        while len(self._snapshots) > _SNAPSHOTS_KEPT:
-            self._snapshots.pop(next(iter(self._snapshots)))
-        return token
+
+def _hashes_in(message: Residency) -> int:
+    return len(message.stored) + len(message.removed)
+
+
+def _unhurried(parts: Iterable[Announced]) -> Iterator[Announced]:
+    """The parts, with pauses in which other threads run: what is done with a part keeps the interpreter busy."""
+    begun = time.monotonic()
+    for part in parts:
+        yield part
+        if time.monotonic() - begun >= _WALK_SECONDS:
+            time.sleep(_WALK_PAUSE_SECONDS)
+            begun = time.monotonic()
+
+
+def _paged(parts: Iterable[Announced]) -> Iterator[tuple[int, bytes]]:
+    """Fingerprint and router hashes of each page."""
+    waiting: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))
+    for part in parts:
+        part = part[part["router_hash"] != 0]
+        for layout in np.unique(part["fingerprint"]).tolist():
+            hashes = waiting[layout]
+            hashes.frombytes(part["router_hash"][part["fingerprint"] == layout].tobytes())
+            while len(hashes) >= PAGE_HASHES:
+                yield layout, hashes[:PAGE_HASHES].tobytes()
+                del hashes[:PAGE_HASHES]
+    yield from ((layout, hashes.tobytes()) for layout, hashes in waiting.items() if hashes)
 
 
 async def announce(announcer: Announcer, line: Bus, namespace: str, *, interval_seconds: float = 0.02) -> None:
     """Publish until cancelled: changes soon, a burst of them in one message, and a heartbeat every second."""
 
+    making: asyncio.Future[None] | None = None
+
     async def page(request: SnapshotRequest) -> SnapshotPage:
-        return await asyncio.to_thread(announcer.snapshot_page, request)
+        nonlocal making
+        answer = announcer.snapshot_page(request)
+        if answer is None and (making is None or making.done()):
+            making = asyncio.ensure_future(asyncio.to_thread(announcer.make_snapshot))
+            await asyncio.wait([making], timeout=_MAKING_ASK_SECONDS)
+            answer = announcer.snapshot_page(request)
+        return answer or announcer.not_yet()
+
+    async def replay(request: ReplayRequest) -> Replay:
+        return announcer.replay(request)
 
     target = announcer.target
-    asked = await line.subscribe(messages.subject(namespace, "snapshot", target), SnapshotRequest, page)
+    asked = [
+        await line.subscribe(messages.subject(namespace, "snapshot", target), SnapshotRequest, page),
+        await line.subscribe(messages.subject(namespace, "replay", target), ReplayRequest, replay),
+    ]
     last = 0.0
     try:
         while True:
@@ -173,12 +283,14 @@ async def announce(announcer: Announcer, line: Bus, namespace: str, *, interval_
                     await line.publish(messages.subject(namespace, "residency", target), message)
             await asyncio.sleep(interval_seconds)
     finally:
-        with contextlib.suppress(OSError, NatsError):
-            await asked.unsubscribe()  # the namespace may come back, with another announcer
+        for subscription in asked:
+            with contextlib.suppress(OSError, NatsError):
+                await subscription.unsubscribe()  # the namespace may come back, with another announcer
 
 
 class _Slots:
-    """Router hash -> bit mask of targets, by open addressing, in two arrays of a size that is a power of two."""
+    """Router hash -> holders, by open addressing, in two arrays of a size that is a power of two. The holders of a
+    chunk are the numbers of up to four targets, 16 bits each; 0 is no target."""
 
     def __init__(self, slots: int, secret: np.uint64):
         self._secret = secret
@@ -189,17 +301,17 @@ class _Slots:
         for one in self._memory:
             with contextlib.suppress(OSError):
                 one.madvise(mmap.MADV_HUGEPAGE)  # or a look-up misses the TLB, too
-        self._hashes, self.masks = (np.frombuffer(one, np.uint64) for one in self._memory)  # hash 0: free
+        self._hashes, self.holders = (np.frombuffer(one, np.uint64) for one in self._memory)  # hash 0: free
         self._touched = self._released = 0  # slots
-        self.used = 0  # slots with a hash, its mask maybe 0: what goes keeps its slot
+        self.used = 0  # slots with a hash, its holders maybe none: what goes keeps its slot
 
     def __len__(self) -> int:
-        return len(self.masks)
+        return len(self.holders)
 
     def touch(self, slots: int) -> None:
         """Have the system provide memory for so many more slots of a table that is not in use yet: first for hashes,
-        then for masks, so that it clears one large page at a time."""
-        array, at = (self._hashes, 0) if self._touched < len(self) else (self.masks, len(self))
+        then for holders, so that it clears one large page at a time."""
+        array, at = (self._hashes, 0) if self._touched < len(self) else (self.holders, len(self))
         array[self._touched - at : self._touched - at + slots] = 0
         self._touched = min(self._touched + slots, at + len(self))
 
@@ -216,18 +328,18 @@ class _Slots:
 
     @property
     def size_bytes(self) -> int:
-        return int(self._hashes.nbytes + self.masks.nbytes)
+        return int(self._hashes.nbytes + self.holders.nbytes)
 
     def held(self, part: slice) -> tuple[Hashes, Hashes]:
-        """Hashes and masks in these slots, of what somebody holds."""
-        masks = self.masks[part]
-        there = np.flatnonzero(masks)
-        return self._hashes[part][there], masks[there]
+        """Hashes and holders in these slots, of what somebody holds."""
+        holders = self.holders[part]
+        there = np.flatnonzero(holders)
+        return self._hashes[part][there], holders[there]
 
-    def masks_of(self, hashes: Hashes) -> Hashes:
+    def holders_of(self, hashes: Hashes) -> Hashes:
         found, slots = self.find(hashes)
-        masks: Hashes = np.where(found, self.masks[slots], np.uint64(0))
-        return masks
+        holders: Hashes = np.where(found, self.holders[slots], np.uint64(0))
+        return holders
 
     def _start(self, hashes: Hashes) -> Slots:
         start: Slots = ((hashes * self._secret) >> self._shift).astype(np.int64)
@@ -273,13 +385,13 @@ class _Slots:
 
 
 class _Table:
-    """Which targets hold which chunks of one layout. 16 bytes a slot and 21 to 53 an entry; whole batches are looked up
-    and changed at once. The place of a hash depends on a number that nobody else knows, so that nobody can make up
-    hashes that collide.
+    """Which targets hold which chunks of one layout: up to four of each chunk, by number. 16 bytes a slot and 21 to 53
+    an entry; whole batches are looked up and changed at once. The place of a hash depends on a number that nobody else
+    knows, so that nobody can make up hashes that collide.
 
     No call takes longer the more there is. A full table moves to a new one incrementally, some slots for each entry
-    that is added; until the end a hash may be in both, and has the bits of both. The bits of a target that is gone are
-    cleared incrementally, too.
+    that is added; a hash has holders in one of the two. The number of a target that is gone is cleared incrementally,
+    too.
     """
 
     def __init__(self) -> None:
@@ -289,43 +401,77 @@ class _Table:
         self._moved = 0  # slots of it
         self._next: _Slots | None = None  # in preparation
         self._gone: _Slots | None = None  # whose memory is given back
-        self._live = 0  # hashes with a mask
-        self.stale = 0  # bits that are being cleared
+        self._live = 0  # hashes with a holder
+        self.stale: set[int] = set()  # numbers that are being cleared
+        self._is_stale = np.zeros(_NUMBERS, np.bool_)
         self._cleared = 0  # slots of `_now` without any of them
 
     @property
     def size_bytes(self) -> int:
         return sum(table.size_bytes for table in (self._before, self._now, self._next) if table is not None)
 
-    def masks(self, hashes: Hashes) -> Hashes:
-        """Of each hash; 0 of those that nobody holds."""
-        return self._now.masks_of(hashes) | self._masks_before(hashes)
+    def holders(self, hashes: Hashes) -> Lanes:
+        """The numbers of each hash's targets, also stale ones; 0 in free places."""
+        holders = self._now.holders_of(hashes)
+        if self._before is not None:
+            holders |= self._before.holders_of(hashes)
+        return _lanes(holders)
 
-    def add(self, hashes: Hashes, bit: int) -> int:
-        """Set `bit` for hashes that differ; returns for how many it was not set before."""
+    def add(self, hashes: Hashes, number: int) -> int:
+        """Add the target to hashes that differ; returns how many did not have it and have it now. A chunk on four
+        other targets stays as it is."""
         self._reserve(len(hashes))
         self._move(_MOVED_PER_ENTRY * len(hashes))
         slots = self._now.claim(hashes)
-        own = self._now.masks[slots]
-        masks = own | self._masks_before(hashes)
-        self._live += int(np.count_nonzero(masks == 0))
-        self._now.masks[slots] = own | np.uint64(bit)
-        return int(np.count_nonzero((masks & np.uint64(bit)) == 0))
+        holders = self._now.holders[slots]
+        if self._before is not None:
+            found, before = self._before.find(hashes)
+            holders[found] |= self._before.holders[before[found]]
+            self._before.holders[before[found]] = 0
+        fresh = holders == 0
+        holders[fresh] = number
+        added = int(np.count_nonzero(fresh))
+        self._live += added
+        if added < len(hashes):
+            held = np.flatnonzero(~fresh)
+            others = holders[held]
+            lanes = self._without_stale(_lanes(others))
+            free = lanes == 0
+            missing = np.flatnonzero(free.any(axis=1) & (lanes != number).all(axis=1))
+            lanes[missing, free[missing].argmax(axis=1)] = number
+            holders[held] = others
+            added += len(missing)
+        self._now.holders[slots] = holders
+        return added
 
-    def remove(self, hashes: Hashes, bit: int) -> int:
-        """Clear `bit` for hashes that differ; returns for how many it was set."""
-        masks = self.masks(hashes)
+    def remove(self, hashes: Hashes, number: int) -> int:
+        """Remove the target from hashes that differ; returns how many had it."""
+        removed = 0
         for table in (self._now, self._before):
             if table is not None:
                 found, slots = table.find(hashes)
-                table.masks[slots[found]] &= ~np.uint64(bit)
-        self._live -= int(np.count_nonzero(masks == np.uint64(bit)))
-        return int(np.count_nonzero(masks & np.uint64(bit)))
+                slots = slots[found]
+                holders = table.holders[slots]
+                held = np.count_nonzero(holders)
+                lanes = _lanes(holders)
+                had = lanes == number
+                lanes[had] = 0
+                table.holders[slots] = holders
+                self._live -= int(held - np.count_nonzero(holders))
+                removed += int(np.count_nonzero(had))
+        return removed
 
-    def forget(self, bit: int) -> None:
-        """Clear `bit` everywhere, by and by: until `stale` is 0 it must not be set again."""
-        self.stale |= bit
+    def forget(self, number: int) -> None:
+        """Remove the target from all hashes, by and by: until `stale` is empty the number must not be used again."""
+        self.stale.add(number)
+        self._is_stale[number] = True
         self._cleared = 0
+
+    def _without_stale(self, lanes: Lanes) -> Lanes:
+        """The same lanes, cleared of stale numbers."""
+        if self.stale:
+            lanes[self._is_stale[lanes]] = 0
+        return lanes
 
     def release(self) -> bool:
         """Give some of the memory back, of a table that is in use no more; False at the end."""
@@ -358,14 +504,15 @@ class _Table:
         """Move or clear so many slots; False if nothing is left to do."""
         if self._before is not None or self._gone is not None:
             self._move(slots)
-        elif self._cleared < len(self._now):
-            part = self._now.masks[self._cleared : self._cleared + slots]
+        elif self._cleared < len(self._now) and self.stale:
+            part = self._now.holders[self._cleared : self._cleared + slots]
             held = int(np.count_nonzero(part))
-            part &= ~np.uint64(self.stale)
+            self._without_stale(_lanes(part))
             self._live -= held - int(np.count_nonzero(part))
             self._cleared += slots
         else:
-            self.stale = 0
+            self.stale.clear()
+            self._is_stale[:] = False
             return False
         return True
 
@@ -375,20 +522,20 @@ class _Table:
         if self._before is None:
             return
         part = slice(self._moved, self._moved + slots)
-        hashes, masks = self._before.held(part)
-        kept = masks & ~np.uint64(self.stale)
-        live = kept != 0
-        own = self._now.masks_of(hashes)
-        self._live -= int(np.count_nonzero(~live & (own == 0)))
-        hashes, kept = hashes[live], kept[live]
-        self._now.masks[self._now.claim(hashes)] |= kept
-        self._before.masks[part] = 0
+        hashes, holders = self._before.held(part)
+        self._without_stale(_lanes(holders))
+        live = holders != 0
+        self._live -= int(np.count_nonzero(~live))
+        self._now.holders[self._now.claim(hashes[live])] = holders[live]
+        self._before.holders[part] = 0
         self._moved += slots
         if self._moved >= len(self._before):
             self._before, self._gone = None, self._before
 
-    def _masks_before(self, hashes: Hashes) -> Hashes:
-        return np.zeros_like(hashes) if self._before is None else self._before.masks_of(hashes)
+
+def _lanes(holders: Hashes) -> Lanes:
+    """The four numbers in each, in the same memory."""
+    return holders.view(np.uint16).reshape(-1, 4)
 
 
 @dataclass
@@ -397,20 +544,16 @@ class _View:
 
     epoch: int = -1
     seq: int = -1
-    snapshot_seq: int = -1  # of the last snapshot
     former: deque[int] = field(default_factory=lambda: deque(maxlen=_FORMER_MAX))  # epochs that came before
     older: int = 0  # messages of one of those, in a row
+    caught_up_seq: int = -1  # of the last snapshot or replay
+    sound: bool = False  # what is known was right at (epoch, seq)
     heard: float = 0.0  # time.monotonic() of the last announcement
-    complete: bool = False  # False until a snapshot has been taken in
-    bit: int = 0  # the target's in every table; 0 until a snapshot has been taken in
+    complete: bool = False  # False until a snapshot has been taken in, and after a gap
+    number: int = 0  # the target's in every table; 0 until a snapshot has been taken in
     resident: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # fingerprint -> chunks
-    waiting: list[Residency] = field(default_factory=list)  # announced while a snapshot is under way
-    waiting_hashes: int = 0
+    waiting: deque[Residency] = field(default_factory=deque)  # announced while a snapshot is under way
     joining: bool = False  # a snapshot is being taken in
-
-    def forget_waiting(self) -> None:
-        self.waiting.clear()
-        self.waiting_hashes = 0
 
 
 class Mirror:
@@ -421,7 +564,8 @@ class Mirror:
 
     A target that has been silent for `max_age_seconds` is left out of answers until it is heard again. Beyond
     `max_entries` (chunk on a target) nothing more is taken in: what is not known is computed anew. `ignored` counts,
-    by reason, messages that cannot be right and entries there was no room for; `resyncs` counts snapshots taken in.
+    by reason, messages that cannot be right and entries there was no room for; `resyncs` counts snapshots taken in,
+    and `replays` gaps that took none.
     """
 
     def __init__(self, *, max_age_seconds: float = 10.0, waiting_max: int = 10_000, max_entries: int = 50_000_000):
@@ -433,8 +577,9 @@ class Mirror:
         self._gone: list[_Table] = []  # whose memory is given back
         self._entries = 0
         self.ignored: Counter[str] = Counter()
-        self.resyncs = 0
+        self.resyncs = self.replays = 0
         self._complains = Rarely(_COMPLAIN_SECONDS)
+        self._waiting_hashes = 0  # of all targets
 
     def apply(self, message: Residency, now: float) -> bool:
         """Take in an announcement; True if the target must be asked for a snapshot now."""
@@ -450,7 +595,7 @@ class Mirror:
             if view is not None and reason == FORMER:
                 view.older += 1
                 if view.older >= _OLDER_MAX:
-                    self._clear(self._views.pop(message.target))
+                    self._drop(message.target)
             return False
         if view is None:
             view = self._views[message.target] = _View()
@@ -459,15 +604,16 @@ class Mirror:
             yield from self._change(view, message)
             return False
         if view.complete and message.epoch == view.epoch and message.seq <= view.seq:
-            if message.seq <= view.snapshot_seq:
+            if message.seq <= view.caught_up_seq:
                 return False  # the snapshot has it
             self.ignored["duplicate_number"] += 1  # by somebody else, and only a snapshot tells what is so
+            view.sound = False
         begin = not view.joining and (view.complete or not view.waiting)
-        if begin or len(view.waiting) >= self._waiting_max or view.waiting_hashes >= WAITING_HASHES:
-            view.forget_waiting()
+        if begin or len(view.waiting) >= self._waiting_max or self._waiting_hashes >= WAITING_HASHES:
+            self._forget_waiting(view)
         view.complete = False
         view.waiting.append(message)
-        view.waiting_hashes += len(message.stored) + len(message.removed)
+        self._waiting_hashes += _hashes_in(message)
         return begin
 
     def _wrong(self, message: Residency, view: _View | None) -> str | None:
@@ -485,12 +631,27 @@ class Mirror:
             return FORMER
         return None
 
-    def apply_snapshot(self, pages: Sequence[SnapshotPage]) -> bool:
-        """Take in a whole snapshot and what was announced since; False if it does not join up with that."""
-        return _all_of(self.joining(pages))
+    def missing(self, target: str) -> ReplayRequest | None:
+        """The announcements that the mirror lacks; None if only a snapshot helps."""
+        view = self._views.get(target)
+        return ReplayRequest(view.epoch, view.seq + 1) if view is not None and view.sound else None
 
-    def joining(self, pages: Sequence[SnapshotPage]) -> Steps:
-        """`apply_snapshot`, in steps. What is announced meanwhile waits for its turn."""
+    def replaying(self, target: str, replayed: Sequence[Residency]) -> Steps:
+        """Take in announcements that were missed, and what was announced since; False if they do not join up."""
+        view = self._views.get(target)
+        if view is None or view.joining or not view.sound:
+            return False
+        yield from self._catching_up(target, view, replayed)
+        self.replays += view.complete
+        return view.complete
+
+    def apply_snapshot(self, pages: Sequence[SnapshotPage], replayed: Sequence[Residency] = ()) -> bool:
+        """Take in a whole snapshot and what was announced since; False if it does not join up with that."""
+        return _all_of(self.joining(pages, replayed))
+
+    def joining(self, pages: Sequence[SnapshotPage], replayed: Sequence[Residency] = ()) -> Steps:
+        """`apply_snapshot`, in steps. What is announced meanwhile waits for its turn. `replayed` are announcements that
+        were asked for again, in order."""
         first = pages[0]
         view = self._views.get(first.target)
         if view is None or view.joining:
@@ -505,51 +666,70 @@ class Mirror:
             self.ignored["invalid_snapshot"] += 1
         elif first.epoch in view.former:
             self.ignored[FORMER] += 1
-        later = [message.seq for message in view.waiting if message.epoch == first.epoch and message.seq > first.seq]
-        expected = range(first.seq + 1, first.seq + 1 + len(later))
+        known = [*replayed, *view.waiting]
+        later = {message.seq for message in known if message.epoch == first.epoch and message.seq > first.seq}
+        joins_up = later == set(range(first.seq + 1, first.seq + 1 + len(later)))
         began_again = bool(view.waiting) and view.waiting[-1].epoch != first.epoch
-        if not sound or first.epoch in view.former or began_again or later != list(expected):
-            view.forget_waiting()
+        waiting = [message for message in view.waiting if message.epoch == first.epoch]
+        self._forget_waiting(view)
+        if not sound or first.epoch in view.former or began_again or not joins_up:
             return False
         if view.epoch not in (-1, first.epoch):
             view.former.append(view.epoch)
-        view.waiting = [message for message in view.waiting if message.epoch == first.epoch]
-        view.waiting_hashes = sum(len(message.stored) + len(message.removed) for message in view.waiting)
+        view.waiting.extend(waiting)
+        self._waiting_hashes += sum(map(_hashes_in, waiting))
         self._clear(view)
-        view.bit = self._free_bit()
-        view.epoch, view.seq, view.snapshot_seq = first.epoch, first.seq, first.seq
+        view.number = self._free_number()
+        view.epoch, view.seq, view.caught_up_seq = first.epoch, first.seq, first.seq
         view.complete, view.joining = False, True
         try:
             for page in pages:
                 yield from self._store(view, page.fingerprint, np.frombuffer(page.hashes, "<u8").astype(np.uint64))
-            while view.waiting:
-                message = view.waiting.pop(0)
-                view.waiting_hashes -= len(message.stored) + len(message.removed)
-                number = message.epoch, message.seq
-                if number == (view.epoch, view.seq + 1):
-                    yield from self._change(view, message)
-                elif message.epoch != view.epoch or message.seq > view.snapshot_seq:  # a gap, or a number used twice
-                    view.forget_waiting()
-                    return False
-            view.complete = self._views.get(first.target) is view
         finally:
             view.joining = False
+        view.sound = view.number != 0
+        yield from self._catching_up(first.target, view, replayed)
         self.resyncs += view.complete
         return view.complete
 
+    def _catching_up(self, target: str, view: _View, replayed: Sequence[Residency]) -> Iterator[None]:
+        """Take in `replayed`, then what waits, as far as there is no gap. What is announced meanwhile waits, too."""
+        view.joining = True
+        try:
+            for message in replayed:
+                if reason := "invalid_name" if message.target != target else self._wrong(message, view):
+                    self.ignored[reason] += 1
+                elif (message.epoch, message.seq) == (view.epoch, view.seq + 1):
+                    yield from self._change(view, message)
+            view.caught_up_seq = view.seq
+            while view.waiting:
+                message = view.waiting.popleft()
+                self._waiting_hashes -= _hashes_in(message)
+                number = message.epoch, message.seq
+                if number == (view.epoch, view.seq + 1):
+                    yield from self._change(view, message)
+                elif message.epoch != view.epoch or message.seq > view.caught_up_seq:  # a gap, or a number used twice
+                    view.sound = view.sound and (message.epoch != view.epoch or message.seq > view.seq)
+                    self._forget_waiting(view)
+                    return
+            view.complete = view.sound and self._views.get(target) is view
+        finally:
+            view.joining = False
+
     def locate(self, fingerprint: int, router_hashes: list[int], now: float) -> list[str | None]:
         """For each chunk a target that holds it, or None."""
-        holders = {
-            view.bit: target
+        targets = {
+            view.number: target
             for target, view in self._views.items()
             if view.complete and now - view.heard <= self._max_age_seconds and fingerprint in view.resident
         }
         table = self._tables.get(fingerprint)
-        if table is None or not holders or not router_hashes:
+        if table is None or not targets or not router_hashes:
             return [None] * len(router_hashes)
-        masks = table.masks(_u64s(router_hashes)) & np.uint64(sum(holders))
-        lowest = masks & (~masks + np.uint64(1))
-        return list(map(holders.get, lowest.tolist()))
+        answering = np.zeros(_NUMBERS, np.uint16)  # its own number of each target that may be named
+        answering[list(targets)] = list(targets)
+        named = answering[table.holders(_u64s(router_hashes))].max(axis=1)
+        return list(map(targets.get, named.tolist()))
 
     def counts(self, now: float) -> dict[str, int]:
         """Chunks known on each target that is heard."""
@@ -571,7 +751,7 @@ class Mirror:
     def forget_silent(self, now: float, after_seconds: float = 60.0) -> None:
         """Free what is known of targets that have been gone for long."""
         for target in [target for target, view in self._views.items() if now - view.heard > after_seconds]:
-            self._clear(self._views.pop(target))
+            self._drop(target)
         wanted = {fingerprint for view in self._views.values() for fingerprint in view.resident}
         self._gone += [self._tables.pop(fingerprint) for fingerprint in self._tables.keys() - wanted]
 
@@ -589,32 +769,38 @@ class Mirror:
                 "target %s: two answer for it: two targets have that address, or somebody forges", shown(target)
             )
         if view := self._views.get(target):
-            view.complete = False
-            view.forget_waiting()
+            view.complete = view.sound = False
+            self._forget_waiting(view)
 
     def give_up_snapshot(self, target: str) -> None:
         """The next announcement asks for a snapshot again."""
         if view := self._views.get(target):
-            view.forget_waiting()
+            self._forget_waiting(view)
 
-    def _free_bit(self) -> int:
-        """A bit that no view has, and no table any more."""
+    def _forget_waiting(self, view: _View) -> None:
+        self._waiting_hashes -= sum(map(_hashes_in, view.waiting))
+        view.waiting.clear()
+
+    def _free_number(self) -> int:
+        """A number that no view has, and no table any more."""
         while True:
-            taken = {view.bit for view in self._views.values()}
-            stale = 0
-            for table in self._tables.values():
-                stale |= table.stale
-            free = [1 << bit for bit in range(_TARGETS_MAX) if 1 << bit not in taken and not stale >> bit & 1]
-            if free:
-                return free[0]
+            taken = {view.number for view in self._views.values()}.union(*(one.stale for one in self._tables.values()))
+            free = next((number for number in range(1, _NUMBERS) if number not in taken), None)
+            if free is not None:
+                return free
             self.work()
+
+    def _drop(self, target: str) -> None:
+        view = self._views.pop(target)
+        self._forget_waiting(view)
+        self._clear(view)
 
     def _clear(self, view: _View) -> None:
         for fingerprint, chunks in view.resident.items():
             self._entries -= chunks
-            self._tables[fingerprint].forget(view.bit)
+            self._tables[fingerprint].forget(view.number)
         view.resident.clear()
-        view.bit = 0
+        view.number, view.sound = 0, False
 
     def _table(self, fingerprint: int) -> _Table | None:
         if fingerprint not in self._tables:
@@ -629,12 +815,13 @@ class Mirror:
             removed, stored = _u64s(message.removed), _u64s(message.stored)
         except (OverflowError, TypeError):
             self.ignored["hash_out_of_range"] += 1
+            view.sound = False
             return  # and the next message finds a gap
         view.seq = message.seq
         for part in _parts(removed):
             table = self._tables.get(message.fingerprint)
             if table is not None and message.fingerprint in view.resident:
-                gone = table.remove(np.unique(part), view.bit)
+                gone = table.remove(np.unique(part), view.number)
                 view.resident[message.fingerprint] -= gone
                 self._entries -= gone
             yield
@@ -642,7 +829,7 @@ class Mirror:
 
     def _store(self, view: _View, fingerprint: int, hashes: Hashes) -> Iterator[None]:
         for part in _parts(hashes):
-            if view.bit:  # the target is not forgotten
+            if view.number:  # the target is not forgotten
                 self._store_part(view, fingerprint, part)
             yield
 
@@ -653,10 +840,10 @@ class Mirror:
             return
         room = max(0, self._max_entries - self._entries)
         if len(hashes) > room:
-            hashes = hashes[(table.masks(hashes) & np.uint64(view.bit)) == 0]  # what is there needs no room
+            hashes = hashes[(table.holders(hashes) != view.number).all(axis=1)]  # what is there needs no room
             self.ignored["mirror_full"] += max(0, len(hashes) - room)
             hashes = hashes[:room]
-        new = table.add(hashes, view.bit)
+        new = table.add(hashes, view.number)
         view.resident[fingerprint] += new
         self._entries += new
 
@@ -697,17 +884,18 @@ def _u64s(numbers: list[int]) -> Hashes:
 
 async def follow(mirror: Mirror, line: Bus, namespace: str) -> None:
     """Keep `mirror` up with every target on the bus, until cancelled."""
-    snapshots: set[asyncio.Task[None]] = set()
-    due: dict[str, float] = {}  # the next snapshot of each target
+    resyncs: set[asyncio.Task[None]] = set()
+    due: dict[str, float] = {}  # the next resync of each target
+    turns = asyncio.Semaphore(_SNAPSHOTS_AT_ONCE)
 
     async def heard(message: Residency) -> None:
         now = time.monotonic()
         if await _between_others(mirror.applying(message, now)):
             begin = max(now, due.get(message.target, now))
             due[message.target] = begin + RESYNC_SECONDS
-            task = asyncio.create_task(_fetch_snapshot(mirror, line, namespace, message.target, begin - now))
-            snapshots.add(task)
-            task.add_done_callback(snapshots.discard)
+            task = asyncio.create_task(_resync(mirror, line, namespace, message.target, begin - now, turns))
+            resyncs.add(task)
+            task.add_done_callback(resyncs.discard)
 
     await line.subscribe(messages.subject(namespace, "residency"), Residency, heard)
     forgot = 0.0
@@ -720,21 +908,56 @@ async def follow(mirror: Mirror, line: Bus, namespace: str) -> None:
                 del due[target]
 
 
-async def _fetch_snapshot(mirror: Mirror, line: Bus, namespace: str, target: str, wait_seconds: float) -> None:
+async def _resync(
+    mirror: Mirror, line: Bus, namespace: str, target: str, wait_seconds: float, turns: asyncio.Semaphore
+) -> None:
     await asyncio.sleep(wait_seconds)
-    pages: list[SnapshotPage] = []
-    async with line.conversation(messages.subject(namespace, "snapshot", target)) as peer:
-        while not pages or len(pages) < pages[0].pages:
-            request = SnapshotRequest(pages[0].token if pages else 0, len(pages))
-            page = await peer.ask(request, SnapshotPage, seconds=5)
-            if page is None or not 0 < page.pages <= _PAGES_MAX or len(page.hashes) > 8 * PAGE_HASHES:
-                mirror.give_up_snapshot(target)
-                return
-            pages.append(page)
-        if await _between_others(mirror.joining(pages)):
-            logger.info("%s: %d chunks mirrored", shown(target), sum(len(page.hashes) // 8 for page in pages))
-        if await peer.hears_more(_DOUBT_SECONDS):
+    async with (
+        line.conversation(messages.subject(namespace, "snapshot", target)) as pages,
+        line.conversation(messages.subject(namespace, "replay", target)) as history,
+    ):
+        missing = mirror.missing(target)
+        replayed = await _replayed(history, missing) if missing else []
+        if not (replayed and await _between_others(mirror.replaying(target, replayed))):
+            progress = bool(replayed) and mirror.missing(target) is not None  # the next announcement asks again
+            async with turns:
+                if progress or not await _join(mirror, pages, history):
+                    mirror.give_up_snapshot(target)
+        if any(await asyncio.gather(pages.hears_more(_DOUBT_SECONDS), history.hears_more(_DOUBT_SECONDS))):
             mirror.distrust(target)
+
+
+async def _join(mirror: Mirror, peer: Conversation, history: Conversation) -> bool:
+    """Take in a snapshot; False if none is to be had, or it does not join up with what was announced."""
+    pages: list[SnapshotPage] = []
+    give_up = time.monotonic() + _MAKING_SECONDS_MAX
+    while not pages or len(pages) < pages[0].pages:
+        page = await peer.ask(SnapshotRequest(pages[0].token if pages else 0, len(pages)), SnapshotPage, seconds=5)
+        if page and not (pages or page.pages or page.token) and time.monotonic() < give_up:
+            await asyncio.sleep(_MAKING_ASK_SECONDS)
+            continue
+        if page is None or not 0 < page.pages <= _PAGES_MAX or len(page.hashes) > 8 * PAGE_HASHES:
+            return False
+        pages.append(page)
+    replayed = await _replayed(history, ReplayRequest(pages[0].epoch, pages[0].seq + 1))
+    if not await _between_others(mirror.joining(pages, replayed)):
+        return False
+    logger.info("%s: %d chunks mirrored", shown(pages[0].target), sum(len(page.hashes) // 8 for page in pages))
+    return True
+
+
+async def _replayed(history: Conversation, missing: ReplayRequest) -> list[Residency]:
+    """The announcements from that one on; none if they are not kept any more."""
+    replayed: list[Residency] = []
+    while len(replayed) < REPLAY_MESSAGES:
+        request = ReplayRequest(missing.epoch, missing.seq + len(replayed))
+        answer = await history.ask(request, Replay, seconds=5)
+        if answer is None or not answer.messages:
+            break
+        replayed += answer.messages
+        if replayed[-1].seq >= answer.seq:
+            break
+    return replayed
 
 
 def _batched(items: Iterable[tuple[int, bool]], size: int) -> Iterable[list[tuple[int, bool]]]:

@@ -22,10 +22,11 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
 from crc32c import crc32c
 
 from kvstore.disk import record
@@ -276,6 +277,37 @@ class Log:
         with self._changed:
             written = [entry for segment in self._segments.values() for _, entry in self._live(segment)]
             return [*written, *self._dirty.values()]
+
+    def announced(self, count: int) -> Iterator[record.Announced]:
+        """Router hash and fingerprint of everything that is visible, in parts of about `count`; the lock is held for a
+        copy of each. What comes or goes meanwhile may be missed, and what moves may come twice.
+
+        A chunk moves only from memory to a segment, or to the segment of chunks written again. So memory is looked at
+        first, and that segment last, with those that follow it: no chunk moves past."""
+        with self._changed:
+            dirty = b"".join(map(record.pack_entry, self._dirty.values()))
+            segments = sorted(self._segments.values(), key=lambda segment: segment.stamp.generation)
+            head = self._heads.get(Queue.MAIN)
+        yield record.announced(dirty)
+        segments.sort(key=lambda segment: segment is head)
+        seen = max((segment.stamp.generation for segment in segments), default=0)
+        while segments:
+            for segment in segments:
+                yield from self._announced(segment, count)
+                seen = max(seen, segment.stamp.generation)
+            with self._changed:
+                rewritten = [one for one in self._segments.values() if one.queue is Queue.MAIN]
+            segments = [one for one in rewritten if one.stamp.generation > seen]
+            segments.sort(key=lambda segment: segment.stamp.generation)
+
+    def _announced(self, segment: _Segment, count: int) -> Iterator[record.Announced]:
+        base = segment.slot << _INDEX_BITS
+        for number in range(0, len(segment), count):
+            with self._changed:
+                table = bytes(segment.table[number * ENTRY_BYTES : (number + count) * ENTRY_BYTES])
+            places = np.fromiter(map(self._index.get, record.keys(table), repeat(-1)), np.int64)
+            live = places == np.arange(base + number, base + number + len(places))
+            yield record.announced(table)[live]
 
     def page(self, place: tuple[int, int], count: int) -> tuple[list[Entry], tuple[int, int] | None]:
         """The written chunks among the next `count` entries of one segment, and the place to go on from, None at the

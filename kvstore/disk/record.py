@@ -15,8 +15,10 @@ import operator
 import struct
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 from crc32c import crc32c
 
@@ -38,6 +40,16 @@ _LENGTH = struct.Struct(f"<{KEY_BYTES + 20}xI8x")
 _KEY_VERSION_AT = KEY_BYTES + 30
 _FIRST_KEY_VERSION = 1  # of entries that do not say: before release 0.2 a zero stood there
 _first: Callable[[tuple[Any, ...]], Any] = operator.itemgetter(0)
+# Of an entry, what routers are told.
+ANNOUNCED = np.dtype(
+    {
+        "names": ["router_hash", "fingerprint"],
+        "formats": ["<u8", "<u8"],
+        "offsets": [KEY_BYTES, KEY_BYTES + 8],
+        "itemsize": ENTRY_BYTES,
+    }
+)
+Announced: TypeAlias = npt.NDArray[np.void]
 _RECORD = struct.Struct(f"<8sHxxIQQQ{ENTRY_BYTES}s")  # magic, version, header bytes, store, generation, namespace
 _RECORD_MAGIC = b"KVTIERRC"
 _CRC = struct.Struct("<I")
@@ -174,6 +186,11 @@ def unpack_trailer(page: bytes | memoryview, segment_bytes: int) -> Trailer | No
 def keys(table: bytes | bytearray) -> Iterator[bytes]:
     """The keys of a table's entries, at a tenth of what unpacking all of them takes."""
     return map(_first, _KEY.iter_unpack(table))
+
+
+def announced(table: bytes) -> Announced:
+    """The table's entries as `ANNOUNCED`."""
+    return np.frombuffer(table, ANNOUNCED)
 
 
 def lengths(table: bytes | bytearray) -> Iterator[int]:

@@ -2,7 +2,7 @@
 losing a device loses its share alone. And several such shelves side by side, one a namespace, on the same devices."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import xxhash
@@ -10,7 +10,7 @@ import xxhash
 from kvstore.disk.device import SLOTS_FEWEST, Device
 from kvstore.disk.files import Files
 from kvstore.disk.log import Ledger, Log, LogStats, close_all
-from kvstore.disk.record import Entry
+from kvstore.disk.record import Announced, Entry
 from kvstore.errors import ConfigError
 
 
@@ -39,6 +39,11 @@ class Shelf:
 
     def entries(self) -> list[Entry]:
         return [entry for log in self.logs for entry in log.entries()]
+
+    def announced(self, count: int) -> Iterator[Announced]:
+        """`Log.announced` of all logs."""
+        for log in self.logs:
+            yield from log.announced(count)
 
     def page(self, place: tuple[int, int, int], count: int) -> tuple[list[Entry], tuple[int, int, int] | None]:
         """`Log.page` of one log after the other; a place begins with the log's number."""

@@ -1,5 +1,6 @@
 """The log: a bounded map that survives anything but a lie, and never serves a wrong byte."""
 
+import itertools
 import os
 import random
 import signal
@@ -120,6 +121,26 @@ def test_chunks_that_are_used_outlive_a_scan(tmp_path: Path) -> None:
     again = make(tmp_path, capacity=24 * SEGMENT)
     assert all(read(again, one) == payload(one) for one in hot)
     again.close()
+
+
+def test_what_moves_while_a_snapshot_is_made_is_in_it(tmp_path: Path) -> None:
+    log = make(tmp_path, capacity=24 * SEGMENT)
+    for number in range(150):
+        append(log, number)
+    kept = range(0, 150, 30)
+    parts = log.announced(4)
+    found: set[int] = set()
+    for number in range(1000, 1800):
+        append(log, number)
+        if number % 10 == 0:
+            for one in kept:
+                log.used(key(one))
+            found |= {int(one) for part in itertools.islice(parts, 1) for one in part["router_hash"]}
+    assert log.stats.rewritten_bytes
+    found |= {int(one) for part in parts for one in part["router_hash"]}
+    assert {entry.router_hash for one in kept if (entry := log.find(key(one)))} <= found
+    assert all(key(one) in log for one in kept)
+    log.close()
 
 
 def test_a_place_that_is_read_is_not_reused(tmp_path: Path) -> None:
@@ -331,6 +352,8 @@ def test_the_ledger_hears_of_all_that_comes_and_goes(tmp_path: Path) -> None:
     for number in range(100):
         append(log, number)
         assert notes.visible == {entry.key for entry in log.entries()}
+        hashes = {entry.router_hash for entry in log.entries()}
+        assert {int(one) for part in log.announced(3) for one in part["router_hash"]} == hashes
     log.close()
 
 

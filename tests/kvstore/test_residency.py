@@ -15,8 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from nats.aio.msg import Msg
 
 from kvstore.bus import messages, residency
-from kvstore.bus.messages import Bus, Residency, SnapshotPage, SnapshotRequest
+from kvstore.bus.messages import Bus, ReplayRequest, Residency, SnapshotPage, SnapshotRequest
 from kvstore.bus.residency import Announcer, Mirror
+from kvstore.disk import record
 from kvstore.disk.record import Entry
 
 
@@ -24,12 +25,16 @@ def entry(router_hash: int, fingerprint: int = 7) -> Entry:
     return Entry(router_hash.to_bytes(16, "big"), router_hash, fingerprint, 1, 10, 0, 2)
 
 
+def announced(entries: Iterable[Entry]) -> list[record.Announced]:
+    return [record.announced(b"".join(map(record.pack_entry, entries)))]
+
+
 class Holdings:
     """What a target holds, with an announcer that hears of every change."""
 
     def __init__(self, target: str = "t", epoch: int = 1, held: Iterable[int] = ()):
         self.held: dict[int, Entry] = {router_hash: entry(router_hash) for router_hash in held}
-        self.announcer = Announcer(target, epoch, lambda: list(self.held.values()))
+        self.announcer = Announcer(target, epoch, lambda _: announced(self.held.values()))
 
     def store(self, router_hash: int) -> None:
         self.held[router_hash] = entry(router_hash)
@@ -40,10 +45,21 @@ class Holdings:
             self.announcer.removed(gone)
 
     def snapshot(self) -> list[SnapshotPage]:
-        pages = [self.announcer.snapshot_page(SnapshotRequest(0, 0))]
-        while len(pages) < pages[0].pages:
-            pages.append(self.announcer.snapshot_page(SnapshotRequest(pages[0].token, len(pages))))
-        return pages
+        self.announcer.make_snapshot()
+        return snapshot_of(self.announcer)
+
+
+def snapshot_of(announcer: Announcer) -> list[SnapshotPage]:
+    pages: list[SnapshotPage] = []
+    while not pages or len(pages) < pages[0].pages:
+        page = announcer.snapshot_page(SnapshotRequest(pages[0].token if pages else 0, len(pages)))
+        assert page is not None
+        pages.append(page)
+    return pages
+
+
+def replay(mirror: Mirror, replayed: list[Residency]) -> bool:
+    return bool(replayed) and residency._all_of(mirror.replaying("t", replayed))
 
 
 def known(mirror: Mirror, hashes: Iterable[int], now: float = 0.0) -> set[int]:
@@ -56,8 +72,11 @@ def known(mirror: Mirror, hashes: Iterable[int], now: float = 0.0) -> set[int]:
     st.lists(st.tuples(st.sampled_from("srdaq"), st.integers(1, 12)), max_size=60),
     st.integers(1, 4),
     st.sets(st.integers(1, 12)),
+    st.booleans(),
 )
-def test_a_mirror_ends_up_with_what_is_held(steps: list[tuple[str, int]], page: int, held: set[int]) -> None:
+def test_a_mirror_ends_up_with_what_is_held(
+    steps: list[tuple[str, int]], page: int, held: set[int], replays: bool
+) -> None:
     """Steps: store, remove, announce and drop, announce and deliver, restart in a new epoch. Snapshots arrive late."""
     whole = residency.PAGE_HASHES
     residency.PAGE_HASHES = page
@@ -68,7 +87,10 @@ def test_a_mirror_ends_up_with_what_is_held(steps: list[tuple[str, int]], page: 
 
         def deliver(message: Residency) -> None:
             if mirror.apply(message, 0.0):
-                asked.append(holdings.snapshot())
+                missing = mirror.missing("t")
+                replayed = holdings.announcer.replay(missing).messages if replays and missing else []
+                if not replay(mirror, replayed):
+                    asked.append(holdings.snapshot())
 
         for step, router_hash in steps:
             match step:
@@ -145,21 +167,22 @@ def test_a_silent_target_is_left_out_and_forgotten() -> None:
 
 def test_layouts_do_not_mix() -> None:
     mirror = Mirror()
-    announcer = Announcer("t", 1, lambda: [entry(1, fingerprint=7), entry(2, fingerprint=8)])
+    announcer = Announcer("t", 1, lambda _: announced([entry(1, fingerprint=7), entry(2, fingerprint=8)]))
     mirror.apply(announcer.announcements()[0], 0.0)
-    first = announcer.snapshot_page(SnapshotRequest(0, 0))
-    mirror.apply_snapshot([first, announcer.snapshot_page(SnapshotRequest(first.token, 1))])
+    announcer.make_snapshot()
+    mirror.apply_snapshot(snapshot_of(announcer))
     assert mirror.locate(7, [1, 2], 0.0) == ["t", None]
     assert mirror.locate(8, [1, 2], 0.0) == [None, "t"]
     assert mirror.locate(9, [1, 2], 0.0) == [None, None]
 
 
 def test_chunks_without_a_router_hash_are_not_announced() -> None:
-    announcer = Announcer("t", 1, lambda: [entry(0)])
+    announcer = Announcer("t", 1, lambda _: announced([entry(0)]))
     announcer.stored(entry(0))
     (heartbeat,) = announcer.announcements()
     assert heartbeat.stored == []
-    assert announcer.snapshot_page(SnapshotRequest(0, 0)).hashes == b""
+    announcer.make_snapshot()
+    assert [page.hashes for page in snapshot_of(announcer)] == [b""]
 
 
 def test_changes_beyond_the_bound_become_a_gap() -> None:
@@ -175,21 +198,69 @@ def test_changes_beyond_the_bound_become_a_gap() -> None:
     assert message.seq > first.seq + 1
 
 
-def test_an_expired_token_has_no_pages() -> None:
-    announcer = Holdings(held=[1]).announcer
-    assert announcer.snapshot_page(SnapshotRequest(12345, 0)).pages == 0
-    page = announcer.snapshot_page(SnapshotRequest(0, 0))
-    assert announcer.snapshot_page(SnapshotRequest(page.token, 1)).pages == 0
+def test_a_token_that_is_not_known_has_no_pages() -> None:
+    holdings = Holdings(held=[1])
+    (page,) = holdings.snapshot()
+    for request in SnapshotRequest(12345, 0), SnapshotRequest(page.token, 1):
+        answer = holdings.announcer.snapshot_page(request)
+        assert answer is not None
+        assert answer.pages == 0
 
 
-TARGETS = st.sampled_from(["a", "b", "c"])
+def test_a_snapshot_is_made_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mirror that asks late has heard nothing since: what it missed is replayed."""
+    holdings = Holdings(held=range(1, 100))
+    early = holdings.snapshot()
+    for router_hash in range(100, 110):
+        holdings.store(router_hash)
+        messages = holdings.announcer.announcements()
+    late, mirror = snapshot_of(holdings.announcer), Mirror()
+    assert late == early
+    assert mirror.apply(messages[0], 0.0)
+    assert mirror.apply_snapshot(late, holdings.announcer.replay(ReplayRequest(1, late[0].seq + 1)).messages)
+    assert known(mirror, range(110)) == set(range(1, 110))
+    monkeypatch.setattr(residency, "_SNAPSHOT_SECONDS", 0)
+    assert holdings.announcer.snapshot_page(SnapshotRequest(0, 0)) is None  # a new one must be made
+
+
+def test_lost_messages_cost_no_snapshot() -> None:
+    holdings, mirror = mirrored([1])
+    holdings.announcer.announcements()
+    for router_hash in (2, 3, 4):
+        holdings.store(router_hash)
+        (last,) = holdings.announcer.announcements()  # but for this one all are lost
+    holdings.remove(1)
+    (after,) = holdings.announcer.announcements()
+    assert mirror.apply(last, 0.0)
+    assert not mirror.apply(after, 0.0)
+    missing = mirror.missing("t")
+    assert missing == ReplayRequest(5, 2)
+    said = holdings.announcer.replay(missing).messages
+    assert [message.seq for message in said] == [2, 3, 4, 5, 6]
+    assert replay(mirror, said)
+    assert known(mirror, range(5)) == {2, 3, 4}
+    assert (mirror.resyncs, mirror.replays) == (1, 1)
+
+
+def test_what_is_kept_for_a_replay_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "REPLAY_HASHES", 10)
+    holdings = Holdings()
+    for router_hash in range(1, 30):
+        holdings.store(router_hash)
+        holdings.announcer.announcements()
+    assert holdings.announcer.replay(ReplayRequest(1, 5)).messages == []
+    assert holdings.announcer.replay(ReplayRequest(2, 25)).messages == []  # of another start
+    assert [message.seq for message in holdings.announcer.replay(ReplayRequest(1, 20)).messages] == list(range(20, 30))
+
+
+TARGETS = st.sampled_from(["a", "b", "c", "d"])  # a mirror remembers four holders of a chunk
 LAYOUTS = st.sampled_from([7, 8])
 # Few different ones, so that they meet again; the ends of the range among them.
 HASHES = st.lists(st.one_of(st.integers(1, 40), st.integers((1 << 64) - 5, (1 << 64) - 1)), max_size=30)
 
 
 class MirrorMachine(RuleBasedStateMachine):
-    """A mirror of three targets against plain sets, with tables so small that they are made anew all the time."""
+    """A mirror of four targets against plain sets, with tables so small that they are made anew all the time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -343,7 +414,8 @@ def test_a_forged_epoch_counts_until_the_target_has_spoken_some_times() -> None:
     assert known(mirror, [1]) == {1}
 
 
-def test_targets_that_nobody_hears_make_room() -> None:
+def test_targets_that_nobody_hears_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "_TARGETS_MAX", 64)
     mirror = Mirror()
     for number in range(70):
         mirror.apply(Residency(f"forged-{number}", 1, 1, 7, 2, [], [], 0), 0.0)
@@ -395,7 +467,8 @@ def test_entries_are_bounded() -> None:
     assert known(mirror, [1, 20]) == {20}
 
 
-def test_targets_and_layouts_are_bounded() -> None:
+def test_targets_and_layouts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "_TARGETS_MAX", 64)
     mirror = Mirror()
     for number in range(70):
         mirror.apply(Residency(f"t{number}", 1, 1, 7, 2, [], [], 0), 0.0)
@@ -405,6 +478,22 @@ def test_targets_and_layouts_are_bounded() -> None:
         mirror.apply(Residency("t0", 1, number - 68, number, 2, [1], [], 0), 0.0)
     assert mirror.ignored["too_many_layouts"] == 10
     assert mirror.ages(3.0)["t0"] == 3.0
+
+
+def test_of_a_chunk_on_many_targets_four_are_known() -> None:
+    mirror = Mirror()
+    for number in range(1000):
+        held = array("Q", [7, 1000 + number]).tobytes()  # a chunk that all hold, and one of its own
+        mirror.apply(Residency(f"t{number}", 1, 1, 7, 2, [], [], 0), 0.0)
+        assert mirror.apply_snapshot([SnapshotPage(f"t{number}", 1, 1, 9, 1, 7, held)])
+    assert mirror.locate(7, list(range(1000, 2000)), 0.0) == [f"t{number}" for number in range(1000)]
+    assert sum(mirror.counts(0.0).values()) == 1000 + 4
+    for number in range(4):
+        assert mirror.locate(7, [7], 0.0) != [None]
+        mirror.apply(Residency(f"t{number}", 1, 2, 7, 2, [], [7], 0), 0.0)
+    assert mirror.locate(7, [7], 0.0) == [None]
+    mirror.apply(Residency("t999", 1, 2, 7, 2, [7], [], 0), 0.0)
+    assert mirror.locate(7, [7], 0.0) == ["t999"]
 
 
 async def test_over_nats_two_mirrors_follow_two_targets(nats_url: str, seed: int) -> None:

@@ -1,0 +1,231 @@
+"""What routers' snapshots cost a target: how long GETs take meanwhile, and how soon every mirror is complete.
+
+    python -m benchmarks.store.mirrors --json FILE [--targets N] [--routers N] [--chunks N] [--rounds N]
+
+Real targets, a real NATS server and mirrors in a process of their own. The stores are made up as those of
+`benchmarks.store.recovery`, with `--chunks` in each. A client gets single chunks from the targets' memory, one after
+the other with a millisecond between them: for some seconds while nobody asks for a snapshot, then while all routers
+start at once. The ratio of p99 is of all rounds together. Targets, mirrors and client share the machine's cores: with
+fewer cores than processes the ratio counts the mirrors' work, too.
+"""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field
+
+from benchmarks.chat.load import quantile
+from benchmarks.store import recovery
+from benchmarks.store.servers import BenchmarkError, Process, free_port, program
+from kvstore.bus.messages import Bus
+from kvstore.bus.residency import Announcer, Mirror, announce, follow
+from kvstore.disk.shelf import Shelf
+from kvstore.errors import run_command, validated
+from kvstore.net import transport
+from kvstore.net.client import Item, StoreClient
+from kvstore.net.membership import StaticMembership
+from kvstore.net.target import Target
+from kvstore.net.wire import Outcome
+
+NAMESPACE = "default"
+VALUE_BYTES = 256 << 10
+VALUES = 32
+SEGMENT_BYTES = 256 << 20
+QUIET_SECONDS = 7.0  # longer than a snapshot is handed out: each round makes its own
+CONVERGE_SECONDS_MAX = 300.0
+_PAUSE_SECONDS = 0.001
+
+
+class Gets(msgspec.Struct):
+    count: int
+    p50_ms: float
+    p99_ms: float
+    longest_ms: float
+
+
+class Result(msgspec.Struct):
+    targets: int
+    routers: int
+    chunks: int  # on each target
+    quiet: Gets
+    during: Gets  # snapshots
+    p99_ratio: float
+    converge_seconds: list[float]  # until the last router knew all, round by round
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    targets: int = Field(1, ge=1)
+    routers: int = Field(1, ge=1)
+    chunks: int = Field(1_000_000, ge=1)
+    rounds: int = Field(5, ge=1)
+    dir: Path | None = None
+    json_file: Path | None = Field(None, alias="json")
+    nats: str = ""
+    serve: str = ""
+
+
+class _Getter(threading.Thread):
+    """Gets one chunk after the other, and notes how long each takes under the name of the phase."""
+
+    def __init__(self, client: StoreClient):
+        super().__init__(daemon=True)
+        self._client = client
+        self.phase = ""
+        self.seconds: dict[str, list[float]] = {"": [], "quiet": [], "during": []}
+        self.misses = 0
+
+    def run(self) -> None:
+        room = memoryview(bytearray(VALUE_BYTES))
+        number = 0
+        while self.phase != "end":
+            number = (number + 1) % VALUES
+            phase, begun = self.phase, time.perf_counter()
+            (outcome,) = self._client.get([_key(number)], [room], time.monotonic() + 60)
+            self.seconds[phase].append(time.perf_counter() - begun)
+            self.misses += outcome is not Outcome.HIT
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _key(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def measure(options: Options, folder: Path) -> Result:
+    with ExitStack() as stack:
+        port = free_port()
+        nats = f"nats://127.0.0.1:{port}"
+        server = Process("nats", [program("nats-server"), "--addr", "127.0.0.1", "--port", str(port)], folder)
+        stack.callback(server.stop)
+        server.wait_for(f"127.0.0.1:{port}")
+        addresses = [_target(number, nats, options.chunks, folder, stack) for number in range(options.targets)]
+        client = StoreClient(StaticMembership(addresses))
+        stack.callback(client.close)
+        items = [Item(_key(number), memoryview(bytes(VALUE_BYTES)), 0, 7, 1) for number in range(VALUES)]
+        if (outcomes := set(client.put(items, time.monotonic() + 60))) != {Outcome.STORED}:
+            raise BenchmarkError(f"not all values were stored: {outcomes}")
+        child = [sys.executable, "-m", "benchmarks.store.mirrors", "--nats", nats]
+        child += ["--routers", str(options.routers), "--chunks", str(options.chunks * options.targets)]
+        routers = Process("routers", child, folder, pipes=True)
+        stack.callback(routers.stop)
+        routers.line()
+        getter = _Getter(client)
+        getter.start()
+        converged = []
+        for _ in range(options.rounds):
+            getter.phase = "quiet"
+            time.sleep(QUIET_SECONDS)
+            getter.phase = "during"
+            routers.say("begin")
+            converged.append(float(routers.line()))
+            getter.phase = ""
+            routers.say("forget")
+            routers.line()
+        getter.phase = "end"
+        getter.join()
+        if getter.misses:
+            raise BenchmarkError(f"{getter.misses} of the gets missed")
+    quiet, during = _gets(getter.seconds["quiet"]), _gets(getter.seconds["during"])
+    return Result(
+        options.targets,
+        options.routers,
+        options.chunks,
+        quiet,
+        during,
+        round(during.p99_ms / quiet.p99_ms, 2),
+        converged,
+    )
+
+
+def _target(number: int, nats: str, chunks: int, folder: Path, stack: ExitStack) -> str:
+    """The address of a target with so many chunks."""
+    shape = recovery.Shape(str(folder / f"store-{number}"), chunks, 2 << 20, SEGMENT_BYTES, "device")
+    recovery.build(shape)
+    command = [sys.executable, "-m", "benchmarks.store.mirrors", "--nats", nats]
+    command += ["--serve", msgspec.json.encode(shape).decode()]
+    target = Process(f"target-{number}", command, folder, pipes=True)
+    stack.callback(target.stop)
+    return target.line()
+
+
+async def run_target(nats: str, shape: recovery.Shape) -> None:
+    """A target on a store without room for its chunks (`recovery.SparseFiles`), until standard input ends."""
+    listener = transport.listen("127.0.0.1:0")
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    line = await Bus.connect(nats, f"target {address}")
+    with recovery.opened(shape) as log:
+        shelf = Shelf([log])
+        announcer = Announcer(address, shelf.epoch, shelf.announced)
+        shelf.tell(announcer)
+        target = Target(shelf, name=address, epoch=shelf.epoch, hot_bytes=2 * VALUES * VALUE_BYTES)
+        target.serve(listener)
+        task = asyncio.create_task(announce(announcer, line, NAMESPACE))
+        print(address, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+        task.cancel()
+        await asyncio.to_thread(target.stop)
+    await line.close()
+
+
+def _gets(seconds: list[float]) -> Gets:
+    p50, p99, longest = (round(1000 * quantile(seconds, share), 2) for share in (0.5, 0.99, 1.0))
+    return Gets(len(seconds), p50, p99, longest)
+
+
+async def run_routers(nats: str, routers: int, chunks: int) -> None:
+    """At each line, start that many mirrors, and say after how many seconds all know as many chunks."""
+    print("ready", flush=True)
+    while await asyncio.to_thread(sys.stdin.readline):
+        begun = time.monotonic()
+        lines = [await Bus.connect(nats, f"router {number}") for number in range(routers)]
+        mirrors = [Mirror(max_entries=2 * chunks + 1000) for _ in lines]
+        pairs = zip(mirrors, lines, strict=True)
+        tasks = [asyncio.create_task(follow(mirror, line, NAMESPACE)) for mirror, line in pairs]
+        while any(sum(mirror.counts(time.monotonic()).values()) < chunks for mirror in mirrors):
+            if time.monotonic() - begun > CONVERGE_SECONDS_MAX:
+                raise BenchmarkError(f"mirrors know {[mirror.counts(time.monotonic()) for mirror in mirrors]}")
+            await asyncio.sleep(0.01)
+        print(round(time.monotonic() - begun, 2), flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        for task in tasks:
+            task.cancel()
+        for line in lines:
+            await line.close()
+        print("forgotten", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.store.mirrors", description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", help="default 1")
+    parser.add_argument("--routers", help="that start at once; default 1")
+    parser.add_argument("--chunks", help="on each target; default 1000000")
+    parser.add_argument("--rounds", help="default 5")
+    parser.add_argument("--dir", help="file system to work on; default: that of temporary files")
+    parser.add_argument("--json", help="where to write the result")
+    parser.add_argument("--nats", help=argparse.SUPPRESS)  # of the processes that this one starts
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = validated(Options, vars(parser.parse_args()))
+    if options.serve:
+        asyncio.run(run_target(options.nats, msgspec.json.decode(options.serve, type=recovery.Shape)))
+        return 0
+    if options.nats:
+        asyncio.run(run_routers(options.nats, options.routers, options.chunks))
+        return 0
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        report = msgspec.json.format(msgspec.json.encode(measure(options, Path(folder)))).decode()
+    print(report)
+    if options.json_file:
+        options.json_file.write_text(report + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("mirrors", main)
