@@ -21,7 +21,7 @@ from components.pricing import cost
 from components.pricing.cost import Candidate, Choice, Choices, Policy
 from components.router.constraints import Constraints
 from components.router.deadlines import ALIVE_FACTOR, Deadlines, Suspects
-from components.router.decisions import Decision, Decisions, explained, label
+from components.router.decisions import Decision, Decisions, explained, label, sources
 from components.router.failures import (
     Disconnected,
     GivenUp,
@@ -427,12 +427,13 @@ class Router:
             # It names the worker. To the frontend that is this router: it would log an error for each answer.
             first.pop("routing_data", None)
             self._workers.progressed(worker, begun)
-            yield first
+            told = _told(choice, took) if _is_asked_for(request) else {}
+            yield _with_engine_data(first, told)
             with _checked(self._next_token_check(client, choice)):
                 while (output := await client.next_of(outputs)) is not None:
                     tokens += _tokens(output)
                     self._workers.progressed(worker, client.heard)
-                    yield output
+                    yield _with_engine_data(output, told)
         seconds = self._clock() - begun
         self.decisions.answered(decision_id, _tokens(first), tokens, seconds)
         self._speeds.answered(worker, _tokens(first) + tokens, seconds)
@@ -601,6 +602,26 @@ def _checked(check: Callable[[], float | None]) -> Iterator[None]:
     finally:
         if timer is not None:
             timer.cancel()
+
+
+def _is_asked_for(request: Request) -> bool:
+    """Whether the client has engine_data in `nvext.extra_fields`: otherwise the frontend shows it none. Of a prompt
+    that is handed over its prefill worker's router would know."""
+    nvext = (request.get("extra_args") or {}).get("nvext") or {}
+    return "engine_data" in (nvext.get("extra_fields") or ()) and not request.get(HANDED_OVER)
+
+
+def _told(choice: Choice, took: float) -> dict[str, Any]:
+    """What a client hears of a decision: where the tokens of its prompt were expected, and both times in seconds."""
+    times = {"predicted_ttft_seconds": choice.ttft_seconds, "ttft_seconds": took}
+    return {"kvtier": {"tokens": sources(choice), **times}}
+
+
+def _with_engine_data(output: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """With what is told, if it is the last output."""
+    if not told or not output.get("finish_reason"):
+        return output
+    return {**output, "engine_data": {**(output.get("engine_data") or {}), **told}}
 
 
 def _tokens(output: dict[str, Any]) -> int:

@@ -182,12 +182,16 @@ async def test_a_router_of_prefill_and_decode_workers_chooses_both(nats_url: str
     ]
     environment = planes(nats_url, tmp_path)
     url = f"http://127.0.0.1:{port}/v1/completions"
-    long, short = ({"model": "tiny", "prompt": list(range(40, 40 + n)), "max_tokens": 4} for n in (35, 20))
+    told = {"nvext": {"extra_fields": ["engine_data"]}}
+    long, short = ({"model": "tiny", "prompt": list(range(40, 40 + n)), "max_tokens": 4, **told} for n in (35, 20))
     async with running(commands, environment) as session:
         with subprocess.Popen([sys.executable, *prefill], env=environment, stderr=subprocess.DEVNULL) as one:
             try:
                 assert text_of(await first_answer(session, url, long)).endswith("D")  # token 35, of its prompt tokens
-                assert text_of(await one_answer(session, url, short)).endswith("!")  # token 0: nobody prefilled it
+                answer = await one_answer(session, url, short)
+                assert text_of(answer).endswith("!")  # token 0: nobody prefilled it
+                tokens = answer["nvext"]["engine_data"]["kvtier"]["tokens"]
+                assert tokens == {"hbm": 0, "dram": 0, "store": 0, "computed": 20}
             finally:
                 one.kill()
         assert text_of(await first_answer(session, url, long)).endswith("!")
