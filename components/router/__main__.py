@@ -60,7 +60,6 @@ class Options(CommonOptions):
     store_gbytes_per_second: float = Field(3, gt=0)
     store_latency_ms: float = Field(2, ge=0)
     gpu_price: float = Field(0.5, ge=0)
-    pressure_ms: float = Field(200, ge=0)
     stall_price: float = Field(0.2, ge=0)
     session_affinity_seconds: float = Field(0, ge=0)
     page: str = ""
@@ -133,10 +132,9 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--store-gbytes-per-second", help="store to DRAM tier, one worker; default 3")
     parser.add_argument("--store-latency-ms", help="time until the first byte comes from the store; default 2")
     parser.add_argument("--gpu-price", help="price of a GPU second when all are busy, in seconds; default 0.5")
-    parser.add_argument("--pressure-ms", help="price of a worker whose KV memory is full, in ms; default 200")
     parser.add_argument(
         "--stall-price",
-        help="price of stalling one decoding request by a second of prefill, in seconds; default 0.2",
+        help="price of delaying one decoding request by a second, in seconds; default 0.2",
     )
     parser.add_argument(
         "--session-affinity-seconds",
@@ -285,7 +283,7 @@ def _router(
         mirror,
         block_tokens=block_tokens,
         speeds=speeds,
-        policy=Policy(options.gpu_price, options.pressure_ms / 1e3, options.stall_price),
+        policy=Policy(options.gpu_price, options.stall_price),
         deadline_ms=(min(100, options.deadline_ms), options.deadline_ms),
         deadlines=options.deadlines(),
         session_idle_seconds=options.session_affinity_seconds,
