@@ -278,7 +278,8 @@ def _router(
     from dynamo.llm import KvRouter, KvRouterConfig
 
     return Router(
-        KvRouter(endpoint, block_tokens, KvRouterConfig()),
+        # Of decode workers, Dynamo's router follows the KV events only if it is told of conditional disaggregation.
+        KvRouter(endpoint, block_tokens, KvRouterConfig(conditional_disagg_enabled=handover is not None)),
         workers,
         mirror,
         block_tokens=block_tokens,
