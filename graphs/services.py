@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
+from components.options import DEFAULT_ENDPOINT
 from graphs.service import Deployment, Place, Process, Service, Setting, Settings, as_flags, replicas
 from kvstore import credentials
 from kvstore.bus.broker import checked_urls
@@ -189,8 +190,7 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
 
 def vllm_workers(name: str, mode: str = "routed") -> Service:
     """A service of vLLM workers; a graph may have several, of different settings. They are found by this project's
-    router (`routed`, and those for `prefill`), or by the frontend: those that do everything (`public`), those for
-    `decode`."""
+    router (`routed`, those for `prefill`, those for `decode`), or by the frontend (`public`)."""
     return Service(name, lambda settings, deployment: _vllm_worker(name, mode, settings, deployment))
 
 
@@ -213,9 +213,9 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
     flags["model"] = place_model(deployment, str(flags["model"]))
     if flags.get("seal") is False:
         flags["seal"] = "off"  # which YAML takes for a no
-    if mode == "prefill":
+    if mode in ("prefill", "decode"):
         # Under the public name a frontend would go round the router, whatever the endpoint types.
-        flags["served-model-name"] = f"{model_name(deployment)}-prefill"
+        flags["served-model-name"] = f"{model_name(deployment)}-{mode}"
     ours: dict[str, Setting] = {
         "store": store_addresses(deployment),
         "nats": nats_url(deployment),
@@ -234,8 +234,10 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
             if "endpoint" in rest:
                 rest["endpoint"] = f"dyn://{rest['endpoint']}"
             command = [place.python, "-m", "dynamo.vllm", *as_flags(rest, negates=True)]
-        if mode in ("public", "decode") and tier:
+        if mode == "public" and tier:
             command += ["--endpoint-types", "chat,completions"]  # the last of two counts: a frontend is to find it
+        if mode == "decode" and not tier:
+            command += _routed(port)
         if mode in ("prefill", "decode"):
             command += _disaggregated(mode, ours if tier else None, on_gpu=bool(gpus))
         # Without it vLLM takes a port from those that the kernel gives to anybody's next connection, lets go of it, and
@@ -264,9 +266,16 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
     return processes
 
 
+def _routed(port: int) -> list[str]:
+    """What a worker without the tier is told, so that routers alone find it, and know its HBM. `port` is its own."""
+    endpoint = f"ipc:///tmp/kvtier-events-{port}.sock"
+    events = {"publisher": "zmq", "topic": "kv-events", "endpoint": endpoint, "enable_kv_cache_events": True}
+    return ["--endpoint-types", "none", "--kv-events-config", json.dumps(events)]
+
+
 def _disaggregated(mode: str, tier: Mapping[str, Setting] | None, *, on_gpu: bool) -> list[str]:
     """What a prefill or decode worker is told beyond the flags of any: its part, and that KV goes from one to the other
-    by NIXL. The tier goes beside NIXL. Prefill and decode workers find each other through the frontend."""
+    by NIXL. The tier goes beside NIXL. Prefill and decode workers find each other through the router."""
     from components.worker.__main__ import Options
     from components.worker.transfer import transfer_config
 
@@ -291,26 +300,31 @@ def _disaggregated(mode: str, tier: Mapping[str, Setting] | None, *, on_gpu: boo
     return [*arguments, "--kv-transfer-config", json.dumps(transfer)]
 
 
-def routers(workers: str = "VllmWorker", worker_type: str = "aggregated") -> Service:
-    """The service of the routers that are in front of a service of workers."""
-    return Service("Router", lambda settings, deployment: _router(workers, worker_type, settings, deployment))
+def routers(workers: str = "VllmWorker", decode_workers: str = "") -> Service:
+    """The service of the routers that are in front of a service of workers; with `decode_workers` the others are those
+    for prefill."""
+    return Service("Router", lambda settings, deployment: _router(workers, decode_workers, settings, deployment))
 
 
-def _router(workers: str, worker_type: str, settings: Settings, deployment: Deployment) -> list[Process]:
+def _router(workers: str, decode_workers: str, settings: Settings, deployment: Deployment) -> list[Process]:
     from components.router.__main__ import Options
     from components.router.view.access import VARIABLE as PAGE_TOKEN
 
-    known = {name.replace("_", "-") for name in Options.model_fields} - {"nats", "worker-type"}
+    known = {name.replace("_", "-") for name in Options.model_fields} - {"nats", "worker-type", "decode-endpoint"}
     _known("Router", settings, known | {"system-port"})
     place = deployment.place
     worker = deployment.of(workers).flags
     own, files = _placed(Options, settings.flags, place)
     inherited = {key: worker[key] for key in ("endpoint", "namespace", "deadline-ms") if key in worker}
+    apart: dict[str, Setting] = {}
+    if decode_workers:
+        decode_endpoint = deployment.of(decode_workers).flags.get("endpoint", DEFAULT_ENDPOINT)
+        apart = {"endpoint": _PREFILL_ENDPOINT, "worker-type": "prefill", "decode-endpoint": decode_endpoint}
     flags: dict[str, Setting] = {
         "model-name": model_name(deployment),
         "model-path": place_model(deployment, str(worker.get("model", ""))),
         "nats": nats_url(deployment),
-        **({"endpoint": _PREFILL_ENDPOINT, "worker-type": worker_type} if worker_type == "prefill" else {}),
+        **apart,
         **inherited,
         **{key: value for key, value in own.items() if key != "system-port"},
     }
@@ -391,7 +405,7 @@ PublicWorker = vllm_workers("VllmWorker", "public")
 PrefillWorker = vllm_workers("PrefillWorker", "prefill")
 DecodeWorker = vllm_workers("DecodeWorker", "decode")
 Router = routers()
-PrefillRouter = routers("PrefillWorker", "prefill")
+DisaggregatedRouter = routers("PrefillWorker", "DecodeWorker")
 Frontend = Service("Frontend", _frontend)
 
 

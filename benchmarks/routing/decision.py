@@ -185,7 +185,7 @@ async def decide(
     card = {"display_name": "m", "kv_cache_block_size": block_tokens, "runtime_config": runtime}
     known.set_cards({str(worker): json.dumps(card) for worker in range(1, workers + 1)})
     router = Router(
-        dynamo, known, mirror, block_tokens=block_tokens, speeds=speeds, policy=Policy(0.5, 0.2, 0.1), clock=lambda: 0.0
+        dynamo, known, mirror, block_tokens=block_tokens, speeds=speeds, policy=Policy(0.5, 0.1), clock=lambda: 0.0
     )
     router.decisions = timed = _Timed(block_tokens)
     gc.freeze()  # as the router does when it is ready

@@ -18,7 +18,7 @@ from benchmarks.routing.policy_sim import (
 )
 from components.pricing import cost
 
-GPU_PRICE, STALL_PRICE, PRESSURE_SECONDS = 0.5, 0.2, 0.2  # the router's defaults
+GPU_PRICE, STALL_PRICE = 0.5, 0.2  # the router's defaults
 # With more workers than this, kvtier's policy looks at those that hold some of the prompt and at this many of the least
 # loaded ones alone: of two that hold nothing, the one with the longer queue is hardly ever the cheaper one.
 MANY_WORKERS = 16
@@ -192,7 +192,7 @@ def choose(
     ]
     # The share of workers that are busy is that of all of them.
     among = _busy(sim.workers) / (_busy(workers) or 1.0)
-    policy = cost.Policy(gpu_price * among, PRESSURE_SECONDS, stall_price)
+    policy = cost.Policy(gpu_price * among, stall_price)
     return cost.choose(candidates, one.prompt_tokens, BLOCK_TOKENS, policy)[0]
 
 

@@ -6,6 +6,7 @@ For worker w and a plan that loads r chunks from the store:
     ttft   = start + copy DRAM -> HBM + prefill(what is still missing | what is there)
     price  = ttft + others * prefill + decode pressure of w + the place taken from those that still fetch
     others = gpu_price + stall_price * requests that decode on w, at most a worker's patience - 1 (patience.py)
+    decode pressure = stall_price * share of w's KV memory that is in use * seconds of an answer, of all workers
 
 r is chosen with w: "load all", "load some" and "recompute" are one decision. Over r the price is a sum of a concave
 function (less prefill) and linear ones, with kinks where the fetch outlasts the wait and where its narrow place moves
@@ -43,13 +44,12 @@ class Speeds(msgspec.Struct, frozen=True, gc=False):
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """What a second is worth. `gpu_price` is what a GPU second costs when every worker is busy; a worker whose KV
-    memory is full is charged `pressure_seconds`. `stall_price` is what a second costs by which a prefill delays one
-    request that decodes on the same worker. Both together count for no more than a worker waits to save a second of
-    prefill: what is fetched for longer, it would compute."""
+    """What a second is worth. `gpu_price` is what a GPU second costs when every worker is busy. `stall_price` is what a
+    second costs by which one request delays another that decodes on the same worker: by its prefill and, as its answer
+    takes a share of each step, by decoding. Of a prefill both together count for no more than a worker waits to save a
+    second of it: what is fetched for longer, it would compute."""
 
     gpu_price: float
-    pressure_seconds: float
     stall_price: float = 0.0
 
 
@@ -95,7 +95,7 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     prefill_seconds: float
     ttft_seconds: float
     gpu_seconds: float  # what the prefill is charged beyond its own time, for delaying others
-    pressure_seconds: float  # for memory that runs short, and for those that it is taken from
+    pressure_seconds: float  # for those that decode beside it, and those that memory is taken from
     price_seconds: float
 
     @property
@@ -321,7 +321,9 @@ def _price(c: _Columns, chunks: Array, in_turn: Array, prompt_tokens: int, block
     busy = float((c.queued_prefill_tokens > 0).mean())
     others = policy.gpu_price * busy + policy.stall_price * c.running_requests
     gpu = np.minimum(others, patience(c.running_requests) - 1) * prefill
-    pressure = policy.pressure_seconds * c.memory_used + np.maximum(in_turn, fetch) - np.maximum(wait, fetch)
+    # By its own answers, which take longer there anyway, a slow worker would be left to idle.
+    decoding = policy.stall_price * c.memory_used * c.answer_seconds.mean()
+    pressure = decoding + np.maximum(in_turn, fetch) - np.maximum(wait, fetch)
     return _Terms(
         first_chunk=c.first_chunk,
         fetch_chunks=chunks,

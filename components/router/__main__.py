@@ -7,16 +7,18 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import uvloop
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.options import CommonOptions, add_common_arguments
 from components.pricing.cost import Policy, Speeds
 from components.router.deadlines import Deadlines
-from components.router.router import Router
+from components.router.handover import Disaggregated
+from components.router.router import Handover, Router
 from components.router.speeds import LiveSpeeds
 from components.router.view.access import VARIABLE, Access, page_access
 from components.router.view.feed import Feed
@@ -47,6 +49,9 @@ class Options(CommonOptions):
     model_name: str
     model_path: str | None = None
     worker_type: Literal["aggregated", "prefill"] = "aggregated"
+    decode_endpoint: str = ""
+    handover_gbytes_per_second: float = Field(10, gt=0)
+    local_prefill_tokens: int = Field(512, ge=0)
     block_size: int | None = Field(None, ge=1)
     prefill_tokens_per_second: float = Field(9000, gt=0)
     prefill_base_ms: float = Field(40, ge=0)
@@ -55,7 +60,6 @@ class Options(CommonOptions):
     store_gbytes_per_second: float = Field(3, gt=0)
     store_latency_ms: float = Field(2, ge=0)
     gpu_price: float = Field(0.5, ge=0)
-    pressure_ms: float = Field(200, ge=0)
     stall_price: float = Field(0.2, ge=0)
     session_affinity_seconds: float = Field(0, ge=0)
     page: str = ""
@@ -66,6 +70,12 @@ class Options(CommonOptions):
     first_token_multiple: float = Field(5, ge=1, le=1000)
     first_token_max_seconds: float = Field(300, gt=0, le=86_400)
     next_token_seconds: float = Field(60, gt=0, le=3600)
+
+    @model_validator(mode="after")
+    def _of_prefill_workers(self) -> Self:
+        if self.decode_endpoint and self.worker_type != "prefill":
+            raise ValueError("decode-endpoint with worker-type prefill alone")
+        return self
 
     def deadlines(self) -> Deadlines:
         return Deadlines(
@@ -103,6 +113,17 @@ def parse(argv: list[str] | None = None) -> Options:
         "--worker-type",
         help="what its workers are: aggregated (the default), or prefill, with decode workers of the same model beside",
     )
+    parser.add_argument(
+        "--decode-endpoint",
+        help="Dynamo endpoint of the decode workers: then the router chooses these, too, and is the public model; "
+        "without, the frontend takes them in turn",
+    )
+    parser.add_argument("--handover-gbytes-per-second", help="prefill worker's HBM to decode worker's; default 10")
+    parser.add_argument(
+        "--local-prefill-tokens",
+        help="a prompt of which a decode worker lacks at most so many tokens may be prefilled there; default 512; "
+        "0: none is",
+    )
     parser.add_argument("--block-size", help="KV block size in tokens; default: the workers' own")
     parser.add_argument("--prefill-tokens-per-second", help="prefill speed of a worker; default 9000")
     parser.add_argument("--prefill-base-ms", help="time to first token of a prompt wholly in HBM; default 40")
@@ -111,10 +132,9 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--store-gbytes-per-second", help="store to DRAM tier, one worker; default 3")
     parser.add_argument("--store-latency-ms", help="time until the first byte comes from the store; default 2")
     parser.add_argument("--gpu-price", help="price of a GPU second when all are busy, in seconds; default 0.5")
-    parser.add_argument("--pressure-ms", help="price of a worker whose KV memory is full, in ms; default 200")
     parser.add_argument(
         "--stall-price",
-        help="price of stalling one decoding request by a second of prefill, in seconds; default 0.2",
+        help="price of delaying one decoding request by a second, in seconds; default 0.2",
     )
     parser.add_argument(
         "--session-affinity-seconds",
@@ -155,15 +175,7 @@ def parse(argv: list[str] | None = None) -> Options:
 async def serve(runtime: Any, options: Options, access: Access | None, registered: list[Any]) -> None:
     """Run the router until the runtime is shut down. `registered` gets the endpoints that others may find."""
     from dynamo.common.utils.prometheus import register_engine_metrics_callback
-    from dynamo.llm import (
-        FpmEventSubscriber,
-        KvRouter,
-        KvRouterConfig,
-        ModelInput,
-        ModelType,
-        WorkerType,
-        register_model,
-    )
+    from dynamo.llm import FpmEventSubscriber, ModelInput, ModelType, WorkerType, register_model
 
     namespace = messages.checked_namespace(options.namespace)
     line = await Bus.connect(options.nats, f"kvtier router {options.model_name}")
@@ -184,28 +196,32 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
     worker_endpoint = runtime.endpoint(options.endpoint)
     cards = FpmEventSubscriber(worker_endpoint)
     cards.start_tracking()
-    block_tokens = await _first_card(cards, workers, options)
+    block_tokens = await _first_card(cards, workers, options.endpoint, options.block_size)
 
-    prefill = options.worker_type == "prefill"
+    prefill = options.worker_type == "prefill" and not options.decode_endpoint
     component = "kvtier-prefill-router" if prefill else "kvtier-router"
     public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.{component}.generate")
-    kv_router = KvRouter(worker_endpoint, block_tokens, KvRouterConfig())
-    router = Router(
-        kv_router,
-        workers,
-        mirror,
-        block_tokens=block_tokens,
-        speeds=speeds,
-        policy=Policy(options.gpu_price, options.pressure_ms / 1e3, options.stall_price),
-        deadline_ms=(min(100, options.deadline_ms), options.deadline_ms),
-        deadlines=options.deadlines(),
-        session_idle_seconds=options.session_affinity_seconds,
-        own_id=public.connection_id(),
-    )
+    own_id = public.connection_id()
+    router = _router(worker_endpoint, workers, mirror, speeds, block_tokens, options, own_id)
     tasks = [
         asyncio.create_task(residency.follow(mirror, line, namespace)),
         asyncio.create_task(_watch_cards(cards, workers, speeds, block_tokens)),
     ]
+    handle, every, tracked = router.handle, [workers], [cards]
+    if options.decode_endpoint:
+        decode_endpoint = runtime.endpoint(options.decode_endpoint)
+        decoders, decode_speeds = Workers(options.decode_endpoint), LiveSpeeds(options.speeds())
+        decode_cards = FpmEventSubscriber(decode_endpoint)
+        decode_cards.start_tracking()
+        await _first_card(decode_cards, decoders, options.decode_endpoint, block_tokens)
+        tasks.append(asyncio.create_task(_watch_cards(decode_cards, decoders, decode_speeds, block_tokens)))
+        handover = Handover(workers, options.handover_gbytes_per_second * 1e9)
+        decode = _router(
+            decode_endpoint, decoders, Mirror(), decode_speeds, block_tokens, options, own_id, handover=handover
+        )
+        handle = Disaggregated(router, decode, options.local_prefill_tokens).handle
+        every.append(decoders)
+        tracked.append(decode_cards)
     router.decisions.watch(speeds, mirror, line.undecoded)
     explain = explain_handler(router, options.model_path or options.model_name)
     feed = Feed(router.decisions, workers, speeds, mirror, model=options.model_name, connected=lambda: line.connected)
@@ -229,7 +245,7 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
         options.model_path or options.model_name,
         options.model_name,
         kv_cache_block_size=block_tokens,
-        runtime_config=_runtime_config(workers),
+        runtime_config=_runtime_config(every),
         worker_type=WorkerType.Prefill if prefill else WorkerType.Aggregated,
         needs=[[WorkerType.Decode]] if prefill else None,
     )
@@ -237,24 +253,54 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
     runtime.set_health_status(True)  # /health of a process that is no engine stays at 503 otherwise
     print(f"components.router: ready for {options.model_name}, blocks of {block_tokens} tokens", flush=True)
     try:
-        await public.serve_endpoint(router.handle, graceful_shutdown=True)
+        await public.serve_endpoint(handle, graceful_shutdown=True)
     finally:
         if page is not None:
             await page.cleanup()
         for task in tasks:
             task.cancel()
-        cards.shutdown()
+        for watched in tracked:
+            watched.shutdown()
         await line.close()
 
 
-def _runtime_config(workers: Workers) -> Any:
+def _router(
+    endpoint: Any,
+    workers: Workers,
+    mirror: Mirror,
+    speeds: LiveSpeeds,
+    block_tokens: int,
+    options: Options,
+    own_id: int,
+    *,
+    handover: Handover | None = None,
+) -> Router:
+    from dynamo.llm import KvRouter, KvRouterConfig
+
+    return Router(
+        # Of decode workers, Dynamo's router follows the KV events only if it is told of conditional disaggregation.
+        KvRouter(endpoint, block_tokens, KvRouterConfig(conditional_disagg_enabled=handover is not None)),
+        workers,
+        mirror,
+        block_tokens=block_tokens,
+        speeds=speeds,
+        policy=Policy(options.gpu_price, options.stall_price),
+        deadline_ms=(min(100, options.deadline_ms), options.deadline_ms),
+        deadlines=options.deadlines(),
+        session_idle_seconds=options.session_affinity_seconds,
+        own_id=own_id,
+        handover=handover,
+    )
+
+
+def _runtime_config(workers: Iterable[Workers]) -> Any:
     """With it the frontend refuses what is too long for a worker, saying the limit. A worker that comes later and takes
     less gets shorter prompts only."""
     from dynamo.common.token_budget import TokenBudget, publish_token_budget
     from dynamo.llm import ModelRuntimeConfig
 
     config = ModelRuntimeConfig()
-    if shortest := workers.context_tokens(least=True):
+    if shortest := min(filter(None, (some.context_tokens(least=True) for some in workers)), default=0):
         config.context_length = shortest
         publish_token_budget(config, TokenBudget(shortest, reject_prompt_overflow=True, reject_total_overflow=True))
     return config
@@ -279,15 +325,15 @@ def _leave_on_signals(runtime: Any, registered: list[Any]) -> None:
         asyncio.get_running_loop().add_signal_handler(number, leave)
 
 
-async def _first_card(cards: Any, workers: Workers, options: Options) -> int:
+async def _first_card(cards: Any, workers: Workers, endpoint: str, block_size: int | None) -> int:
     """The workers' block size, as soon as there is a worker. Raises ConfigError if another one was asked for."""
-    logger.info("waiting for a worker at %s", options.endpoint)
+    logger.info("waiting for a worker at %s", endpoint)
     while not workers.cards:
         await asyncio.sleep(0.2)
         workers.set_cards(cards.get_model_cards())
     card = next(iter(workers.cards.values()))
-    if options.block_size not in (None, card.block_tokens):
-        raise ConfigError("block-size", options.block_size, f"{card.block_tokens}, the block size of the workers")
+    if block_size not in (None, card.block_tokens):
+        raise ConfigError("block-size", block_size, f"{card.block_tokens}, the block size of the workers at {endpoint}")
     return card.block_tokens
 
 

@@ -195,7 +195,7 @@ class Decisions:
         for tier, blocks in self._tiers(chosen).items():
             self._chosen_blocks.labels(worker, tier).inc(blocks)
         self._predicted.observe(chosen.ttft_seconds)
-        for source, tokens in _sources(chosen).items():
+        for source, tokens in sources(chosen).items():
             self._tokens.labels(source).inc(tokens)
         self._keep(decision_id, prompt_tokens, chosen, choices)
         if logger.isEnabledFor(logging.INFO):
@@ -459,7 +459,8 @@ def _parts(choice: Choice) -> dict[str, float]:
     }
 
 
-def _sources(choice: Choice) -> dict[str, int]:
+def sources(choice: Choice) -> dict[str, int]:
+    """Tokens of the prompt by where they are taken from."""
     return {
         "hbm": choice.hbm_tokens,
         "dram": choice.dram_tokens,
@@ -481,7 +482,7 @@ def _considered(choice: Choice) -> Considered:
     seconds = {name: value for name, value in _parts(choice).items() if name != "price"}
     return Considered(
         label(choice),
-        _sources(choice),
+        sources(choice),
         seconds,
         price,
         choice.price_seconds,

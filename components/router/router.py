@@ -21,7 +21,7 @@ from components.pricing import cost
 from components.pricing.cost import Candidate, Choice, Choices, Policy
 from components.router.constraints import Constraints
 from components.router.deadlines import ALIVE_FACTOR, Deadlines, Suspects
-from components.router.decisions import Decision, Decisions, explained, label
+from components.router.decisions import Decision, Decisions, explained, label, sources
 from components.router.failures import (
     Disconnected,
     GivenUp,
@@ -51,6 +51,9 @@ _ASK_SECONDS = 1.0
 # While there is no other worker to go to, one is looked for so often.
 _LOOK_SECONDS = 1.0
 
+# The field of a request in which Dynamo passes on what a prefill worker said.
+HANDED_OVER = "prefill_result"
+
 Request = dict[str, Any]
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -61,6 +64,13 @@ class Decided(NamedTuple):
     prompt_tokens: int
     chosen: Choice
     choices: Choices
+
+
+class Handover(NamedTuple):
+    """How the KV of a prompt comes to decode workers: from which workers, and how fast."""
+
+    prefill_workers: Workers
+    bytes_per_second: float
 
 
 _NO_CARD = Card(0, 0, "")
@@ -82,7 +92,7 @@ class Router:
     """Serves `generate` for one model. For one event loop.
 
     `kv_router` is a dynamo.llm.KvRouter on the workers' endpoint with `block_tokens`; `own_id` is the router's own
-    instance id, as frontends know it.
+    instance id, as frontends know it. Decode workers have a `handover`, and no tier.
     """
 
     def __init__(
@@ -98,6 +108,7 @@ class Router:
         deadlines: Deadlines | None = None,
         session_idle_seconds: float = 0.0,
         own_id: int | None = None,
+        handover: Handover | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._kv_router = kv_router
@@ -110,6 +121,7 @@ class Router:
         self._deadlines = deadlines or Deadlines()
         self._sessions = Sessions(session_idle_seconds)
         self._own_id = own_id
+        self._handover = handover
         self._clock = clock
         self._suspects = Suspects()
         # By worker, for prompts whose first token is still to come: what they fetch, which Dynamo's books on load
@@ -139,16 +151,9 @@ class Router:
             "unbooked tokens": sum(self._unbooked_tokens.values()),
         }
 
-    async def handle(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
+    def handle(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Dynamo's handler: `generate`, with an error of the request as the last item of the stream."""
-        try:
-            async with aclosing(self.generate(request, context)) as outputs:
-                async for output in outputs:
-                    yield output
-        except RequestError as error:
-            level = logging.INFO if isinstance(error, Refused) else logging.WARNING
-            logger.log(level, "request %s: %s: %s", context.id(), type(error).__name__, error)
-            yield frame(error)
+        return framed(self.generate(request, context), context)
 
     async def generate(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
         """A preprocessed request in, the worker's outputs out. Raises RequestError."""
@@ -204,6 +209,18 @@ class Router:
         self._sessions.bind(session_of(request), (chosen.candidate.worker, chosen.candidate.dp_rank), now)
         return Decided(uuid.uuid4().hex[:12], len(request["token_ids"]), chosen, choices)
 
+    async def price(self, request: Request) -> Choice:
+        """What `decide` would choose now. Nothing is sent, counted or kept. Raises what that does."""
+        return (await self._priced(request, (), lambda missing: None))[0]
+
+    def handover_seconds(self, tokens: int) -> float:
+        """For which the KV of so many tokens is on its way to a decode worker; 0 where no prefill worker says how large
+        its blocks are."""
+        if self._handover is None:
+            return 0.0
+        block_bytes = self._handover.prefill_workers.block_bytes()
+        return tokens / self._block_tokens * block_bytes / self._handover.bytes_per_second
+
     async def explain(self, request: Request) -> Decision:
         """What `decide` would decide now. Nothing is sent, counted or kept. Raises what that does."""
         chosen, choices, _ = await self._priced(request, (), lambda missing: None)
@@ -231,6 +248,8 @@ class Router:
         candidates = self._candidates(
             overlaps, loads, hashes, constraints, failed, fell_back, tokens=len(tokens), adapter=identity["lora_name"]
         )
+        if self._handover is not None and request.get(HANDED_OVER):
+            candidates = [self._handed_over(one, len(tokens), self._handover) for one in candidates]
         located = time.perf_counter()
         now = self._clock()
         if not candidates:
@@ -310,7 +329,7 @@ class Router:
             booked = load.get("potential_decode_blocks", 0) * self._block_tokens + running * answers.tokens
             report = self._workers.report(worker, self._block_tokens, now)
             if report is None:
-                is_unreported = True
+                is_unreported = self._handover is None
                 store, blocks_per_chunk, chunk_bytes = _NOWHERE, 0, 0
             else:
                 blocks_per_chunk, chunk_bytes = report.blocks_per_chunk, report.chunk_bytes
@@ -346,6 +365,17 @@ class Router:
         if is_unreported:  # once a decision
             fell_back("worker_report")
         return candidates
+
+    def _handed_over(self, candidate: Candidate, tokens: int, handover: Handover) -> Candidate:
+        """With the whole prompt within reach: what its HBM lacks comes from a prefill worker, as if from DRAM."""
+        return msgspec.structs.replace(
+            candidate,
+            speeds=msgspec.structs.replace(candidate.speeds, dram_bytes_per_second=handover.bytes_per_second),
+            dram_blocks=-(-tokens // self._block_tokens),
+            blocks_per_chunk=1,
+            chunk_bytes=handover.prefill_workers.block_bytes(),
+            located=(),
+        )
 
     def _locate(self, fingerprint: int, blocks_per_chunk: int, hashes: list[int], now: float) -> "_Located":
         if not self._mirror.counts(now):  # without any target there is nothing to say of chunks
@@ -397,12 +427,13 @@ class Router:
             # It names the worker. To the frontend that is this router: it would log an error for each answer.
             first.pop("routing_data", None)
             self._workers.progressed(worker, begun)
-            yield first
+            told = _told(choice, took) if _is_asked_for(request) else {}
+            yield _with_engine_data(first, told)
             with _checked(self._next_token_check(client, choice)):
                 while (output := await client.next_of(outputs)) is not None:
                     tokens += _tokens(output)
                     self._workers.progressed(worker, client.heard)
-                    yield output
+                    yield _with_engine_data(output, told)
         seconds = self._clock() - begun
         self.decisions.answered(decision_id, _tokens(first), tokens, seconds)
         self._speeds.answered(worker, _tokens(first) + tokens, seconds)
@@ -531,6 +562,18 @@ class Router:
         )
 
 
+async def framed(answers: AsyncGenerator[dict[str, Any], None], context: Any) -> AsyncGenerator[dict[str, Any], None]:
+    """The answers, and an error of the request as the last item of the stream."""
+    try:
+        async with aclosing(answers) as outputs:
+            async for output in outputs:
+                yield output
+    except RequestError as error:
+        level = logging.INFO if isinstance(error, Refused) else logging.WARNING
+        logger.log(level, "request %s: %s: %s", context.id(), type(error).__name__, error)
+        yield frame(error)
+
+
 @contextmanager
 def _added(amounts: defaultdict[Key, int], key: Key, amount: int) -> Iterator[None]:
     amounts[key] += amount
@@ -559,6 +602,26 @@ def _checked(check: Callable[[], float | None]) -> Iterator[None]:
     finally:
         if timer is not None:
             timer.cancel()
+
+
+def _is_asked_for(request: Request) -> bool:
+    """Whether the client has engine_data in `nvext.extra_fields`: otherwise the frontend shows it none. Of a prompt
+    that is handed over its prefill worker's router would know."""
+    nvext = (request.get("extra_args") or {}).get("nvext") or {}
+    return "engine_data" in (nvext.get("extra_fields") or ()) and not request.get(HANDED_OVER)
+
+
+def _told(choice: Choice, took: float) -> dict[str, Any]:
+    """What a client hears of a decision: where the tokens of its prompt were expected, and both times in seconds."""
+    times = {"predicted_ttft_seconds": choice.ttft_seconds, "ttft_seconds": took}
+    return {"kvtier": {"tokens": sources(choice), **times}}
+
+
+def _with_engine_data(output: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """With what is told, if it is the last output."""
+    if not told or not output.get("finish_reason"):
+        return output
+    return {**output, "engine_data": {**(output.get("engine_data") or {}), **told}}
 
 
 def _tokens(output: dict[str, Any]) -> int:

@@ -86,6 +86,11 @@ class Workers:
         """What each worker's tier said last, and seconds since."""
         return {worker: (known.report, now - known.heard) for worker, known in self._reports.items()}
 
+    def block_bytes(self) -> int:
+        """Bytes of a KV block, by the first tier that reports; 0 if none does."""
+        known = next(iter(self._reports.values()), None)
+        return known.report.chunk_bytes // known.report.blocks_per_chunk if known else 0
+
     def forget_silent(self, now: float) -> None:
         self._reports = {
             worker: known for worker, known in self._reports.items() if now - known.heard <= REPORT_SECONDS

@@ -258,17 +258,19 @@ def test_prefill_workers_have_the_tier_beside_nixl(tmp_path: Path) -> None:
     assert (prefill.env["CUDA_VISIBLE_DEVICES"], decode.env["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
 
 
-def test_prefill_workers_are_found_by_their_router_alone(tmp_path: Path) -> None:
+def test_prefill_and_decode_workers_are_found_by_their_router_alone(tmp_path: Path) -> None:
     overrides = ["--PrefillWorker.endpoint=dynamo.readers.generate", "--PrefillWorker.namespace=ours"]
     deployment = load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", overrides, tmp_path)
     shown = {process.name: " ".join(process.command) for process in deployment.processes()}
-    names = ["Nats", "Store-0", "PrefillWorker-0", "Router-0", "DecodeWorker-0", "Frontend-0"]
+    names = ["Nats", "Store-0", "PrefillWorker-0", "DecodeWorker-0", "Router-0", "Frontend-0"]
     assert list(shown) == names
     router = shown["Router-0"]
     assert "--model-name llama-8b --model-path meta-llama/Llama-3.1-8B-Instruct" in router
-    assert "--endpoint dynamo.readers.generate --worker-type prefill --namespace ours" in router
+    both = "--endpoint dynamo.readers.generate --worker-type prefill --decode-endpoint dynamo.backend.generate"
+    assert f"{both} --namespace ours" in router
     assert "--served-model-name llama-8b-prefill" in shown["PrefillWorker-0"]
-    assert "--served-model-name llama-8b " in shown["DecodeWorker-0"]
+    assert "--served-model-name llama-8b-decode " in shown["DecodeWorker-0"]
+    assert "--endpoint-types none --kv-events-config" in shown["DecodeWorker-0"]
     assert "--router-mode" not in shown["Frontend-0"]
 
 

@@ -24,6 +24,7 @@ LONG, REFUSE = 6, 7  # it answers for seconds; it refuses the request, as vLLM d
 CONTEXT_TOKENS = 1000
 BLOCK_TOKENS = 16
 STEP_SECONDS = 0.005
+HERE = "x-bypass-remote-prefill"  # on a request whose prompt a decode worker is to prefill
 FAULTS = HUNG, HALF_DEAD, SLOW = signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP
 SHOWN = ("extra_args", "sampling_options", "kv_hint", "prefill_result")
 
@@ -70,7 +71,10 @@ async def prefill(request: dict[str, Any], context: Any) -> AsyncIterator[dict[s
 
 
 async def decode(request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
-    computed = request["prefill_result"]["disaggregated_params"]["kv_transfer_params"]["computed"]
+    if HERE in request["annotations"]:
+        computed = 0
+    else:
+        computed = request["prefill_result"]["disaggregated_params"]["kv_transfer_params"]["computed"]
     yield {"token_ids": [computed], "finish_reason": "length"}
 
 

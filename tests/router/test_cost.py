@@ -19,7 +19,7 @@ SPEEDS = Speeds(
     store_bytes_per_second=3e9,
     store_latency_seconds=0.002,
 )
-POLICY = Policy(gpu_price=0.5, pressure_seconds=0.2)
+POLICY = Policy(gpu_price=0.5)
 BLOCK, CHUNK_BYTES = 16, 16 * 320 * 1024  # Llama-3.1-70B in BF16
 
 
@@ -89,7 +89,7 @@ def test_the_kinks_are_as_good_as_all(
         target_fetching_bytes=owed,
         target_bytes_per_second=rate,
     )
-    policy = Policy(gpu_price, 0.1)
+    policy = Policy(gpu_price)
     chosen, _ = choose([one], tokens, BLOCK, policy)
     ((_, available),) = cost.fetchable([one])
     every = np.arange(available + 1, dtype=np.float64)[None, :]
@@ -150,9 +150,9 @@ def test_the_store_makes_any_worker_a_warm_one() -> None:
 def test_dearer_gpus_make_fetching_worth_more() -> None:
     speed = replace(SPEEDS, store_bytes_per_second=2.7e9)
     one = candidate(located=["t"] * 137, speeds=speed)
-    idle, _ = choose([one], 2200, BLOCK, Policy(0.0, 0.0))
+    idle, _ = choose([one], 2200, BLOCK, Policy(0.0))
     others_busy = [one, candidate(2, speeds=speed, queued_prefill_tokens=50_000)]
-    busy, _ = choose(others_busy, 2200, BLOCK, Policy(4.0, 0.0))
+    busy, _ = choose(others_busy, 2200, BLOCK, Policy(4.0))
     assert idle.fetch_chunks == 0
     assert busy.candidate.worker == 1
     assert busy.fetch_chunks == 137
@@ -176,7 +176,7 @@ def test_to_compute_for_a_sooner_place_in_the_memory_is_predicted_and_not_reward
 
 
 def test_ties_go_to_the_least_loaded_and_then_to_chance() -> None:
-    free = Policy(gpu_price=0.0, pressure_seconds=0.0)
+    free = Policy(gpu_price=0.0)
     fuller = candidate(1, memory_used=0.9)
     assert {choose([fuller, candidate(2)], 100, BLOCK, free)[0].candidate.worker for _ in range(20)} == {2}
     assert {choose([candidate(1), candidate(2)], 100, BLOCK, free)[0].candidate.worker for _ in range(50)} == {1, 2}
@@ -219,7 +219,7 @@ def test_faster_is_never_dearer_and_no_load_is_slower_than_recompute(
     better = replace(one, speeds=faster)
     assert best([better], 3200).price_seconds <= price + 1e-9
     assert best([replace(one, target_bytes_per_second=rate * factor)], 3200).price_seconds <= price + 1e-9
-    free = Policy(gpu_price=0.0, pressure_seconds=0.0)
+    free = Policy(gpu_price=0.0)
     with_store, _ = choose([one], 3200, BLOCK, free)
     without, _ = choose([replace(one, located=())], 3200, BLOCK, free)
     assert with_store.ttft_seconds <= without.ttft_seconds + 1e-9
@@ -247,7 +247,7 @@ def test_what_is_to_be_fetched_while_a_worker_could_compute_it_would_wait_for(
 ) -> None:
     """Or a plan says load, and the worker gives it up and computes."""
     one = candidate(located=["t"] * chunks, speeds=speed, running_requests=running)
-    choice, _ = choose([one], 3200, BLOCK, Policy(gpu_price, 0.1, stall_price))
+    choice, _ = choose([one], 3200, BLOCK, Policy(gpu_price, stall_price))
     worth = worth_waiting_for(
         choice.fetch_chunks,
         chunk_bytes=CHUNK_BYTES,
@@ -314,6 +314,16 @@ def test_a_dominated_worker_is_never_preferred(data: st.DataObject) -> None:
             better.speeds.store_latency_seconds * slower,
         ),
     )
-    policy = Policy(data.draw(st.floats(0, 2)), data.draw(st.floats(0, 1)), data.draw(st.floats(0, 2)))
+    policy = Policy(data.draw(st.floats(0, 2)), data.draw(st.floats(0, 2)))
     _, (of_better, of_worse) = choose([better, worse], 3200, BLOCK, policy)
     assert of_better.price_seconds <= of_worse.price_seconds + 1e-9
+
+
+def test_a_prompt_goes_where_its_answer_delays_others_less() -> None:
+    """Even where its first token comes a little later, and the more so, the longer answers take."""
+    full = candidate(1, memory_used=0.9, answer_seconds=10.0)
+    free = candidate(2, queued_prefill_tokens=2000, answer_seconds=10.0)
+    policy = Policy(gpu_price=0.0, stall_price=0.2)
+    assert choose([full, free], 3200, BLOCK, policy)[0].candidate.worker == 2
+    brief = [replace(one, answer_seconds=0.1) for one in (full, free)]
+    assert choose(brief, 3200, BLOCK, policy)[0].candidate.worker == 1

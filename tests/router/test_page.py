@@ -24,7 +24,7 @@ from kvstore.bus.residency import Mirror
 from kvstore.errors import ConfigError, UnavailableError
 
 SPEEDS = Speeds(0.04, 1e-4, 0.0, 25e9, 10e9, 0.002)
-POLICY = Policy(gpu_price=0.5, pressure_seconds=0.2)
+POLICY = Policy(gpu_price=0.5)
 
 
 def decided(

@@ -28,7 +28,7 @@ from tests.browser import chromium, looking, needs_chromium
 pytestmark = [needs_chromium, pytest.mark.asyncio(loop_scope="module")]
 
 SPEEDS = Speeds(0.04, 1e-4, 0.0, 25e9, 5e9, 0.002)
-POLICY = Policy(gpu_price=0.5, pressure_seconds=0.2)
+POLICY = Policy(gpu_price=0.5)
 ENDPOINT = "dynamo.backend.generate"
 WORKERS = [0x694D9A1C2F1A, 0x694D9A1C3F2B, 0x694D9A1C4F3C]
 TARGET = "10.0.0.7:7600"

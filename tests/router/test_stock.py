@@ -158,6 +158,45 @@ async def test_a_router_of_prefill_workers_stands_between_the_stock_frontend_and
         assert (decisions[0]["prompt_tokens"], decisions[0]["outcome"]) == (35, "finished")
 
 
+async def test_a_router_of_prefill_and_decode_workers_chooses_both(nats_url: str, tmp_path: Path) -> None:
+    """Two of each. A handover; a short prompt, which is prefilled where it is decoded; no prefill worker is left."""
+    model = make_tiny_model(tmp_path / "model", layers=1)
+    port = free_port()
+    stock = ["-m", "tests.router.stock_worker", str(model)]
+    options = [
+        "--model-name=tiny",
+        f"--model-path={model}",
+        f"--nats={nats_url}",
+        "--endpoint=apart.prefill.generate",
+        "--worker-type=prefill",
+        "--decode-endpoint=apart.decode.generate",
+        "--local-prefill-tokens=20",
+    ]
+    prefill = [*stock, "apart.prefill.generate", "prefill", "hidden-prefill"]
+    decode = [*stock, "apart.decode.generate", "decode", "hidden"]
+    commands = [
+        decode,
+        decode,
+        ["-m", "components.router", *options],
+        ["-m", "dynamo.frontend", "--http-port", str(port)],
+    ]
+    environment = planes(nats_url, tmp_path)
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    told = {"nvext": {"extra_fields": ["engine_data"]}}
+    long, short = ({"model": "tiny", "prompt": list(range(40, 40 + n)), "max_tokens": 4, **told} for n in (35, 20))
+    async with running(commands, environment) as session:
+        with subprocess.Popen([sys.executable, *prefill], env=environment, stderr=subprocess.DEVNULL) as one:
+            try:
+                assert text_of(await first_answer(session, url, long)).endswith("D")  # token 35, of its prompt tokens
+                answer = await one_answer(session, url, short)
+                assert text_of(answer).endswith("!")  # token 0: nobody prefilled it
+                tokens = answer["nvext"]["engine_data"]["kvtier"]["tokens"]
+                assert tokens == {"hbm": 0, "dram": 0, "store": 0, "computed": 20}
+            finally:
+                one.kill()
+        assert text_of(await first_answer(session, url, long)).endswith("!")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_router_that_is_told_to_stop_ends_its_requests_and_is_found_no_more(
     nats_url: str, tmp_path: Path, number: int

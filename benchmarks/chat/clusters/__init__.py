@@ -30,9 +30,9 @@ Frontend.link(Worker).link(Nats)
 
 # The frontend's own routers send a prompt to a prefill worker, and on to a decode worker.
 DisaggregatedFrontend = services.Frontend.fresh()
-PrefillWorker = Service(
-    "PrefillWorker", lambda settings, deployment: _stock("PrefillWorker", settings, deployment, "prefill")
+PrefillWorker, DecodeWorker = (
+    Service(name, lambda settings, deployment, name=name, mode=mode: _stock(name, settings, deployment, mode))  # type: ignore[misc]
+    for name, mode in (("PrefillWorker", "prefill"), ("DecodeWorker", "decode"))
 )
-DecodeWorker = services.DecodeWorker.fresh()
 DisaggregatedFrontend.link(PrefillWorker).link(Nats)
 DisaggregatedFrontend.link(DecodeWorker).link(Nats)

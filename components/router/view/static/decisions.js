@@ -23,7 +23,7 @@ const TERMS = {
   copy: ["copy", "from DRAM to HBM"],
   prefill: ["prefill", "of the tokens that no tier holds"],
   gpu: ["GPU", "what the prefill is charged for delaying others"],
-  pressure: ["memory", "charged for KV memory that runs short"],
+  pressure: ["memory", "charged for delaying what decodes there"],
 };
 
 export class Decisions {

@@ -1,0 +1,100 @@
+"""Prefill and decode on workers of their own: both are chosen here, and whether a prompt needs both.
+
+A prompt of which a decode worker lacks little is prefilled there, where that is cheaper. Any other goes through the
+router of the prefill workers; what the chosen one hands over goes through the router of the decode workers. While no
+prefill worker answers, decode workers prefill.
+"""
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from components.router.failures import GivenUp, Refused, RequestError
+from components.router.router import HANDED_OVER, Request, Router, framed
+from kvstore.text import shown
+
+logger = logging.getLogger(__name__)
+
+# With this annotation a stock decode worker prefills the prompt itself.
+_PREFILL_HERE = "x-bypass-remote-prefill"
+
+
+class Disaggregated:
+    """Serves `generate` for one model. For one event loop.
+
+    `decode` is made with a Handover. `local_prefill_tokens` is the most that a decode worker prefills while a prefill
+    worker answers; with 0 all is handed over.
+    """
+
+    def __init__(self, prefill: Router, decode: Router, local_prefill_tokens: int):
+        self._prefill, self._decode = prefill, decode
+        self._local_prefill_tokens = local_prefill_tokens
+
+    def handle(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        """Dynamo's handler: `generate`, with an error of the request as the last item of the stream."""
+        return framed(self.generate(request, context), context)
+
+    async def generate(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        """A preprocessed request in, the decode worker's outputs out. Raises RequestError."""
+        to_decode = _to_decode(request)
+        if not await self._is_local(request, to_decode):
+            try:
+                prefilled = await self._prefilled(request, context)
+            except (Refused, GivenUp):
+                raise
+            except RequestError as error:
+                logger.warning("no prefill worker answers, a decode worker prefills: %s", shown(error))
+            else:
+                if prefilled is None:
+                    return
+                to_decode = _handed_over(to_decode, prefilled)
+        async with aclosing(self._decode.generate(to_decode, context)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _is_local(self, request: Request, to_decode: Request) -> bool:
+        if not self._local_prefill_tokens:
+            return False
+        try:
+            here = await self._decode.price(to_decode)
+            if here.missing_tokens > self._local_prefill_tokens:
+                return False
+            there = await self._prefill.price(request)
+        except RequestError:
+            return False  # raised again by whom the prompt goes to
+        handover = self._decode.handover_seconds(here.prompt_tokens - here.hbm_tokens)
+        return here.price_seconds <= there.price_seconds + handover
+
+    async def _prefilled(self, request: Request, context: Any) -> dict[str, Any] | None:
+        """The prefill worker's last output; None if the client left."""
+        prefilled = None
+        async with aclosing(self._prefill.generate(request, context)) as outputs:
+            async for output in outputs:
+                prefilled = output
+        return prefilled
+
+
+def _to_decode(request: Request) -> Request:
+    """The prompt as a decode worker prefills it. What a client says of prefill workers does not hold for it."""
+    routing = dict(request.get("routing") or {})
+    for name in ("prefill_worker_id", "prefill_dp_rank", "backend_instance_id", "dp_rank"):
+        routing.pop(name, None)
+    for name, of_decode in (("backend_instance_id", "decode_worker_id"), ("dp_rank", "decode_dp_rank")):
+        if routing.get(of_decode) is not None:
+            routing[name] = routing[of_decode]
+    return {**request, "routing": routing, "annotations": [*(request.get("annotations") or ()), _PREFILL_HERE]}
+
+
+def _handed_over(to_decode: Request, prefilled: dict[str, Any]) -> Request:
+    """With what the prefill worker said, in Dynamo's form. Dynamo's books then count no prefill."""
+    usage = prefilled.get("completion_usage") or {}
+    return {
+        **to_decode,
+        "annotations": [one for one in to_decode["annotations"] if one != _PREFILL_HERE],
+        HANDED_OVER: {
+            "disaggregated_params": prefilled.get("disaggregated_params"),
+            "prompt_tokens_details": usage.get("prompt_tokens_details"),
+        },
+        "router_config_override": {"track_prefill_tokens": False},
+    }

@@ -1,0 +1,71 @@
+"""Prefill and decode on workers of their own, with Dynamo's routers played by stand-ins. test_stock.py has the real
+ones."""
+
+import time
+
+import pytest
+
+from components.router.handover import Disaggregated
+from components.router.router import Handover
+from components.router.workers import Workers
+from kvstore.bus.messages import WorkerReport
+from tests.router.test_router import BLOCK, ENDPOINT, TOKENS, Context, KvRouter, make
+
+PREFILL, DECODE = [1, 2], [11, 12]
+
+
+class Cluster:
+    """The KV of a block takes 10 ms to come over."""
+
+    def __init__(self, local_prefill_tokens: int = 0) -> None:
+        self.prefill, self.decode = KvRouter(PREFILL), KvRouter(DECODE)
+        readers = Workers(ENDPOINT)
+        readers.heard(WorkerReport("1", ENDPOINT, 7, BLOCK, 2, 2_000_000, 0), time.monotonic())
+        decode = make(self.decode, handover=Handover(readers, bytes_per_second=1e8))
+        self.served = Disaggregated(make(self.prefill), decode, local_prefill_tokens)
+
+    async def workers(self, **routing: int) -> tuple[list[int], int]:
+        """Those that a prompt was prefilled on for others, and the one that answered."""
+        request = {"token_ids": TOKENS, "model": "m", "routing": routing}
+        outputs = [output async for output in self.served.handle(request, Context())]
+        assert [token for output in outputs for token in output["token_ids"]] == [0, 1, 2, 3, 4]
+        sent = self.decode.sent[-1]
+        assert ("prefill_result" in sent) == (not sent["annotations"]) == bool(self.prefill.sent)
+        pinned = [one["routing"]["backend_instance_id"] for one in (*self.prefill.sent, sent)]
+        return pinned[:-1], pinned[-1]
+
+
+async def test_both_workers_are_chosen_by_what_they_hold_and_have_left() -> None:
+    cluster = Cluster()
+    cluster.prefill.rows[2]["device_blocks"] = 5
+    cluster.decode.blocks = {11: 99}  # all that it has
+    assert await cluster.workers() == ([2], 12)
+    cluster.decode.blocks = {}
+    cluster.decode.rows[11]["device_blocks"] = 5
+    assert (await cluster.workers())[1] == 11
+
+
+async def test_a_client_may_name_either_worker() -> None:
+    cluster = Cluster()
+    assert await cluster.workers(prefill_worker_id=2, decode_worker_id=12) == ([2], 12)
+
+
+@pytest.mark.parametrize(("held_blocks", "queued_tokens", "is_local"), [(9, 0, True), (8, 0, False), (9, 9000, False)])
+async def test_what_a_decode_worker_lacks_little_of_is_prefilled_there(
+    held_blocks: int, queued_tokens: int, is_local: bool
+) -> None:
+    """Unless its queue makes that the dearer way."""
+    cluster = Cluster(local_prefill_tokens=BLOCK)
+    cluster.decode.rows[12]["device_blocks"] = held_blocks
+    cluster.decode.prefill = dict.fromkeys(DECODE, queued_tokens)
+    prefilled, _ = await cluster.workers()
+    assert (not prefilled) == is_local
+
+
+async def test_without_a_prefill_worker_that_answers_decode_workers_prefill() -> None:
+    cluster = Cluster()
+    cluster.prefill.broken = set(PREFILL)
+    request = {"token_ids": TOKENS, "model": "m"}
+    outputs = [output async for output in cluster.served.handle(request, Context())]
+    assert len(outputs) == 5
+    assert cluster.decode.sent[-1]["annotations"] == ["x-bypass-remote-prefill"]
