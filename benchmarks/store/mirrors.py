@@ -25,7 +25,7 @@ from benchmarks.chat.load import quantile
 from benchmarks.store import recovery
 from benchmarks.store.servers import BenchmarkError, Process, free_port, program
 from kvstore.bus.messages import Bus
-from kvstore.bus.residency import Announcer, Mirror, announce, follow
+from kvstore.bus.residency import Announcer, Mirror, announce, follow, new_epoch
 from kvstore.disk.shelf import Shelf
 from kvstore.errors import run_command, validated
 from kvstore.net import transport
@@ -163,9 +163,10 @@ async def run_target(nats: str, shape: recovery.Shape) -> None:
     line = await Bus.connect(nats, f"target {address}")
     with recovery.opened(shape) as log:
         shelf = Shelf([log])
-        announcer = Announcer(address, shelf.epoch, shelf.announced)
+        epoch = new_epoch()
+        announcer = Announcer(address, epoch, shelf.announced)
         shelf.tell(announcer)
-        target = Target(shelf, name=address, epoch=shelf.epoch, hot_bytes=2 * VALUES * VALUE_BYTES)
+        target = Target(shelf, name=address, epoch=epoch, hot_bytes=2 * VALUES * VALUE_BYTES)
         target.serve(listener)
         task = asyncio.create_task(announce(announcer, line, NAMESPACE))
         print(address, flush=True)
