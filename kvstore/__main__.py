@@ -37,7 +37,7 @@ from kvstore.net.target import FLUSH_SECONDS, Target
 from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.scrape import Scrapes
-from kvstore.tenancy import Settings, Tenancy, check_connections, report
+from kvstore.tenancy import Settings, Tenancy, fit_connections, report
 from kvstore.text import masked
 
 logger = logging.getLogger("kvstore")
@@ -379,7 +379,7 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
     with contextlib.ExitStack() as opened:  # what is refused here has changed nothing on disk
         opened.callback(rack.close)
-        check_connections(grants, rack)
+        fit_connections(grants, rack)
         line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
         unix_listener = _listen("unix-socket", unix_path) if unix_path else None
         rack.begin()
@@ -451,7 +451,10 @@ async def _serve_one(options: Options) -> None:
         devices = _open_devices(options, namespace)
         for device in devices:
             opened.callback(device.close)
-        descriptors.check("connections", options.connections, sum(device.space.open_files for device in devices))
+        is_asked = "connections" in options.model_fields_set
+        asked, unasked = (options.connections, 0) if is_asked else (0, 1)
+        segments = sum(device.space.open_files for device in devices)
+        connections = descriptors.fit("connections", asked, unasked, options.connections, segments)
         line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
         unix_listener = _listen("unix-socket", unix_path) if unix_path else None
         shelf = _open_shelf(options, namespace, devices)
@@ -469,7 +472,7 @@ async def _serve_one(options: Options) -> None:
         hot_bytes=options.hot,
         dirty_bytes=options.dirty_bytes,
         flush_seconds=options.flush,
-        connections_max=options.connections,
+        connections_max=connections,
         unix_path=unix_path,
         carrier=options.carrier,
         unix_uids=unix_uids,

@@ -1,5 +1,6 @@
 """How many files this process may have open: segments, two of each connection, and the rest."""
 
+import logging
 import resource
 
 from kvstore.errors import ConfigError
@@ -7,19 +8,28 @@ from kvstore.net.lobby import GREETINGS_MAX
 from kvstore.net.tls import HANDSHAKES_MAX
 from kvstore.scrape import CONNECTIONS_MAX
 
+logger = logging.getLogger(__name__)
+
 _OF_CONNECTION = 2  # one thread receives, another one sends
 _OTHERS = GREETINGS_MAX + HANDSHAKES_MAX + CONNECTIONS_MAX + 64  # the last: libraries, listeners, NATS, etcd
 
 
-def check(option: str, connections: int, segments: int) -> None:
-    """Raise the soft limit to the hard one. Raises ConfigError if so many `connections`, which `option` asks for, do
-    not fit beside the open files of `segments`."""
+def fit(option: str, asked: int, unasked: int, default: int, segments: int) -> int:
+    """Raise the soft limit to the hard one. How many connections each of `unasked` gets that asked for none: `default`,
+    or as many as fit beside the `asked` and the open files of `segments`. Raises ConfigError, which names `option`, if
+    the asked do not fit, or nothing is left for the others."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard == resource.RLIM_INFINITY:
+        return default
     most = (hard - _OTHERS - segments) // _OF_CONNECTION
-    if hard != resource.RLIM_INFINITY and connections > most:
-        expected = (
-            f"at most {max(0, most)}: each takes {_OF_CONNECTION} open files, segments take {segments}, others up to "
-            f"{_OTHERS}, and this user may have {hard} (ulimit -Hn, LimitNOFILE)"
-        )
-        raise ConfigError(option, connections, expected)
+    reason = (
+        f"each takes {_OF_CONNECTION} open files, segments take {segments}, others up to {_OTHERS}, and this user may "
+        f"have {hard} (ulimit -Hn, LimitNOFILE)"
+    )
+    if asked + unasked > most:
+        raise ConfigError(option, asked + unasked, f"at most {max(0, most)}: {reason}")
+    left = (most - asked) // unasked if unasked else default
+    if left < default:
+        logger.warning("%s: %d instead of %d: %s", option, left, default, reason)
+    return min(left, default)

@@ -79,7 +79,7 @@ class Tenancy:
             try:
                 grants = await asyncio.to_thread(tenants.load, self._path)
                 self._rack.check(grants.quotas)
-                check_connections(grants, self._rack)
+                fit_connections(grants, self._rack)
             except ConfigError as error:
                 logger.error("the namespaces stay as they are: %s", error)
                 return
@@ -159,10 +159,15 @@ class Tenancy:
                 await task
 
 
-def check_connections(grants: Grants, rack: Rack) -> None:
-    """Raises ConfigError if there are not descriptors enough."""
-    connections = sum(tenant.connections for tenant, _ in grants.values())
-    descriptors.check("namespaces: the sum of all connections", connections, rack.open_files)
+def fit_connections(grants: Grants, rack: Rack) -> None:
+    """Give those tenants fewer connections that did not ask for a number, if there are not descriptors enough. Raises
+    ConfigError if that does not help."""
+    asked = sum(tenant.connections for tenant, _ in grants.values() if "connections" in tenant.model_fields_set)
+    others = [name for name, (tenant, _) in grants.items() if "connections" not in tenant.model_fields_set]
+    each = descriptors.fit("namespaces: connections", asked, len(others), tenants.CONNECTIONS, rack.open_files)
+    for name in others:
+        tenant, credential = grants[name]
+        grants[name] = tenant.model_copy(update={"connections": each}), credential
 
 
 def _rights(tenant: Tenant) -> tuple[bool, bool]:

@@ -525,8 +525,10 @@ class _TargetLine:
                     self._leave_alone("not a byte before the deadline")
             return Outcome.LATE
         except _FAILURES as error:
-            if stream is not None and waited and not again and self._is_stale(stream, heard_bytes, error):
-                raise _StaleError from None
+            if stream is not None:
+                self._drop([stream])
+                if waited and not again and self._is_stale(stream, heard_bytes, error):
+                    raise _StaleError from None
             self._failed(str(error) or type(error).__name__)
             return Outcome.UNREACHABLE
         finally:
@@ -560,7 +562,7 @@ class _TargetLine:
                     self._failed(str(error) or type(error).__name__)
             with self._changed:
                 until = min(deadline, self._connect_at)
-                self._changed.wait_for(lambda: self._free or not self._is_busy(), until - time.monotonic())
+                self._changed.wait_for(lambda: self._free or not self._proven, until - time.monotonic())
             if time.monotonic() >= deadline:
                 raise Cancelled  # the target did not keep it waiting
 
@@ -576,6 +578,7 @@ class _TargetLine:
     def _drop(self, streams: Sequence[Stream]) -> None:
         with self._lock:
             self._proven.difference_update(streams)
+            self._changed.notify_all()
         for stream in streams:
             stream.close()
 
@@ -584,13 +587,8 @@ class _TargetLine:
         with self._lock:
             ended = [stream for stream in self._free if not stream.is_idle()]
             self._free = [stream for stream in self._free if stream not in ended]
-            works = bool(self._free) or self._is_busy()
         self._drop(ended)
-        return works
-
-    def _is_busy(self) -> bool:
-        """Whether such a connection has a request under way. With the lock held."""
-        return not self._proven.isdisjoint(self._busy)
+        return bool(self._proven)
 
     def _connected(self, deadline: float) -> Stream:
         """A new connection: to the UNIX socket where the target is near."""

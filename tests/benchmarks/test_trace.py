@@ -26,7 +26,7 @@ def written(folder: Path, *lines: dict[str, object] | str) -> Path:
         ({**GOOD, "timestamp": "soon"}, "line 2, timestamp: 'soon' given, expected milliseconds"),
         ({**GOOD, "timestamp": 9}, "line 2, timestamp: '9' given, expected milliseconds, 10 or more"),
         ({**GOOD, "input_length": 0}, "line 2, input_length: '0' given, expected a whole number from 1"),
-        ({**GOOD, "output_length": None}, "line 2, output_length: 'None' given"),
+        ({**GOOD, "output_length": None}, "line 2, output_length: missing"),
         ({**GOOD, "output_length": True}, "line 2, output_length: 'True' given"),
         ({**GOOD, "hash_ids": [1, 2]}, "line 2, hash_ids: '2 numbers' given, expected 3, one for each 512 of 1100"),
         ({**GOOD, "hash_ids": [1, 2, "x"]}, "line 2, hash_ids: 'x' given, expected whole numbers"),

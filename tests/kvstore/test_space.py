@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore import descriptors
 from kvstore.disk import record
 from kvstore.disk.buffers import aligned
 from kvstore.disk.files import Files
@@ -162,6 +163,24 @@ def test_more_segments_than_open_files_are_refused_and_the_limit_is_raised(tmp_p
                 Log(tmp_path, hard * 256 * KIB, segment_bytes=256 * KIB)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("asked", "unasked", "each"),
+    [(0, 1, 192), (150, 2, 21), (192, 0, 512), (193, 0, None), (191, 2, None)],
+)
+def test_connections_that_nobody_asked_for_are_as_many_as_fit(
+    asked: int, unasked: int, each: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda of: (1024, 1024))
+    monkeypatch.setattr(resource, "setrlimit", lambda of, limits: None)
+    if each is not None:
+        assert descriptors.fit("connections", asked, unasked, 512, segments=32) == each
+    else:
+        with pytest.raises(
+            ConfigError, match=f"connections: '{asked + unasked}' given, expected at most 192: each takes"
+        ):
+            descriptors.fit("connections", asked, unasked, 512, segments=32)
 
 
 # ---- several of them

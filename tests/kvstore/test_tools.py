@@ -320,7 +320,7 @@ def test_stat_shows_a_target(busy: RunningTarget, run: Callable[..., Ended]) -> 
     shown = {line[:26].strip(): line[26:].split() for line in ended.said.splitlines()[2:] if line}
     assert shown["chunks"] == ["3"]
     assert shown["received"] == ["293.0", "KiB"]
-    assert shown["chunks sent from device"] == ["2"]
+    assert shown["device hits"] == ["2"]
     assert shown["get hit"] == ["2"]
     assert shown["get miss"] == ["1"]
     assert shown["put stored"] == ["3"]
