@@ -483,11 +483,14 @@ class FirstToken(msgspec.Struct):
     computed_share: float  # of the prompts' tokens, by the engine's own counters: 1 is cold wherever it was looked for
 
 
+_SETTLING_TOKENS = 300  # more than a chunk
+
+
 async def first_tokens(
     endpoint: Endpoint, mode: str, prompt_tokens: int, repeats: int, seed: int, media: Sequence[str]
 ) -> list[FirstToken]:
     """Each repeat takes a new prompt, and asks for it again after emptying one tier after the other."""
-    chance = random.Random(seed)
+    chance, others = random.Random(seed), random.Random(-seed)
     times: dict[str, list[float]] = {medium: [] for medium in media}
     computed = dict.fromkeys(media, 0.0)
 
@@ -505,6 +508,9 @@ async def first_tokens(
             await asyncio.sleep(1.0)  # what is written behind the request is there now; the same pause in every mode
             if medium in ("dram", "store"):
                 await endpoint.forget(external=medium == "store")
+                # With the tier, the identity of the weights is established anew: another prompt waits for it.
+                other = others.choices(range(*TOKEN_IDS), k=_SETTLING_TOKENS)
+                await asyncio.wait_for(endpoint.complete(other, 1), REQUEST_SECONDS)
             await ask(prompt, medium, counts=repeat >= 0)
     return [
         FirstToken(
