@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from components.pricing.cost import Choice, Choices
 from components.router.speeds import LiveSpeeds
-from kvstore.bus.residency import Mirror
+from kvstore.bus.residency import CONFLICTING, Mirror
 
 logger = logging.getLogger(__name__)
 
@@ -387,7 +387,8 @@ class _BusCollector(Collector):
         disbelieved = CounterMetricFamily(
             "kvtier_router_rejected_announcements", "Announcements rejected by validation, by reason", labels=["reason"]
         )
-        for reason, count in self._mirror.ignored.items():
+        # Its alert asks for what came since the last scrape, so the series is there before.
+        for reason, count in {CONFLICTING: 0, **self._mirror.ignored}.items():
             disbelieved.add_metric([reason], count)
         yield disbelieved
         yield CounterMetricFamily(

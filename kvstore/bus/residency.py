@@ -73,7 +73,7 @@ _PAGES_MAX = 4096  # of a snapshot: over 100 million chunks
 RESYNC_SECONDS = 1.0
 _DOUBT_SECONDS = 5.0
 _COMPLAIN_SECONDS = 60.0
-FORMER = "former_start"  # why a message is ignored
+FORMER, CONFLICTING = "former_start", "conflicting_snapshots"  # why something is ignored
 # So many messages in a row of a former start of a target: the start that is known was wrong, not theirs.
 _OLDER_MAX = 5
 _FORMER_MAX = 16  # starts of a target that are remembered
@@ -763,7 +763,7 @@ class Mirror:
 
     def distrust(self, target: str) -> None:
         """A snapshot had two answers. What is known of the target is not used until there is a new one."""
-        self.ignored["conflicting_snapshots"] += 1
+        self.ignored[CONFLICTING] += 1
         if self._complains():
             logger.warning(
                 "target %s: two answer for it: two targets have that address, or somebody forges", shown(target)
