@@ -43,6 +43,7 @@ class Gate(Files):
         super().__init__()
         self.reads = self.writes = self.waiting = 0
         self._reads, self._writes = threading.Event(), threading.Event()
+        self._counting = threading.Lock()
         self.open_all()
 
     def shut_reads(self) -> None:
@@ -66,9 +67,11 @@ class Gate(Files):
         super().write(fd, buffers, offset)
 
     def _pass(self, gate: threading.Event) -> None:
-        self.waiting += 1
+        with self._counting:
+            self.waiting += 1
         gate.wait(20)
-        self.waiting -= 1
+        with self._counting:
+            self.waiting -= 1
 
 
 # ---- the parser
