@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.chat.load import quantile
 from benchmarks.store import recovery
+from benchmarks.store.__main__ import command
 from benchmarks.store.servers import BenchmarkError, Process, free_port, program
 from kvstore.bus.messages import Bus
 from kvstore.bus.residency import Announcer, Mirror, announce, follow, new_epoch
@@ -221,12 +222,13 @@ def main() -> int:
         asyncio.run(run_routers(options.nats, options.routers, options.chunks))
         return 0
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        report = msgspec.json.format(msgspec.json.encode(measure(options, Path(folder)))).decode()
-    print(report)
-    if options.json_file:
-        options.json_file.write_text(report + "\n")
+        command(
+            lambda: measure(options, Path(folder)),
+            lambda report: msgspec.json.format(msgspec.json.encode(report)).decode(),
+            options.json_file,
+        )
     return 0
 
 
 if __name__ == "__main__":
-    run_command("mirrors", main)
+    run_command("benchmarks.store.mirrors", main)

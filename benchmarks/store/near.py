@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from benchmarks.store.__main__ import _bytes, choose_folder, machine
+from benchmarks.store.__main__ import _bytes, choose_folder, command, machine
 from benchmarks.store.results import GB, MIB, Spread, paired, spread
 from benchmarks.store.servers import Process, free_port
 from kvstore.disk.buffers import aligned
@@ -52,9 +52,9 @@ class Near:
         (own := folder / way).mkdir()
         address = f"127.0.0.1:{free_port()}"
         room = 2 * options.count * record_bytes(options.value) + (256 << 20)
-        command = [sys.executable, "-m", "kvstore", "--dir", str(own), "--capacity", str(room), "--hot", str(room)]
+        line = [sys.executable, "-m", "kvstore", "--dir", str(own), "--capacity", str(room), "--hot", str(room)]
         carrier = MEMORY if way == MEMORY else ""
-        target = Process(way, [*command, "--listen", address, "--nats", "", "--carrier", carrier], folder)
+        target = Process(way, [*line, "--listen", address, "--nats", "", "--carrier", carrier], folder)
         stack.callback(target.stop)
         target.wait_for(address)
         self._client = StoreClient(
@@ -78,8 +78,9 @@ class Near:
         return sum(map(len, rooms)) / (time.monotonic() - begun)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> Report:
+def measure(options: argparse.Namespace, parent: Path) -> Report:
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-near-", dir=parent)))
         nears = {way: Near(way, options, folder, stack) for way in WAYS}
         region = aligned(options.count * options.value).payload
         rooms = [region[start : start + options.value] for start in range(0, len(region), options.value)]
@@ -96,7 +97,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
             copies.append(len(into) / (time.monotonic() - begun) / GB)
     return Report(
         shlex.join(["python", "-m", "benchmarks.store.near", *sys.argv[1:]]),
-        machine(folder),
+        machine(parent),
         options.connections,
         {way: spread(of_way) for way, of_way in speeds.items()},
         paired(speeds[MEMORY], speeds["socket"]),
@@ -125,19 +126,18 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def show(report: Report) -> str:
+    lines = [report.command, *(f"{name}: {value}" for name, value in report.machine.items())]
+    lines.append(f"connections: {report.connections}")
+    lines += [f"{way:<22}{shown(speed)} GB/s" for way, speed in report.gbytes_per_second.items()]
+    lines.append(f"{'memory over socket':<22}{shown(report.memory_to_socket)}")
+    lines.append(f"{'copy by one thread':<22}{shown(report.copy_gbytes_per_second)} GB/s")
+    return "\n".join(lines)
+
+
 def main() -> None:
     options = parse()
-    with tempfile.TemporaryDirectory(prefix="kvtier-near-", dir=choose_folder(options.dir)) as folder:
-        report = measure(options, Path(folder))
-    for name, value in report.machine.items():
-        print(f"{name}: {value}")
-    print(f"connections: {report.connections}")
-    for way, speed in report.gbytes_per_second.items():
-        print(f"{way:<22}{shown(speed)} GB/s")
-    print(f"{'memory over socket':<22}{shown(report.memory_to_socket)}")
-    print(f"{'copy by one thread':<22}{shown(report.copy_gbytes_per_second)} GB/s")
-    if options.json:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    command(lambda: measure(options, choose_folder(options.dir)), show, options.json)
 
 
 if __name__ == "__main__":

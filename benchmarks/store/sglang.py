@@ -35,6 +35,7 @@ from sglang.srt.managers.cache_controller import STORAGE_BATCH_SIZE, PrefetchOpe
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from benchmarks.store.__main__ import command
 from benchmarks.store.hicache import HiCache, kvtier, load
 from benchmarks.store.results import Spread, paired, size_name, spread
 from benchmarks.store.servers import Mooncake
@@ -204,17 +205,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError:
         raise ConfigError("page-tokens", options.page_tokens, "whole numbers, comma-separated") from None
     logging.disable(logging.WARNING)  # SGLang's of this machine
-    rows = []
-    with TemporaryDirectory() as model:
-        load(Path(model), sizes[0])
-    for size in sizes:
-        rows += measure(options.dir, size, options.pages, options.rounds)
-    cores = len(os.sched_getaffinity(0))
-    machine = f"{platform.machine()} {platform.release()}"
-    report = Report(machine, cores, version("sglang"), options.rounds, rows)
-    print(table(report))
-    if options.json:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+
+    def run() -> Report:
+        rows = []
+        with TemporaryDirectory() as model:
+            load(Path(model), sizes[0])
+        for size in sizes:
+            rows += measure(options.dir, size, options.pages, options.rounds)
+        cores = len(os.sched_getaffinity(0))
+        machine = f"{platform.machine()} {platform.release()}"
+        return Report(machine, cores, version("sglang"), options.rounds, rows)
+
+    command(run, table, options.json)
 
 
 if __name__ == "__main__":

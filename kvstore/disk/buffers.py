@@ -4,8 +4,9 @@ A buffer holds a record as it lies on disk (record.py): a page for the header, t
 value when it is given back stays findable under its key until its memory is wanted: the hot cache costs no copy. A
 dirty value, which is not on disk yet, is findable, too, and never evicted.
 
-All buffers are cut from one arena, in huge pages unless it is shared. The first touch of a page costs more than filling
-it (0.3 to 1.5 GB/s against 6), so that a thread touches the arena ahead of use.
+All buffers are cut from one arena, in huge pages; a shared one only where the system has them for shared memory. The
+first touch of a page costs more than filling it (0.3 to 1.5 GB/s against 6), so that a thread touches the arena ahead
+of use.
 """
 
 import bisect

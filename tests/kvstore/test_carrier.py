@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import mmap
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -189,6 +190,29 @@ def test_places_that_are_none_are_refused(place: bytes) -> None:
     reached = memory.connect(b"", arena.descriptor)
     with pytest.raises(ConnectionError):
         memory.fetch(reached, place, rooms(1), soon(), None)
+
+
+def test_memory_is_not_copied_for_who_left_or_came_too_late() -> None:
+    arena = Arena(1 * MIB, shared=True)
+    memory, (room,) = borrower(MEMORY), rooms(1)
+    arena[0:LENGTH][:] = payload(1)
+    reached, place = memory.connect(b"", arena.descriptor), bytes(8) + LENGTH.to_bytes(8, "little")
+    with pytest.raises(transport.Cancelled):
+        memory.fetch(reached, place, [room], soon(), lambda: True)
+    with pytest.raises(TimeoutError):
+        memory.fetch(reached, place, [room], time.monotonic() - 1, None)
+    assert bytes(room) == bytes(LENGTH)
+    memory.fetch(reached, place, [room], soon(), lambda: False)
+    assert bytes(room) == payload(1)
+
+
+def test_a_peer_that_sends_no_file_is_no_target() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.send(b"\0")
+    with pytest.raises(ConnectionError, match="a file was expected"):
+        transport.Stream(ours).receive_descriptor(soon())
+    ours.close()
+    theirs.close()
 
 
 def test_a_file_that_could_be_cut_short_is_not_mapped() -> None:
