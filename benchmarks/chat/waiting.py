@@ -6,7 +6,7 @@ One worker, its disk, and clients of multi-turn chat in a closed loop, each of w
 the last question. The engine steps: all that run get a token, and what is left of the budget goes to prompts in the
 order of their arrival. At each step what decides is components.pricing.patience.worth_waiting_for itself, with so many
 seconds of patience for each second of prefill that is saved: `none` is no tier, `always` never computes what is stored,
-`ours` is what workers have. Times are those of engine_model.Hardware.
+`ours` is what workers have. Times are those of engine_model.Hardware, with a GPU that is --gpu times as fast.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from benchmarks.routing.engine_model import Hardware
 from components.pricing import patience as rule
 from components.pricing.patience import due_seconds, worth_waiting_for
 from components.pricing.prefill import Prefill
+from components.pricing.throughput import Throughput
 
 BUDGET_TOKENS = 8192  # of a step
 CHUNK_TOKENS = 16
@@ -31,12 +32,12 @@ PIECE_CHUNKS = 4
 DEADLINE_SECONDS = 2.0
 RAMP_SECONDS, WINDOW_SECONDS = 30.0, 120.0
 PATIENCE: dict[str, Callable[[float], float]] = {
-    "none": lambda running: 0.0,
-    "1.25": lambda running: 1.25,
-    "2": lambda running: 2.0,
-    "3": lambda running: 3.0,
-    "6": lambda running: 6.0,
-    "always": lambda running: 1e9,
+    "none": lambda share: 0.0,
+    "1.25": lambda share: 1.25,
+    "2": lambda share: 2.0,
+    "3": lambda share: 3.0,
+    "6": lambda share: 6.0,
+    "always": lambda share: 1e9,
     "ours": rule.patience,
 }
 
@@ -77,6 +78,7 @@ class Worker:
         self._chance = random.Random(seed)
         self._arrivals = [RAMP_SECONDS * number / clients for number in range(clients)]
         self._now = 0.0
+        self._prefills = Throughput()
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._done: list[Request] = []
@@ -87,6 +89,7 @@ class Worker:
             while self._arrivals and self._arrivals[0] <= self._now:
                 self._arrive(self._arrivals.pop(0))
             if not self._waiting and not self._running:
+                self._prefills.add(0.0, self._arrivals[0] - self._now)
                 self._now = self._arrivals[0]
                 continue
             self._step()
@@ -124,6 +127,7 @@ class Worker:
                 began.append(one)
                 self._waiting.remove(one)
         seconds = self._hardware.step_seconds(max(1, len(self._running))) + prefill_seconds
+        self._prefills.add(prefill_seconds, seconds)
         self._fetch(seconds)
         self._now += seconds
         for one in self._running:
@@ -150,7 +154,7 @@ class Worker:
                 chunk_tokens=CHUNK_TOKENS,
                 context_tokens=int(one.fetched) * CHUNK_TOKENS,
                 seconds_left=one.arrived + DEADLINE_SECONDS - self._now,
-                running=len(self._running),
+                prefill_share=self._prefills.bytes_per_second,
             )
             if worth:
                 one.wanted = one.fetched + min(missing, worth)
@@ -185,10 +189,11 @@ def main() -> None:
     )
     parser.add_argument("--gb-per-second", type=float, default=1.05, help="from the store; default 1.05")
     parser.add_argument("--kv-bytes", type=int, default=160 << 10, help="a token; default 163840, an FP8 70B model's")
+    parser.add_argument("--gpu", type=float, default=1.0, help="times as fast as one H200; default 1")
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 16, 24])
     parser.add_argument("--seeds", type=int, default=4)
     options = parser.parse_args()
-    hardware = Hardware(kv_bytes_per_token=options.kv_bytes)
+    hardware = Hardware(kv_bytes_per_token=options.kv_bytes).slower_gpu(1 / options.gpu)
     print(f"{'clients':>7} {'patience':>8} {'requests/s':>11} {'TTFT ms':>8} {'p99':>6} {'TPOT ms':>8} {'fetched':>8}")
     for clients, patience in itertools.product(options.clients, PATIENCE):
         got = simulate(hardware, 1e9 * options.gb_per_second, clients, options.seeds, patience)

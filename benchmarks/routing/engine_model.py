@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
+from components.pricing.throughput import Throughput
+
 PREFILL_TOKENS = 2048  # at once; then what decodes gets a token
 
 
@@ -110,6 +112,8 @@ class Worker(Generic[AnyJob]):
     queued_tokens: int = 0  # to compute, not begun
     prefilling: AnyJob | None = None
     prefill_ends: float = 0.0
+    prefills: Throughput = field(default_factory=Throughput)  # seconds of prompts a second
+    counted: float = 0.0  # until when they are
     steps: float = 0.0
     since: float = 0.0
     version: int = 0
@@ -120,6 +124,13 @@ class Worker(Generic[AnyJob]):
     def prefill_tokens(self) -> int:
         """To compute for prompts without a first token, as Dynamo's books have it."""
         return self.queued_tokens + (self.prefilling.prefill_tokens if self.prefilling else 0)
+
+    def prefill_share(self, now: float) -> float:
+        """As the worker reports it."""
+        seconds = now - self.counted
+        self.prefills.add(seconds if self.prefilling else 0.0, seconds)
+        self.counted = now
+        return self.prefills.bytes_per_second
 
 
 class Engines(ABC, Generic[AnyJob]):
@@ -246,6 +257,7 @@ class Engines(ABC, Generic[AnyJob]):
             self._at(self.now + max(0.0, left), lambda: self._step(worker) if worker.version == version else None)
 
     def _prefill(self, worker: Worker[AnyJob], job: AnyJob) -> None:
+        worker.prefill_share(self.now)
         worker.prefilling = job
         worker.queued_tokens -= job.prefill_tokens
         worker.running_tokens += job.tokens
@@ -257,6 +269,7 @@ class Engines(ABC, Generic[AnyJob]):
         def ended() -> None:
             worker.steps += chunks if worker.running else 0
             worker.since = self.now
+            worker.prefill_share(self.now)
             worker.prefilling = None
             if job.left:
                 self._release(worker, job)

@@ -177,6 +177,7 @@ def choose(
             queued_prefill_tokens=worker.prefill_tokens,
             fetching_bytes=worker.fetching_tokens * hardware.kv_bytes_per_token,
             running_requests=len(worker.running),
+            prefill_share=worker.prefill_share(sim.now),
             memory_used=held(worker, worker.requests, worker.requests_tokens),
             memory_fetching=held(worker, worker.fetching, worker.fetching_requests_tokens),
             memory_needed=held(worker, 1, one.prompt_tokens),

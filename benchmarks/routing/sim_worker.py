@@ -326,6 +326,7 @@ class LiveEngines(Engines[Prompt]):
             len(worker.ready),
             hardware.kv_bytes_per_token,
             dict(self.outcomes[number]),
+            prefill_share=worker.prefill_share(self.now),
         )
 
     def close(self) -> None:

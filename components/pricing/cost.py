@@ -5,7 +5,7 @@ For worker w and a plan that loads r chunks from the store:
     start  = max(wait(w, r), fetch(w, r))       # the fetch runs while the request queues
     ttft   = start + copy DRAM -> HBM + prefill(what is still missing | what is there)
     price  = ttft + others * prefill + decode pressure of w + the place taken from those that still fetch
-    others = gpu_price + stall_price * requests that decode on w, at most a worker's patience - 1 (patience.py)
+    others = gpu_price + stall_price * requests that decode on w, at most w's patience - 1 (patience.py)
     decode pressure = stall_price * share of w's KV memory that is in use * seconds of an answer, of all workers
 
 r is chosen with w: "load all", "load some" and "recompute" are one decision. Over r the price is a sum of a concave
@@ -64,6 +64,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     queued_prefill_tokens: int = 0  # of other requests, not counting what they fetch
     fetching_bytes: int = 0  # on their way from the store for other requests
     running_requests: int = 0  # that decode there
+    prefill_share: float = 0.0  # of its time of late, in which it computed prompts
     # Shares of its KV memory, expected answers with them. Above 1 some requests wait for it.
     memory_used: float = 0.0  # booked for other requests
     memory_fetching: float = 0.0  # of that, for those that still fetch
@@ -122,6 +123,7 @@ class _Columns(NamedTuple):
     queued_prefill_tokens: Array
     fetching_bytes: Array
     running_requests: Array
+    prefill_share: Array
     memory_used: Array
     memory_fetching: Array
     memory_needed: Array
@@ -320,7 +322,7 @@ def _price(c: _Columns, chunks: Array, in_turn: Array, prompt_tokens: int, block
     ttft = np.maximum(wait, fetch) + copy + prefill
     busy = float((c.queued_prefill_tokens > 0).mean())
     others = policy.gpu_price * busy + policy.stall_price * c.running_requests
-    gpu = np.minimum(others, patience(c.running_requests) - 1) * prefill
+    gpu = np.minimum(others, patience(c.prefill_share) - 1) * prefill
     # By its own answers, which take longer there anyway, a slow worker would be left to idle.
     decoding = policy.stall_price * c.memory_used * c.answer_seconds.mean()
     pressure = decoding + np.maximum(in_turn, fetch) - np.maximum(wait, fetch)

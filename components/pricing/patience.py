@@ -14,11 +14,8 @@ Number = TypeVar("Number", float, npt.NDArray[np.float64])
 
 # A measured speed is good to about a quarter: a fetch is given up when it is clearly the slower way, not at a tie.
 _DOUBT = 1.25
-# Each running request adds to the price of a GPU's second, in which it would not decode: eight and more make it one and
-# a half. With the doubt, that is to wait for twice as long as computing takes, and no longer: by then most is gained of
-# what the others can gain, and beyond it the one that waits pays more than they do (benchmarks.chat.waiting).
-_RUNNING_SHARE = 16
-_RUNNING_MAX = 8
+# Of a GPU that prompts keep busy beyond this share, a second is not worth more still.
+_PREFILL_SHARE_MAX = 0.75
 
 
 def due_seconds(arrived: float, chunks_before: int, chunk_bytes: int) -> float:
@@ -46,14 +43,13 @@ def worth_waiting_for(
     chunk_tokens: int,
     context_tokens: int,
     seconds_left: float,
-    running: int = 0,
+    prefill_share: float = 0.0,
 ) -> int:
     """How many of a request's next `chunks`, which are being fetched, to wait for rather than compute.
 
     `ahead_bytes` come first, `context_tokens` are there, and the engine could begin now. What is saved grows faster
     than in proportion to the number and what the fetch takes in proportion, so the answer is 0 or as many as come by
-    the deadline. To compute delays every one of the `running` requests, to wait this one alone: the more run, the more
-    a wait may take. What was not measured yet decides nothing: then only the deadline counts.
+    the deadline. What was not measured yet decides nothing: then only the deadline counts.
     """
     if seconds_left <= 0:
         return 0
@@ -66,11 +62,15 @@ def worth_waiting_for(
         return in_time
     fetch_seconds = (ahead_bytes + in_time * chunk_bytes) / bytes_per_second
     saved_seconds = prefill.saved_seconds(in_time * chunk_tokens, context_tokens)
-    return in_time if fetch_seconds <= patience(running) * saved_seconds else 0
+    return in_time if fetch_seconds <= patience(prefill_share) * saved_seconds else 0
 
 
-def patience(running: Number) -> Number:
-    """How many seconds a request waits for what saves a second of prefill, where so many others run. Routers plan by
-    it, too: a fetch that takes longer would be given up here."""
-    waits: Number = _DOUBT * (1 + np.minimum(running, _RUNNING_MAX) / _RUNNING_SHARE)
+def patience(prefill_share: Number) -> Number:
+    """How many seconds a request waits for what saves a second of prefill, on a GPU that spends this share of its time
+    on prompts. Routers plan by it, too: a fetch that takes longer would be given up here.
+
+    Whoever shares the GPU with prompts takes 1 / (1 - share) times as long, so that one more second of computing costs
+    them in proportion to the slope of that, 1 / (1 - share) ** 2. It is the same in a queue (M/M/1).
+    """
+    waits: Number = _DOUBT / (1 - np.minimum(prefill_share, _PREFILL_SHARE_MAX)) ** 2
     return waits

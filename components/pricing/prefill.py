@@ -26,7 +26,10 @@ class Prefill(NamedTuple):
 
     def saved_seconds(self, tokens: int, context_tokens: int) -> float:
         """What it saves to have them: a prefill's base is paid anyway, since the last token is always computed."""
-        attended = tokens * (context_tokens + tokens / 2)
+        return self.step_seconds(tokens, tokens * (context_tokens + tokens / 2))
+
+    def step_seconds(self, tokens: int, attended: float) -> float:
+        """What the prompt tokens of a step add to it; `attended` is the sum of m * (c + m / 2) over its requests."""
         return self.seconds_per_token * tokens + self.seconds_per_token_squared * attended
 
     @property

@@ -330,9 +330,10 @@ class Router:
             report = self._workers.report(worker, self._block_tokens, now)
             if report is None:
                 is_unreported = self._handover is None
-                store, blocks_per_chunk, chunk_bytes = _NOWHERE, 0, 0
+                store, blocks_per_chunk, chunk_bytes, prefill_share = _NOWHERE, 0, 0, 0.0
             else:
                 blocks_per_chunk, chunk_bytes = report.blocks_per_chunk, report.chunk_bytes
+                prefill_share = report.prefill_share
                 # An adapter of one name may be another one on another worker; 0, of no chunk, where none is known.
                 of_adapter = report.adapters.get(adapter, 0) if adapter else report.fingerprint
                 layout = of_adapter, blocks_per_chunk
@@ -350,6 +351,7 @@ class Router:
                     queued_prefill_tokens=max(0, queued),
                     fetching_bytes=self._fetching_bytes.get(worker, 0),
                     running_requests=max(0, running - self._prefilling.get(worker, 0)),
+                    prefill_share=prefill_share,
                     memory_used=booked / memory,
                     memory_fetching=self._memory_later.get(worker, 0) / memory,
                     memory_needed=(tokens + answers.tokens) / memory,

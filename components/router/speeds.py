@@ -90,7 +90,7 @@ class LiveSpeeds:
         if not (report.worker.isascii() and report.worker.isdigit() and len(report.worker) <= 20):
             return self._ignore("invalid_worker_id")
         prefill = tuple(getattr(report, name) for name in _PREFILL)
-        numbers = [*prefill, *(getattr(report, name) for name in _RATES)]
+        numbers = [*prefill, report.prefill_share, *(getattr(report, name) for name in _RATES)]
         if not all(math.isfinite(one) and one >= 0 for one in numbers):
             return self._ignore("invalid_rate")
         if report.bytes_in_flight < 0 or report.queue < 0:

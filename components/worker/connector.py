@@ -265,11 +265,9 @@ class KvtierConnector(OffloadingConnector):
         if self._drop:
             self._drop_cache()
         self._known.step_ends(scheduler_output.num_scheduled_tokens)
-        # What a step with copies at its head takes, says nothing of what computing costs.
-        self._clock.begin(*((0, 0.0) if meta.in_step else prefilled(scheduler_output)), time.monotonic())
-        for tier in self._tiers:
-            tier.running = len(scheduler_output.num_scheduled_tokens)
-            if not scheduler_output.total_num_scheduled_tokens:
+        self._clock.begin(*prefilled(scheduler_output), time.monotonic(), bool(meta.in_step))
+        if not scheduler_output.total_num_scheduled_tokens:
+            for tier in self._tiers:
                 tier.wait()
         return meta
 
@@ -317,7 +315,7 @@ class KvtierConnector(OffloadingConnector):
             self._clock.end(now)
             if self._clock.due(now):
                 for tier in self._tiers:
-                    tier.prefill = self._clock.prefill
+                    tier.prefill, tier.prefill_share = self._clock.prefill, self._clock.prefill_share
                     tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving))
         return super().get_kv_connector_stats()
 

@@ -194,8 +194,8 @@ class RemoteTier(SecondaryTierManager):
     for the contract of each method. `nats` and `endpoint` are for telling routers, and may be left out; so may
     `credential_file` (kvstore.credentials.load), `seal_key` and `seal` (kvstore.seal.open_seal), and `store_tls_ca`,
     `store_tls_cert` and `store_tls_key` (kvstore.net.tls.open_client). `on_load` is called for each fetched chunk, with
-    the token that it ends at; `prefill` is what computing costs here, as far as it is known, and `running` how many
-    requests the engine is at.
+    the token that it ends at; `prefill` is what computing costs here, as far as it is known, and `prefill_share`
+    how much of its time the engine spends on prompts.
     """
 
     medium = Medium.STORAGE
@@ -271,7 +271,7 @@ class RemoteTier(SecondaryTierManager):
         self._identified = Identified(0, {})
         self.on_load: Callable[[Request, OffloadKey, int], None] = lambda request, key, end: None
         self.prefill = Prefill()
-        self.running = 0
+        self.prefill_share = 0.0
         self.link = MoverLink(
             Setup(
                 region_fd=region_fd(offloading_spec),
@@ -834,7 +834,7 @@ class RemoteTier(SecondaryTierManager):
                     chunk_tokens=self._blocks_per_chunk * self._block_tokens,
                     context_tokens=loads[0].first_chunk * self._blocks_per_chunk * self._block_tokens,
                     seconds_left=loads[0].deadline - now,
-                    running=self.running,
+                    prefill_share=self.prefill_share,
                 )
             kept = 0
             for load in loads:
@@ -853,7 +853,7 @@ class RemoteTier(SecondaryTierManager):
         bytes_per_token = self.row_bytes // (self._blocks_per_chunk * self._block_tokens)
         in_flight = self._load_rows * self.row_bytes
         self._say_identified()  # again, in case that there was no room for it
-        self._say(Pace(*self.prefill, dram_bytes_per_second, bytes_per_token, in_flight, queue))
+        self._say(Pace(*self.prefill, self.prefill_share, dram_bytes_per_second, bytes_per_token, in_flight, queue))
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, object]) -> dict[str, OffloadingMetricMetadata]:

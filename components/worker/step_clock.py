@@ -44,25 +44,29 @@ class StepClock:
     def __init__(self) -> None:
         self._fit = PrefillFit()
         self._copies = Throughput()
-        self._steps: deque[tuple[int, float, float]] = deque(maxlen=_STEPS_MAX)
+        self._prefills = Throughput()  # seconds of prompts a second
+        self._steps: deque[tuple[int, float, float, bool]] = deque(maxlen=_STEPS_MAX)
         self._last_end = 0.0
         self._told = 0.0
         self._launched = 0.0
         self._ahead: deque[float] = deque(maxlen=_AHEAD_SAMPLES)
         self.prefill = Prefill()
 
-    def begin(self, tokens: int, attended: float, now: float) -> None:
-        self._steps.append((tokens, attended, now))
+    def begin(self, tokens: int, attended: float, now: float, copies: bool = False) -> None:
+        """A step with so many prompt tokens. What one with copies at its head takes, says nothing of computing."""
+        self._steps.append((tokens, attended, now, copies))
 
     def end(self, now: float) -> None:
         """The oldest step under way is done. It ran since it began or since the one before ended."""
         if not self._steps:
             return
-        tokens, attended, began = self._steps.popleft()
+        tokens, attended, began, copies = self._steps.popleft()
         known = began <= self._launched <= now and len(self._steps) <= 1  # not a clock of another host, nor a pipeline
         self._ahead.append(max(0.0, self._last_end - self._launched) if known else 0.0)
-        if tokens >= _PREFILL_TOKENS_MIN:
-            self._fit.add(tokens, attended, now - max(began, self._last_end))
+        seconds = now - max(began, self._last_end)
+        if tokens >= _PREFILL_TOKENS_MIN and not copies:
+            self._fit.add(tokens, attended, seconds)
+        self._prefills.add(min(seconds, self.prefill.step_seconds(tokens, attended)), now - self._last_end)
         self._last_end = now
 
     def spare_seconds(self, copy_seconds: float = 0.0) -> float:
@@ -80,6 +84,11 @@ class StepClock:
             self._launched = meta.launched
         if isinstance(meta, OffloadingWorkerMetadata) and not meta.transfer_stats.is_empty():
             self._copies.add(meta.transfer_stats.load.bytes, meta.transfer_stats.load.time)
+
+    @property
+    def prefill_share(self) -> float:
+        """Of the engine's last seconds, the share in which it computed prompts; 0 until that is known."""
+        return self._prefills.bytes_per_second
 
     @property
     def dram_bytes_per_second(self) -> float:

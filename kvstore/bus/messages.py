@@ -107,6 +107,7 @@ class WorkerReport(msgspec.Struct, frozen=True):
     queue: int = 0  # requests that the engine has not begun with
     bytes_per_token: int = 0
     fetched_chunks: dict[str, int] = {}  # asked of the store since the start, by outcome
+    prefill_share: float = 0.0  # of the engine's time of late, in which it computed prompts
     adapters: dict[str, int] = {}  # LoRA adapter by name -> fingerprint of the chunks of requests with it
 
 

@@ -225,28 +225,30 @@ def test_faster_is_never_dearer_and_no_load_is_slower_than_recompute(
     assert with_store.ttft_seconds <= without.ttft_seconds + 1e-9
 
 
-@given(st.integers(1, 200), st.integers(0, 64), st.integers(1, 64), st.floats(0, 2), st.floats(1e8, 1e10))
+@given(
+    st.integers(1, 200), st.integers(0, 64), st.integers(1, 64), st.floats(0, 2), st.floats(1e8, 1e10), st.floats(0, 1)
+)
 def test_the_more_decode_there_the_less_is_computed(
-    chunks: int, running: int, more: int, stall_price: float, rate: float
+    chunks: int, running: int, more: int, stall_price: float, rate: float, share: float
 ) -> None:
     """A prefill delays every request that decodes on its worker, so that loading pays sooner there."""
     policy = replace(POLICY, stall_price=stall_price)
     speed = replace(SPEEDS, store_bytes_per_second=rate)
-    calm = candidate(located=["t"] * chunks, speeds=speed, running_requests=running)
+    calm = candidate(located=["t"] * chunks, speeds=speed, running_requests=running, prefill_share=share)
     crowded = replace(calm, running_requests=running + more)
     in_calm, in_crowd = (choose([one], 3200, BLOCK, policy)[0] for one in (calm, crowded))
     assert in_crowd.prefill_seconds <= in_calm.prefill_seconds
     assert in_crowd.price_seconds >= in_calm.price_seconds
-    others = min(stall_price * running, patience(running) - 1)
+    others = min(stall_price * running, patience(share) - 1)
     assert in_calm.gpu_seconds == pytest.approx(others * in_calm.prefill_seconds)
 
 
-@given(speeds, st.integers(1, 200), st.integers(0, 64), st.floats(0, 4), st.floats(0, 2))
+@given(speeds, st.integers(1, 200), st.integers(0, 64), st.floats(0, 1), st.floats(0, 4), st.floats(0, 2))
 def test_what_is_to_be_fetched_while_a_worker_could_compute_it_would_wait_for(
-    speed: Speeds, chunks: int, running: int, gpu_price: float, stall_price: float
+    speed: Speeds, chunks: int, running: int, share: float, gpu_price: float, stall_price: float
 ) -> None:
     """Or a plan says load, and the worker gives it up and computes."""
-    one = candidate(located=["t"] * chunks, speeds=speed, running_requests=running)
+    one = candidate(located=["t"] * chunks, speeds=speed, running_requests=running, prefill_share=share)
     choice, _ = choose([one], 3200, BLOCK, Policy(gpu_price, stall_price))
     worth = worth_waiting_for(
         choice.fetch_chunks,
@@ -259,7 +261,7 @@ def test_what_is_to_be_fetched_while_a_worker_could_compute_it_would_wait_for(
         chunk_tokens=BLOCK,
         context_tokens=0,
         seconds_left=1e9,
-        running=running,
+        prefill_share=share,
     )
     assert worth == choice.fetch_chunks
 
@@ -281,6 +283,7 @@ def test_a_dominated_worker_is_never_preferred(data: st.DataObject) -> None:
         queued_prefill_tokens=more(0, 20_000),
         fetching_bytes=more(0, 10**9),
         running_requests=more(0, 64),
+        prefill_share=data.draw(st.floats(0, 1)),
         memory_used=data.draw(st.floats(0, 2)),
         memory_needed=data.draw(st.floats(0, 1)),
         answer_seconds=data.draw(st.floats(0, 10)),
@@ -302,6 +305,7 @@ def test_a_dominated_worker_is_never_preferred(data: st.DataObject) -> None:
         queued_prefill_tokens=more(better.queued_prefill_tokens, 40_000),
         fetching_bytes=more(better.fetching_bytes, 2 * 10**9),
         running_requests=more(better.running_requests, 128),
+        prefill_share=data.draw(st.floats(better.prefill_share, 1)),
         memory_used=data.draw(st.floats(better.memory_used, 2)),
         memory_needed=data.draw(st.floats(better.memory_needed, 1)),
         answer_seconds=data.draw(st.floats(better.answer_seconds, 10)),

@@ -117,11 +117,11 @@ def test_no_other_number_would_save_more(
         assert gain(worth) == pytest.approx(best)
 
 
-@given(st.integers(1, 500), speeds, prefills, st.integers(0, 64))
-def test_the_more_requests_run_the_more_is_waited_for(
-    chunks: int, speed: float, prefill: Prefill, running: int
+@given(st.integers(1, 500), speeds, prefills, st.floats(0, 1), st.floats(0, 1))
+def test_the_more_of_its_time_a_gpu_spends_on_prompts_the_more_is_waited_for(
+    chunks: int, speed: float, prefill: Prefill, share: float, other: float
 ) -> None:
-    def worth(count: int) -> int:
+    def worth(prefill_share: float) -> int:
         return worth_waiting_for(
             chunks,
             chunk_bytes=CHUNK,
@@ -131,12 +131,12 @@ def test_the_more_requests_run_the_more_is_waited_for(
             chunk_tokens=64,
             context_tokens=0,
             seconds_left=2.0,
-            running=count,
+            prefill_share=prefill_share,
         )
 
-    assert worth(0) <= worth(running) <= worth(running + 1)
-    if worth(running) and prefill.known:
-        assert worth(running) * CHUNK / speed <= 1.5 * 1.25 * prefill.saved_seconds(worth(running) * 64, 0) * (1 + 1e-9)
+    assert worth(0) <= worth(min(share, other)) <= worth(max(share, other))
+    if worth(share) and prefill.known:
+        assert worth(share) * CHUNK / speed <= 20 * prefill.saved_seconds(worth(share) * 64, 0) * (1 + 1e-9)
 
 
 @given(st.integers(1, 500), st.integers(0, 1 << 34), prefills)
@@ -184,6 +184,23 @@ def test_steps_that_overlap_are_timed_from_the_end_of_the_one_before() -> None:
     assert clock.due(100.0)
     assert not clock.due(100.5)
     assert clock.prefill.seconds(1000, 0) == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_share_of_prompts_is_of_all_time_whatever_else_the_engine_did(copies: bool) -> None:
+    """Prompts take a second each 10,000 tokens, and what decodes between them three times as long."""
+    clock, now = StepClock(), 0.0
+    for number in range(40):
+        size = 500 * (1 + number % 4)
+        for tokens in (size, 0):
+            clock.begin(tokens, 0.0, now, copies and number >= 20)
+            now += size / 10_000 * (1 if tokens else 3)
+            clock.end(now)
+        clock.due(now)
+    assert clock.prefill_share == pytest.approx(0.25, abs=0.1)
+    clock.begin(1, 0.0, now + 60)
+    clock.end(now + 60.01)
+    assert clock.prefill_share < 0.01
 
 
 def launched(clock: StepClock, steps: int, ahead: float, *, under_way: int = 1, offset: float = 0.0) -> None:

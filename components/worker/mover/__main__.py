@@ -140,7 +140,7 @@ class Mover:
         self._moved_bytes = 0
         self._moving_seconds = 0.0
         self._sampled = -SAMPLE_VALID_SECONDS
-        self._pace = Pace(0, 0, 0, 0, 0, 0, 0)
+        self._pace = Pace(0, 0, 0, 0, 0, 0, 0, 0)
         self._identified = Identified(0, {})
         self._rejected: Counter[str] = Counter()  # values by reason, as far as the engine was told of them
         self._fetched: Counter[str] = Counter()  # chunks by outcome, without loads that were called off
@@ -391,6 +391,7 @@ class Mover:
             prefill_base_seconds=pace.prefill_base_seconds,
             prefill_seconds_per_token=pace.prefill_seconds_per_token,
             prefill_seconds_per_token_squared=pace.prefill_seconds_per_token_squared,
+            prefill_share=pace.prefill_share,
             dram_bytes_per_second=pace.dram_bytes_per_second,
             store_bytes_per_second=self._bytes_per_second(),
             bytes_in_flight=pace.bytes_in_flight,

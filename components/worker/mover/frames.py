@@ -112,6 +112,7 @@ class Pace(msgspec.Struct, tag="pace", array_like=True, frozen=True):
     prefill_base_seconds: float
     prefill_seconds_per_token: float
     prefill_seconds_per_token_squared: float
+    prefill_share: float
     dram_bytes_per_second: float
     bytes_per_token: int
     bytes_in_flight: int
