@@ -5,9 +5,12 @@
 
 A mode is a file in benchmarks/chat/clusters/; all have the same workers, HBM and DRAM, NATS, and files for discovery.
 With 1p1d half of the workers prefill and half decode. A cluster's pool is asked for until its tiers store nothing more,
---fills times at most. Stock frontends give no token ids back: answers are taken for other tokens of that number, and
-only prompts are reused. --kill names a process, such as Store-0, VllmWorker-0 or Router-0; modes without it are left in
-peace. SIGTERM and SIGINT take the cluster down, which needs up to a minute; --json has what was measured by then.
+--fills times at most. kvtier-memory and kvtier-disk, if both are asked for, share one cluster and its filled pool: the
+target is started anew, without its cache, once it has written everything.
+
+Stock frontends give no token ids back: answers are taken for other tokens of that number, and only prompts are reused.
+--kill names a process, such as Store-0, VllmWorker-0 or Router-0; modes without it are left in peace. SIGTERM and
+SIGINT take the cluster down, which needs up to a minute; --json has what was measured by then.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import string
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +49,7 @@ from benchmarks.chat.clusters import FOLDER
 from benchmarks.chat.load import CHAT, Endpoint
 from benchmarks.chat.timeline import Breaking
 from graphs.serve import Supervisor, dry_run
-from graphs.service import Deployment, load_deployment
+from graphs.service import Deployment, Process, load_deployment
 from graphs.services import free_port, frontend_url
 from kvstore.errors import ConfigError, FailedError, UnavailableError, run_command, validated
 
@@ -64,6 +68,8 @@ DEFAULT_MODES = ("stock", "kvtier-memory")
 WORKERS = ("VllmWorker", "PrefillWorker", "DecodeWorker")
 MODEL = "chat"
 _ANSWER_SECONDS = 120.0
+# What a target may take to write what is dirty.
+_WRITTEN_SECONDS = 120.0
 
 
 class Options(ChatOptions):
@@ -125,8 +131,16 @@ def settings_of(arguments: list[str]) -> dict[str, str | bool]:
     return found
 
 
-def deployment_of(options: Options, mode: str, folder: Path) -> Deployment:
-    """The mode's YAML with this run's sizes, ports and machine."""
+def by_cluster(modes: Sequence[str]) -> list[list[str]]:
+    """Modes that one cluster serves, one after the other: the target's cache first, which the filling fills."""
+    both = ["kvtier-memory", "kvtier-disk"]
+    if not set(both) <= set(modes):
+        return [[mode] for mode in modes]
+    return [both if mode == both[0] else [mode] for mode in modes if mode != both[1]]
+
+
+def deployment_of(options: Options, mode: str, folder: Path, beside: Deployment | None = None) -> Deployment:
+    """The mode's YAML with this run's sizes, machine and free ports, or with the ports of another mode's."""
     template = string.Template((ROOT / FOLDER / f"{mode}.yaml").read_text())
     sizes = {name: int(getattr(options, name)) for name in ("dram", "capacity", "hot", "blocks_per_chunk")}
     config = folder / f"{mode}.yaml"
@@ -136,8 +150,11 @@ def deployment_of(options: Options, mode: str, folder: Path) -> Deployment:
     given: dict[str, object] = {
         "Nats.listen": f"127.0.0.1:{free_port()}",
         "Frontend.port": free_port(),
-        **({} if "stock" in mode else {"Store.listen": f"127.0.0.1:{free_port()}"}),
     }
+    if "stock" not in mode:
+        given |= {"Store.listen": f"127.0.0.1:{free_port()}", "Store.metrics-port": free_port()}
+    if beside:
+        given |= {f"{name}.listen": beside.of(name).flags["listen"] for name in ("Nats", "Store")}
     for kind in kinds:
         given |= {f"{kind}.{key}": value for key, value in engine.items()}
         given[f"{kind}.ServiceArgs.workers"] = options.workers // len(kinds)
@@ -158,17 +175,20 @@ class ClusterBench(Bench):
     async def run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-            for mode in self._cluster.modes:
-                with tempfile.TemporaryDirectory(prefix=f"kvtier-{mode}-", dir=self._cluster.dir) as folder:
+            for modes in by_cluster(self._cluster.modes):
+                with tempfile.TemporaryDirectory(prefix=f"kvtier-{modes[0]}-", dir=self._cluster.dir) as folder:
                     try:
-                        await self._serve(session, mode, Path(folder))
+                        await self._serve(session, modes, Path(folder))
                     except (FailedError, UnavailableError, ConnectionError, TimeoutError) as error:
-                        self.report.failed[mode] = str(error)
-                        say(f"{mode}: {error}")
+                        for mode in modes:
+                            if all(point.mode != mode for point in self.report.points):
+                                self.report.failed[mode] = str(error)
+                        say(f"{modes[0]}: {error}")
                         self.write()
 
-    async def _serve(self, session: aiohttp.ClientSession, mode: str, folder: Path) -> None:
-        deployment, begun = deployment_of(self._cluster, mode, folder), time.monotonic()
+    async def _serve(self, session: aiohttp.ClientSession, modes: list[str], folder: Path) -> None:
+        mode, begun = modes[0], time.monotonic()
+        deployment = deployment_of(self._cluster, mode, folder)
         supervisor = Supervisor(
             deployment,
             lambda name, line: None,
@@ -187,10 +207,32 @@ class ClusterBench(Bench):
             await self._idle()
             pool = self._pool(CHAT)
             await self._fill(endpoint, mode, pool)
-            await self._measure(endpoint, mode, pool)
-            await self._follow(endpoint, mode, pool, breaking(supervisor, self._cluster.kill))
+            for mode in modes:
+                if mode != modes[0]:
+                    beside = deployment_of(self._cluster, mode, folder, beside=deployment)
+                    await change_targets(session, supervisor, beside)
+                await self._measure(endpoint, mode, pool)
+                await self._follow(endpoint, mode, pool, breaking(supervisor, self._cluster.kill))
         finally:
             await supervisor.stop()
+
+
+async def change_targets(session: aiohttp.ClientSession, supervisor: Supervisor, beside: Deployment) -> None:
+    """Start the targets as this deployment has them, over the same folders, once they have written everything."""
+    targets = [child for child in supervisor.children.values() if child.process.service == "Store"]
+    deadline = time.monotonic() + _WRITTEN_SECONDS
+    while any([await dirty_bytes(session, child.process) for child in targets]) and time.monotonic() < deadline:
+        await asyncio.sleep(0.5)
+    await asyncio.gather(*(supervisor.end(child) for child in targets))
+    for process in beside.processes():
+        if process.service == "Store":
+            await supervisor.launch(process)
+
+
+async def dirty_bytes(session: aiohttp.ClientSession, target: Process) -> float:
+    async with session.get(f"http://127.0.0.1:{target.metrics_port}/metrics") as page:
+        lines = (await page.text()).splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("kvtier_target_dirty_bytes"))
 
 
 def breaking(supervisor: Supervisor, name: str) -> Breaking | None:

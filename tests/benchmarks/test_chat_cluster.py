@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chat.cluster import GRAPHS, Options, deployment_of, parse, settings_of
+from benchmarks.chat.cluster import GRAPHS, Options, by_cluster, deployment_of, parse, settings_of
 from graphs.service import Process
 from kvstore.errors import ConfigError
 
@@ -52,6 +52,18 @@ def test_each_mode_serves_the_same_workers_and_gpus(model: Path, mode: str, monk
         assert extra["cpu_bytes_to_use"] == 3_000_000_000
     if "kvtier" in mode:
         assert ("--hot" in found["Store-0"].command) is (mode != "kvtier-disk")
+
+
+def test_memory_and_disk_differ_in_the_target_alone_and_share_a_cluster(model: Path) -> None:
+    options = options_of(model, "--workers", "2", "--gpus-per-worker", "0", "--hot", "1G", "--capacity", "2G")
+    memory = deployment_of(options, "kvtier-memory", model)
+    disk = deployment_of(options, "kvtier-disk", model, beside=memory)
+    assert [one.of("VllmWorker").flags for one in (memory, disk)] == [memory.of("VllmWorker").flags] * 2
+    assert set(memory.of("Store").flags) - set(disk.of("Store").flags) == {"hot", "durability"}
+    assert memory.of("Store").flags["listen"] == disk.of("Store").flags["listen"]
+    assert memory.of("Nats").flags == disk.of("Nats").flags
+    assert by_cluster(["kvtier-disk", "stock", "kvtier-memory"]) == [["stock"], ["kvtier-memory", "kvtier-disk"]]
+    assert by_cluster(["kvtier-disk", "stock"]) == [["kvtier-disk"], ["stock"]]
 
 
 def test_stock_workers_publish_their_events_each_at_a_port_of_its_own(model: Path) -> None:
