@@ -321,7 +321,11 @@ def _owner(adapter: LoRARequest | None) -> _Owner | None:
 
 def _find_executor(config: VllmConfig) -> Any:
     """The executor of the engine that this code runs in, which vLLM shows no connector."""
+    frozen = gc.get_freeze_count()  # one that computes in this process has frozen the heap, and is not listed
+    gc.unfreeze()
     found = [one for one in gc.get_objects() if issubclass(type(one), Executor)]
+    if frozen:
+        gc.freeze()
     ours = [one for one in found if one.vllm_config is config] or (found if len(found) == 1 else [])
     if not ours:
         raise RuntimeError(

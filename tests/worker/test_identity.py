@@ -64,6 +64,17 @@ def identity(ranks: Ranks, *, alike: bool = True) -> Identity:
         return Identity(ranks.vllm_config, LAYOUT, RANKS, alike=alike)
 
 
+def test_the_executor_is_found_in_a_heap_that_is_frozen() -> None:
+    """As vLLM leaves it once an engine of one GPU has warmed up: its ranks are in the engine's own process."""
+    ranks = Ranks(Config())
+    gc.freeze()
+    try:
+        assert identity_module._find_executor(ranks.vllm_config) is ranks
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+
+
 def established(ranks: Ranks) -> Identity:
     one = identity(ranks)
     assert one.establish() == ""
