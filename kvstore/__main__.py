@@ -30,6 +30,7 @@ from kvstore.disk.log import Log
 from kvstore.disk.shelf import Rack, Shelf
 from kvstore.errors import ConfigError, UnavailableError, run_command, validated
 from kvstore.net import membership, tenants, tls, transport
+from kvstore.net.ahead import OUTCOMES as AHEAD_OUTCOMES
 from kvstore.net.etcd import checked_servers
 from kvstore.net.lobby import Lobby
 from kvstore.net.queues import DROP_REASONS
@@ -243,6 +244,16 @@ class Metrics(Collector):
         for reason in DROP_REASONS:
             dropped.add_metric([reason], status.dropped.get(reason, 0))
         yield dropped
+        ahead = CounterMetricFamily(
+            "kvtier_target_read_ahead_chunks",
+            "Chunks of prefetches, by outcome: memory: there already; absent; refused: beyond the peer's share; read; "
+            "expired: the device was busy; no_room: the hot cache is in use; failed: the read. used: read, and then "
+            "asked for by a GET",
+            labels=["outcome"],
+        )
+        for name in AHEAD_OUTCOMES:
+            ahead.add_metric([name], status.read_ahead.get(name, 0))
+        yield ahead
         for name, text, value in (
             ("sent_bytes", "Payload bytes sent", status.sent_bytes),
             ("received_bytes", "Payload bytes received", status.received_bytes),

@@ -11,6 +11,7 @@ of use.
 
 import bisect
 import fcntl
+import math
 import mmap
 import os
 import threading
@@ -31,7 +32,7 @@ _F_SEAL_FUTURE_WRITE = 0x10  # since Linux 5.1; not in fcntl
 class Buffer:
     """Page-aligned memory of `record_bytes(length)`, in use by one or more holders or kept as cache."""
 
-    __slots__ = ("crc", "holders", "key", "length", "offset", "view")
+    __slots__ = ("crc", "holders", "is_ahead", "key", "length", "offset", "used_at", "view")
 
     def __init__(self, view: memoryview, offset: int, length: int):
         self.view = view
@@ -40,6 +41,8 @@ class Buffer:
         self.holders = 1
         self.key = b""  # of the value it is kept for
         self.crc = 0
+        self.used_at = 0.0  # when the value was kept, or asked for last
+        self.is_ahead = False  # read before it was asked for, and not asked for yet
 
     @property
     def record(self) -> memoryview:
@@ -120,6 +123,8 @@ class BufferPool:
         self._dirty_bytes = 0  # of whole buffers, which are not among those held
         self._kept_bytes = 0
         self._held_bytes = 0  # by those who are filling or sending it
+        self.is_growing = True  # not all of the arena is touched yet
+        self.ahead_used = 0  # values that were read ahead, and then asked for
         self._returned = threading.Condition()
         threading.Thread(target=self._touch, name="kvtier-touch", daemon=True).start()
 
@@ -162,6 +167,27 @@ class BufferPool:
         self._held_bytes += size
         return Buffer(self.arena[offset : offset + size], offset, length)
 
+    def take_unused(self, length: int, since: float) -> Buffer | None:
+        """The same out of memory that is free, or of values that nobody asked for after `since` (time.monotonic());
+        None if that is not enough."""
+        size = record_bytes(length)
+        with self._returned:
+            while (offset := self.arena.take(size)) is None:
+                if not self._drop_oldest(since):
+                    return None
+            self._held_bytes += size
+            return Buffer(self.arena[offset : offset + size], offset, length)
+
+    def touch(self, key: bytes) -> None:
+        """A value that is there will be asked for."""
+        with self._returned:
+            if key in self._values:
+                self._use(key, self._values[key])
+
+    def _use(self, key: bytes, buffer: Buffer) -> None:
+        self._values.move_to_end(key)
+        buffer.used_at = time.monotonic()
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._dirty or key in self._values  # the way that a chunk moves
 
@@ -172,20 +198,24 @@ class BufferPool:
             if buffer is None or buffer.length != length:
                 return None
             if key in self._values:
-                self._values.move_to_end(key)
+                self._use(key, buffer)
+            if buffer.is_ahead:
+                buffer.is_ahead = False
+                self.ahead_used += 1
             if not buffer.holders:
                 self._held_bytes += len(buffer.view)
             buffer.holders += 1
             return buffer
 
-    def keep(self, key: bytes, buffer: Buffer, crc: int) -> None:
+    def keep(self, key: bytes, buffer: Buffer, crc: int, *, is_ahead: bool = False) -> None:
         """From now on `buffer`, which the caller holds and nobody may write to any more, is found under `key`."""
         if not self._keeps_values:
             return
         with self._returned:
             if key not in self and not buffer.key:
-                buffer.key, buffer.crc = key, crc
+                buffer.key, buffer.crc, buffer.is_ahead = key, crc, is_ahead
                 self._values[key] = buffer
+                self._use(key, buffer)
                 self._kept_bytes += buffer.length
 
     def keep_dirty(self, key: bytes, buffer: Buffer, crc: int) -> None:
@@ -203,6 +233,7 @@ class BufferPool:
         """The dirty value is on disk now: from now on it is one like the others."""
         with self._returned:
             self._values[key] = self._no_more_dirty(key)
+            self._use(key, self._values[key])
 
     def discard(self, key: bytes) -> None:
         """The dirty value is not to be found any more. Those that are sending it hold its buffer still."""
@@ -237,9 +268,12 @@ class BufferPool:
                         self.arena.give_back(buffer.offset, len(buffer.view))
             self._returned.notify_all()  # who comes first may want more than this, another one less
 
-    def _drop_oldest(self) -> bool:
-        """Forget the value that was not asked for for the longest time. Those that somebody holds are passed over."""
+    def _drop_oldest(self, since: float = math.inf) -> bool:
+        """Forget the value that was not asked for for the longest time, unless that was after `since`. Those that
+        somebody holds are passed over."""
         for key, buffer in self._values.items():
+            if buffer.used_at > since:
+                return False
             if not buffer.holders:
                 self._forget(key)
                 return True
@@ -255,4 +289,5 @@ class BufferPool:
             with self._returned:
                 self.arena.give_back(start, len(piece))
                 self._returned.notify_all()
+        self.is_growing = False
         os.close(zeros)

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,6 +81,8 @@ class Device:
         self.files = files or Files()
         self.segment_bytes = int(segment_bytes or stored_segment_bytes(path) or default_segment_bytes(capacity_bytes))
         self.shared = shared
+        # Whether those who read and write here have something to do. Who may wait for that looks at `is_busy`.
+        self.users: list[Callable[[], bool]] = []
         self._closed = False
         self._namespaces = list(namespaces)
         self._lock = threading.Lock()
@@ -103,6 +105,10 @@ class Device:
     def epoch(self) -> int:
         """Grows with every start, and with every namespace that comes while the target runs."""
         return self._block.epoch
+
+    @property
+    def is_busy(self) -> bool:
+        return any(is_busy() for is_busy in self.users.copy())
 
     def begin(self) -> None:
         """Make the device ready to be written to. Raises ConfigError."""

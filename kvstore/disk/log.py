@@ -212,6 +212,11 @@ class Log:
     # ---- what callers do
 
     @property
+    def device(self) -> Device:
+        """Where it lies, maybe with other logs."""
+        return self._device
+
+    @property
     def held_bytes(self) -> int:
         """Space that is this log's."""
         return len(self._held) * self.segment_bytes
@@ -309,6 +314,24 @@ class Log:
             live = places == np.arange(base + number, base + number + len(places))
             yield record.announced(table)[live]
 
+    def keys_of(self, fingerprint: int, router_hashes: Sequence[int], count: int) -> Iterator[dict[int, bytes]]:
+        """The keys of visible chunks by router hash, those stored last first, in parts of about `count` entries that
+        are looked at. What comes, goes or moves meanwhile may be missed."""
+        wanted = np.unique(np.array(router_hashes, np.uint64))
+        with self._changed:
+            dirty = list(self._dirty.values())
+            segments = sorted(self._segments.values(), key=lambda segment: -segment.stamp.generation)
+        among = set(router_hashes)
+        yield {one.router_hash: one.key for one in dirty if one.router_hash in among and one.fingerprint == fingerprint}
+        for segment in segments:
+            for number in range(0, len(segment), count):
+                table = bytes(segment.table[number * ENTRY_BYTES : (number + count) * ENTRY_BYTES])
+                entries = record.announced(table)
+                at = np.searchsorted(wanted, entries["router_hash"]) % max(1, len(wanted))
+                found = (wanted[at] == entries["router_hash"]) & (entries["fingerprint"] == fingerprint)
+                matches = [record.unpack_entry(table, int(place)) for place in np.flatnonzero(found)]
+                yield {one.router_hash: one.key for one in matches if one.key in self}
+
     def page(self, place: tuple[int, int], count: int) -> tuple[list[Entry], tuple[int, int] | None]:
         """The written chunks among the next `count` entries of one segment, and the place to go on from, None at the
         end. A place is a segment's generation and the number of an entry, (0, 0) the first. Chunks that come, go or
@@ -373,11 +396,12 @@ class Log:
         """Whether the chunk is dirty and was asked for."""
         return key in self._used
 
-    def read(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Found | None]:
+    def read(self, keys: Sequence[bytes], buffers: Sequence[Buffer], *, are_used: bool = True) -> list[Found | None]:
         """Read each chunk into the buffer at its place; None for those that are not there, or not as long as their
-        buffers. Neighbours on the device are read at once."""
+        buffers. Neighbours on the device are read at once. Chunks that are not used yet are not worth more to
+        eviction."""
         with self._changed:
-            places = [self._pin(key, buffer.length) for key, buffer in zip(keys, buffers, strict=True)]
+            places = [self._pin(key, buffer.length, are_used) for key, buffer in zip(keys, buffers, strict=True)]
         found: list[Found | None] = [None] * len(keys)
         try:
             for run in _runs(_Record(number, *place) for number, place in enumerate(places) if place is not None):
@@ -453,7 +477,7 @@ class Log:
 
     # ---- reading
 
-    def _pin(self, key: bytes, length: int) -> tuple[_Segment, Entry] | None:
+    def _pin(self, key: bytes, length: int, is_used: bool) -> tuple[_Segment, Entry] | None:
         """Keep the chunk's place from being reused until `readers` is counted down."""
         where = self._index.get(key)
         if where is None:
@@ -463,7 +487,8 @@ class Log:
         entry = segment.entry(number)
         if entry.length != length:
             return None
-        self._eviction.hit(slot, number)
+        if is_used:
+            self._eviction.hit(slot, number)
         segment.readers += 1
         return segment, entry
 

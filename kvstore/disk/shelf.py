@@ -45,6 +45,11 @@ class Shelf:
         for log in self.logs:
             yield from log.announced(count)
 
+    def keys_of(self, fingerprint: int, router_hashes: Sequence[int], count: int) -> Iterator[dict[int, bytes]]:
+        """`Log.keys_of` of all logs."""
+        for log in self.logs:
+            yield from log.keys_of(fingerprint, router_hashes, count)
+
     def page(self, place: tuple[int, int, int], count: int) -> tuple[list[Entry], tuple[int, int, int] | None]:
         """`Log.page` of one log after the other; a place begins with the log's number."""
         number, *within = place

@@ -143,6 +143,23 @@ class StoreClient:
         """HIT or MISS for each key, at the target where it is placed."""
         return [outcome for outcome, _ in self._look_up(keys, deadline)]
 
+    def prefetch(
+        self, keys: Sequence[bytes], deadline: float, *, targets: Sequence[str | None] | None = None
+    ) -> list[Outcome]:
+        """Have the targets read chunks from disk into memory, with the lowest priority; `keys` are in the order of
+        their prompt. HIT for each that is in memory already, STORED for each that will be read if it finds room,
+        REFUSED for the others: the target has no hot cache, does not know this, or was asked for too much."""
+
+        def prefetch(names: Sequence[bytes], wanted: Sequence[int], _: SealKey | None) -> list[Outcome]:
+            return self._spread(
+                names,
+                [0] * len(names),
+                None if targets is None else [targets[index] for index in wanted],
+                lambda line, part: line.prefetch([names[index] for index in part], deadline),
+            )
+
+        return self._under_each_name(keys, prefetch)
+
     def locate(self, keys: Sequence[bytes], deadline: float) -> list[str | None]:
         """The target that has each key, None where none says so."""
         return [target if outcome is Outcome.HIT else None for outcome, target in self._look_up(keys, deadline)]
@@ -319,6 +336,7 @@ class _TargetLine:
         self.failure = ""  # the last one's reason
         self._closed = False
         self._value_bytes_max = wire.VALUE_BYTES_MAX
+        self._prefetches = False  # whether the target does
 
     def get(
         self,
@@ -446,14 +464,24 @@ class _TargetLine:
         return seal_key.seal(item.key, item.payload, self._seal.mode)
 
     def exists(self, keys: Sequence[bytes], deadline: float) -> list[Outcome]:
+        return self._outcomes(Op.EXISTS, wire.Exists(list(keys)), Op.FOUND, len(keys), deadline)
+
+    def prefetch(self, keys: Sequence[bytes], deadline: float) -> list[Outcome]:
+        return self._outcomes(Op.PREFETCH, wire.Prefetch(list(keys)), Op.PREFETCHED, len(keys), deadline)
+
+    def _outcomes(self, op: Op, ask: msgspec.Struct, answers: Op, count: int, deadline: float) -> list[Outcome]:
+        """A question about `count` keys."""
         answer: list[Outcome] = []
 
         def exchange(stream: Stream, request: int) -> None:
-            stream.send([wire.encode(Header(Op.EXISTS, request), wire.Exists(list(keys)))], deadline)
-            answer.extend(_receive(stream, Op.FOUND, request, deadline, wire.Outcomes, len(keys)).outcomes)
+            if op is Op.PREFETCH and not self._prefetches:
+                answer.extend([Outcome.REFUSED] * count)
+                return
+            stream.send([wire.encode(Header(op, request), ask)], deadline)
+            answer.extend(_receive(stream, answers, request, deadline, wire.Outcomes, count).outcomes)
 
         failure = self._exchange(exchange, deadline)
-        return answer or [failure] * len(keys)
+        return answer or [failure] * count
 
     def stat(self, deadline: float) -> wire.Status:
         return self._ask(Op.STAT, None, Op.STATUS, wire.Status, deadline)
@@ -675,7 +703,7 @@ class _TargetLine:
             welcome = _greet(stream, hello, self._credential, over_tcp, deadline)
             if self._carrier is not None and welcome.carrier_greeting:
                 stream.carrier_target = self._reach(self._carrier, stream, welcome.carrier_greeting, deadline)
-        self._value_bytes_max = welcome.value_bytes_max
+        self._value_bytes_max, self._prefetches = welcome.value_bytes_max, welcome.prefetches
         return welcome
 
     def _reach(self, carrier: Borrower, stream: Stream, greeting: bytes, deadline: float) -> Any:

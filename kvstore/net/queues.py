@@ -206,6 +206,13 @@ class ReadQueue:
         """What the device read when all threads were busy; 0 if that was not lately."""
         return self._speed if time.monotonic() < self._speed_until else 0.0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a read is under way, or could be."""
+        now = time.monotonic()
+        with self._changed:
+            return self._under_way > 0 or any(client.next(now) for client in self._turns.values())
+
     def submit(self, reads: Sequence[Read]) -> None:
         """Queue reads of one reader; those that make no sense any more are answered before this returns."""
         refused = []
@@ -399,6 +406,10 @@ class WriteQueue:
     def bytes_max(self) -> int:
         """Dirty chunks are no more than half of what the log may hold, which may change."""
         return min(self._bytes_max, self._log.capacity_bytes // 2) if self._behind else self._bytes_max
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._backlog) or self._writing_bytes > 0
 
     def join(self, key: bytes, done: Callable[[Outcome], None]) -> bool:
         """If the chunk is on its way already, and not stored, `done` hears of it, too."""

@@ -25,6 +25,7 @@ from kvstore.disk.log import Log, Value
 from kvstore.disk.shelf import Shelf
 from kvstore.net import transport, wire
 from kvstore.net.accept import Acceptor
+from kvstore.net.ahead import ReadAhead
 from kvstore.net.backlog import Standing, Write
 from kvstore.net.carrier import MEMORY, Lender, lender
 from kvstore.net.queues import BATCH_BYTES, Answer, Read, Reader, ReadQueue, Want, WriteQueue
@@ -113,6 +114,10 @@ class Target(Acceptor):
         self._reads = {log: ReadQueue(log, self.pool) for log in shelf.logs}
         share = (dirty_bytes or buffer_bytes // 2) // len(shelf.logs)
         self._writes = {log: WriteQueue(log, self.pool, share, behind=self._behind) for log in shelf.logs}
+        self._users = [(log.device, self._busy(log)) for log in shelf.logs]
+        for device, is_busy in self._users:
+            device.users.append(is_busy)
+        self._ahead = ReadAhead(shelf, self.pool, self._batch_bytes) if hot_bytes else None
         self._connections: dict[_Connection, threading.Thread] = {}
         self._lock = threading.Lock()
         self._complaints = 0  # since the last one that was logged
@@ -153,8 +158,17 @@ class Target(Acceptor):
         flushed_by = time.monotonic() + (self._flush_seconds if flush_seconds is None else flush_seconds)
         for writes in self._writes.values():
             writes.stop(flushed_by)
+        if self._ahead:
+            self._ahead.stop()
+        for device, is_busy in self._users:
+            if is_busy in device.users:
+                device.users.remove(is_busy)
         for reads in self._reads.values():
             reads.stop()
+
+    def _busy(self, log: Log) -> Callable[[], bool]:
+        reads, writes = self._reads[log], self._writes[log]
+        return lambda: reads.is_busy or writes.is_busy
 
     # ---- connections
 
@@ -289,7 +303,7 @@ class Target(Acceptor):
         if self._lender is not None and self._lends(self._lender, connection, hello):
             connection.lender = self._lender
         greeting = connection.lender.greeting() if connection.lender else b""
-        welcome = wire.Welcome(self.name, self.epoch, limit, near, greeting)
+        welcome = wire.Welcome(self.name, self.epoch, limit, near, greeting, prefetches=self._ahead is not None)
         if sign is not None:
             welcome = msgspec.structs.replace(welcome, proof=sign(welcome))
         elif hello.pass_id:
@@ -328,8 +342,11 @@ class Target(Acceptor):
                 outcomes = [Outcome.HIT if key in self.shelf else Outcome.MISS for key in keys]
                 if not self.readable:
                     outcomes = [Outcome.REFUSED] * len(keys)
-                connection.owe(1)
-                connection.send([_Message([wire.encode(Header(Op.FOUND, header.request), wire.Outcomes(outcomes))])])
+                self._send_outcomes(connection, Header(Op.FOUND, header.request), outcomes)
+            case Op.PREFETCH:
+                keys = wire.decode_control(control, wire.Prefetch).keys
+                outcomes = self.prefetch(keys, connection.incoming.peer)
+                self._send_outcomes(connection, Header(Op.PREFETCHED, header.request), outcomes)
             case Op.STAT:
                 connection.owe(1)
                 connection.send([_Message([wire.encode(Header(Op.STATUS, header.request), self.status())])])
@@ -339,6 +356,10 @@ class Target(Acceptor):
                 connection.taken(header.request, wire.decode_control(control, wire.Taken).number)
             case _:
                 raise ProtocolError(f"{header.op.name} is not a request")
+
+    def _send_outcomes(self, connection: "_Connection", header: Header, outcomes: list[Outcome]) -> None:
+        connection.owe(1)
+        connection.send([_Message([wire.encode(header, wire.Outcomes(outcomes))])])
 
     def _list(self, connection: "_Connection", request: int, ask: wire.List) -> None:
         """A key is what a client without a credential must know to read a chunk: it is not told any."""
@@ -363,6 +384,12 @@ class Target(Acceptor):
         ]
         connection.owe(1)
         connection.send([_Message([wire.encode(Header(Op.LISTED, request), wire.Listed(chunks, cursor))])])
+
+    def prefetch(self, keys: Sequence[bytes], peer: str) -> list[Outcome]:
+        """Read chunks ahead for `peer`, whoever asks for them later; see `ReadAhead.submit`."""
+        if self._ahead is None or not self.readable:
+            return [Outcome.REFUSED] * len(keys)
+        return self._ahead.submit(keys, peer)
 
     def _made_room(self) -> None:
         for reads in self._reads.values():
@@ -559,6 +586,7 @@ class Target(Acceptor):
                 dirty_bytes=stats.dirty_bytes,
                 dirty_entries=stats.dirty_entries,
                 dirty_bytes_max=sum(writes.bytes_max for writes in self._writes.values()) if self._behind else 0,
+                read_ahead=self._ahead.counts if self._ahead else {},
                 dropped=sum((writes.dropped for writes in self._writes.values()), Counter()),
                 operations=operations,
                 key_versions=key_versions,

@@ -155,6 +155,11 @@ class Stream:
         """Whether the peer is on this host and runs as the same user."""
         return self.is_unix and _peer_uid(self._socket) == os.getuid()
 
+    @property
+    def peer(self) -> str:
+        """Who is at the other end, as the kernel says: an IP address, or a user of this host. Raises OSError."""
+        return f"user {_peer_uid(self._socket)}" if self.is_unix else str(self._socket.getpeername()[0])
+
     def twin(self) -> "Stream":
         return Stream(self._socket.dup())
 

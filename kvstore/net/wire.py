@@ -48,6 +48,8 @@ class Op(enum.IntEnum):
     PROVE = 17  # answered by WELCOME
     LIST = 19
     LISTED = 20
+    PREFETCH = 21
+    PREFETCHED = 22
     PLACED = 14  # in place of a VALUE: the data is to be fetched from the target's memory (carrier.py)
 
 
@@ -119,6 +121,7 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True):
     # Over TCP, with the path of a UNIX socket: what the target has to prove there, so that it is no other.
     pass_id: Nonce = b""
     pass_key: Proof = b""
+    prefetches: bool = False  # whether the target takes PREFETCH; targets before release 0.2 do not
 
 
 class Get(msgspec.Struct, array_like=True, frozen=True):
@@ -161,6 +164,10 @@ class Put(msgspec.Struct, array_like=True, frozen=True):
 
 class Exists(msgspec.Struct, array_like=True, frozen=True):
     keys: Keys
+
+
+class Prefetch(msgspec.Struct, array_like=True, frozen=True):
+    keys: Keys  # in the order of their prompt: the end is dropped first
 
 
 Cursor = tuple[U16, U64, U32]  # the target's own: where its list goes on
@@ -217,6 +224,7 @@ class Status(msgspec.Struct, frozen=True):
     dirty_entries: int = 0
     dirty_bytes_max: int = 0  # 0: none is visible before it is written
     dropped: dict[str, int] = {}  # chunks by reason (queues.DROP_REASONS)
+    read_ahead: dict[str, int] = {}  # chunks of PREFETCH by outcome (ahead.OUTCOMES)
 
 
 class Failure(msgspec.Struct, array_like=True, frozen=True):

@@ -33,7 +33,7 @@ from tests.conftest import MIB, RunningTarget, append, eventually, item, key, pa
 LENGTH = 100_000
 RECORD = record_bytes(LENGTH)
 KINDS = [wire.Hello, wire.Get, wire.Put, wire.Exists, wire.Outcomes, wire.Status, wire.Failure, wire.Taken]
-KINDS += [wire.List, wire.Listed]
+KINDS += [wire.List, wire.Listed, wire.Prefetch]
 
 
 class Gate(Files):
