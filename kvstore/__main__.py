@@ -38,7 +38,7 @@ from kvstore.net.target import FLUSH_SECONDS, Target
 from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.scrape import Scrapes
-from kvstore.tenancy import Settings, Tenancy, fit_connections, report
+from kvstore.tenancy import Settings, Tenancy, fit_connections, report, warm
 from kvstore.text import masked
 
 logger = logging.getLogger("kvstore")
@@ -497,6 +497,7 @@ async def _serve_one(options: Options) -> None:
     if line:
         tasks.append(asyncio.create_task(residency.announce(announcer, line, namespace)))
         tasks.append(asyncio.create_task(report(target, line, namespace)))
+        tasks.append(asyncio.create_task(warm(target, line, namespace)))
     if server_tls:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server_tls.reload)
     stop = _stop_signal()

@@ -23,7 +23,8 @@ from components.router.speeds import LiveSpeeds
 from components.router.view.access import VARIABLE, Access, page_access
 from components.router.view.feed import Feed
 from components.router.view.page import open_page
-from components.router.view.question import explain_handler
+from components.router.view.question import Prompts, explain_handler, warm_handler
+from components.router.warm import Warmer
 from components.router.workers import Workers
 from kvstore.bus import messages, residency
 from kvstore.bus.messages import Bus, TargetReport, WorkerReport
@@ -167,7 +168,8 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument(
         "--page-open",
         action="store_true",
-        help="show the page without a token to everybody who can reach it: for closed networks; `explain` is off then",
+        help="show the page without a token to everybody who can reach it: for closed networks; `explain` and "
+        "`POST /warm` are off then",
     )
     return validated(Options, vars(parser.parse_args(argv)))
 
@@ -223,9 +225,13 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
         every.append(decoders)
         tracked.append(decode_cards)
     router.decisions.watch(speeds, mirror, line.undecoded)
-    explain = explain_handler(router, options.model_path or options.model_name)
+    prompts = Prompts(options.model_path or options.model_name)
+    questions = {
+        "/explain": explain_handler(router, prompts),
+        "/warm": warm_handler(Warmer(router, line, namespace), prompts),
+    }
     feed = Feed(router.decisions, workers, speeds, mirror, model=options.model_name, connected=lambda: line.connected)
-    page = await open_page(access, feed, explain) if access else None
+    page = await open_page(access, feed, questions) if access else None
     if page is not None:
         tasks.append(asyncio.create_task(feed.run()))
     # With the labels of Dynamo's own series.

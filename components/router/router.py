@@ -36,6 +36,7 @@ from components.router.failures import (
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Card, Workers
+from kvstore.bus.messages import WorkerReport
 from kvstore.bus.plan import FIELD, Plan, make_plan
 from kvstore.bus.residency import Mirror
 from kvstore.keys import sequence_hashes
@@ -226,13 +227,27 @@ class Router:
         chosen, choices, _ = await self._priced(request, (), lambda missing: None)
         return explained("", len(request["token_ids"]), chosen, choices)
 
+    def stored(self, request: Request) -> tuple[int, dict[tuple[str, int], list[int]]]:
+        """How many full blocks the prompt has; and by target and fingerprint, the hashes of its chunks that the store
+        has, in their order."""
+        identity, now = _identity(request), self._clock()
+        hashes = sequence_hashes(request["token_ids"], self._block_tokens, **identity)
+        reports = (self._workers.report(worker, self._block_tokens, now) for worker in self._workers.cards)
+        found: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        for fingerprint, blocks_per_chunk in {_layout(one, identity["lora_name"]) for one in reports if one}:
+            chunks = hashes[blocks_per_chunk - 1 :: blocks_per_chunk]
+            for chunk, target in zip(chunks, self._mirror.locate(fingerprint, chunks, now), strict=True):
+                if target is not None:
+                    found[target, fingerprint].append(chunk)
+        return len(hashes), found
+
     async def _priced(
         self, request: Request, failed: Collection[int], fell_back: Callable[[str], None]
     ) -> tuple[Choice, Choices, dict[str, float]]:
         """The choice, the cheapest of each candidate, and the seconds that each stage took."""
         tokens = request["token_ids"]
         routing = request.get("routing") or {}
-        identity = {"lora_name": routing.get("lora_name"), "cache_namespace": routing.get("cache_salt")}
+        identity = _identity(request)
         begun = time.perf_counter()
         hashes = sequence_hashes(tokens, self._block_tokens, **identity)
         hashed = time.perf_counter()
@@ -334,9 +349,7 @@ class Router:
             else:
                 blocks_per_chunk, chunk_bytes = report.blocks_per_chunk, report.chunk_bytes
                 prefill_share = report.prefill_share
-                # An adapter of one name may be another one on another worker; 0, of no chunk, where none is known.
-                of_adapter = report.adapters.get(adapter, 0) if adapter else report.fingerprint
-                layout = of_adapter, blocks_per_chunk
+                layout = _layout(report, adapter)
                 if layout not in stores:
                     stores[layout] = self._locate(*layout, hashes, now)
                 store = stores[layout]
@@ -624,6 +637,18 @@ def _with_engine_data(output: dict[str, Any], told: dict[str, Any]) -> dict[str,
     if not told or not output.get("finish_reason"):
         return output
     return {**output, "engine_data": {**(output.get("engine_data") or {}), **told}}
+
+
+def _identity(request: Request) -> dict[str, Any]:
+    """What else than its tokens tells a prompt's KV from another one's."""
+    routing = request.get("routing") or {}
+    return {"lora_name": routing.get("lora_name"), "cache_namespace": routing.get("cache_salt")}
+
+
+def _layout(report: WorkerReport, adapter: str | None) -> tuple[int, int]:
+    """Fingerprint of a worker's chunks, and blocks in each."""
+    # An adapter of one name may be another one on another worker; 0, of no chunk, where none is known.
+    return report.adapters.get(adapter, 0) if adapter else report.fingerprint, report.blocks_per_chunk
 
 
 def _tokens(output: dict[str, Any]) -> int:

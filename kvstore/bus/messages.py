@@ -11,12 +11,12 @@ import re
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
+from nats.aio.subscription import DEFAULT_SUB_PENDING_MSGS_LIMIT, Subscription
 from nats.errors import Error as NatsError
 from nats.errors import SecureConnRequiredError
 
@@ -29,11 +29,15 @@ logger = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
 _ANSWERS_MAX = 8  # kept of a conversation; one is expected at a time
 HEARTBEAT_SECONDS = 1.0
+WARM_HASHES_MAX = 4096
 _RECONNECT: dict[str, Any] = {
     "reconnect_time_wait": 0.5,
     "max_reconnect_attempts": -1,
     "pending_size": 1 << 20,  # held while disconnected; more is dropped, which a mirror notices as a gap
 }
+
+
+RouterHash = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Residency(msgspec.Struct, array_like=True, frozen=True):
@@ -84,6 +88,23 @@ class Replay(msgspec.Struct, array_like=True, frozen=True):
 
     seq: int
     messages: list[Residency]
+
+
+class Warm(msgspec.Struct, array_like=True, frozen=True):
+    """Asks `warm.<target>` to read a prompt's chunks, in their order, into memory: the prompt is about to come."""
+
+    fingerprint: int
+    hashes: Annotated[list[RouterHash], msgspec.Meta(min_length=1, max_length=WARM_HASHES_MAX)]
+
+
+class Warmed(msgspec.Struct, array_like=True, frozen=True):
+    """Of the chunks asked for, how many are in memory already, are being read, stay on disk, and are not there."""
+
+    target: str
+    memory: int
+    reading: int
+    refused: int
+    absent: int
 
 
 class WorkerReport(msgspec.Struct, frozen=True):
@@ -197,9 +218,15 @@ class Bus:
         return True
 
     async def subscribe(
-        self, to: str, kind: type[Message], handler: Callable[[Message], Awaitable[msgspec.Struct | None]]
+        self,
+        to: str,
+        kind: type[Message],
+        handler: Callable[[Message], Awaitable[msgspec.Struct | None]],
+        *,
+        waiting_max: int = DEFAULT_SUB_PENDING_MSGS_LIMIT,
     ) -> Subscription:
-        """Call `handler` for every message; what it returns is sent back to a requester."""
+        """Call `handler` for every message, one after the other; what it returns is sent back to a requester. Of those
+        that come meanwhile `waiting_max` wait, the others are dropped."""
 
         async def receive(raw: Msg) -> None:
             try:
@@ -212,7 +239,7 @@ class Bus:
             if answer is not None and raw.reply:
                 await self.publish(raw.reply, answer)
 
-        return await self._client.subscribe(to, cb=receive)
+        return await self._client.subscribe(to, cb=receive, pending_msgs_limit=waiting_max)
 
     @contextlib.asynccontextmanager
     async def conversation(self, to: str) -> AsyncIterator["Conversation"]:

@@ -19,7 +19,7 @@ from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from nats.errors import Error as NatsError
@@ -90,6 +90,7 @@ _RELEASED_BYTES = 4 << 20
 _U64 = (1 << 64) - 1
 
 Hashes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
+Part = TypeVar("Part")
 Steps: TypeAlias = Generator[None, None, bool]
 Slots: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 Lanes: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.uint16]]"
@@ -179,7 +180,7 @@ class Announcer:
         """Takes long, and little of any second: other threads come first. For one thread at a time."""
         with self._lock:
             seq = self._seq
-        pages = list(itertools.islice(_paged(_unhurried(self._announced(_WALK_ENTRIES))), _PAGES_MAX))
+        pages = list(itertools.islice(_paged(unhurried(self._announced(_WALK_ENTRIES))), _PAGES_MAX))
         with self._lock:
             self._snapshots = [*self._snapshots[1 - _SNAPSHOTS_KEPT :], _Snapshot(seq, pages)]
 
@@ -227,7 +228,7 @@ def _hashes_in(message: Residency) -> int:
     return len(message.stored) + len(message.removed)
 
 
-def _unhurried(parts: Iterable[Announced]) -> Iterator[Announced]:
+def unhurried(parts: Iterable[Part]) -> Iterator[Part]:
     """The parts, with pauses in which other threads run: what is done with a part keeps the interpreter busy."""
     begun = time.monotonic()
     for part in parts:

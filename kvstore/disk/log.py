@@ -315,8 +315,9 @@ class Log:
             yield record.announced(table)[live]
 
     def keys_of(self, fingerprint: int, router_hashes: Sequence[int], count: int) -> Iterator[dict[int, bytes]]:
-        """The keys of visible chunks by router hash, those stored last first, in parts of about `count` entries that
-        are looked at. What comes, goes or moves meanwhile may be missed."""
+        """The keys of those visible chunks that have one of `router_hashes`, which are not none. Those stored last come
+        first, a part for each `count` entries that were looked at. What comes, goes or moves meanwhile may be
+        missed."""
         wanted = np.unique(np.array(router_hashes, np.uint64))
         with self._changed:
             dirty = list(self._dirty.values())
@@ -327,7 +328,7 @@ class Log:
             for number in range(0, len(segment), count):
                 table = bytes(segment.table[number * ENTRY_BYTES : (number + count) * ENTRY_BYTES])
                 entries = record.announced(table)
-                at = np.searchsorted(wanted, entries["router_hash"]) % max(1, len(wanted))
+                at = np.searchsorted(wanted, entries["router_hash"]) % len(wanted)
                 found = (wanted[at] == entries["router_hash"]) & (entries["fingerprint"] == fingerprint)
                 matches = [record.unpack_entry(table, int(place)) for place in np.flatnonzero(found)]
                 yield {one.router_hash: one.key for one in matches if one.key in self}

@@ -23,11 +23,12 @@ from tests.router.test_page import decided, feed_of
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 CLOSED = ("/state", "/events", "/decisions", "/decisions/d1")
+ASKED = ("/explain", "/warm")
 OPEN = ("/metrics", "/page.css", "/main.js")
 
 
 async def asked(request: web.Request) -> web.Response:
-    """In place of the router's answer to /explain."""
+    """In place of the router's answer to a prompt."""
     return web.Response(body=await request.read())
 
 
@@ -35,7 +36,7 @@ async def asked(request: web.Request) -> web.Response:
 async def serving(access: Access) -> AsyncIterator[str]:
     decisions = Decisions(16)
     decided(decisions, "d1")
-    runner = await open_page(access, feed_of(decisions), asked)
+    runner = await open_page(access, feed_of(decisions), dict.fromkeys(ASKED, asked))
     try:
         yield f"http://127.0.0.1:{access.port}"
     finally:
@@ -63,8 +64,9 @@ async def test_a_page_with_a_token_shows_data_to_those_who_bring_it() -> None:
             for path in CLOSED:
                 async with session.get(path, headers=headers) as reply:
                     assert reply.status == status, (path, headers)
-            async with session.post("/explain", headers=headers, data=b"x") as reply:
-                assert reply.status == status
+            for path in ASKED:
+                async with session.post(path, headers=headers, data=b"x") as reply:
+                    assert reply.status == status
         for path in OPEN:
             async with session.get(path, headers={"Host": "any.example"}) as reply:
                 assert reply.status == 200

@@ -12,7 +12,7 @@ from components.router.router import Router
 from components.router.view import explain
 from components.router.view.access import page_access
 from components.router.view.page import open_page
-from components.router.view.question import explain_handler
+from components.router.view.question import Prompts, explain_handler
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.errors import ConfigError, UnavailableError
@@ -26,7 +26,8 @@ async def asked(tmp_path: Path) -> AsyncIterator[tuple[Router, str]]:
     model = make_tiny_model(tmp_path / "model", layers=1)
     router = make(KvRouter([1, 26]), mirror_with(8))  # now: its workers' reports age
     address = f"127.0.0.1:{free_port()}"
-    runner = await open_page(page_access(address), feed_of(router.decisions), explain_handler(router, str(model)))
+    questions = {"/explain": explain_handler(router, Prompts(str(model)))}
+    runner = await open_page(page_access(address), feed_of(router.decisions), questions)
     yield router, f"http://{address}"
     await runner.cleanup()
 

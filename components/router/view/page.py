@@ -1,4 +1,4 @@
-"""The router's page, and the same as JSON for tools: read-only, on loopback unless told otherwise.
+"""The router's page, and the same as JSON for tools, on loopback unless told otherwise.
 
 GET /                                what an operator looks at (static/)
 GET /events?worker=1a&source=store   its live data, an Update a second as server-sent events
@@ -6,12 +6,14 @@ GET /state                           totals, the last minute, workers, targets, 
 GET /decisions?limit=20&worker=1a    the latest first
 GET /decisions/<id>                  one, with every candidate and each term of its price
 POST /explain                        what would be decided of a prompt (question.py)
+POST /warm                           a prompt is about to come: targets read its chunks into memory
 GET /metrics                         Prometheus
 
 With a token (access.py), only /metrics and the page's own files are for everybody.
 """
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -38,6 +40,7 @@ _SLOW_SECONDS = 20.0
 # loads a tokenizer.
 _HEAD_SECONDS, _BODY_SECONDS, _ANSWER_SECONDS = 15.0, 10.0, 60.0
 _BODY_BYTES_MAX = 1 << 20
+NO_QUESTIONS: Mapping[str, Handler] = {}
 _STATIC = Path(__file__).parent / "static"
 _LOGIN = _STATIC / "login.html"
 _TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
@@ -51,7 +54,8 @@ _HEADERS = {
 }
 
 
-def make_app(feed: Feed, access: Access, explain: Handler | None = None) -> web.Application:
+def make_app(feed: Feed, access: Access, questions: Mapping[str, Handler]) -> web.Application:
+    """`questions` are handlers by path that tell whether a prompt is cached."""
     viewers: dict[asyncio.Task[object], str | None] = {}  # and the address of each
 
     async def state(_: web.Request) -> web.Response:
@@ -111,9 +115,9 @@ def make_app(feed: Feed, access: Access, explain: Handler | None = None) -> web.
                 request.transport.abort()
         return response
 
-    async def unexplained(_: web.Request) -> web.Response:
-        # It tells whether somebody's prompt is cached.
-        raise web.HTTPForbidden(text="explain: off without a token: start the router with --page-token-file\n")
+    async def unanswered(request: web.Request) -> web.Response:
+        what = request.path.removeprefix("/")
+        raise web.HTTPForbidden(text=f"{what}: off without a token: start the router with --page-token-file\n")
 
     async def log_in(request: web.Request) -> web.Response:
         given = (await request.post()).get("token", "")
@@ -164,7 +168,7 @@ def make_app(feed: Feed, access: Access, explain: Handler | None = None) -> web.
         for task in viewers:
             task.cancel()
 
-    closed = {"/state", "/events", "/explain"}
+    closed = {"/state", "/events", *questions}
     login = _LOGIN.read_bytes()
     app = web.Application(middlewares=[bounded], client_max_size=_BODY_BYTES_MAX)
     app.on_response_prepare.append(secured)
@@ -181,14 +185,13 @@ def make_app(feed: Feed, access: Access, explain: Handler | None = None) -> web.
     )
     if access.token is not None:
         app.add_routes([web.post("/login", log_in)])
-    if explain is not None:
-        app.add_routes([web.post("/explain", explain if access.explains else unexplained)])
+    app.add_routes([web.post(path, handler if access.explains else unanswered) for path, handler in questions.items()])
     return app
 
 
-async def open_page(access: Access, feed: Feed, explain: Handler | None = None) -> web.AppRunner:
+async def open_page(access: Access, feed: Feed, questions: Mapping[str, Handler] = NO_QUESTIONS) -> web.AppRunner:
     """Serve until the runner's cleanup. Raises UnavailableError if the address is taken."""
-    app = make_app(feed, access, explain)
+    app = make_app(feed, access, questions)
     runner = web.AppRunner(app, access_log=None, keepalive_timeout=_HEAD_SECONDS, lingering_time=1.0)
     await runner.setup()
     try:

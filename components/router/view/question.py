@@ -1,4 +1,5 @@
-"""POST /explain: what the router would do with a prompt now. Nothing is sent, counted or kept.
+"""Requests with a prompt. POST /explain: what the router would do with it now; nothing is sent, counted or kept.
+POST /warm: it is about to come, and targets read its chunks into memory (warm.py).
 
 The body, of 1 MiB at most, is JSON with one of `prompt` (text, as /v1/completions takes it), `messages` (as
 /v1/chat/completions does) and `token_ids`, and optionally `routing`, as Dynamo passes it to the router.
@@ -12,10 +13,13 @@ import msgspec
 from aiohttp import web
 
 from components.router.failures import NoWorker, Refused
-from components.router.router import Router
+from components.router.router import Request, Router
+from components.router.warm import Warmer
 
 Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+WARMS_MAX = 4
 
 
 class Routing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -38,25 +42,17 @@ class Question(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     routing: Routing = Routing()
 
 
-def explain_handler(router: Router, model_path: str) -> Handler:
-    """The model's tokenizer is loaded with the first text: most routers are never asked."""
-    tokenizers: list[Any] = []
-    turn = asyncio.Lock()  # a long text at a time
+class Prompts:
+    """Reads prompts out of requests. The model's tokenizer is loaded with the first text: most routers are never
+    asked."""
 
-    def tokens_of(question: Question) -> list[int]:
-        from transformers import AutoTokenizer
+    def __init__(self, model_path: str):
+        self._model_path = model_path
+        self._tokenizers: list[Any] = []
+        self._turn = asyncio.Lock()  # a long text at a time
 
-        if not tokenizers:
-            tokenizers.append(AutoTokenizer.from_pretrained(model_path))
-        if question.messages is not None:
-            tokens = tokenizers[0].apply_chat_template(
-                question.messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        else:  # like the frontend, which adds no special tokens to a text
-            tokens = tokenizers[0].encode(question.prompt, add_special_tokens=False)
-        return list(tokens)
-
-    async def explain(request: web.Request) -> web.Response:
+    async def read(self, request: web.Request) -> Request:
+        """The prompt as the frontend would send it. Raises HTTPBadRequest."""
         try:
             question = msgspec.json.decode(await request.read(), type=Question)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -68,12 +64,31 @@ def explain_handler(router: Router, model_path: str) -> Handler:
             )
         tokens = question.token_ids
         if tokens is None:
-            async with turn:
-                tokens = await asyncio.to_thread(tokens_of, question)
+            async with self._turn:
+                tokens = await asyncio.to_thread(self._tokens_of, question)
         if not tokens:
             raise web.HTTPBadRequest(text=f"{given[0]}: no token\n")
+        return {"token_ids": tokens, "routing": msgspec.to_builtins(question.routing)}
+
+    def _tokens_of(self, question: Question) -> list[int]:
+        from transformers import AutoTokenizer
+
+        if not self._tokenizers:
+            self._tokenizers.append(AutoTokenizer.from_pretrained(self._model_path))
+        if question.messages is not None:
+            tokens = self._tokenizers[0].apply_chat_template(
+                question.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        else:  # like the frontend, which adds no special tokens to a text
+            tokens = self._tokenizers[0].encode(question.prompt, add_special_tokens=False)
+        return list(tokens)
+
+
+def explain_handler(router: Router, prompts: Prompts) -> Handler:
+    async def explain(request: web.Request) -> web.Response:
+        prompt = await prompts.read(request)
         try:
-            decision = await router.explain({"token_ids": tokens, "routing": msgspec.to_builtins(question.routing)})
+            decision = await router.explain(prompt)
         except Refused as error:
             raise web.HTTPBadRequest(text=f"{error}\n") from None
         except NoWorker as error:
@@ -81,3 +96,19 @@ def explain_handler(router: Router, model_path: str) -> Handler:
         return web.Response(body=msgspec.json.encode(decision), content_type="application/json")
 
     return explain
+
+
+def warm_handler(warmer: Warmer, prompts: Prompts) -> Handler:
+    warming: list[str | None] = []  # for whom
+
+    async def warm(request: web.Request) -> web.Response:
+        if len(warming) >= WARMS_MAX or request.remote in warming:
+            raise web.HTTPTooManyRequests(text=f"warm: {WARMS_MAX} at a time, one for each address\n")
+        warming.append(request.remote)
+        try:
+            warmed = await warmer.warm(await prompts.read(request))
+        finally:
+            warming.remove(request.remote)
+        return web.Response(body=msgspec.json.encode(warmed), content_type="application/json")
+
+    return warm

@@ -1,0 +1,56 @@
+"""Warm: targets read the chunks of a prompt that is about to come from disk into their memory."""
+
+import asyncio
+
+import msgspec
+
+from components.router.router import Request, Router
+from kvstore.bus import messages
+from kvstore.bus.messages import WARM_HASHES_MAX, Bus, Warm, Warmed
+
+# Walking through its entries takes a target a second for ten million.
+_ANSWER_SECONDS = 5.0
+
+
+class TargetWarmed(msgspec.Struct, frozen=True):
+    """What a target says of the chunks that it was asked for, the first 4,096 of those that it holds."""
+
+    target: str
+    chunks: int  # that it holds, as far as the router knows
+    answered: bool = False  # otherwise the figures below say nothing: the target is gone, or of an earlier release
+    memory: int = 0  # chunks that were in its memory already
+    reading: int = 0  # that it reads now, if there is room for them
+    refused: int = 0  # that stay on disk: it has no hot cache, or was asked for too much lately
+    absent: int = 0  # that it does not have any more
+
+
+class Warming(msgspec.Struct, frozen=True):
+    """The answer to `POST /warm`."""
+
+    prompt_tokens: int
+    blocks: int
+    targets: list[TargetWarmed]
+
+
+class Warmer:
+    """Asks targets over the bus. For the router's event loop."""
+
+    def __init__(self, router: Router, line: Bus, namespace: str):
+        self._router = router
+        self._line = line
+        self._namespace = namespace
+
+    async def warm(self, request: Request) -> Warming:
+        """`request` has `token_ids`, and maybe `routing`, as one that is served. Never fails: a target that does not
+        answer is said."""
+        blocks, stored = self._router.stored(request)
+        asked = (self._ask(target, fingerprint, chunks) for (target, fingerprint), chunks in stored.items())
+        return Warming(len(request["token_ids"]), blocks, await asyncio.gather(*asked))
+
+    async def _ask(self, target: str, fingerprint: int, chunks: list[int]) -> TargetWarmed:
+        to = messages.subject(self._namespace, "warm", target)
+        async with self._line.conversation(to) as peer:
+            said = await peer.ask(Warm(fingerprint, chunks[:WARM_HASHES_MAX]), Warmed, _ANSWER_SECONDS)
+        if said is None:
+            return TargetWarmed(target, len(chunks))
+        return TargetWarmed(target, len(chunks), True, said.memory, said.reading, said.refused, said.absent)
