@@ -1,0 +1,199 @@
+"""A prompt's chunks from disk, from disk after a PREFETCH, and again out of the hot cache; and GETs beside read-ahead.
+
+    python -m benchmarks.store.ahead [--value 2560KiB] [--chain 160MiB] [--rounds 5] [--json FILE]
+
+Each round starts the target again, so that its memory is empty; it reads with O_DIRECT where the file system allows it.
+Every other round goes backward. `warming` is the time from the PREFETCH until all of it is in memory. `alone` and
+`beside` are the slowest of 40 GETs of one value on disk each, one after the other: with nothing else to do, and while a
+chain is read ahead.
+"""
+
+import argparse
+import random
+import shlex
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.store.__main__ import _bytes, check_space, choose_folder, command, machine
+from benchmarks.store.results import GB, Spread, paired, spread
+from benchmarks.store.servers import BenchmarkError, Process, free_port
+from kvstore.disk.buffers import aligned
+from kvstore.disk.record import record_bytes
+from kvstore.errors import ConfigError, run_command
+from kvstore.net.client import Item, StoreClient
+from kvstore.net.membership import StaticMembership
+from kvstore.net.wire import Outcome
+
+CALL_SECONDS = 60.0
+GETS = 40
+# Of the target's memory a client may have an eighth read ahead; two chains are in each round.
+HOT_CHAINS = 20
+WAYS = ("cold", "ahead")
+BESIDE = ("alone", "beside")
+
+
+class Report(msgspec.Struct):
+    command: str
+    machine: dict[str, str | int | float]
+    gbytes_per_second: dict[str, Spread]  # cold, ahead, hot
+    ahead_to_cold: Spread
+    ahead_to_hot: Spread
+    warming_seconds: Spread
+    slowest_get_seconds: dict[str, Spread]
+    beside_to_alone: Spread
+    chunks_read_beside: Spread
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        self._folder = folder
+        self._count = options.count
+        self._value = options.value
+        region = aligned(options.count * options.value).payload
+        self._rooms = [region[start : start + options.value] for start in range(0, len(region), options.value)]
+        self.samples: defaultdict[str, list[float]] = defaultdict(list)
+        content = random.Random(1).randbytes(options.value)
+        with self._target(hot=False) as client:
+            for number in range(3 * options.count + 2 * GETS):  # three chains, and values of their own
+                item = Item(self._key(number), memoryview(content), number + 1, 1, 1)
+                if client.put([item], time.monotonic() + CALL_SECONDS) != [Outcome.STORED]:
+                    raise BenchmarkError("a value was not stored")
+
+    @staticmethod
+    def _key(number: int) -> bytes:
+        return number.to_bytes(16, "big")
+
+    def _chain(self, number: int) -> list[bytes]:
+        return [self._key(number * self._count + at) for at in range(self._count)]
+
+    @contextmanager
+    def _target(self, *, hot: bool) -> Iterator[StoreClient]:
+        address = f"127.0.0.1:{free_port()}"
+        chain = self._count * record_bytes(self._value)
+        line = [sys.executable, "-m", "kvstore", "--dir", str(self._folder / "store"), "--listen", address]
+        line += ["--capacity", str(8 * chain + (4 << 30)), "--hot", str(HOT_CHAINS * chain if hot else 0), "--nats", ""]
+        target = Process("target", line, self._folder)
+        try:
+            target.wait_for(address)
+            client = StoreClient(StaticMembership([address]))
+            self._address = address
+            yield client
+            client.close()
+        finally:
+            target.stop()
+
+    def _get(self, client: StoreClient, keys: list[bytes]) -> float:
+        """Seconds."""
+        begun = time.monotonic()
+        if set(client.get(keys, self._rooms[: len(keys)], begun + CALL_SECONDS)) != {Outcome.HIT}:
+            raise BenchmarkError("a value did not come")
+        return time.monotonic() - begun
+
+    def _prefetch(self, client: StoreClient, keys: list[bytes]) -> None:
+        if Outcome.REFUSED in client.prefetch(keys, time.monotonic() + CALL_SECONDS):
+            raise BenchmarkError("the target does not read so much ahead")
+
+    def _wait_until_read(self, client: StoreClient, count: int) -> None:
+        deadline = time.monotonic() + CALL_SECONDS
+        while self._read(client) < count:
+            if time.monotonic() > deadline:
+                raise BenchmarkError("the target has not read all of it ahead")
+            time.sleep(0.002)
+
+    def _read(self, client: StoreClient) -> int:
+        return client.stat(time.monotonic() + CALL_SECONDS)[self._address].read_ahead["read"]
+
+    def round(self, number: int) -> None:
+        add = self.samples
+        size = self._count * self._value / GB
+        with self._target(hot=True) as client:
+            time.sleep(1)
+            for way in WAYS if number % 2 == 0 else reversed(WAYS):
+                if way == "cold":
+                    add["cold"].append(size / self._get(client, self._chain(0)))
+                else:
+                    begun = time.monotonic()
+                    self._prefetch(client, self._chain(1))
+                    self._wait_until_read(client, self._count)
+                    add["warming"].append(time.monotonic() - begun)
+                    add["ahead"].append(size / self._get(client, self._chain(1)))
+                    add["hot"].append(size / self._get(client, self._chain(1)))
+            for way in BESIDE if number % 2 == 0 else reversed(BESIDE):
+                if way == "beside":
+                    self._prefetch(client, self._chain(2))
+                first = 3 * self._count + (GETS if way == "beside" else 0)
+                add[way].append(max(self._get(client, [self._key(first + at)]) for at in range(GETS)))
+                if way == "beside":
+                    add["read beside"].append(self._read(client) - self._count)
+                    self._wait_until_read(client, 2 * self._count)
+
+
+def measure(options: argparse.Namespace, parent: Path) -> Report:
+    facts = machine(parent)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-ahead-", dir=parent)))
+        (folder / "store").mkdir()
+        bench = Bench(options, folder)
+        for number in range(options.rounds):
+            bench.round(number)
+        samples = bench.samples
+    return Report(
+        shlex.join(["python", "-m", "benchmarks.store.ahead", *sys.argv[1:]]),
+        facts,
+        {way: spread(samples[way]) for way in ("cold", "ahead", "hot")},
+        paired(samples["ahead"], samples["cold"]),
+        paired(samples["ahead"], samples["hot"]),
+        spread(samples["warming"]),
+        {way: spread(samples[way]) for way in BESIDE},
+        paired(samples["beside"], samples["alone"]),
+        spread(samples["read beside"]),
+    )
+
+
+def shown(of: Spread) -> str:
+    return f"{of.median:7.3f} ({of.quartiles[0]:.3f} to {of.quartiles[1]:.3f})"
+
+
+def show(report: Report) -> str:
+    lines = [report.command, *(f"{name}: {value}" for name, value in report.machine.items())]
+    lines += [f"{f'get {way}':<28}{shown(speed)} GB/s" for way, speed in report.gbytes_per_second.items()]
+    lines.append(f"{'ahead over cold':<28}{shown(report.ahead_to_cold)}")
+    lines.append(f"{'ahead over hot':<28}{shown(report.ahead_to_hot)}")
+    lines.append(f"{'warming':<28}{shown(report.warming_seconds)} s")
+    lines += [f"{f'slowest get {way}':<28}{shown(of)} s" for way, of in report.slowest_get_seconds.items()]
+    lines.append(f"{'beside over alone':<28}{shown(report.beside_to_alone)}")
+    lines.append(f"{'chunks read ahead beside':<28}{shown(report.chunks_read_beside)}")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.store.ahead", description=__doc__.split("\n")[0])
+    parser.add_argument("--value", default="2560KiB", help="16 tokens of a 70B model with FP8 KV: 2560KiB, the default")
+    parser.add_argument("--chain", default="160MiB", help="a prompt's chunks; default 160MiB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dir", type=Path, help="where to make the temporary folder; default: on a disk")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    options = parser.parse_args()
+    options.value = _bytes("value", options.value)
+    options.count = _bytes("chain", options.chain) // options.value
+    if not options.count:
+        raise ConfigError("chain", options.chain, "at least a value")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    folder = choose_folder(options.dir)
+    check_space(folder, 8 * options.count * options.value + (4 << 30))
+    command(lambda: measure(options, folder), show, options.json)
+
+
+if __name__ == "__main__":
+    run_command("benchmarks.store.ahead", main)
