@@ -24,7 +24,7 @@ from kvstore.bus import messages, residency
 from kvstore.bus.broker import DEFAULT_URLS, NatsUrls
 from kvstore.bus.messages import Bus
 from kvstore.bus.residency import Announcer
-from kvstore.certificates import Files
+from kvstore.certificates import ClientOptions, Files
 from kvstore.disk.device import Device
 from kvstore.disk.log import Log
 from kvstore.disk.shelf import Rack, Shelf
@@ -34,11 +34,12 @@ from kvstore.net.ahead import OUTCOMES as AHEAD_OUTCOMES
 from kvstore.net.etcd import checked_servers
 from kvstore.net.lobby import Lobby
 from kvstore.net.queues import DROP_REASONS
+from kvstore.net.replicas import OUTCOMES as REPLICA_OUTCOMES
 from kvstore.net.target import FLUSH_SECONDS, Target
 from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.scrape import Scrapes
-from kvstore.tenancy import Settings, Tenancy, fit_connections, report, warm
+from kvstore.tenancy import Settings, Tenancy, fit_connections, replicate, report, warm
 from kvstore.text import masked
 
 logger = logging.getLogger("kvstore")
@@ -86,6 +87,10 @@ class Options(BaseModel):
     namespaces: Path | None = None
     nats: NatsUrls = Field(DEFAULT_URLS, validate_default=True)
     etcd: str | None = None
+    peers: str | None = None
+    store_tls_ca: Path | None = None
+    store_tls_cert: Path | None = None
+    store_tls_key: Path | None = None
     buffers: ByteSize = ByteSize(256 << 20)
     connections: int = Field(512, ge=1)
     carrier: Literal["", "memory", "nixl"] = ""
@@ -113,10 +118,28 @@ class Options(BaseModel):
         certificates.checked(self.tls_files, certificates.SERVER)
         self._check_durability()
         self._check_name()
+        self._check_peers()
 
     @property
     def tls_files(self) -> Files:
         return Files(*(str(path or "") for path in (self.tls_cert, self.tls_key, self.tls_client_ca)))
+
+    @property
+    def peers_tls_files(self) -> Files:
+        return ClientOptions(
+            store_tls_ca=self.store_tls_ca, store_tls_cert=self.store_tls_cert, store_tls_key=self.store_tls_key
+        ).tls_files
+
+    def _check_peers(self) -> None:
+        uses_tls = certificates.checked(self.peers_tls_files, certificates.CLIENT)
+        if self.peers is None:
+            if uses_tls:
+                raise ConfigError("store-tls-ca", self.store_tls_ca, "--peers beside it")
+            return
+        if not self.hot:
+            raise ConfigError("peers", self.peers, "--hot beside it: what was read is sent on from there")
+        if self.tls_cert and not uses_tls:
+            raise ConfigError("peers", self.peers, "--store-tls-ca beside it, since targets have --tls-cert")
 
     def _check_durability(self) -> None:
         if self.durability == "memory" and not self.hot:
@@ -199,6 +222,12 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument(
         "--etcd", help="host:port of an etcd server to register with, or of several; default: not registered"
     )
+    parser.add_argument(
+        "--peers",
+        help="replicas: the targets as workers' --store names them, this one included. A chunk that is read is put to "
+        "the second target of its key, too; needs --hot; default: none",
+    )
+    certificates.add_client_arguments(parser)
     parser.add_argument("--buffers", help="memory for payloads in flight; default 256MiB")
     parser.add_argument("--connections", help="how many clients may be connected at once; default 512")
     parser.add_argument(
@@ -254,6 +283,15 @@ class Metrics(Collector):
         for name in AHEAD_OUTCOMES:
             ahead.add_metric([name], status.read_ahead.get(name, 0))
         yield ahead
+        replicas = CounterMetricFamily(
+            "kvtier_target_replica_chunks",
+            "With `--peers`: chunks that were read and offered to their other target, by outcome: stored; known: it "
+            "had them; refused, or it did not answer; gone from the hot cache here",
+            labels=["outcome"],
+        )
+        for name in REPLICA_OUTCOMES:
+            replicas.add_metric([name], status.replicas.get(name, 0))
+        yield replicas
         for name, text, value in (
             ("sent_bytes", "Payload bytes sent", status.sent_bytes),
             ("received_bytes", "Payload bytes received", status.received_bytes),
@@ -353,6 +391,15 @@ def _open_tls(options: Options) -> ServerTls | None:
     return tls.open_server(options.tls_files, options.carrier)
 
 
+def _check_peers(peers: str | None, name: str, namespace: str) -> None:
+    """Raises ConfigError if the target is not one of them, and UnavailableError if etcd does not name them."""
+    if peers is not None:
+        found = membership.open_membership(peers, namespace)
+        found.close()
+        if not peers.startswith("etcd://") and name not in found.targets():
+            raise ConfigError("peers", peers, f"{name} among them: this target, as workers name it in --store")
+
+
 async def _check_surroundings(options: Options) -> None:
     """What can refuse a start does so before anything on disk has changed. Raises ConfigError, UnavailableError."""
     memory.check({"hot": options.hot, "buffers": options.buffers})
@@ -380,6 +427,8 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     await _check_surroundings(options)
     listener = _listen("listen", options.listen)
     name = options.advertise or _actual(listener, options.listen)
+    for namespace in grants:
+        _check_peers(options.peers, name, namespace)
     rack = Rack(
         options.dir,
         options.capacity,
@@ -407,6 +456,8 @@ async def _serve_tenants(options: Options, path: Path) -> None:
         etcd=options.etcd,
         unix_uids=unix_uids,
         tls=server_tls,
+        peers=options.peers,
+        peers_tls=tls.open_client(options.peers_tls_files),
     )
     tenancy = Tenancy(path, rack, settings, line)
     await tenancy.begin(grants)
@@ -457,6 +508,7 @@ async def _serve_one(options: Options) -> None:
     await _check_surroundings(options)
     listener = _listen("listen", options.listen)
     name = options.advertise or _actual(listener, options.listen)
+    _check_peers(options.peers, name, namespace)
     unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
     with contextlib.ExitStack() as opened:  # what is refused here has changed nothing on disk
         devices = _open_devices(options, namespace)
@@ -489,6 +541,8 @@ async def _serve_one(options: Options) -> None:
         unix_uids=unix_uids,
         tls=server_tls,
     )
+    if options.peers:
+        replicate(target, options.peers, namespace, tls.open_client(options.peers_tls_files))
     _show_metrics(options, Metrics(target), target.registry, TlsMetrics(server_tls))
     if unix_listener:
         target.serve(unix_listener)

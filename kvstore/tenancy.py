@@ -19,11 +19,12 @@ from kvstore.credentials import Credential
 from kvstore.disk.shelf import Rack
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.net import tenants
+from kvstore.net.client import StoreClient
 from kvstore.net.lobby import Lobby
-from kvstore.net.membership import Registration
+from kvstore.net.membership import Registration, open_membership
 from kvstore.net.target import Target
 from kvstore.net.tenants import Grants, Tenant
-from kvstore.net.tls import ServerTls
+from kvstore.net.tls import ClientTls, ServerTls
 from kvstore.net.wire import Outcome
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class Settings:
     etcd: str | None
     unix_uids: frozenset[int] | None
     tls: ServerTls | None
+    peers: str | None  # as workers name the targets: what is read is held by two of them
+    peers_tls: ClientTls | None
 
 
 @dataclass
@@ -149,6 +152,10 @@ class Tenancy:
             readable=readable,
             writable=writable,
         )
+        if settings.peers:
+            await asyncio.to_thread(
+                replicate, target, settings.peers, tenant.name, settings.peers_tls, credential=credential
+            )
         tasks = []
         if self._line:
             tasks.append(asyncio.create_task(residency.announce(announcer, self._line, tenant.name)))
@@ -181,6 +188,17 @@ def fit_connections(grants: Grants, rack: Rack) -> None:
 
 def _rights(tenant: Tenant) -> tuple[bool, bool]:
     return tenant.access != "write", tenant.access != "read"
+
+
+def replicate(
+    target: Target, peers: str, namespace: str, tls: ClientTls | None, *, credential: Credential | None = None
+) -> None:
+    """Have what is read be held by two of `peers`. Raises UnavailableError if etcd does not answer."""
+    targets = open_membership(peers, namespace)
+    client = StoreClient(
+        targets, namespace=namespace, name="replicas", connections_per_target=1, credential=credential, tls=tls
+    )
+    target.replicate(client, targets)
 
 
 async def warm(target: Target, line: Bus, namespace: str) -> None:

@@ -718,7 +718,7 @@ class Mirror:
             view.joining = False
 
     def locate(self, fingerprint: int, router_hashes: list[int], now: float) -> list[str | None]:
-        """For each chunk a target that holds it, or None."""
+        """For each chunk a target that holds it, or None. Of several one by the chunk's hash: they share the reads."""
         targets = {
             view.number: target
             for target, view in self._views.items()
@@ -729,8 +729,11 @@ class Mirror:
             return [None] * len(router_hashes)
         answering = np.zeros(_NUMBERS, np.uint16)  # its own number of each target that may be named
         answering[list(targets)] = list(targets)
-        named = answering[table.holders(_u64s(router_hashes))].max(axis=1)
-        return list(map(targets.get, named.tolist()))
+        hashes = _u64s(router_hashes)
+        holders = np.sort(answering[table.holders(hashes)], axis=1)  # nobody first
+        several = np.maximum(np.count_nonzero(holders, axis=1), 1).astype(np.uint64)
+        lanes = holders.shape[1] - 1 - (hashes % several).astype(np.int64)
+        return list(map(targets.get, holders[np.arange(len(holders)), lanes].tolist()))
 
     def counts(self, now: float) -> dict[str, int]:
         """Chunks known on each target that is heard."""

@@ -24,7 +24,7 @@ from kvstore.credentials import Credential
 from kvstore.keys import KEY_VERSION
 from kvstore.net import transport, wire
 from kvstore.net.carrier import Borrower
-from kvstore.net.membership import Membership, place
+from kvstore.net.membership import Membership, other_place, place
 from kvstore.net.tls import HANDSHAKE_SECONDS, ClientTls
 from kvstore.net.transport import Bytes, Cancelled, Stream
 from kvstore.net.wire import Control, Header, Op, Outcome, ProtocolError, PutItem
@@ -110,38 +110,52 @@ class StoreClient:
     ) -> list[Outcome]:
         """Fill each destination (1-D, bytes, exactly as long as the chunk) whose outcome is HIT; the content of the
         others is undefined. `targets` says where to look, by default where the key is placed; a target that is not a
-        live member is not asked. `cancelled` is polled: once true, what is not there yet is LATE.
+        live member is not asked. What cannot be reached there is asked of the key's other target, which may have a
+        replica. `cancelled` is polled: once true, what is not there yet is LATE.
         """
 
         def get(names: Sequence[bytes], wanted: Sequence[int], seal_key: SealKey | None) -> list[Outcome]:
             into = [destinations[index] for index in wanted]
-            return self._spread(
-                names,
-                [len(destination) for destination in into],
-                None if targets is None else [targets[index] for index in wanted],
-                lambda line, part: line.get(
-                    [names[index] for index in part], [into[index] for index in part], deadline, cancelled, seal_key
-                ),
-            )
+            named = self._placed(names) if targets is None else [targets[index] for index in wanted]
+
+            def at(asked: Sequence[str | None]) -> list[Outcome]:
+                return self._spread(
+                    names,
+                    [len(destination) for destination in into],
+                    asked,
+                    lambda line, part: line.get(
+                        [names[index] for index in part], [into[index] for index in part], deadline, cancelled, seal_key
+                    ),
+                )
+
+            outcomes = at(named)
+            for index in self._replicated(names, named, outcomes, at):
+                outcomes[index] = Outcome.HIT
+            return outcomes
 
         return self._under_each_name(keys, get)
 
-    def put(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
-        """STORED for each chunk that is in the store when the call returns. Sealing by encryption takes as much memory
-        again as the items have."""
+    def put(
+        self, items: Sequence[Item], deadline: float, *, targets: Sequence[str | None] | None = None
+    ) -> list[Outcome]:
+        """STORED for each chunk that is in the store when the call returns, on `targets`, by default where its key is
+        placed. Sealing by encryption takes as much memory again as the items have."""
         seal_key = self._seal.keys[0] if self._seal is not None else None
         if seal_key is not None:
             items = [item._replace(key=seal_key.name(item.key)) for item in items]
         return self._spread(
             [item.key for item in items],
             [len(item.payload) for item in items],
-            None,
+            targets,
             lambda line, part: line.put([items[index] for index in part], deadline, seal_key),
         )
 
-    def exists(self, keys: Sequence[bytes], deadline: float) -> list[Outcome]:
-        """HIT or MISS for each key, at the target where it is placed."""
-        return [outcome for outcome, _ in self._look_up(keys, deadline)]
+    def exists(
+        self, keys: Sequence[bytes], deadline: float, *, targets: Sequence[str | None] | None = None
+    ) -> list[Outcome]:
+        """HIT or MISS for each key, at `targets`, by default where it is placed or, if that cannot be reached, at its
+        other target."""
+        return [outcome for outcome, _ in self._look_up(keys, deadline, targets)]
 
     def prefetch(
         self, keys: Sequence[bytes], deadline: float, *, targets: Sequence[str | None] | None = None
@@ -164,20 +178,50 @@ class StoreClient:
         """The target that has each key, None where none says so."""
         return [target if outcome is Outcome.HIT else None for outcome, target in self._look_up(keys, deadline)]
 
-    def _look_up(self, keys: Sequence[bytes], deadline: float) -> list[tuple[Outcome, str | None]]:
-        """HIT or MISS for each key, and the target where it is placed."""
-        placed: list[str | None] = [None] * len(keys)
+    def _look_up(
+        self, keys: Sequence[bytes], deadline: float, targets: Sequence[str | None] | None = None
+    ) -> list[tuple[Outcome, str | None]]:
+        """HIT or MISS for each key, and the target that said so."""
+        asked: list[str | None] = [None] * len(keys)
 
         def exists(names: Sequence[bytes], wanted: Sequence[int], _: SealKey | None) -> list[Outcome]:
-            live = self._membership.targets()
-            targets = [place(name, live) for name in names]
-            for index, target in zip(wanted, targets, strict=True):
-                placed[index] = target
-            return self._spread(
-                names, [0] * len(names), targets, lambda line, part: line.exists([names[i] for i in part], deadline)
-            )
+            def at(where: Sequence[str | None]) -> list[Outcome]:
+                return self._spread(
+                    names, [0] * len(names), where, lambda line, part: line.exists([names[i] for i in part], deadline)
+                )
 
-        return list(zip(self._under_each_name(keys, exists), placed, strict=True))
+            named = self._placed(names) if targets is None else [targets[index] for index in wanted]
+            outcomes = at(named)
+            for index in self._replicated(names, named, outcomes, at) if targets is None else ():
+                outcomes[index] = Outcome.HIT
+                named[index] = other_place(names[index], self._membership.targets(), named[index])
+            for index, target in zip(wanted, named, strict=True):
+                asked[index] = target
+            return outcomes
+
+        return list(zip(self._under_each_name(keys, exists), asked, strict=True))
+
+    def _placed(self, names: Sequence[bytes]) -> list[str | None]:
+        live = self._membership.targets()
+        return [place(name, live) for name in names]
+
+    def _replicated(
+        self,
+        names: Sequence[bytes],
+        asked: Sequence[str | None],
+        outcomes: Sequence[Outcome],
+        at: Callable[[Sequence[str | None]], list[Outcome]],
+    ) -> list[int]:
+        """Which of `names`, of those that could not be reached where they were asked for, their other targets have.
+        `at` asks targets, for None nobody."""
+        live = self._membership.targets()
+        others = [
+            other_place(name, live, target) if target is not None and outcome is Outcome.UNREACHABLE else None
+            for name, target, outcome in zip(names, asked, outcomes, strict=True)
+        ]
+        if not any(others):
+            return []
+        return [index for index, outcome in enumerate(at(others)) if outcome is Outcome.HIT]
 
     def _under_each_name(
         self,

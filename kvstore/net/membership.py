@@ -6,6 +6,7 @@ prints the live targets as they change; a process that must not import etcd3 (se
 
 import argparse
 import contextlib
+import heapq
 import logging
 import select
 import subprocess
@@ -184,7 +185,17 @@ def checked_address(field: str, address: str) -> str:
 def place(key: bytes, targets: Sequence[str]) -> str | None:
     """The target that keeps `key`, by rendezvous hashing (Thaler and Ravishankar, 1998): when a target comes or goes,
     only its share moves."""
-    return max(targets, key=lambda target: xxhash.xxh3_64_intdigest(key + target.encode()), default=None)
+    return max(targets, key=lambda target: _weight(key, target), default=None)
+
+
+def other_place(key: bytes, targets: Sequence[str], target: str | None) -> str | None:
+    """Of the two targets that may keep `key` the first that is not `target`; None if there is no other."""
+    two = heapq.nlargest(2, targets, key=lambda one: _weight(key, one))
+    return next((one for one in two if one != target), None)
+
+
+def _weight(key: bytes, target: str) -> int:
+    return xxhash.xxh3_64_intdigest(key + target.encode())
 
 
 def _as_address(value: bytes) -> str | None:

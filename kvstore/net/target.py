@@ -28,7 +28,10 @@ from kvstore.net.accept import Acceptor
 from kvstore.net.ahead import ReadAhead
 from kvstore.net.backlog import Standing, Write
 from kvstore.net.carrier import MEMORY, Lender, lender
+from kvstore.net.client import StoreClient
+from kvstore.net.membership import Membership
 from kvstore.net.queues import BATCH_BYTES, Answer, Read, Reader, ReadQueue, Want, WriteQueue
+from kvstore.net.replicas import Replicator
 from kvstore.net.tls import ServerTls
 from kvstore.net.transport import Bytes, Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError
@@ -118,6 +121,7 @@ class Target(Acceptor):
         for device, is_busy in self._users:
             device.users.append(is_busy)
         self._ahead = ReadAhead(shelf, self.pool, self._batch_bytes) if hot_bytes else None
+        self._replicator: Replicator | None = None
         self._connections: dict[_Connection, threading.Thread] = {}
         self._lock = threading.Lock()
         self._complaints = 0  # since the last one that was logged
@@ -160,11 +164,17 @@ class Target(Acceptor):
             writes.stop(flushed_by)
         if self._ahead:
             self._ahead.stop()
+        if self._replicator:
+            self._replicator.stop()
         for device, is_busy in self._users:
             if is_busy in device.users:
                 device.users.remove(is_busy)
         for reads in self._reads.values():
             reads.stop()
+
+    def replicate(self, client: StoreClient, targets: Membership) -> None:
+        """From now on offer what is read to the other target of its key (replicas.py)."""
+        self._replicator = Replicator(self.name, self.shelf, self.pool, client, targets)
 
     def _busy(self, log: Log) -> Callable[[], bool]:
         reads, writes = self._reads[log], self._writes[log]
@@ -467,6 +477,8 @@ class Target(Acceptor):
                 self._operations["get", outcome.name.lower()] += count
             self._counts["sent_bytes"] += sum(answer.want.length for answer in answers if answer.buffer is not None)
             self._counts["hot_hits" if hot else "device_hits"] += outcomes[Outcome.HIT]
+        if self._replicator:
+            self._replicator.read(answer.want.key for answer in answers if answer.outcome is Outcome.HIT)
         connection.send([self._message(connection, request, answer) for answer in answers])
 
     def _message(self, connection: "_Connection", request: int, answer: Answer) -> "_Message":
@@ -587,6 +599,7 @@ class Target(Acceptor):
                 dirty_entries=stats.dirty_entries,
                 dirty_bytes_max=sum(writes.bytes_max for writes in self._writes.values()) if self._behind else 0,
                 read_ahead=self._ahead.counts if self._ahead else {},
+                replicas=self._replicator.counts if self._replicator else {},
                 dropped=sum((writes.dropped for writes in self._writes.values()), Counter()),
                 operations=operations,
                 key_versions=key_versions,

@@ -225,6 +225,7 @@ class Status(msgspec.Struct, frozen=True):
     dirty_bytes_max: int = 0  # 0: none is visible before it is written
     dropped: dict[str, int] = {}  # chunks by reason (queues.DROP_REASONS)
     read_ahead: dict[str, int] = {}  # chunks of PREFETCH by outcome (ahead.OUTCOMES)
+    replicas: dict[str, int] = {}  # chunks offered to other targets by outcome (replicas.OUTCOMES)
 
 
 class Failure(msgspec.Struct, array_like=True, frozen=True):

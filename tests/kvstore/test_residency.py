@@ -496,6 +496,18 @@ def test_of_a_chunk_on_many_targets_four_are_known() -> None:
     assert mirror.locate(7, [7], 0.0) == ["t999"]
 
 
+def test_targets_share_the_reads_of_what_two_of_them_hold() -> None:
+    mirror, held = Mirror(), range(1, 101)
+    for name in ("t1", "t2"):
+        mirror.apply(Residency(name, 1, 1, 7, 2, [], [], 0), 0.0)
+        assert mirror.apply_snapshot([SnapshotPage(name, 1, 1, 9, 1, 7, array("Q", held).tobytes())])
+    named = mirror.locate(7, [*held, 200], 0.0)
+    assert named[-1] is None
+    assert named == mirror.locate(7, [*held, 200], 0.0)
+    assert named.count("t1") + named.count("t2") == 100
+    assert 20 < named.count("t1") < 80
+
+
 async def test_over_nats_two_mirrors_follow_two_targets(nats_url: str, seed: int) -> None:
     chance = random.Random(seed)
     line = await Bus.connect(nats_url, "test")

@@ -1,0 +1,156 @@
+"""Replicas: a chunk that clients read is held by two targets, so that the loss of one does not cost the working set.
+
+A key has two targets, the first two by rendezvous hashing. When one of them sends a chunk out of its memory, it offers
+it to the other, which takes it as it takes any PUT, and drops it first when more comes than it can write. It does so
+behind the GETs: one small batch at a time, with pauses. What has left its memory meanwhile is offered when it is read
+again.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+
+from kvstore.disk.buffers import Buffer, BufferPool
+from kvstore.disk.shelf import Shelf
+from kvstore.net.client import Item, StoreClient
+from kvstore.net.membership import Membership, other_place
+from kvstore.net.wire import Outcome
+
+logger = logging.getLogger(__name__)
+
+# Chunks that wait to be offered. More are offered when they are read again.
+_WAITING_MAX = 4096
+_BATCH_BYTES = 4 << 20
+_BATCH_CHUNKS = 256
+_CALL_SECONDS = 5.0
+# After a batch, a pause of so many times its length: a fifth of the time is the replicas', and four are the GETs'.
+_PAUSE = 4.0
+# A chunk that was offered, and is read again, is offered again after so long: the other may have evicted it.
+_AGAIN_SECONDS = 300.0
+_REMEMBERED_MAX = 100_000  # of those, 150 bytes each
+# What became of a chunk that was read: the other target has it now, had it, does not take it or answer; or it had left
+# the memory here.
+OUTCOMES = ("stored", "known", "refused", "gone")
+
+
+class Replicator:
+    """Of the target `name`. `client`, which it closes, has no seal keys, and `targets` are those that it asks."""
+
+    def __init__(self, name: str, shelf: Shelf, pool: BufferPool, client: StoreClient, targets: Membership):
+        self._name = name
+        self._shelf = shelf
+        self._pool = pool
+        self._client = client
+        self._targets = targets
+        self._changed = threading.Condition()
+        self._waiting: OrderedDict[bytes, None] = OrderedDict()
+        self._offered: OrderedDict[bytes, float] = OrderedDict()  # key -> when, time.monotonic(); the oldest first
+        self._counts: Counter[str] = Counter()
+        self._stopping = False
+        threading.Thread(target=self._work, name="kvtier-replicas", daemon=True).start()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Chunks since the start, by outcome."""
+        return {name: self._counts[name] for name in OUTCOMES}
+
+    def read(self, keys: Iterable[bytes]) -> None:
+        """These were sent to a client. Any thread; does not block."""
+        again = time.monotonic() - _AGAIN_SECONDS
+        with self._changed:
+            for key in keys:
+                if len(self._waiting) < _WAITING_MAX and self._offered.get(key, 0.0) < again:
+                    self._waiting[key] = None
+            if self._waiting:
+                self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._client.close()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                if self._stopping:
+                    return
+                keys = [self._waiting.popitem(last=False)[0] for _ in range(min(len(self._waiting), _BATCH_CHUNKS))]
+            try:
+                self._offer(keys)
+            except Exception:
+                logger.exception("replicas were not made, in an unforeseen way")
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """With a pause after what is done."""
+        begun = time.monotonic()
+        yield
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping, _PAUSE * (time.monotonic() - begun))
+
+    def _offer(self, keys: list[bytes]) -> None:
+        live = self._targets.targets()
+        others = {key: other for key in keys if (other := self._other(key, live)) is not None}
+        with self._paused():
+            there = self._client.exists(list(others), time.monotonic() + _CALL_SECONDS, targets=list(others.values()))
+        missing = [key for key, outcome in zip(others, there, strict=True) if outcome is Outcome.MISS]
+        known = [key for key, outcome in zip(others, there, strict=True) if outcome is Outcome.HIT]
+        self._note("known", known)
+        self._counts["refused"] += len(others) - len(missing) - len(known)
+        while missing and not self._stopping:
+            with self._paused():
+                missing = self._put(missing, others)
+
+    def _other(self, key: bytes, live: Sequence[str]) -> str | None:
+        """Where the key's replica belongs, if this is one of its two targets."""
+        other = other_place(key, live, self._name)
+        return other if other is not None and other_place(key, live, other) == self._name else None
+
+    def _put(self, keys: list[bytes], others: dict[bytes, str]) -> list[bytes]:
+        """Put the first of them, about a batch; the rest."""
+        items: list[Item] = []
+        held: list[Buffer] = []
+        left, size = iter(keys), 0
+        try:
+            for key in left:
+                entry = self._shelf.of(key).find(key)
+                buffer = self._pool.find(key, entry.length) if entry is not None else None
+                if entry is None or buffer is None:
+                    self._counts["gone"] += 1
+                    continue
+                held.append(buffer)
+                items.append(
+                    Item(
+                        key,
+                        buffer.payload,
+                        entry.router_hash,
+                        entry.fingerprint,
+                        entry.blocks_per_chunk,
+                        key_version=entry.key_version,
+                    )
+                )
+                size += entry.length
+                if size >= _BATCH_BYTES:
+                    break
+            targets = [others[item.key] for item in items]
+            outcomes = self._client.put(items, time.monotonic() + _CALL_SECONDS, targets=targets)
+        finally:
+            self._pool.give_back(*held)
+        stored = [item.key for item, outcome in zip(items, outcomes, strict=True) if outcome is Outcome.STORED]
+        self._note("stored", stored)
+        self._counts["refused"] += len(items) - len(stored)
+        return list(left)
+
+    def _note(self, outcome: str, keys: list[bytes]) -> None:
+        self._counts[outcome] += len(keys)
+        with self._changed:
+            for key in keys:
+                self._offered[key] = time.monotonic()
+                self._offered.move_to_end(key)
+            while len(self._offered) > _REMEMBERED_MAX:
+                self._offered.popitem(last=False)

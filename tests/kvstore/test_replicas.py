@@ -1,0 +1,111 @@
+"""Replicas: what was read is held by two targets, and is served when either of them is gone."""
+
+from collections.abc import Callable
+
+import pytest
+
+from kvstore.__main__ import parse
+from kvstore.errors import ConfigError
+from kvstore.net.client import StoreClient
+from kvstore.net.membership import StaticMembership, other_place, place
+from kvstore.net.wire import Outcome
+from kvstore.tenancy import replicate
+from tests.conftest import MIB, RunningTarget, eventually, item, key, payload, soon
+
+LENGTH = 100_000
+Start = Callable[..., RunningTarget]
+
+
+def three(start_target: Start, *, replicas: bool) -> tuple[list[RunningTarget], StoreClient]:
+    targets = [start_target(f"store{number}", buffer_bytes=16 * MIB, hot_bytes=16 * MIB) for number in range(3)]
+    addresses = [one.address for one in targets]
+    if replicas:
+        for one in targets:
+            replicate(one.target, ",".join(addresses), "default", None)
+    return targets, StoreClient(StaticMembership(addresses))
+
+
+def get(client: StoreClient, numbers: range, targets: list[str | None] | None = None) -> list[Outcome]:
+    rooms = [memoryview(bytearray(LENGTH)) for _ in numbers]
+    outcomes = client.get([key(number) for number in numbers], rooms, soon(), targets=targets)
+    for number, room, outcome in zip(numbers, rooms, outcomes, strict=True):
+        assert outcome is not Outcome.HIT or room == payload(number, LENGTH)
+    return outcomes
+
+
+def replicated(targets: list[RunningTarget], *, outcome: str = "stored") -> int:
+    return sum(one.target.status().replicas[outcome] for one in targets)
+
+
+@pytest.mark.parametrize("replicas", [True, False])
+def test_a_lost_target_costs_only_what_nobody_had_read(start_target: Start, replicas: bool) -> None:
+    targets, client = three(start_target, replicas=replicas)
+    addresses = [one.address for one in targets]
+    numbers, hot = range(60), range(40)
+    assert set(client.put([item(number) for number in numbers], soon())) == {Outcome.STORED}
+    assert set(get(client, hot)) == {Outcome.HIT}
+    if replicas:
+        eventually(lambda: replicated(targets) == len(hot))
+    planned = [place(key(number), addresses) for number in numbers]
+    lost = [number for number in numbers if planned[number] == addresses[0]]
+    targets[0].stop()
+    expected = [
+        Outcome.HIT if number not in lost or (replicas and number in hot) else Outcome.UNREACHABLE for number in numbers
+    ]
+    assert get(client, numbers) == expected
+    assert get(client, numbers, planned) == expected
+    keys = [key(number) for number in numbers]
+    assert client.exists(keys, soon()) == expected
+    found = client.locate(keys, soon())
+    for number in numbers:
+        own = planned[number] if number not in lost else other_place(keys[number], addresses, addresses[0])
+        assert found[number] == (own if expected[number] is Outcome.HIT else None)
+    client.close()
+
+
+def test_a_chunk_is_offered_once_and_comes_back_to_a_target_that_lost_it(
+    start_target: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets, client = three(start_target, replicas=True)
+    addresses = [one.address for one in targets]
+    client.put([item(1)], soon())
+    for _ in range(3):
+        assert get(client, range(1, 2)) == [Outcome.HIT]
+        eventually(lambda: replicated(targets) == 1)
+    assert sum(len(one.log) for one in targets) == 2
+    first, second = place(key(1), addresses), other_place(key(1), addresses, place(key(1), addresses))
+    has_lost = next(one for one in targets if one.address == first)
+    entry = has_lost.log.find(key(1))
+    has_lost.log._forget(has_lost.log._segments[has_lost.log._index[key(1)] >> 24], entry)
+    assert get(client, range(1, 2)) == [Outcome.MISS]
+    assert get(client, range(1, 2), [second]) == [Outcome.HIT]
+    eventually(lambda: replicated(targets) == 2)
+    assert get(client, range(1, 2)) == [Outcome.HIT]
+    client.close()
+
+
+def test_a_target_that_is_full_refuses_replicas_and_gets_go_on(start_target: Start) -> None:
+    targets, client = three(start_target, replicas=True)
+    client.put([item(number) for number in range(20)], soon())
+    for one in targets:
+        one.target.writable = False
+    assert set(get(client, range(20))) == {Outcome.HIT}
+    eventually(lambda: replicated(targets, outcome="refused") == 20)
+    for one in targets:
+        one.target.writable = True
+    assert set(get(client, range(20))) == {Outcome.HIT}
+    eventually(lambda: replicated(targets) == 20)
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (["--peers", "a:1,b:2"], "peers"),
+        (["--peers", "a:1,b:2", "--hot", "1G", "--tls-cert", "c", "--tls-key", "k"], "peers"),
+        (["--store-tls-ca", "c"], "store-tls-ca"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: list[str], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        parse(["--dir", "/d", "--capacity", "1G", *options])
