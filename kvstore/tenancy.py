@@ -125,6 +125,8 @@ class Tenancy:
             target = self._served[name].target
             target.connections_max = tenant.connections
             target.readable, target.writable = _rights(tenant)
+            if credential != self.lobby.members[name].credential:
+                await self._replicate(target, name, credential)
             self.lobby.admit(name, target, credential)
 
     async def _come(self, tenant: Tenant, credential: Credential) -> None:
@@ -152,10 +154,7 @@ class Tenancy:
             readable=readable,
             writable=writable,
         )
-        if settings.peers:
-            await asyncio.to_thread(
-                replicate, target, settings.peers, tenant.name, settings.peers_tls, credential=credential
-            )
+        await self._replicate(target, tenant.name, credential)
         tasks = []
         if self._line:
             tasks.append(asyncio.create_task(residency.announce(announcer, self._line, tenant.name)))
@@ -163,6 +162,11 @@ class Tenancy:
             tasks.append(asyncio.create_task(warm(target, self._line, tenant.name)))
         self._served[tenant.name] = _Served(target, tasks, registration)
         self.lobby.admit(tenant.name, target, credential)
+
+    async def _replicate(self, target: Target, name: str, credential: Credential) -> None:
+        peers, tls = self._settings.peers, self._settings.peers_tls
+        if peers:
+            await asyncio.to_thread(replicate, target, peers, name, tls, credential=credential)
 
     async def _go(self, name: str) -> None:
         served = self._served.pop(name)

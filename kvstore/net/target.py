@@ -173,7 +173,9 @@ class Target(Acceptor):
             reads.stop()
 
     def replicate(self, client: StoreClient, targets: Membership) -> None:
-        """From now on offer what is read to the other target of its key (replicas.py)."""
+        """From now on offer what is read to the other target of its key (replicas.py), by this client alone."""
+        if self._replicator:
+            self._replicator.stop()
         self._replicator = Replicator(self.name, self.shelf, self.pool, client, targets)
 
     def _busy(self, log: Log) -> Callable[[], bool]:
