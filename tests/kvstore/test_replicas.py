@@ -1,16 +1,22 @@
 """Replicas: what was read is held by two targets, and is served when either of them is gone."""
 
+import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from graphs.services import free_port
 from kvstore.__main__ import parse
+from kvstore.credentials import Credential
 from kvstore.errors import ConfigError
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import StaticMembership, other_place, place
 from kvstore.net.wire import Outcome
 from kvstore.tenancy import replicate
 from tests.conftest import MIB, RunningTarget, eventually, item, key, payload, soon
+from tests.kvstore.test_target_process import Process, run
+from tests.kvstore.test_tenancy import SECRETS, names_file
 
 LENGTH = 100_000
 Start = Callable[..., RunningTarget]
@@ -109,3 +115,25 @@ def test_a_target_that_is_full_refuses_replicas_and_gets_go_on(start_target: Sta
 def test_options_that_do_not_go_together_are_refused(options: list[str], field: str) -> None:
     with pytest.raises(ConfigError, match=f"^{field}: "):
         parse(["--dir", "/d", "--capacity", "1G", *options])
+
+
+def test_targets_of_several_namespaces_replicate_with_their_credentials(tmp_path: Path) -> None:
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    processes = []
+    for number, address in enumerate(addresses):
+        (folder := tmp_path / str(number)).mkdir()
+        path = names_file(tmp_path, {"a": "32MiB"})
+        line = ["--dir", str(folder), "--capacity", "64MiB", "--segment-size", "4MiB", "--listen", address]
+        line += ["--nats", "", "--hot", "32MiB", "--namespaces", str(path)]
+        if not number:
+            code, said = run(*line, "--peers", "10.0.0.7:7600,10.0.0.8:7600")
+            assert (code, f"{address} among them" in said, list(folder.iterdir())) == (2, True, [])
+        processes.append(Process(*line, "--peers", ",".join(addresses)).ready())
+    store = StoreClient(StaticMembership(addresses), namespace="a", credential=Credential(SECRETS["a"].encode()))
+    assert set(store.put([item(number) for number in range(10)], soon())) == {Outcome.STORED}
+    assert set(get(store, range(10))) == {Outcome.HIT}
+    eventually(lambda: sum(status.entries for status in store.stat(soon()).values()) == 20)
+    processes[0].end(signal.SIGKILL)
+    assert set(get(store, range(10))) == {Outcome.HIT}
+    processes[1].end(signal.SIGTERM)
+    store.close()
