@@ -14,7 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import msgspec
@@ -302,7 +302,10 @@ class StoreClient:
             for index, outcome in zip(part, call(line, part), strict=True):
                 outcomes[index] = outcome
 
-        others = [self._pool.submit(run, line, part) for line, part in slices[1:]]
+        others: list[Future[None]] = []
+        with contextlib.suppress(RuntimeError):  # the client was closed meanwhile: these are unreachable
+            for line, part in slices[1:]:
+                others.append(self._pool.submit(run, line, part))
         if slices:
             run(*slices[0])
         for future in others:
