@@ -33,6 +33,7 @@ from components.router.failures import (
     frame,
     of_dynamo,
 )
+from components.router.hints import Hints
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Card, Workers
@@ -134,6 +135,9 @@ class Router:
         self._target_bytes: defaultdict[str, int] = defaultdict(int)
         # Prompts in Dynamo's books that have no token yet: the others that it has there decode.
         self._prefilling: defaultdict[int, int] = defaultdict(int)
+        # Of prompts in Dynamo's books those whose clients say how long their answers will be, and what they say.
+        self._hinted: defaultdict[int, int] = defaultdict(int)
+        self._hinted_tokens: defaultdict[int, int] = defaultdict(int)
         # And prompts that were decided and are not in Dynamo's books yet: without them, prompts that come together
         # would all go to the same worker.
         self._unbooked_tokens: defaultdict[int, int] = defaultdict(int)
@@ -141,7 +145,7 @@ class Router:
         self.decisions.suspects.set_function(lambda: self._suspects.count(self._clock()))
 
     def booked(self) -> dict[str, int]:
-        """What is counted for prompts without a first token, over all workers: nothing, once all of them have ended."""
+        """What is counted for prompts under way, over all workers: nothing, once all of them have ended."""
         return {
             "fetching tokens": sum(self._fetching_tokens.values()),
             "fetching bytes": sum(self._fetching_bytes.values()),
@@ -149,6 +153,7 @@ class Router:
             "fetching bytes by target": sum(self._target_bytes.values()),
             "prefilling": sum(self._prefilling.values()),
             "unbooked tokens": sum(self._unbooked_tokens.values()),
+            "hinted": sum(self._hinted.values()) + sum(self._hinted_tokens.values()),
         }
 
     def handle(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
@@ -230,7 +235,7 @@ class Router:
         self, request: Request, failed: Collection[int], fell_back: Callable[[str], None]
     ) -> tuple[Choice, Choices, dict[str, float]]:
         """The choice, the cheapest of each candidate, and the seconds that each stage took."""
-        tokens = request["token_ids"]
+        tokens, hints = request["token_ids"], Hints.of(request)
         routing = request.get("routing") or {}
         identity = {"lora_name": routing.get("lora_name"), "cache_namespace": routing.get("cache_salt")}
         begun = time.perf_counter()
@@ -246,7 +251,15 @@ class Router:
         asked = time.perf_counter()
         constraints = Constraints.of(routing, self._own_id)
         candidates = self._candidates(
-            overlaps, loads, hashes, constraints, failed, fell_back, tokens=len(tokens), adapter=identity["lora_name"]
+            overlaps,
+            loads,
+            hashes,
+            constraints,
+            failed,
+            fell_back,
+            tokens=len(tokens),
+            adapter=identity["lora_name"],
+            hints=hints,
         )
         if self._handover is not None and request.get(HANDED_OVER):
             candidates = [self._handed_over(one, len(tokens), self._handover) for one in candidates]
@@ -261,7 +274,8 @@ class Router:
         candidates = trusted
         if place := self._sessions.place(session_of(request), now):
             candidates = [one for one in candidates if (one.worker, one.dp_rank) == place] or candidates
-        chosen, choices = cost.choose(candidates, len(tokens), self._block_tokens, self._policy)
+        policy = self._policy_for(hints, candidates)
+        chosen, choices = cost.choose(candidates, len(tokens), self._block_tokens, policy)
         stages = {
             "hash": hashed - begun,
             "ask": asked - hashed,
@@ -269,6 +283,13 @@ class Router:
             "price": time.perf_counter() - located,
         }
         return chosen, choices, stages
+
+    def _policy_for(self, hints: Hints, candidates: Sequence[Candidate]) -> Policy:
+        if hints.weight == 1 and not hints.output_tokens:
+            return self._policy
+        usual = sum(self._speeds.answers(one.worker).tokens for one in candidates) / len(candidates)
+        length = hints.expected(usual) / usual if usual else 1.0
+        return msgspec.structs.replace(self._policy, weight=hints.weight, answer_length=length)
 
     async def _known_to_dynamo(
         self, tokens: list[int], identity: dict[str, Any]
@@ -309,6 +330,7 @@ class Router:
         *,
         tokens: int,
         adapter: str | None,
+        hints: Hints,
     ) -> list[Candidate]:
         now = self._clock()
         load_of = {(load["worker_id"], load["dp_rank"]): load for load in loads}
@@ -326,7 +348,9 @@ class Router:
             queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
             answers = self._speeds.answers(worker)
             running, memory = load.get("active_requests", 0), card.total_blocks * self._block_tokens or math.inf
-            booked = load.get("potential_decode_blocks", 0) * self._block_tokens + running * answers.tokens
+            to_come = max(0, running - self._hinted.get(worker, 0)) * answers.tokens
+            to_come += self._hinted_tokens.get(worker, 0)
+            booked = load.get("potential_decode_blocks", 0) * self._block_tokens + to_come
             report = self._workers.report(worker, self._block_tokens, now)
             if report is None:
                 is_unreported = self._handover is None
@@ -354,7 +378,7 @@ class Router:
                     prefill_share=prefill_share,
                     memory_used=booked / memory,
                     memory_fetching=self._memory_later.get(worker, 0) / memory,
-                    memory_needed=(tokens + answers.tokens) / memory,
+                    memory_needed=(tokens + hints.expected(answers.tokens)) / memory,
                     answer_seconds=answers.seconds,
                     blocks_per_chunk=blocks_per_chunk,
                     chunk_bytes=chunk_bytes,
@@ -408,11 +432,14 @@ class Router:
         on."""
         choice, decision_id = decided.chosen, decided.id
         sent = self._clock()
-        prepared = self._prepared(request, choice, decision_id)
-        with _Client(context, self._clock) as client:
+        prepared, hints = self._prepared(request, choice, decision_id), Hints.of(request)
+        with ExitStack() as booked, _Client(context, self._clock) as client:
             worker, tokens = choice.candidate.worker, choice.missing_tokens + choice.store_tokens
             late = self._first_token_check(client, request, choice, tried, arrived, sent)
-            with self._counted(choice), _checked(late):
+            if hints.output_tokens:
+                booked.enter_context(_added(self._hinted, worker, 1))
+                booked.enter_context(_added(self._hinted_tokens, worker, hints.output_tokens))
+            with self._counted(choice, hints), _checked(late):
                 with _added(self._unbooked_tokens, worker, tokens):
                     coming = self._kv_router.generate_from_request(prepared, response_buffer_size=0)
                     self.decisions.decided(*decided)  # which takes its time, now that the prompt is on its way
@@ -514,7 +541,7 @@ class Router:
         )
 
     @contextmanager
-    def _counted(self, choice: Choice) -> Iterator[None]:
+    def _counted(self, choice: Choice, hints: Hints) -> Iterator[None]:
         """Count what the prompt fetches for as long as it has no token."""
         candidate = choice.candidate
         fetched = candidate.located[choice.first_chunk : choice.first_chunk + choice.fetch_chunks]
@@ -524,7 +551,7 @@ class Router:
             book(_added(self._fetching_tokens, candidate.worker, choice.store_tokens))
             book(_added(self._fetching_bytes, candidate.worker, choice.fetch_chunks * candidate.chunk_bytes))
             if fetched:
-                answer_tokens = round(self._speeds.answers(candidate.worker).tokens)
+                answer_tokens = round(hints.expected(self._speeds.answers(candidate.worker).tokens))
                 later = book(ExitStack())  # closed sooner, when the fetch should have come
                 later.enter_context(_added(self._memory_later, candidate.worker, choice.prompt_tokens + answer_tokens))
                 timer = asyncio.get_running_loop().call_later(choice.fetch_seconds, later.close)
@@ -607,23 +634,28 @@ def _checked(check: Callable[[], float | None]) -> Iterator[None]:
 
 
 def _is_asked_for(request: Request) -> bool:
-    """Whether the client has engine_data in `nvext.extra_fields`: otherwise the frontend shows it none. Of a prompt
-    that is handed over its prefill worker's router would know."""
+    """Whether the client has engine_data in `nvext.extra_fields`: otherwise the frontend shows it none."""
     nvext = (request.get("extra_args") or {}).get("nvext") or {}
-    return "engine_data" in (nvext.get("extra_fields") or ()) and not request.get(HANDED_OVER)
+    return "engine_data" in (nvext.get("extra_fields") or ())
 
 
 def _told(choice: Choice, took: float) -> dict[str, Any]:
     """What a client hears of a decision: where the tokens of its prompt were expected, and both times in seconds."""
     times = {"predicted_ttft_seconds": choice.ttft_seconds, "ttft_seconds": took}
-    return {"kvtier": {"tokens": sources(choice), **times}}
+    return {"predicted_tokens": sources(choice), **times}
 
 
 def _with_engine_data(output: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    """With what is told, if it is the last output."""
-    if not told or not output.get("finish_reason"):
+    """With what is told, if it is the last output, and where the worker found the tokens, if it says so."""
+    if not told or not (output.get("finish_reason") or output.get("disaggregated_params")):
         return output
-    return {**output, "engine_data": {**(output.get("engine_data") or {}), **told}}
+    found: dict[str, Any] = {}
+    engine_data = output.get("engine_data") or {}
+    for holder in (engine_data, output.get("disaggregated_params") or {}):
+        if cached := (holder.get("kv_transfer_params") or {}).get(FIELD):
+            computed = sum(told["predicted_tokens"].values()) - sum(cached.values())
+            found = {"tokens": {**cached, "computed": computed}}
+    return {**output, "engine_data": {**engine_data, FIELD: {**found, **told}}}
 
 
 def _tokens(output: dict[str, Any]) -> int:

@@ -26,6 +26,7 @@ BLOCK_TOKENS = 16
 STEP_SECONDS = 0.005
 HERE = "x-bypass-remote-prefill"  # on a request whose prompt a decode worker is to prefill
 FAULTS = HUNG, HALF_DEAD, SLOW = signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP
+FOUND = {"kvtier": {"hbm": 3, "dram": 2, "store": 1}}  # what the connector says of a prompt's tokens
 SHOWN = ("extra_args", "sampling_options", "kv_hint", "prefill_result")
 
 
@@ -66,7 +67,7 @@ async def generate(request: dict[str, Any], context: Any) -> AsyncIterator[dict[
 
 
 async def prefill(request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
-    handed = {"kv_transfer_params": {"computed": len(request["token_ids"])}}
+    handed = {"kv_transfer_params": {"computed": len(request["token_ids"]), **FOUND}}
     yield {"token_ids": [0], "finish_reason": "length", "disaggregated_params": handed}
 
 
@@ -75,7 +76,7 @@ async def decode(request: dict[str, Any], context: Any) -> AsyncIterator[dict[st
         computed = 0
     else:
         computed = request["prefill_result"]["disaggregated_params"]["kv_transfer_params"]["computed"]
-    yield {"token_ids": [computed], "finish_reason": "length"}
+    yield {"token_ids": [computed], "finish_reason": "length", "engine_data": {"kv_transfer_params": FOUND}}
 
 
 async def show(request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:

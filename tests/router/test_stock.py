@@ -187,11 +187,15 @@ async def test_a_router_of_prefill_and_decode_workers_chooses_both(nats_url: str
     async with running(commands, environment) as session:
         with subprocess.Popen([sys.executable, *prefill], env=environment, stderr=subprocess.DEVNULL) as one:
             try:
-                assert text_of(await first_answer(session, url, long)).endswith("D")  # token 35, of its prompt tokens
+                answer = await first_answer(session, url, long)
+                assert text_of(answer).endswith("D")  # token 35, of its prompt tokens
+                assert of_prompt(answer, "tokens") == {"hbm": 3, "dram": 2, "store": 1, "computed": 29}
+                assert of_prompt(answer, "predicted_tokens")["computed"] == 35
+                assert of_prompt(answer, "ttft_seconds") > 0
                 answer = await one_answer(session, url, short)
                 assert text_of(answer).endswith("!")  # token 0: nobody prefilled it
-                tokens = answer["nvext"]["engine_data"]["kvtier"]["tokens"]
-                assert tokens == {"hbm": 0, "dram": 0, "store": 0, "computed": 20}
+                assert of_prompt(answer, "tokens") == {"hbm": 3, "dram": 2, "store": 1, "computed": 14}
+                assert of_prompt(answer, "predicted_tokens") == {"hbm": 0, "dram": 0, "store": 0, "computed": 20}
             finally:
                 one.kill()
         assert text_of(await first_answer(session, url, long)).endswith("!")
@@ -247,6 +251,11 @@ async def test_a_router_without_workers_stops_when_it_is_told_to(nats_url: str, 
         assert process.wait(10) == 0, log.read_text()
     finally:
         process.kill()
+
+
+def of_prompt(answer: dict[str, Any], name: str) -> Any:
+    """What a client that asks for it hears of its prompt."""
+    return answer["nvext"]["engine_data"]["kvtier"][name]
 
 
 def only_child(pid: int) -> int:
@@ -362,6 +371,8 @@ async def test_clients_see_why_there_is_no_answer_and_the_log_has_no_traceback(n
         before = len(await decisions())
         status, text = await answer(FINISH, CONTEXT_TOKENS + 1)
         assert (status, json.loads(text)["details"]["limit"]) == (400, CONTEXT_TOKENS)
+        status, text = await answer(FINISH, nvext={"agent_hints": {"osl": 0}})
+        assert (status, "nvext.agent_hints.osl: 0 given, expected 1" in text) == (400, True)
         status, text = await answer(REFUSE)
         assert (status, json.loads(text)["message"]) == (400, "a refused parameter")
         _, text = await answer(REFUSE, stream=True)
