@@ -34,9 +34,11 @@ from components.router.failures import (
     of_dynamo,
 )
 from components.router.hints import Hints
+from components.router.others import Others
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Card, Workers
+from kvstore.bus.messages import Load, RouterReport
 from kvstore.bus.plan import FIELD, Plan, make_plan
 from kvstore.bus.residency import Mirror
 from kvstore.keys import sequence_hashes
@@ -93,7 +95,8 @@ class Router:
     """Serves `generate` for one model. For one event loop.
 
     `kv_router` is a dynamo.llm.KvRouter on the workers' endpoint with `block_tokens`; `own_id` is the router's own
-    instance id, as frontends know it. Decode workers have a `handover`, and no tier.
+    instance id, as frontends know it. Decode workers have a `handover`, and no tier. `others` knows what other routers
+    have sent.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Router:
         session_idle_seconds: float = 0.0,
         own_id: int | None = None,
         handover: Handover | None = None,
+        others: Others | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._kv_router = kv_router
@@ -123,6 +127,7 @@ class Router:
         self._sessions = Sessions(session_idle_seconds)
         self._own_id = own_id
         self._handover = handover
+        self._others = others
         self._clock = clock
         self._suspects = Suspects()
         # By worker, for prompts whose first token is still to come: what they fetch, which Dynamo's books on load
@@ -155,6 +160,14 @@ class Router:
             "unbooked tokens": sum(self._unbooked_tokens.values()),
             "hinted": sum(self._hinted.values()) + sum(self._hinted_tokens.values()),
         }
+
+    async def under_way(self) -> RouterReport:
+        """For other routers. Raises whatever Dynamo's router does."""
+        assert self._others is not None
+        async with asyncio.timeout(_ASK_SECONDS):
+            loads = map(self._own_load, await self._kv_router.get_potential_loads([0]))
+        busy = [load for load in loads if load != Load(load.worker, load.dp_rank)]
+        return RouterReport(self._others.own_name, self._others.endpoint, busy, dict(self._target_bytes))
 
     def handle(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Dynamo's handler: `generate`, with an error of the request as the last item of the stream."""
@@ -343,14 +356,10 @@ class Router:
             if worker in failed or not self._fits(card, tokens) or not constraints.allow(worker, rank, card.taints):
                 continue
             hbm = row["device_blocks"]
-            load = load_of.get((worker, rank), {})
-            queued = load.get("potential_prefill_tokens", 1) - 1
-            queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
-            answers = self._speeds.answers(worker)
-            running, memory = load.get("active_requests", 0), card.total_blocks * self._block_tokens or math.inf
-            to_come = max(0, running - self._hinted.get(worker, 0)) * answers.tokens
-            to_come += self._hinted_tokens.get(worker, 0)
-            booked = load.get("potential_decode_blocks", 0) * self._block_tokens + to_come
+            load = self._own_load(load_of.get((worker, rank)) or {"worker_id": worker, "dp_rank": rank})
+            if self._others is not None:
+                load = self._others.added_to(load, now)
+            answers, memory = self._speeds.answers(worker), card.total_blocks * self._block_tokens or math.inf
             report = self._workers.report(worker, self._block_tokens, now)
             if report is None:
                 is_unreported = self._handover is None
@@ -372,12 +381,12 @@ class Router:
                     hbm_blocks=hbm,
                     # The extension fields alone prove a hit: the cumulative ones repeat the tier above.
                     dram_blocks=hbm + row["host_pinned_extension_blocks"],
-                    queued_prefill_tokens=max(0, queued),
-                    fetching_bytes=self._fetching_bytes.get(worker, 0),
-                    running_requests=max(0, running - self._prefilling.get(worker, 0)),
+                    queued_prefill_tokens=load.prefill_tokens,
+                    fetching_bytes=load.fetching_bytes,
+                    running_requests=load.decoding,
                     prefill_share=prefill_share,
-                    memory_used=booked / memory,
-                    memory_fetching=self._memory_later.get(worker, 0) / memory,
+                    memory_used=load.memory_tokens / memory,
+                    memory_fetching=load.fetching_memory_tokens / memory,
                     memory_needed=(tokens + hints.expected(answers.tokens)) / memory,
                     answer_seconds=answers.seconds,
                     blocks_per_chunk=blocks_per_chunk,
@@ -391,6 +400,24 @@ class Router:
         if is_unreported:  # once a decision
             fell_back("worker_report")
         return candidates
+
+    def _own_load(self, load: dict[str, int]) -> Load:
+        """What this router has on a worker's rank, by Dynamo's books, beside one token, and by its own."""
+        worker = load["worker_id"]
+        queued = load.get("potential_prefill_tokens", 1) - 1
+        queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
+        running = load.get("active_requests", 0)
+        answers = max(0, running - self._hinted.get(worker, 0)) * self._speeds.answers(worker).tokens
+        memory = load.get("potential_decode_blocks", 0) * self._block_tokens + self._hinted_tokens.get(worker, 0)
+        return Load(
+            worker,
+            load["dp_rank"],
+            max(0, queued),
+            round(memory + answers),
+            max(0, running - self._prefilling.get(worker, 0)),
+            self._fetching_bytes.get(worker, 0),
+            self._memory_later.get(worker, 0),
+        )
 
     def _handed_over(self, candidate: Candidate, tokens: int, handover: Handover) -> Candidate:
         """With the whole prompt within reach: what its HBM lacks comes from a prefill worker, as if from DRAM."""
@@ -418,10 +445,14 @@ class Router:
         return _Located(
             chunks,
             share=count / held.total(),
-            # Its own word is a second old, and other routers' fetches are in it; ours are known now.
-            fetching_bytes=max(speed.waiting_bytes, self._target_bytes.get(str(target), 0)),
+            # Its own word is a second old, and has all routers' fetches; ours are known now, and others' nearly so.
+            fetching_bytes=max(speed.waiting_bytes, self._fetching_from(str(target), now)),
             bytes_per_second=speed.bytes_per_second,
         )
+
+    def _fetching_from(self, target: str, now: float) -> int:
+        others = self._others.fetching_bytes(target, now) if self._others else 0
+        return self._target_bytes.get(target, 0) + others
 
     async def _serve(
         self, request: Request, context: Any, decided: Decided, tried: Collection[int], arrived: float

@@ -1,0 +1,104 @@
+"""What other routers of the same workers have sent them: it counts in this one's prices within a second.
+
+Each says so a few times a second, as sums by worker and target. For one event loop.
+"""
+
+import asyncio
+import logging
+import operator
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+
+from kvstore.bus.messages import Bus, Load, RouterReport, subject
+from kvstore.text import is_plain
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 0.25  # between two reports
+# A router that is silent for so long is gone, and its requests with it.
+SILENT_SECONDS = 3.0
+ROUTERS_MAX = 64
+# More than that of all others together is not counted: deadlines follow predictions, and nobody signs these reports.
+# In the order of Load: a million tokens to prefill are two minutes for a 70B model.
+_AMOUNTS_MAX = 1 << 20, 1 << 22, 1 << 12, 1 << 40, 1 << 22
+# Absurd beyond.
+_TOKENS_MAX, _REQUESTS_MAX, _BYTES_MAX = 1 << 26, 1 << 16, 1 << 45
+_ROWS_MAX = 1 << 15
+_NAME_CHARACTERS_MAX = 64
+
+
+class Others:
+    """`own_name` is this router's, `endpoint` the workers'. Reports that are left out are counted in `rejected`."""
+
+    def __init__(self, own_name: str, endpoint: str, rejected: Counter[str]):
+        self.own_name, self.endpoint = own_name, endpoint
+        self._rejected = rejected
+        self._heard: dict[str, tuple[float, dict[tuple[int, int], Load], dict[str, int]]] = {}
+
+    def heard(self, report: RouterReport, now: float) -> bool:
+        """Take in what a router says; False if it is not used."""
+        if report.endpoint != self.endpoint or report.router == self.own_name:
+            return False
+        self._heard = {name: one for name, one in self._heard.items() if now - one[0] <= SILENT_SECONDS}
+        if not is_plain(report.router, _NAME_CHARACTERS_MAX):
+            return self._reject("invalid_name")
+        if report.router not in self._heard and len(self._heard) >= ROUTERS_MAX:
+            return self._reject("too_many_routers")
+        if len(report.loads) + len(report.targets) > _ROWS_MAX or not all(map(_is_plausible, report.loads)):
+            return self._reject("invalid_size")
+        if not all(0 <= size <= _BYTES_MAX for size in report.targets.values()):
+            return self._reject("invalid_size")
+        loads = {(load.worker, load.dp_rank): load for load in report.loads}
+        self._heard[report.router] = now, loads, report.targets
+        return True
+
+    async def share(self, bus: Bus, namespace: str, under_way: Callable[[], Awaitable[RouterReport]]) -> None:
+        """Hear the others and tell them what this router has `under_way`; when cancelled, that it has nothing."""
+
+        async def hear(report: RouterReport) -> None:
+            self.heard(report, time.monotonic())
+
+        await bus.subscribe(subject(namespace, "load"), RouterReport, hear)
+        to = subject(namespace, "load", self.own_name)
+        try:
+            while True:
+                try:
+                    await bus.publish(to, await under_way())
+                except Exception as error:
+                    logger.warning("other routers are not told what this one has sent: %r", error)
+                await asyncio.sleep(SECONDS)
+        finally:
+            await bus.publish(to, RouterReport(self.own_name, self.endpoint, [], {}))
+
+    def added_to(self, own: Load, now: float) -> Load:
+        """What this router has there, with what all others have."""
+        theirs = [loads[place] for loads, _ in self._live(now) if (place := (own.worker, own.dp_rank)) in loads]
+        if not theirs:
+            return own
+        sums = map(sum, zip(*map(_amounts, theirs), strict=True))
+        bounded = map(min, sums, _AMOUNTS_MAX)
+        return Load(own.worker, own.dp_rank, *map(operator.add, _amounts(own), bounded))
+
+    def fetching_bytes(self, target: str, now: float) -> int:
+        return sum(targets.get(target, 0) for _, targets in self._live(now))
+
+    def _live(self, now: float) -> Iterable[tuple[dict[tuple[int, int], Load], dict[str, int]]]:
+        return ((loads, targets) for heard, loads, targets in self._heard.values() if now - heard <= SILENT_SECONDS)
+
+    def _reject(self, reason: str) -> bool:
+        self._rejected[reason] += 1
+        return False
+
+
+def _amounts(load: Load) -> tuple[int, int, int, int, int]:
+    return load.prefill_tokens, load.memory_tokens, load.decoding, load.fetching_bytes, load.fetching_memory_tokens
+
+
+def _is_plausible(load: Load) -> bool:
+    tokens = load.prefill_tokens, load.memory_tokens, load.fetching_memory_tokens
+    return (
+        all(0 <= one <= _TOKENS_MAX for one in tokens)
+        and 0 <= load.decoding <= _REQUESTS_MAX
+        and 0 <= load.fetching_bytes <= _BYTES_MAX
+    )
