@@ -297,6 +297,7 @@ def _router(
         own_id=own_id,
         handover=handover,
         others=others,
+        has_fallback=bool(options.decode_endpoint) and handover is None,
     )
 
 

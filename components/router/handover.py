@@ -2,7 +2,7 @@
 
 A prompt of which a decode worker lacks little is prefilled there, where that is cheaper. Any other goes through the
 router of the prefill workers; what the chosen one hands over goes through the router of the decode workers. While no
-prefill worker answers, decode workers prefill.
+prefill worker answers, or all are suspect, decode workers prefill.
 """
 
 import logging
@@ -24,8 +24,8 @@ _PREFILL_HERE = "x-bypass-remote-prefill"
 class Disaggregated:
     """Serves `generate` for one model. For one event loop.
 
-    `decode` is made with a Handover. `local_prefill_tokens` is the most that a decode worker prefills while a prefill
-    worker answers; with 0 all is handed over.
+    `prefill` is made with `has_fallback`, `decode` with a Handover. `local_prefill_tokens` is the most that a decode
+    worker prefills while a prefill worker answers; with 0 all is handed over.
     """
 
     def __init__(self, prefill: Router, decode: Router, local_prefill_tokens: int):

@@ -96,7 +96,7 @@ class Router:
 
     `kv_router` is a dynamo.llm.KvRouter on the workers' endpoint with `block_tokens`; `own_id` is the router's own
     instance id, as frontends know it. Decode workers have a `handover`, and no tier. `others` knows what other routers
-    have sent.
+    have sent. With `has_fallback`, who calls has another way for a prompt that no trusted worker takes.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class Router:
         own_id: int | None = None,
         handover: Handover | None = None,
         others: Others | None = None,
+        has_fallback: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._kv_router = kv_router
@@ -128,6 +129,7 @@ class Router:
         self._own_id = own_id
         self._handover = handover
         self._others = others
+        self._has_fallback = has_fallback
         self._clock = clock
         self._suspects = Suspects()
         # By worker, for prompts whose first token is still to come: what they fetch, which Dynamo's books on load
@@ -281,6 +283,8 @@ class Router:
         if not candidates:
             raise self._nobody(tokens)
         trusted = [one for one in candidates if self._suspects.trusts(one.worker, now)]
+        if not trusted and self._has_fallback:
+            raise NoWorker("every worker is suspect")
         if not trusted:
             fewest = min(self._suspects.failures(one.worker) for one in candidates)
             trusted = [one for one in candidates if self._suspects.failures(one.worker) == fewest]
@@ -536,7 +540,7 @@ class Router:
                     now - sent,
                     choice.ttft_seconds,
                 )
-            if self._another(request, {*tried, worker}, now):
+            if self._has_fallback or self._another(request, {*tried, worker}, now):
                 client.interrupt(Late(f"no first token after {now - sent:.1f} s"))
                 return None
             return min(_LOOK_SECONDS, last - now)
