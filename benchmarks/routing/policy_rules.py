@@ -25,6 +25,17 @@ GPU_PRICE, STALL_PRICE = 0.5, 0.2  # the router's defaults
 # loaded ones alone: of two that hold nothing, the one with the longer queue is hardly ever the cheaper one.
 MANY_WORKERS = 16
 
+# What several routers have sent to a worker adds up.
+_SUMMED = (
+    "fetching",
+    "fetching_tokens",
+    "fetching_requests_tokens",
+    "requests",
+    "requests_tokens",
+    "queued_tokens",
+    "running",
+    "running_tokens",
+)
 
 # llm-d: the share of a prompt that a worker must hold to be preferred for it, and by how many seconds its wait may be
 # the longer one (the default, and one that lets go sooner).
@@ -186,18 +197,6 @@ def _sent_by(sim: Simulation, requests: list[Request]) -> list[Worker]:
 def _together(one: Worker, other: Worker) -> Worker:
     sums = {name: getattr(one, name) + getattr(other, name) for name in _SUMMED}
     return replace(one, **sums)
-
-
-_SUMMED = (
-    "fetching",
-    "fetching_tokens",
-    "fetching_requests_tokens",
-    "requests",
-    "requests_tokens",
-    "queued_tokens",
-    "running",
-    "running_tokens",
-)
 
 
 def known_speeds(hardware: Hardware, prefill: float = 1.0, dram: float = 1.0, store: float = 1.0) -> cost.Speeds:
