@@ -8,7 +8,7 @@ import logging
 import operator
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 
 from kvstore.bus.messages import HEARTBEAT_SECONDS, Bus, Load, RouterReport, subject
 from kvstore.text import is_plain
@@ -36,13 +36,16 @@ class Others:
     def __init__(self, own_name: str, endpoint: str, rejected: Counter[str]):
         self.own_name, self.endpoint = own_name, endpoint
         self._rejected = rejected
-        self._heard: dict[str, tuple[float, dict[tuple[int, int], Load], dict[str, int]]] = {}
+        self._heard: dict[str, tuple[float, RouterReport]] = {}
+        # Of all reports, kept up as they come: a decision asks for each worker, many times between two reports.
+        self._loads: dict[tuple[int, int], list[int]] = {}
+        self._targets: Counter[str] = Counter()
 
     def heard(self, report: RouterReport, now: float) -> bool:
         """Take in what a router says; False if it is not used."""
         if report.endpoint != self.endpoint or report.router == self.own_name:
             return False
-        self._heard = {name: one for name, one in self._heard.items() if now - one[0] <= SILENT_SECONDS}
+        self.forget_silent(now)
         if not is_plain(report.router, _NAME_CHARACTERS_MAX):
             return self._reject("invalid_name")
         if report.router not in self._heard and len(self._heard) >= ROUTERS_MAX:
@@ -51,9 +54,14 @@ class Others:
             return self._reject("invalid_size")
         if not all(0 <= size <= _BYTES_MAX for size in report.targets.values()):
             return self._reject("invalid_size")
-        loads = {(load.worker, load.dp_rank): load for load in report.loads}
-        self._heard[report.router] = now, loads, report.targets
+        self._forget(report.router)
+        self._heard[report.router] = now, report
+        self._count(report, 1)
         return True
+
+    def forget_silent(self, now: float) -> None:
+        for name in [name for name, (heard, _) in self._heard.items() if now - heard > SILENT_SECONDS]:
+            self._forget(name)
 
     async def share(self, bus: Bus, namespace: str, under_way: Callable[[], Awaitable[RouterReport]]) -> None:
         """Hear the others and tell them what this router has `under_way`; when cancelled, that it has nothing."""
@@ -66,6 +74,7 @@ class Others:
         last, told = None, 0.0
         try:
             while True:
+                self.forget_silent(time.monotonic())
                 try:
                     report = await under_way()
                     if report != last or time.monotonic() - told > HEARTBEAT_SECONDS:
@@ -78,20 +87,31 @@ class Others:
         finally:
             await bus.publish(to, RouterReport(self.own_name, self.endpoint, [], {}))
 
-    def added_to(self, own: Load, now: float) -> Load:
+    def added_to(self, own: Load) -> Load:
         """What this router has there, with what all others have."""
-        theirs = [loads[place] for loads, _ in self._live(now) if (place := (own.worker, own.dp_rank)) in loads]
-        if not theirs:
+        if (theirs := self._loads.get((own.worker, own.dp_rank))) is None:
             return own
-        sums = map(sum, zip(*map(_amounts, theirs), strict=True))
-        bounded = map(min, sums, _AMOUNTS_MAX)
+        bounded = map(min, theirs, _AMOUNTS_MAX)
         return Load(own.worker, own.dp_rank, *map(operator.add, _amounts(own), bounded))
 
-    def fetching_bytes(self, target: str, now: float) -> int:
-        return sum(targets.get(target, 0) for _, targets in self._live(now))
+    def fetching_bytes(self, target: str) -> int:
+        return self._targets.get(target, 0)
 
-    def _live(self, now: float) -> Iterable[tuple[dict[tuple[int, int], Load], dict[str, int]]]:
-        return ((loads, targets) for heard, loads, targets in self._heard.values() if now - heard <= SILENT_SECONDS)
+    def _forget(self, router: str) -> None:
+        if (known := self._heard.pop(router, None)) is not None:
+            self._count(known[1], -1)
+
+    def _count(self, report: RouterReport, sign: int) -> None:
+        for load in report.loads:
+            place = load.worker, load.dp_rank
+            sums = self._loads.setdefault(place, [0] * len(_AMOUNTS_MAX))
+            sums[:] = [known + sign * one for known, one in zip(sums, _amounts(load), strict=True)]
+            if not any(sums):
+                del self._loads[place]
+        for target, size in report.targets.items():
+            self._targets[target] += sign * size
+            if not self._targets[target]:
+                del self._targets[target]
 
     def _reject(self, reason: str) -> bool:
         self._rejected[reason] += 1

@@ -362,7 +362,7 @@ class Router:
             hbm = row["device_blocks"]
             load = self._own_load(load_of.get((worker, rank)) or {"worker_id": worker, "dp_rank": rank})
             if self._others is not None:
-                load = self._others.added_to(load, now)
+                load = self._others.added_to(load)
             answers, memory = self._speeds.answers(worker), card.total_blocks * self._block_tokens or math.inf
             report = self._workers.report(worker, self._block_tokens, now)
             if report is None:
@@ -450,12 +450,12 @@ class Router:
             chunks,
             share=count / held.total(),
             # Its own word is a second old, and has all routers' fetches; ours are known now, and others' nearly so.
-            fetching_bytes=max(speed.waiting_bytes, self._fetching_from(str(target), now)),
+            fetching_bytes=max(speed.waiting_bytes, self._fetching_from(str(target))),
             bytes_per_second=speed.bytes_per_second,
         )
 
-    def _fetching_from(self, target: str, now: float) -> int:
-        others = self._others.fetching_bytes(target, now) if self._others else 0
+    def _fetching_from(self, target: str) -> int:
+        others = self._others.fetching_bytes(target) if self._others else 0
         return self._target_bytes.get(target, 0) + others
 
     async def _serve(

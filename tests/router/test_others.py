@@ -70,7 +70,7 @@ async def test_what_one_router_has_sent_counts_with_another_within_a_second_and_
     with suppress(asyncio.CancelledError):
         await serving
     await one.stop()
-    await until(lambda: not again.others._heard["pair-1"][1])
+    await until(lambda: not again.others._loads)
     assert (await again.load(1)).queued_prefill_tokens == 0
     await again.stop()
 
@@ -79,11 +79,14 @@ def test_a_router_that_is_silent_is_gone() -> None:
     one = Others("a", ENDPOINT, Counter())
     assert one.heard(RouterReport("b", ENDPOINT, [Load(1, 0, 5, 4, 3, 2, 1)], {"t": 9}), 0.0)
     assert one.heard(RouterReport("c", ENDPOINT, [Load(1, 0, 5)], {}), SILENT_SECONDS)
-    assert one.added_to(Load(1, 0, 1), SILENT_SECONDS) == Load(1, 0, 11, 4, 3, 2, 1)
-    assert one.fetching_bytes("t", SILENT_SECONDS) == 9
-    later = SILENT_SECONDS + 0.1
-    assert one.added_to(Load(1, 0, 1), later) == Load(1, 0, 6)
-    assert one.fetching_bytes("t", later) == 0
+    assert one.added_to(Load(1, 0, 1)) == Load(1, 0, 11, 4, 3, 2, 1)
+    assert one.fetching_bytes("t") == 9
+    one.forget_silent(SILENT_SECONDS + 0.1)
+    assert one.added_to(Load(1, 0, 1)) == Load(1, 0, 6)
+    assert one.fetching_bytes("t") == 0
+    assert one.heard(RouterReport("c", ENDPOINT, [Load(2, 0, 5)], {}), SILENT_SECONDS)
+    assert one.added_to(Load(1, 0, 1)) == Load(1, 0, 1)
+    assert list(one._loads) == [(2, 0)]  # and nothing is kept of what is over
 
 
 @pytest.mark.parametrize(
@@ -104,15 +107,15 @@ def test_what_no_router_could_say_is_not_believed(report: RouterReport, reason: 
     one = Others("a", ENDPOINT, rejected)
     assert not one.heard(report, 0.0)
     assert rejected == ({reason: 1} if reason else {})
-    assert one.added_to(Load(1, 0), 0.0) == Load(1, 0)
+    assert one.added_to(Load(1, 0)) == Load(1, 0)
 
 
 def test_what_others_say_together_is_bounded() -> None:
     """Predictions follow it, and deadlines predictions."""
     one, most = Others("a", ENDPOINT, Counter()), Load(1, 0, 1 << 26, 1 << 26, 1 << 16, 1 << 45, 1 << 26)
     assert all(one.heard(RouterReport(name, ENDPOINT, [most], {}), 0.0) for name in "bcd")
-    assert one.added_to(Load(1, 0, 5), 0.0).prefill_tokens == 5 + (1 << 20)
-    assert one.added_to(Load(1, 0, 0, 5), 0.0).memory_tokens == 5 + (1 << 22)
+    assert one.added_to(Load(1, 0, 5)).prefill_tokens == 5 + (1 << 20)
+    assert one.added_to(Load(1, 0, 0, 5)).memory_tokens == 5 + (1 << 22)
 
 
 def test_routers_are_bounded_and_make_room_when_they_are_gone() -> None:
