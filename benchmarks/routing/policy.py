@@ -147,9 +147,11 @@ def check(quick: bool) -> list[Check]:
 Makers = tuple[bool, list[Callable[[], Policy]]]
 
 
-def policies(seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRICE) -> dict[str, Makers]:
+def policies(
+    seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRICE, routers: int = 1
+) -> dict[str, Makers]:
     """Name -> (with a store, what makes the policy; of several the best counts)."""
-    return {
+    found: dict[str, Makers] = {
         "round robin, no store": (False, [policy_rules.round_robin]),
         "dynamo, no store": (False, [lambda: policy_rules.dynamo(0.0)]),
         "round robin": (True, [policy_rules.round_robin]),
@@ -161,6 +163,10 @@ def policies(seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL
         "kvtier": (True, [lambda: policy_rules.ours(seed, gpu_price, stall_price)]),
         "oracle": (True, [lambda prices=prices: policy_rules.oracle(prices) for prices in ORACLES]),  # type: ignore[misc]
     }
+    if routers > 1:
+        found[f"kvtier, {routers} routers"] = True, [lambda: policy_rules.side_by_side(routers, seed, told=True)]
+        found[f"kvtier, {routers} apart"] = True, [lambda: policy_rules.side_by_side(routers, seed, told=False)]
+    return found
 
 
 def unlike(hardware: Hardware, unequal: str) -> Sequence[Hardware]:
@@ -347,6 +353,8 @@ def parsed() -> argparse.Namespace:
                         help="GB/s of a target, which two workers share")  # fmt: skip
     parser.add_argument("--gpu-price", type=float, default=GPU_PRICE, help="the router's option of that name")
     parser.add_argument("--stall-price", type=float, default=STALL_PRICE, help="the router's option of that name")
+    side_by_side = "of kvtier: so many side by side, told of each other or not, are played, too"
+    parser.add_argument("--routers", type=number(1, 64, int), default=1, help=side_by_side)
     parser.add_argument("--seeds", type=whole, default=3, help="how many; with more than 8 workers it is one")
     parser.add_argument("--json", type=Path, help="where to write the result")
     return parser.parse_args()
@@ -375,7 +383,7 @@ def sweep_all(options: argparse.Namespace, report: Report) -> Iterator[tuple[str
         rows = [
             sweep(played, hardware, workers, unequal, name, make, seed, 20.0 if short else options.seconds)
             for seed in range(1, 1 + (1 if workers > 8 else options.seeds))
-            for name, make in policies(seed, options.gpu_price, options.stall_price).items()
+            for name, make in policies(seed, options.gpu_price, options.stall_price, options.routers).items()
         ]
         bound = 0.0
         if unequal == "no":  # it is that of workers of one kind

@@ -4,6 +4,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 
@@ -17,12 +18,24 @@ from benchmarks.routing.policy_sim import (
     Worker,
 )
 from components.pricing import cost
+from components.router.others import REPORT_SECONDS
 
 GPU_PRICE, STALL_PRICE = 0.5, 0.2  # the router's defaults
 # With more workers than this, kvtier's policy looks at those that hold some of the prompt and at this many of the least
 # loaded ones alone: of two that hold nothing, the one with the longer queue is hardly ever the cheaper one.
 MANY_WORKERS = 16
 
+# What several routers have sent to a worker adds up.
+_SUMMED = (
+    "fetching",
+    "fetching_tokens",
+    "fetching_requests_tokens",
+    "requests",
+    "requests_tokens",
+    "queued_tokens",
+    "running",
+    "running_tokens",
+)
 
 # llm-d: the share of a prompt that a worker must hold to be preferred for it, and by how many seconds its wait may be
 # the longer one (the default, and one that lets go sooner).
@@ -130,6 +143,62 @@ def ours(seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRI
     return decide
 
 
+def side_by_side(routers: int, seed: int, *, told: bool, noise: float = 0.1) -> Policy:
+    """So many of this project's routers, which get requests in turn. Each knows what it has sent itself and, if they
+    are told, what the others had when they last said so."""
+    chance = random.Random(seed)
+    speeds: dict[int, cost.Speeds] = {}
+    sent: list[list[Request]] = [[] for _ in range(routers)]
+    reported: list[list[Worker]] = [[] for _ in range(routers)]
+    turns, due = itertools.cycle(range(routers)), 0.0
+
+    def decide(sim: Simulation, request: Request) -> tuple[int, int]:
+        nonlocal due
+        for number in range(len(speeds), len(sim.workers)):
+            prefill, dram, store = (chance.lognormvariate(0, noise) for _ in range(3))
+            speeds[number] = known_speeds(sim.workers[number].hardware, prefill, dram, store)
+        if told and sim.now >= due:
+            due = sim.now + REPORT_SECONDS
+            reported[:] = [_sent_by(sim, requests) for requests in sent]
+        turn = next(turns)
+        known = _sent_by(sim, sent[turn])
+        for other, report in enumerate(reported):
+            if other != turn and report:
+                known = list(map(_together, known, report))
+        choice = choose(sim, request, speeds.__getitem__, known=known)
+        sent[turn].append(request)
+        return wanted(choice)
+
+    return decide
+
+
+def _sent_by(sim: Simulation, requests: list[Request]) -> list[Worker]:
+    """The workers as who sent these alone knows them. Those that have ended are taken out."""
+    decoding = {id(job) for worker in sim.workers for _, _, job in worker.running}
+    fetched = {id(job) for worker in sim.workers for job in (*worker.ready, worker.prefilling)}
+    requests[:] = [one for one in requests if not one.first or id(one) in decoding]
+    workers = [Worker(worker.number, worker.hardware) for worker in sim.workers]
+    for one in requests:
+        worker = workers[one.worker]
+        worker.requests += 1
+        worker.requests_tokens += one.prompt_tokens
+        if one.first:
+            worker.running.append((0.0, 0, one))
+            worker.running_tokens += one.tokens
+            continue
+        worker.queued_tokens += one.prefill_tokens
+        if one.fetch_tokens and id(one) not in fetched:
+            worker.fetching += 1
+            worker.fetching_tokens += one.fetch_tokens
+            worker.fetching_requests_tokens += one.prompt_tokens
+    return workers
+
+
+def _together(one: Worker, other: Worker) -> Worker:
+    sums = {name: getattr(one, name) + getattr(other, name) for name in _SUMMED}
+    return replace(one, **sums)
+
+
 def known_speeds(hardware: Hardware, prefill: float = 1.0, dram: float = 1.0, store: float = 1.0) -> cost.Speeds:
     """The hardware's, off by these factors."""
     return cost.Speeds(
@@ -153,12 +222,14 @@ def choose(
     speeds: Callable[[int], cost.Speeds],
     gpu_price: float = GPU_PRICE,
     stall_price: float = STALL_PRICE,
+    known: list[Worker] | None = None,
 ) -> cost.Choice:
-    """The router's own choice, with these speeds of each worker."""
+    """The router's own choice, with these speeds of each worker. `known` is what it knows of each one's load, if that
+    is not all."""
     random.seed(request.conversation.key)  # of the ties that cost.choose leaves to chance
     one, hardware = request.conversation, sim.hardware
     seen = sim.seen_by_all(one)
-    workers = sim.workers
+    workers = known or sim.workers
     if len(workers) > 2 * MANY_WORKERS:
         least = heapq.nsmallest(MANY_WORKERS, workers, key=lambda each: (each.prefill_tokens, each.running_tokens))
         holding = (each for each in workers if seen[each.number].dram)
@@ -177,7 +248,7 @@ def choose(
             queued_prefill_tokens=worker.prefill_tokens,
             fetching_bytes=worker.fetching_tokens * hardware.kv_bytes_per_token,
             running_requests=len(worker.running),
-            prefill_share=worker.prefill_share(sim.now),
+            prefill_share=sim.workers[worker.number].prefill_share(sim.now),
             memory_used=held(worker, worker.requests, worker.requests_tokens),
             memory_fetching=held(worker, worker.fetching, worker.fetching_requests_tokens),
             memory_needed=held(worker, 1, one.prompt_tokens),
@@ -192,7 +263,7 @@ def choose(
         for worker in workers
     ]
     # The share of workers that are busy is that of all of them.
-    among = _busy(sim.workers) / (_busy(workers) or 1.0)
+    among = _busy(known or sim.workers) / (_busy(workers) or 1.0)
     policy = cost.Policy(gpu_price * among, stall_price)
     return cost.choose(candidates, one.prompt_tokens, BLOCK_TOKENS, policy)[0]
 

@@ -4,9 +4,9 @@ For worker w and a plan that loads r chunks from the store:
 
     start  = max(wait(w, r), fetch(w, r))       # the fetch runs while the request queues
     ttft   = start + copy DRAM -> HBM + prefill(what is still missing | what is there)
-    price  = ttft + others * prefill + decode pressure of w + the place taken from those that still fetch
-    others = gpu_price + stall_price * requests that decode on w, at most w's patience - 1 (patience.py)
-    decode pressure = stall_price * share of w's KV memory that is in use * seconds of an answer, of all workers
+    price  = ttft + others * prefill + (decode pressure of w + the place taken from those that still fetch) / weight
+    others = (gpu_price + stall_price * requests that decode on w) / weight, at most w's patience - 1 (patience.py)
+    decode pressure = stall_price * share of w's KV memory that is in use * seconds of the answer on an average worker
 
 r is chosen with w: "load all", "load some" and "recompute" are one decision. Over r the price is a sum of a concave
 function (less prefill) and linear ones, with kinks where the fetch outlasts the wait and where its narrow place moves
@@ -47,10 +47,13 @@ class Policy(msgspec.Struct, frozen=True):
     """What a second is worth. `gpu_price` is what a GPU second costs when every worker is busy. `stall_price` is what a
     second costs by which one request delays another that decodes on the same worker: by its prefill and, as its answer
     takes a share of each step, by decoding. Of a prefill both together count for no more than a worker waits to save a
-    second of it: what is fetched for longer, it would compute."""
+    second of it: what is fetched for longer, it would compute. For one prompt, `weight` is what a second of its own
+    waiting counts against a second of others', and `answer_length` its answer's against the usual one."""
 
     gpu_price: float
     stall_price: float = 0.0
+    weight: float = 1.0
+    answer_length: float = 1.0
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
@@ -322,10 +325,10 @@ def _price(c: _Columns, chunks: Array, in_turn: Array, prompt_tokens: int, block
     ttft = np.maximum(wait, fetch) + copy + prefill
     busy = float((c.queued_prefill_tokens > 0).mean())
     others = policy.gpu_price * busy + policy.stall_price * c.running_requests
-    gpu = np.minimum(others, patience(c.prefill_share) - 1) * prefill
+    gpu = np.minimum(others / policy.weight, patience(c.prefill_share) - 1) * prefill
     # By its own answers, which take longer there anyway, a slow worker would be left to idle.
-    decoding = policy.stall_price * c.memory_used * c.answer_seconds.mean()
-    pressure = decoding + np.maximum(in_turn, fetch) - np.maximum(wait, fetch)
+    decoding = policy.stall_price * c.memory_used * policy.answer_length * c.answer_seconds.mean()
+    pressure = (decoding + np.maximum(in_turn, fetch) - np.maximum(wait, fetch)) / policy.weight
     return _Terms(
         first_chunk=c.first_chunk,
         fetch_chunks=chunks,

@@ -18,6 +18,7 @@ from components.options import CommonOptions, add_common_arguments
 from components.pricing.cost import Policy, Speeds
 from components.router.deadlines import Deadlines
 from components.router.handover import Disaggregated
+from components.router.others import Others
 from components.router.router import Handover, Router
 from components.router.speeds import LiveSpeeds
 from components.router.view.access import VARIABLE, Access, page_access
@@ -204,8 +205,10 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
     component = "kvtier-prefill-router" if prefill else "kvtier-router"
     public = runtime.endpoint(f"{options.endpoint.split('.')[0]}.{component}.generate")
     own_id = public.connection_id()
-    router = _router(worker_endpoint, workers, mirror, speeds, block_tokens, options, own_id)
+    others = Others(f"{own_id:x}", options.endpoint, speeds.ignored)
+    router = _router(worker_endpoint, workers, mirror, speeds, block_tokens, options, own_id, others)
     tasks = [
+        asyncio.create_task(others.share(line, namespace, router.under_way)),
         asyncio.create_task(residency.follow(mirror, line, namespace)),
         asyncio.create_task(_watch_cards(cards, workers, speeds, block_tokens)),
     ]
@@ -218,9 +221,11 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
         await _first_card(decode_cards, decoders, options.decode_endpoint, block_tokens)
         tasks.append(asyncio.create_task(_watch_cards(decode_cards, decoders, decode_speeds, block_tokens)))
         handover = Handover(workers, options.handover_gbytes_per_second * 1e9)
+        of_decode = Others(f"{own_id:x}", options.decode_endpoint, speeds.ignored)
         decode = _router(
-            decode_endpoint, decoders, Mirror(), decode_speeds, block_tokens, options, own_id, handover=handover
+            decode_endpoint, decoders, Mirror(), decode_speeds, block_tokens, options, own_id, of_decode, handover
         )
+        tasks.append(asyncio.create_task(of_decode.share(line, namespace, decode.under_way)))
         handle = Disaggregated(router, decode, options.local_prefill_tokens).handle
         every.append(decoders)
         tracked.append(decode_cards)
@@ -265,6 +270,7 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
             await page.cleanup()
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks)
         for watched in tracked:
             watched.shutdown()
         await line.close()
@@ -278,7 +284,7 @@ def _router(
     block_tokens: int,
     options: Options,
     own_id: int,
-    *,
+    others: Others,
     handover: Handover | None = None,
 ) -> Router:
     from dynamo.llm import KvRouter, KvRouterConfig
@@ -296,6 +302,8 @@ def _router(
         session_idle_seconds=options.session_affinity_seconds,
         own_id=own_id,
         handover=handover,
+        others=others,
+        has_fallback=bool(options.decode_endpoint) and handover is None,
     )
 
 

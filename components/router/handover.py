@@ -2,7 +2,7 @@
 
 A prompt of which a decode worker lacks little is prefilled there, where that is cheaper. Any other goes through the
 router of the prefill workers; what the chosen one hands over goes through the router of the decode workers. While no
-prefill worker answers, decode workers prefill.
+prefill worker answers, or all are suspect, decode workers prefill.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 
 from components.router.failures import GivenUp, Refused, RequestError
 from components.router.router import HANDED_OVER, Request, Router, framed
+from kvstore.bus.plan import FIELD
 from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,8 @@ _PREFILL_HERE = "x-bypass-remote-prefill"
 class Disaggregated:
     """Serves `generate` for one model. For one event loop.
 
-    `decode` is made with a Handover. `local_prefill_tokens` is the most that a decode worker prefills while a prefill
-    worker answers; with 0 all is handed over.
+    `prefill` is made with `has_fallback`, `decode` with a Handover. `local_prefill_tokens` is the most that a decode
+    worker prefills while a prefill worker answers; with 0 all is handed over.
     """
 
     def __init__(self, prefill: Router, decode: Router, local_prefill_tokens: int):
@@ -37,10 +38,11 @@ class Disaggregated:
 
     async def generate(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
         """A preprocessed request in, the decode worker's outputs out. Raises RequestError."""
-        to_decode = _to_decode(request)
-        if not await self._is_local(request, to_decode):
+        to_decode, to_prefill = _to_decode(request), _to_prefill(request)
+        prefilled: dict[str, Any] | None = None
+        if not await self._is_local(to_prefill, to_decode):
             try:
-                prefilled = await self._prefilled(request, context)
+                prefilled = await self._prefilled(to_prefill, context)
             except (Refused, GivenUp):
                 raise
             except RequestError as error:
@@ -51,16 +53,16 @@ class Disaggregated:
                 to_decode = _handed_over(to_decode, prefilled)
         async with aclosing(self._decode.generate(to_decode, context)) as outputs:
             async for output in outputs:
-                yield output
+                yield _told_of_both(output, prefilled) if prefilled else output
 
-    async def _is_local(self, request: Request, to_decode: Request) -> bool:
+    async def _is_local(self, to_prefill: Request, to_decode: Request) -> bool:
         if not self._local_prefill_tokens:
             return False
         try:
             here = await self._decode.price(to_decode)
             if here.missing_tokens > self._local_prefill_tokens:
                 return False
-            there = await self._prefill.price(request)
+            there = await self._prefill.price(to_prefill)
         except RequestError:
             return False  # raised again by whom the prompt goes to
         handover = self._decode.handover_seconds(here.prompt_tokens - here.hbm_tokens)
@@ -73,6 +75,11 @@ class Disaggregated:
             async for output in outputs:
                 prefilled = output
         return prefilled
+
+
+def _to_prefill(request: Request) -> Request:
+    """The prompt as a prefill worker takes it, which answers with one token."""
+    return {**request, "stop_conditions": {**(request.get("stop_conditions") or {}), "max_tokens": 1}}
 
 
 def _to_decode(request: Request) -> Request:
@@ -98,3 +105,13 @@ def _handed_over(to_decode: Request, prefilled: dict[str, Any]) -> Request:
         },
         "router_config_override": {"track_prefill_tokens": False},
     }
+
+
+def _told_of_both(output: dict[str, Any], prefilled: dict[str, Any]) -> dict[str, Any]:
+    """A decode worker's output. If it tells the client of its decision: where the prefill worker found the tokens, and
+    the times of both together."""
+    of_prefill, of_decode = ((one.get("engine_data") or {}).get(FIELD) for one in (prefilled, output))
+    if not of_prefill or not of_decode:
+        return output
+    times = {name: of_prefill[name] + of_decode[name] for name in ("predicted_ttft_seconds", "ttft_seconds")}
+    return {**output, "engine_data": {**output["engine_data"], FIELD: {**of_prefill, **times}}}

@@ -33,10 +33,12 @@ from components.router.failures import (
     frame,
     of_dynamo,
 )
+from components.router.hints import Hints
+from components.router.others import Others
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Card, Workers
-from kvstore.bus.messages import WorkerReport
+from kvstore.bus.messages import Load, RouterReport, WorkerReport
 from kvstore.bus.plan import FIELD, Plan, make_plan
 from kvstore.bus.residency import Mirror
 from kvstore.keys import sequence_hashes
@@ -93,7 +95,8 @@ class Router:
     """Serves `generate` for one model. For one event loop.
 
     `kv_router` is a dynamo.llm.KvRouter on the workers' endpoint with `block_tokens`; `own_id` is the router's own
-    instance id, as frontends know it. Decode workers have a `handover`, and no tier.
+    instance id, as frontends know it. Decode workers have a `handover`, and no tier. `others` knows what other routers
+    have sent. With `has_fallback`, who calls has another way for a prompt that no trusted worker takes.
     """
 
     def __init__(
@@ -110,6 +113,8 @@ class Router:
         session_idle_seconds: float = 0.0,
         own_id: int | None = None,
         handover: Handover | None = None,
+        others: Others | None = None,
+        has_fallback: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._kv_router = kv_router
@@ -123,6 +128,8 @@ class Router:
         self._sessions = Sessions(session_idle_seconds)
         self._own_id = own_id
         self._handover = handover
+        self._others = others
+        self._has_fallback = has_fallback
         self._clock = clock
         self._suspects = Suspects()
         # By worker, for prompts whose first token is still to come: what they fetch, which Dynamo's books on load
@@ -135,6 +142,9 @@ class Router:
         self._target_bytes: defaultdict[str, int] = defaultdict(int)
         # Prompts in Dynamo's books that have no token yet: the others that it has there decode.
         self._prefilling: defaultdict[int, int] = defaultdict(int)
+        # Of prompts in Dynamo's books those whose clients say how long their answers will be, and what they say.
+        self._hinted: defaultdict[int, int] = defaultdict(int)
+        self._hinted_tokens: defaultdict[int, int] = defaultdict(int)
         # And prompts that were decided and are not in Dynamo's books yet: without them, prompts that come together
         # would all go to the same worker.
         self._unbooked_tokens: defaultdict[int, int] = defaultdict(int)
@@ -142,7 +152,7 @@ class Router:
         self.decisions.suspects.set_function(lambda: self._suspects.count(self._clock()))
 
     def booked(self) -> dict[str, int]:
-        """What is counted for prompts without a first token, over all workers: nothing, once all of them have ended."""
+        """What is counted for prompts under way, over all workers: nothing, once all of them have ended."""
         return {
             "fetching tokens": sum(self._fetching_tokens.values()),
             "fetching bytes": sum(self._fetching_bytes.values()),
@@ -150,7 +160,16 @@ class Router:
             "fetching bytes by target": sum(self._target_bytes.values()),
             "prefilling": sum(self._prefilling.values()),
             "unbooked tokens": sum(self._unbooked_tokens.values()),
+            "hinted": sum(self._hinted.values()) + sum(self._hinted_tokens.values()),
         }
+
+    async def under_way(self) -> RouterReport:
+        """For other routers. Raises whatever Dynamo's router does."""
+        assert self._others is not None
+        async with asyncio.timeout(_ASK_SECONDS):
+            loads = map(self._own_load, await self._kv_router.get_potential_loads([0]))
+        busy = [load for load in loads if load != Load(load.worker, load.dp_rank)]
+        return RouterReport(self._others.own_name, self._others.endpoint, busy, dict(self._target_bytes))
 
     def handle(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Dynamo's handler: `generate`, with an error of the request as the last item of the stream."""
@@ -245,7 +264,7 @@ class Router:
         self, request: Request, failed: Collection[int], fell_back: Callable[[str], None]
     ) -> tuple[Choice, Choices, dict[str, float]]:
         """The choice, the cheapest of each candidate, and the seconds that each stage took."""
-        tokens = request["token_ids"]
+        tokens, hints = request["token_ids"], Hints.of(request)
         routing = request.get("routing") or {}
         identity = _identity(request)
         begun = time.perf_counter()
@@ -261,7 +280,15 @@ class Router:
         asked = time.perf_counter()
         constraints = Constraints.of(routing, self._own_id)
         candidates = self._candidates(
-            overlaps, loads, hashes, constraints, failed, fell_back, tokens=len(tokens), adapter=identity["lora_name"]
+            overlaps,
+            loads,
+            hashes,
+            constraints,
+            failed,
+            fell_back,
+            tokens=len(tokens),
+            adapter=identity["lora_name"],
+            hints=hints,
         )
         if self._handover is not None and request.get(HANDED_OVER):
             candidates = [self._handed_over(one, len(tokens), self._handover) for one in candidates]
@@ -270,13 +297,16 @@ class Router:
         if not candidates:
             raise self._nobody(tokens)
         trusted = [one for one in candidates if self._suspects.trusts(one.worker, now)]
+        if not trusted and self._has_fallback:
+            raise NoWorker("every worker is suspect")
         if not trusted:
             fewest = min(self._suspects.failures(one.worker) for one in candidates)
             trusted = [one for one in candidates if self._suspects.failures(one.worker) == fewest]
         candidates = trusted
         if place := self._sessions.place(session_of(request), now):
             candidates = [one for one in candidates if (one.worker, one.dp_rank) == place] or candidates
-        chosen, choices = cost.choose(candidates, len(tokens), self._block_tokens, self._policy)
+        policy = self._policy_for(hints, candidates)
+        chosen, choices = cost.choose(candidates, len(tokens), self._block_tokens, policy)
         stages = {
             "hash": hashed - begun,
             "ask": asked - hashed,
@@ -284,6 +314,13 @@ class Router:
             "price": time.perf_counter() - located,
         }
         return chosen, choices, stages
+
+    def _policy_for(self, hints: Hints, candidates: Sequence[Candidate]) -> Policy:
+        if hints.weight == 1 and not hints.output_tokens:
+            return self._policy
+        usual = sum(self._speeds.answers(one.worker).tokens for one in candidates) / len(candidates)
+        length = hints.expected(usual) / usual if usual else 1.0
+        return msgspec.structs.replace(self._policy, weight=hints.weight, answer_length=length)
 
     async def _known_to_dynamo(
         self, tokens: list[int], identity: dict[str, Any]
@@ -324,6 +361,7 @@ class Router:
         *,
         tokens: int,
         adapter: str | None,
+        hints: Hints,
     ) -> list[Candidate]:
         now = self._clock()
         load_of = {(load["worker_id"], load["dp_rank"]): load for load in loads}
@@ -336,12 +374,10 @@ class Router:
             if worker in failed or not self._fits(card, tokens) or not constraints.allow(worker, rank, card.taints):
                 continue
             hbm = row["device_blocks"]
-            load = load_of.get((worker, rank), {})
-            queued = load.get("potential_prefill_tokens", 1) - 1
-            queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
-            answers = self._speeds.answers(worker)
-            running, memory = load.get("active_requests", 0), card.total_blocks * self._block_tokens or math.inf
-            booked = load.get("potential_decode_blocks", 0) * self._block_tokens + running * answers.tokens
+            load = self._own_load(load_of.get((worker, rank)) or {"worker_id": worker, "dp_rank": rank})
+            if self._others is not None:
+                load = self._others.added_to(load)
+            answers, memory = self._speeds.answers(worker), card.total_blocks * self._block_tokens or math.inf
             report = self._workers.report(worker, self._block_tokens, now)
             if report is None:
                 is_unreported = self._handover is None
@@ -361,13 +397,13 @@ class Router:
                     hbm_blocks=hbm,
                     # The extension fields alone prove a hit: the cumulative ones repeat the tier above.
                     dram_blocks=hbm + row["host_pinned_extension_blocks"],
-                    queued_prefill_tokens=max(0, queued),
-                    fetching_bytes=self._fetching_bytes.get(worker, 0),
-                    running_requests=max(0, running - self._prefilling.get(worker, 0)),
+                    queued_prefill_tokens=load.prefill_tokens,
+                    fetching_bytes=load.fetching_bytes,
+                    running_requests=load.decoding,
                     prefill_share=prefill_share,
-                    memory_used=booked / memory,
-                    memory_fetching=self._memory_later.get(worker, 0) / memory,
-                    memory_needed=(tokens + answers.tokens) / memory,
+                    memory_used=load.memory_tokens / memory,
+                    memory_fetching=load.fetching_memory_tokens / memory,
+                    memory_needed=(tokens + hints.expected(answers.tokens)) / memory,
                     answer_seconds=answers.seconds,
                     blocks_per_chunk=blocks_per_chunk,
                     chunk_bytes=chunk_bytes,
@@ -380,6 +416,24 @@ class Router:
         if is_unreported:  # once a decision
             fell_back("worker_report")
         return candidates
+
+    def _own_load(self, load: dict[str, int]) -> Load:
+        """What this router has on a worker's rank, by Dynamo's books, beside one token, and by its own."""
+        worker = load["worker_id"]
+        queued = load.get("potential_prefill_tokens", 1) - 1
+        queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
+        running = load.get("active_requests", 0)
+        answers = max(0, running - self._hinted.get(worker, 0)) * self._speeds.answers(worker).tokens
+        memory = load.get("potential_decode_blocks", 0) * self._block_tokens + self._hinted_tokens.get(worker, 0)
+        return Load(
+            worker,
+            load["dp_rank"],
+            max(0, queued),
+            round(memory + answers),
+            max(0, running - self._prefilling.get(worker, 0)),
+            self._fetching_bytes.get(worker, 0),
+            self._memory_later.get(worker, 0),
+        )
 
     def _handed_over(self, candidate: Candidate, tokens: int, handover: Handover) -> Candidate:
         """With the whole prompt within reach: what its HBM lacks comes from a prefill worker, as if from DRAM."""
@@ -407,10 +461,14 @@ class Router:
         return _Located(
             chunks,
             share=count / held.total(),
-            # Its own word is a second old, and other routers' fetches are in it; ours are known now.
-            fetching_bytes=max(speed.waiting_bytes, self._target_bytes.get(str(target), 0)),
+            # Its own word is a second old, and has all routers' fetches; ours are known now, and others' nearly so.
+            fetching_bytes=max(speed.waiting_bytes, self._fetching_from(str(target))),
             bytes_per_second=speed.bytes_per_second,
         )
+
+    def _fetching_from(self, target: str) -> int:
+        others = self._others.fetching_bytes(target) if self._others else 0
+        return self._target_bytes.get(target, 0) + others
 
     async def _serve(
         self, request: Request, context: Any, decided: Decided, tried: Collection[int], arrived: float
@@ -421,11 +479,14 @@ class Router:
         on."""
         choice, decision_id = decided.chosen, decided.id
         sent = self._clock()
-        prepared = self._prepared(request, choice, decision_id)
-        with _Client(context, self._clock) as client:
+        prepared, hints = self._prepared(request, choice, decision_id), Hints.of(request)
+        with ExitStack() as booked, _Client(context, self._clock) as client:
             worker, tokens = choice.candidate.worker, choice.missing_tokens + choice.store_tokens
             late = self._first_token_check(client, request, choice, tried, arrived, sent)
-            with self._counted(choice), _checked(late):
+            if hints.output_tokens:
+                booked.enter_context(_added(self._hinted, worker, 1))
+                booked.enter_context(_added(self._hinted_tokens, worker, hints.output_tokens))
+            with self._counted(choice, hints), _checked(late):
                 with _added(self._unbooked_tokens, worker, tokens):
                     coming = self._kv_router.generate_from_request(prepared, response_buffer_size=0)
                     self.decisions.decided(*decided)  # which takes its time, now that the prompt is on its way
@@ -491,7 +552,7 @@ class Router:
                     now - sent,
                     choice.ttft_seconds,
                 )
-            if self._another(request, {*tried, worker}, now):
+            if self._has_fallback or self._another(request, {*tried, worker}, now):
                 client.interrupt(Late(f"no first token after {now - sent:.1f} s"))
                 return None
             return min(_LOOK_SECONDS, last - now)
@@ -527,7 +588,7 @@ class Router:
         )
 
     @contextmanager
-    def _counted(self, choice: Choice) -> Iterator[None]:
+    def _counted(self, choice: Choice, hints: Hints) -> Iterator[None]:
         """Count what the prompt fetches for as long as it has no token."""
         candidate = choice.candidate
         fetched = candidate.located[choice.first_chunk : choice.first_chunk + choice.fetch_chunks]
@@ -537,7 +598,7 @@ class Router:
             book(_added(self._fetching_tokens, candidate.worker, choice.store_tokens))
             book(_added(self._fetching_bytes, candidate.worker, choice.fetch_chunks * candidate.chunk_bytes))
             if fetched:
-                answer_tokens = round(self._speeds.answers(candidate.worker).tokens)
+                answer_tokens = round(hints.expected(self._speeds.answers(candidate.worker).tokens))
                 later = book(ExitStack())  # closed sooner, when the fetch should have come
                 later.enter_context(_added(self._memory_later, candidate.worker, choice.prompt_tokens + answer_tokens))
                 timer = asyncio.get_running_loop().call_later(choice.fetch_seconds, later.close)
@@ -620,23 +681,28 @@ def _checked(check: Callable[[], float | None]) -> Iterator[None]:
 
 
 def _is_asked_for(request: Request) -> bool:
-    """Whether the client has engine_data in `nvext.extra_fields`: otherwise the frontend shows it none. Of a prompt
-    that is handed over its prefill worker's router would know."""
+    """Whether the client has engine_data in `nvext.extra_fields`: otherwise the frontend shows it none."""
     nvext = (request.get("extra_args") or {}).get("nvext") or {}
-    return "engine_data" in (nvext.get("extra_fields") or ()) and not request.get(HANDED_OVER)
+    return "engine_data" in (nvext.get("extra_fields") or ())
 
 
 def _told(choice: Choice, took: float) -> dict[str, Any]:
     """What a client hears of a decision: where the tokens of its prompt were expected, and both times in seconds."""
     times = {"predicted_ttft_seconds": choice.ttft_seconds, "ttft_seconds": took}
-    return {"kvtier": {"tokens": sources(choice), **times}}
+    return {"predicted_tokens": sources(choice), **times}
 
 
 def _with_engine_data(output: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    """With what is told, if it is the last output."""
-    if not told or not output.get("finish_reason"):
+    """With what is told, if it is the last output, and where the worker found the tokens, if it says so."""
+    if not told or not (output.get("finish_reason") or output.get("disaggregated_params")):
         return output
-    return {**output, "engine_data": {**(output.get("engine_data") or {}), **told}}
+    found: dict[str, Any] = {}
+    engine_data = output.get("engine_data") or {}
+    for holder in (engine_data, output.get("disaggregated_params") or {}):
+        if cached := (holder.get("kv_transfer_params") or {}).get(FIELD):
+            computed = sum(told["predicted_tokens"].values()) - sum(cached.values())
+            found = {"tokens": {**cached, "computed": computed}}
+    return {**output, "engine_data": {**engine_data, FIELD: {**found, **told}}}
 
 
 def _identity(request: Request) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class KvtierConnector(OffloadingConnector):
         self._loaded: set[str] = set()
         self._void: set[str] = set()
         self._drop = False  # whether what is in DRAM is not valid any more
+        self._sources: dict[str, dict[str, int]] = {}  # of requests that run: cached tokens of the prompt by tier
         # Requests whose fetch has not all begun: without a plan, the store has yet to say what it holds; and there may
         # be no row free. In order of arrival, which is that of scheduling.
         self._arriving: dict[str, RequestOffloadState] = {}
@@ -199,6 +200,7 @@ class KvtierConnector(OffloadingConnector):
         """A load is over, and nothing of it is to be used: the scheduler finds the request as it was before it."""
         self._loaded.discard(req_id)
         self._void.discard(req_id)
+        self._sources.pop(req_id, None)
         request = self._loading.pop(req_id)
         request.num_computed_tokens = 0
         self._kv_cache_manager.free(request)
@@ -250,11 +252,20 @@ class KvtierConnector(OffloadingConnector):
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         speed = self._clock.dram_bytes_per_second
         self._loads.allocated(request, blocks, num_external_tokens, speed, super().update_state_after_alloc)
+        self._note_sources(request, num_external_tokens)
         self._known.runs(request)
         self._not_loading(request.request_id)
         if num_external_tokens and not self._loads.in_step(request.request_id):
             self._loading[request.request_id] = request
         self._manager.let_go(request.request_id)
+
+    def _note_sources(self, request: Request, load_tokens: int) -> None:
+        """Of a prompt that runs for the first time: again after a load between steps, and no more once preempted."""
+        if request.prefill_stats is None or request.num_preemptions or request.request_id in self._sources:
+            return
+        hbm = request.prefill_stats.num_local_cached_tokens
+        store = sum(tier.fetched_tokens(request.request_id, hbm, hbm + load_tokens) for tier in self._tiers)
+        self._sources[request.request_id] = {"hbm": hbm, "dram": load_tokens - store, "store": store}
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         for status in list(self._arriving.values()):
@@ -320,20 +331,23 @@ class KvtierConnector(OffloadingConnector):
         return super().get_kv_connector_stats()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, object] | None]:
-        self._leave(request)
-        return super().request_finished(request, block_ids)
+        sources = self._leave(request)
+        return super().request_finished(request, block_ids)[0], sources
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, object] | None]:
-        self._leave(request)
-        return super().request_finished_all_groups(request, block_ids)
+        sources = self._leave(request)
+        return super().request_finished_all_groups(request, block_ids)[0], sources
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: Request) -> dict[str, object] | None:
+        """What the answer says beside its text, in vLLM's kv_transfer_params: where cached tokens came from."""
         self._arriving.pop(request.request_id, None)
         self._not_loading(request.request_id)
         for tier in self._tiers:
             tier.cancel(request.request_id)
+        sources = self._sources.pop(request.request_id, None)
+        return {FIELD: sources} if sources is not None else None
 
     def _not_loading(self, req_id: str) -> None:
         self._loading.pop(req_id, None)

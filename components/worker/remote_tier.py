@@ -140,6 +140,7 @@ class _RequestState:
     planned: list[str | None] = field(default_factory=list)  # by chunk, from the plan
     fetches: dict[OffloadKey, int] = field(default_factory=dict)
     loads: dict[JobId, "_Load"] = field(default_factory=dict)
+    fetched: set[int] = field(default_factory=set)  # chunks of which something came from the store
     cancelled: bool = False
 
     @property
@@ -410,6 +411,13 @@ class RemoteTier(SecondaryTierManager):
             self.link.wait(seconds - self._waited_seconds)
             self._step()
             self._waited_seconds = before + time.monotonic() - begun
+
+    def fetched_tokens(self, req_id: str, first: int, end: int) -> int:
+        """How many of the request's tokens from `first` to `end` were fetched for it. What was for another request
+        first, this one found in DRAM."""
+        state, size = self._states.get(req_id), self._chunk_tokens
+        chunks = state.fetched if state is not None else ()
+        return sum(max(0, min(end, (chunk + 1) * size) - max(first, chunk * size)) for chunk in chunks)
 
     def hurry(self, req_id: str) -> None:
         """The engine has a slot for the request, and could begin now."""
@@ -762,6 +770,7 @@ class RemoteTier(SecondaryTierManager):
             if key in failed:
                 state.fetches[key] = FETCHES_PER_CHUNK  # not again for this request
             elif state.request is not None and (end := state.context.get_offload_key_position(key)):
+                state.fetched.add((end - 1) // self._chunk_tokens)
                 self.on_load(state.request, key, end)
         for outcome, chunks in Counter(outcomes).items():
             self._stats.increase_counter(_FETCHED, chunks, (outcome.name.lower(),))

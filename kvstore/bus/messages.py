@@ -132,6 +132,27 @@ class WorkerReport(msgspec.Struct, frozen=True):
     adapters: dict[str, int] = {}  # LoRA adapter by name -> fingerprint of the chunks of requests with it
 
 
+class Load(msgspec.Struct, array_like=True, frozen=True):
+    """What a router has under way on a worker's data-parallel rank."""
+
+    worker: int
+    dp_rank: int
+    prefill_tokens: int = 0  # to be computed, for prompts without a token
+    memory_tokens: int = 0  # of KV, expected answers with them
+    decoding: int = 0  # requests
+    fetching_bytes: int = 0
+    fetching_memory_tokens: int = 0  # of memory_tokens, for prompts that still fetch
+
+
+class RouterReport(msgspec.Struct, frozen=True):
+    """What a router has sent and has not ended, for other routers of the same workers. Published on `load.<router>`."""
+
+    router: str
+    endpoint: str  # of the workers
+    loads: list[Load]  # but for ranks that have nothing
+    targets: dict[str, int]  # bytes that are being fetched from each
+
+
 class TargetReport(msgspec.Struct, frozen=True):
     """How busy a target is, published on `speed.target.<target>` once a heartbeat."""
 

@@ -83,6 +83,15 @@ def test_with_many_workers_looking_at_some_chooses_as_looking_at_all(monkeypatch
     assert rates[0] == pytest.approx(rates[1], rel=0.03)
 
 
+def test_routers_that_are_told_at_once_decide_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_rules, "REPORT_SECONDS", 0.0)
+    rules: list[Policy] = [policy_rules.ours(1), policy_rules.side_by_side(3, 1, told=True)]
+    one, three = (ClosedLoop(Hardware(), 4, 40, 80, CHAT, rule, store=True).run(20, 5) for rule in rules)
+    assert one == three
+    apart = ClosedLoop(Hardware(), 4, 40, 80, CHAT, policy_rules.side_by_side(3, 1, told=False), store=True).run(20, 5)
+    assert apart != one
+
+
 @pytest.mark.parametrize(("clients", "median", "p90"), [(8, 0.15, 0.5), (24, 0.35, 0.9)])  # with 24 HBM is full
 def test_predictions_are_near_once_speeds_are_learnt(clients: int, median: float, p90: float) -> None:
     found = prediction_sim.predict(clients=clients, noise=0.2, seconds=120, seed=1)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import aiohttp
@@ -72,12 +73,18 @@ async def test_tenants_do_not_share_chunks(trial: Trial) -> None:
             "messages": prompt,
             "max_tokens": 2,
             "stream": True,
-            "nvext": {"cache_salt": salt, "prefill_worker_id": await trial.worker_id(worker)},
+            "nvext": {
+                "cache_salt": salt,
+                "prefill_worker_id": await trial.worker_id(worker),
+                "extra_fields": ["engine_data"],
+            },
         }
-        async for _ in trial.stream(body):
-            pass
+        parts = [part async for part in trial.stream(body)]
         await trial.until_idle()
-        return (await trial.sources(worker) - before).store
+        found = await trial.sources(worker) - before
+        (told,) = [part["nvext"]["engine_data"]["kvtier"] for part in parts if part.get("nvext")]
+        assert told["tokens"] == asdict(found)  # of what the engine counts, the client hears its own part
+        return found.store
 
     status = await trial.store_status()
     assert await under("red", first) == 0

@@ -4,8 +4,8 @@ What an aggregated one does with a request is the first of its token ids, one of
 to a decode worker, which answers what it was given. A showing one answers with what could reach the engine beside the
 prompt, as JSON in the small model's tokens.
 
-Signals make an aggregated one fail as a whole: SIGUSR1 hangs it, SIGUSR2 lets it end what it has and begin nothing,
-SIGHUP slows it tenfold, SIGCONT mends it. What hangs never goes on.
+Signals make one fail as a whole: SIGUSR1 hangs it, SIGCONT mends it. With an aggregated one SIGUSR2 lets it end what it
+has and begin nothing, and SIGHUP slows it tenfold. What hangs never goes on.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ BLOCK_TOKENS = 16
 STEP_SECONDS = 0.005
 HERE = "x-bypass-remote-prefill"  # on a request whose prompt a decode worker is to prefill
 FAULTS = HUNG, HALF_DEAD, SLOW = signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP
+FOUND = {"kvtier": {"hbm": 3, "dram": 2, "store": 1}}  # what the connector says of a prompt's tokens
 SHOWN = ("extra_args", "sampling_options", "kv_hint", "prefill_result")
 
 
@@ -66,16 +67,26 @@ async def generate(request: dict[str, Any], context: Any) -> AsyncIterator[dict[
 
 
 async def prefill(request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
-    handed = {"kv_transfer_params": {"computed": len(request["token_ids"])}}
+    if fault == HUNG:
+        await context.async_killed_or_stopped()
+        return
+    handed = {"kv_transfer_params": {"computed": len(request["token_ids"]), **FOUND}}
     yield {"token_ids": [0], "finish_reason": "length", "disaggregated_params": handed}
 
 
 async def decode(request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
+    if fault == HUNG:
+        await context.async_killed_or_stopped()
+        return
     if HERE in request["annotations"]:
         computed = 0
     else:
         computed = request["prefill_result"]["disaggregated_params"]["kv_transfer_params"]["computed"]
-    yield {"token_ids": [computed], "finish_reason": "length"}
+    if request["token_ids"][0] == STUCK:
+        yield {"token_ids": [computed]}
+        await context.async_killed_or_stopped()
+        return
+    yield {"token_ids": [computed], "finish_reason": "length", "engine_data": {"kv_transfer_params": FOUND}}
 
 
 async def show(request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:

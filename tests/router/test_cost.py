@@ -331,3 +331,19 @@ def test_a_prompt_goes_where_its_answer_delays_others_less() -> None:
     assert choose([full, free], 3200, BLOCK, policy)[0].candidate.worker == 2
     brief = [replace(one, answer_seconds=0.1) for one in (full, free)]
     assert choose(brief, 3200, BLOCK, policy)[0].candidate.worker == 1
+
+
+def test_a_prompt_that_counts_more_has_its_first_token_sooner_at_others_cost_and_one_that_counts_less_spares_them() -> (
+    None
+):
+    full = candidate(1, memory_used=0.9, answer_seconds=10.0)
+    free = candidate(2, queued_prefill_tokens=10_000, answer_seconds=10.0)
+    workers = []
+    for weight in (0.1, 1.0, 10.0):
+        policy = Policy(gpu_price=0.5, stall_price=0.1, weight=weight)
+        chosen, choices = choose([full, free], 3200, BLOCK, policy)
+        assert chosen.price_seconds == choices.price_seconds.min()
+        workers.append(chosen.candidate.worker)
+    assert workers == [2, 1, 1]
+    long = Policy(gpu_price=0.5, stall_price=0.1, answer_length=10.0)
+    assert choose([full, free], 3200, BLOCK, long)[0].candidate.worker == 2

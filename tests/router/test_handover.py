@@ -2,9 +2,11 @@
 ones."""
 
 import time
+from typing import Any
 
 import pytest
 
+from components.router.deadlines import Deadlines
 from components.router.handover import Disaggregated
 from components.router.router import Handover
 from components.router.workers import Workers
@@ -17,12 +19,12 @@ PREFILL, DECODE = [1, 2], [11, 12]
 class Cluster:
     """The KV of a block takes 10 ms to come over."""
 
-    def __init__(self, local_prefill_tokens: int = 0) -> None:
+    def __init__(self, local_prefill_tokens: int = 0, **prefill: Any) -> None:
         self.prefill, self.decode = KvRouter(PREFILL), KvRouter(DECODE)
         readers = Workers(ENDPOINT)
         readers.heard(WorkerReport("1", ENDPOINT, 7, BLOCK, 2, 2_000_000, 0), time.monotonic())
         decode = make(self.decode, handover=Handover(readers, bytes_per_second=1e8))
-        self.served = Disaggregated(make(self.prefill), decode, local_prefill_tokens)
+        self.served = Disaggregated(make(self.prefill, **prefill), decode, local_prefill_tokens)
 
     async def workers(self, **routing: int) -> tuple[list[int], int]:
         """Those that a prompt was prefilled on for others, and the one that answered."""
@@ -69,3 +71,21 @@ async def test_without_a_prefill_worker_that_answers_decode_workers_prefill() ->
     outputs = [output async for output in cluster.served.handle(request, Context())]
     assert len(outputs) == 5
     assert cluster.decode.sent[-1]["annotations"] == ["x-bypass-remote-prefill"]
+
+
+async def test_prefill_workers_that_hang_delay_one_prompt_each_and_then_none() -> None:
+    """Not for as long as a prompt waits where there is no other way."""
+    cluster = Cluster(has_fallback=True, deadlines=Deadlines(first_token_floor=0.1, first_token_max=60.0))
+    cluster.prefill.silent = set(PREFILL)
+    request = {"token_ids": TOKENS, "model": "m"}
+
+    async def answered() -> float:
+        begun = time.monotonic()
+        assert len([output async for output in cluster.served.handle(request, Context())]) == 5
+        assert cluster.decode.sent[-1]["annotations"] == ["x-bypass-remote-prefill"]
+        return time.monotonic() - begun
+
+    assert await answered() < 10
+    assert len(cluster.prefill.sent) == len(PREFILL)
+    await answered()
+    assert len(cluster.prefill.sent) == len(PREFILL)  # all are suspect

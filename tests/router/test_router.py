@@ -14,6 +14,7 @@ from prometheus_client import generate_latest
 
 from components.pricing.cost import Policy, Speeds
 from components.router.failures import NoWorker, Refused, WorkerError, WorkerGone
+from components.router.hints import Hints
 from components.router.router import Router
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
@@ -410,6 +411,58 @@ async def test_a_worker_whose_memory_is_booked_is_waited_for_as_its_answers_take
     await serve(router)
     assert kv_router.sent[-1]["routing"]["backend_instance_id"] == 12
     assert router._speeds.answers(12).tokens == 5
+
+
+async def test_an_answer_of_known_length_counts_as_long_until_it_ends() -> None:
+    kv_router = KvRouter([11, 12])
+    router = make(kv_router)
+    kv_router.active = {11: 1}
+    for worker in (11, 12):
+        router._speeds.answered(worker, 5, 1.0)
+    hinted = {
+        "token_ids": TOKENS,
+        "routing": {"expected_output_tokens": 4 * BLOCK, "backend_instance_id": 11},
+        "stop_conditions": {"max_tokens": 2 * BLOCK},
+    }
+
+    async def memory() -> tuple[float, float]:
+        one = (await router.decide({"token_ids": TOKENS, "routing": {"backend_instance_id": 11}})).chosen.candidate
+        own = (await router.decide(hinted)).chosen.candidate
+        return one.memory_used * 99 * BLOCK, own.memory_needed * 99 * BLOCK
+
+    assert await memory() == pytest.approx((5, len(TOKENS) + 2 * BLOCK))
+    kv_router.silent = {11}
+    serving = asyncio.create_task(serve(router, hinted))
+    await until(lambda: kv_router.sent)
+    assert (await memory())[0] == pytest.approx(2 * BLOCK)
+    serving.cancel()
+    with suppress(asyncio.CancelledError):
+        await serving
+    assert (await memory())[0] == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("routing", "said"),
+    [
+        ({"expected_output_tokens": 0}, "osl: 0 given, expected 1 to 1048576"),
+        ({"expected_output_tokens": 1 << 21}, "osl: 2097152 given"),
+        ({"priority": -2000, "priority_jump": 0.0}, "priority: -2000 given, expected -1000 to 1000"),
+        ({"priority_jump": 1e9}, "latency_sensitivity: 1000000000.0 given"),
+    ],
+)
+async def test_a_hint_that_cannot_be_right_is_refused_by_its_name(routing: dict[str, Any], said: str) -> None:
+    kv_router = KvRouter([1])
+    with pytest.raises(Refused) as refused:
+        await serve(make(kv_router), {"token_ids": TOKENS, "routing": routing})
+    assert f"nvext.agent_hints.{said}" in str(refused.value)
+    assert not kv_router.sent
+
+
+async def test_a_prompt_of_higher_priority_counts_more_and_of_lower_less() -> None:
+    weights = [Hints.of({"routing": {"priority": one}}).weight for one in (-1000, -1, 0, 1, 3, 1000)]
+    assert weights == [0.1, 0.5, 1, 2, 4, 10]
+    assert Hints.of({"routing": {"priority_jump": 1.0}}).weight == 2
+    assert Hints.of({}) == Hints()
 
 
 async def test_a_prompt_that_found_a_queue_says_nothing_of_the_speed_of_prefills() -> None:

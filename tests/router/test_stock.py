@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.bus.plan import FIELD, HINT_TYPE, make_plan, read_plan
 from tests.router.stock_late import FLOOR_SECONDS
-from tests.router.stock_worker import CONTEXT_TOKENS, DIE, FAIL_AT_ONCE, FINISH, LONG, REFUSE, SILENT, STUCK
+from tests.router.stock_worker import CONTEXT_TOKENS, DIE, FAIL_AT_ONCE, FINISH, HUNG, LONG, REFUSE, SILENT, STUCK
 
 ENDPOINT = "dynamo.backend.generate"
 WORKERS = 3
@@ -159,10 +159,11 @@ async def test_a_router_of_prefill_workers_stands_between_the_stock_frontend_and
 
 
 async def test_a_router_of_prefill_and_decode_workers_chooses_both(nats_url: str, tmp_path: Path) -> None:
-    """Two of each. A handover; a short prompt, which is prefilled where it is decoded; no prefill worker is left."""
+    """A handover; a short prompt, which is prefilled where it is decoded. A decode worker that hangs or dies costs its
+    prompts time, unless they have a token; so does a prefill worker, of which no other is left."""
     model = make_tiny_model(tmp_path / "model", layers=1)
     port = free_port()
-    stock = ["-m", "tests.router.stock_worker", str(model)]
+    stock = [sys.executable, "-m", "tests.router.stock_worker", str(model)]
     options = [
         "--model-name=tiny",
         f"--model-path={model}",
@@ -171,30 +172,55 @@ async def test_a_router_of_prefill_and_decode_workers_chooses_both(nats_url: str
         "--worker-type=prefill",
         "--decode-endpoint=apart.decode.generate",
         "--local-prefill-tokens=20",
-    ]
-    prefill = [*stock, "apart.prefill.generate", "prefill", "hidden-prefill"]
-    decode = [*stock, "apart.decode.generate", "decode", "hidden"]
-    commands = [
-        decode,
-        decode,
-        ["-m", "components.router", *options],
-        ["-m", "dynamo.frontend", "--http-port", str(port)],
+        "--first-token-floor-seconds=0.5",
+        "--next-token-seconds=1",
     ]
     environment = planes(nats_url, tmp_path)
     url = f"http://127.0.0.1:{port}/v1/completions"
     told = {"nvext": {"extra_fields": ["engine_data"]}}
     long, short = ({"model": "tiny", "prompt": list(range(40, 40 + n)), "max_tokens": 4, **told} for n in (35, 20))
-    async with running(commands, environment) as session:
-        with subprocess.Popen([sys.executable, *prefill], env=environment, stderr=subprocess.DEVNULL) as one:
-            try:
-                assert text_of(await first_answer(session, url, long)).endswith("D")  # token 35, of its prompt tokens
-                answer = await one_answer(session, url, short)
-                assert text_of(answer).endswith("!")  # token 0: nobody prefilled it
-                tokens = answer["nvext"]["engine_data"]["kvtier"]["tokens"]
-                assert tokens == {"hbm": 0, "dram": 0, "store": 0, "computed": 20}
-            finally:
-                one.kill()
-        assert text_of(await first_answer(session, url, long)).endswith("!")
+    commands = [["-m", "components.router", *options], ["-m", "dynamo.frontend", "--http-port", str(port)]]
+    with ExitStack() as workers:
+
+        def started(role: str, name: str) -> subprocess.Popen[bytes]:
+            command = [*stock, f"apart.{role}.generate", role, name]
+            worker = workers.enter_context(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+            workers.callback(worker.kill)
+            return worker
+
+        decode = [started("decode", "hidden") for _ in range(2)]
+        async with running(commands, environment) as session:
+
+            async def eight() -> list[str]:
+                """What long prompts that come together end with."""
+                return [text_of(one)[-1] for one in await asyncio.gather(*(ask(long) for _ in range(8)))]
+
+            async def ask(body: dict[str, Any]) -> dict[str, Any]:
+                return await one_answer(session, url, body)
+
+            prefill = started("prefill", "hidden-prefill")
+            answer = await first_answer(session, url, long)
+            assert text_of(answer).endswith("D")  # token 35, of its prompt tokens
+            assert of_prompt(answer, "tokens") == {"hbm": 3, "dram": 2, "store": 1, "computed": 29}
+            assert of_prompt(answer, "predicted_tokens")["computed"] == 35
+            assert of_prompt(answer, "ttft_seconds") > 0
+            answer = await ask(short)
+            assert text_of(answer).endswith("!")  # token 0: nobody prefilled it
+            assert of_prompt(answer, "tokens") == {"hbm": 3, "dram": 2, "store": 1, "computed": 14}
+            assert of_prompt(answer, "predicted_tokens") == {"hbm": 0, "dram": 0, "store": 0, "computed": 20}
+
+            os.kill(decode[0].pid, HUNG)
+            assert await eight() == ["D"] * 8
+            stuck = {**long, "prompt": [STUCK, *long["prompt"]]}
+            assert "the answer is incomplete" in (await ask(stuck))["message"]
+            os.kill(decode[0].pid, signal.SIGCONT)
+            decode[1].kill()
+            assert await eight() == ["D"] * 8
+
+            os.kill(prefill.pid, HUNG)
+            assert await eight() == ["!"] * 8
+            prefill.kill()
+            assert await eight() == ["!"] * 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -247,6 +273,11 @@ async def test_a_router_without_workers_stops_when_it_is_told_to(nats_url: str, 
         assert process.wait(10) == 0, log.read_text()
     finally:
         process.kill()
+
+
+def of_prompt(answer: dict[str, Any], name: str) -> Any:
+    """What a client that asks for it hears of its prompt."""
+    return answer["nvext"]["engine_data"]["kvtier"][name]
 
 
 def only_child(pid: int) -> int:
@@ -362,6 +393,8 @@ async def test_clients_see_why_there_is_no_answer_and_the_log_has_no_traceback(n
         before = len(await decisions())
         status, text = await answer(FINISH, CONTEXT_TOKENS + 1)
         assert (status, json.loads(text)["details"]["limit"]) == (400, CONTEXT_TOKENS)
+        status, text = await answer(FINISH, nvext={"agent_hints": {"osl": 0}})
+        assert (status, "nvext.agent_hints.osl: 0 given, expected 1" in text) == (400, True)
         status, text = await answer(REFUSE)
         assert (status, json.loads(text)["message"]) == (400, "a refused parameter")
         _, text = await answer(REFUSE, stream=True)

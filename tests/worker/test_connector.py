@@ -53,6 +53,7 @@ class Tier:
         self.announced: list[tuple[bytes | None, dict[str, bytes]]] = []
         self.paces: list[tuple[float, int]] = []
         self.busy = False
+        self.fetched = 0
 
     def drained(self) -> bool:
         return not self.busy
@@ -77,6 +78,9 @@ class Tier:
 
     def announce(self, base: bytes | None, adapters: dict[str, bytes]) -> None:
         self.announced.append((base, adapters))
+
+    def fetched_tokens(self, req_id: str, first: int, end: int) -> int:
+        return min(self.fetched, end - first)
 
     def cancel(self, req_id: str) -> None:
         pass
@@ -188,7 +192,7 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
     )
     one._loads = Loads(one.connector_scheduler, 1)
     one._known, one._identity, one._drop = Known(), SimpleNamespace(base=IDENTITY, stale=False), False
-    one._loading, one._loaded, one._void, one._drop = {}, set(), set(), False
+    one._loading, one._loaded, one._void, one._drop, one._sources = {}, set(), set(), False, {}
     one._arriving = {
         name: SimpleNamespace(
             req=SimpleNamespace(request_id=name, block_hashes=[]),
@@ -232,7 +236,9 @@ def test_a_step_that_runs_nothing_waits_for_the_mover_and_others_do_not() -> Non
 
 def test_what_the_scheduler_looks_at_is_hurried_and_what_it_runs_is_let_go() -> None:
     one, tier, manager = connector(1, {"r": 1})
-    request = SimpleNamespace(request_id="r", num_tokens=7, skip_reading_prefix_cache=False)
+    request = SimpleNamespace(
+        request_id="r", num_tokens=7, skip_reading_prefix_cache=False, prefill_stats=None, num_preemptions=0
+    )
     one.get_num_new_matched_tokens(request, 4)
     assert tier.hurried == ["r"]  # what is left is less than a chunk
     one.get_num_new_matched_tokens(request, 0)
@@ -439,6 +445,24 @@ def test_who_may_not_read_the_cache_is_not_asked_for() -> None:
     one.on_new_request(request)
     assert not tier.asked
     assert not one._arriving
+
+
+def test_an_answer_says_where_its_prompts_tokens_were_found() -> None:
+    """As they were when it ran first: a load between steps makes vLLM allocate twice, a preempted prompt is in HBM."""
+    one, tier, _ = connector(1, {"r": 1})
+    one._loads.allocated = lambda *_: None
+    one.connector_scheduler.request_finished = lambda request: (False, None)
+    request = engine_request()
+    tier.fetched = 4
+    request.prefill_stats.set(16, num_local_cached_tokens=4, num_external_cached_tokens=8)
+    one.update_state_after_alloc(request, None, 8)
+    one.update_state_after_alloc(request, None, 0)
+    request.take_prefill_stats()
+    one.update_state_after_alloc(request, None, 0)
+    assert one.request_finished(request, []) == (False, {FIELD: {"hbm": 4, "dram": 4, "store": 4}})
+    assert not one._sources
+    aborted = engine_request("queued")
+    assert one.request_finished(aborted, []) == (False, None)
 
 
 @pytest.mark.parametrize("group", [0, 1])

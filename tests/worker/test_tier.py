@@ -232,6 +232,8 @@ def test_what_one_engine_stored_another_fetches(start_target: Any, engines: Any)
     result = reader.load(context, KEYS[:4], [5, 6, 7, 8])
     assert (result.success, result.failed) == (True, frozenset())
     assert [reader.memory[row].tobytes() for row in (5, 6, 7, 8)] == contents
+    assert [reader.tier.fetched_tokens("r", first, 64) for first in (0, 8, 28, 32)] == [32, 24, 4, 0]
+    assert reader.tier.fetched_tokens("r", 0, 31) == 31
 
 
 def test_a_chunk_that_is_gone_fails_alone_and_is_not_tried_again(start_target: Any, engines: Any) -> None:

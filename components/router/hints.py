@@ -1,0 +1,46 @@
+"""What a client says of its request in `nvext.agent_hints`, as Dynamo passes it on in `routing`."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+from components.router.failures import Refused
+
+OUTPUT_TOKENS_MAX = 1 << 20
+PRIORITY_MAX = 1000
+# However high its priority: more would be to ignore all others.
+WEIGHT_MAX = 10.0
+
+
+class Hints(NamedTuple):
+    """`output_tokens` that the answer is expected to have, 0 where the client does not say; `output_tokens_max`, which
+    it allows; `weight`, what a second of its waiting counts against a second of other requests'."""
+
+    output_tokens: int = 0
+    output_tokens_max: float = math.inf
+    weight: float = 1.0
+
+    @classmethod
+    def of(cls, request: Mapping[str, Any]) -> Self:
+        """Priority 0 is everybody's; with 1 a second counts twice, with -1 half, and so on. Of `latency_sensitivity`,
+        which Dynamo still takes for it, the frontend makes `priority_jump`. Raises Refused."""
+        routing = request.get("routing") or {}
+        most = (request.get("stop_conditions") or {}).get("max_tokens") or math.inf
+        expected = _checked("osl", routing.get("expected_output_tokens"), 1, OUTPUT_TOKENS_MAX)
+        name, field = ("priority", "priority") if "priority" in routing else ("latency_sensitivity", "priority_jump")
+        priority = _checked(name, routing.get(field), -PRIORITY_MAX, PRIORITY_MAX)
+        weight = min(WEIGHT_MAX, 1 + abs(priority))
+        return cls(int(min(expected, most)), most, weight if priority >= 0 else 1 / weight)
+
+    def expected(self, usual_tokens: float) -> float:
+        """The answer's tokens, where those of others have so many."""
+        return self.output_tokens or min(usual_tokens, self.output_tokens_max)
+
+
+def _checked(name: str, value: Any, least: int, most: int) -> float:
+    """0 without a value."""
+    if value is None:
+        return 0
+    if isinstance(value, int | float) and least <= value <= most:
+        return value
+    raise Refused(f"nvext.agent_hints.{name}: {value} given, expected {least} to {most}")
