@@ -1,6 +1,7 @@
 """Real servers for the tests: NATS and etcd from the virtual environment, a target in this process. All on loopback."""
 
 import contextlib
+import errno
 import os
 import random
 import shutil
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pytest
 from crc32c import crc32c
 
 from graphs.services import free_port
-from kvstore.disk.buffers import aligned
+from kvstore.disk.buffers import Buffer, aligned
 from kvstore.disk.files import Files
 from kvstore.disk.log import Log, Value
 from kvstore.disk.shelf import Shelf
@@ -105,6 +106,13 @@ class RunningTarget:
     def client(self, **options: int) -> StoreClient:
         return StoreClient(StaticMembership([self.address]), **options)
 
+    def lent(self) -> list[Buffer]:
+        """Will have what a carrier fetches from now on."""
+        lent: list[Buffer] = []
+        place = self.target._lender.place
+        self.target._lender.place = lambda buffer: (lent.append(buffer), place(buffer))[1]
+        return lent
+
     def stop(self) -> None:
         self.target.stop(drain_seconds=2)
         self.log.close()
@@ -141,6 +149,17 @@ def start_target(tmp_path: Path) -> Iterator[Callable[..., RunningTarget]]:
             one.stop()
         if one.target._unix_path:
             Path(one.target._unix_path).unlink(missing_ok=True)
+
+
+class FullDisk(Files):
+    """Takes no byte while it is `full`."""
+
+    full = False
+
+    def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(fd, buffers, offset)
 
 
 def payload(number: int, length: int = 100_000) -> bytes:

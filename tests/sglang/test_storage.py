@@ -15,10 +15,14 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 
 from components.sglang.storage import KvtierStorage
+from kvstore.net import wire
+from kvstore.net.carrier import MEMORY
 from kvstore.net.client import Item
-from kvstore.net.wire import Outcome
+from kvstore.net.transport import Stream
+from kvstore.net.wire import Header, Op, Outcome
 from kvstore.seal import TRAILER_BYTES, read_keys
-from tests.conftest import RunningTarget, soon
+from tests.conftest import MIB, FullDisk, RunningTarget, soon
+from tests.kvstore.test_client import Impostor, value
 from tests.sglang.hicache import Cache, refusal, same
 
 Make = Callable[..., Cache]
@@ -38,6 +42,16 @@ def test_another_engine_finds_the_pages_bit_by_bit(
     reader = cache(store, kind=kind, layout=layout, interface_v1=interface)
     assert same(reader.read(key), content)
     assert same(reader.read(reader.key(20, seed=2)), [])
+
+
+def test_pages_come_out_of_the_memory_of_a_target_on_this_host(cache: Make, start_target: Start) -> None:
+    target = start_target(unix=True, carrier=MEMORY, buffer_bytes=64 * MIB)
+    made = cache(target.address, carrier=MEMORY)
+    content = made.content(4)
+    made.write(made.key(4), content)
+    lent = target.lent()
+    assert same(made.read(made.key(4)), content)
+    assert len(lent) == 2 * 4
 
 
 @pytest.mark.parametrize("layout", ["page_first", "page_first_direct"])
@@ -168,6 +182,36 @@ def test_a_target_that_does_not_answer_costs_one_deadline_and_is_left_alone_then
         again = time.monotonic() - begun - took
     assert 0.9 < took < 5.0
     assert again < 0.5
+
+
+def test_a_target_that_stalls_in_a_page_costs_one_deadline(cache: Make) -> None:
+    def stalls(stream: Stream, header: Header, control: bytes) -> None:
+        if header.op is Op.EXISTS:
+            hits = wire.Outcomes([Outcome.HIT] * len(wire.decode_control(control, wire.Exists).keys))
+            stream.send([wire.encode(Header(Op.FOUND, header.request), hits)], soon())
+            return
+        sizes = made.backend._sizes
+        stream.send(value(header, bytes(sizes[0])), soon())
+        stream.send([part[: sizes[1] // 2] for part in value(header, bytes(sizes[1]), number=1)], soon())
+
+    made = cache(Impostor(stalls).address, deadline_ms=1000)
+    begun = time.monotonic()
+    assert made.read(made.key(4)) == []
+    assert 0.9 < time.monotonic() - begun < 5.0
+
+
+def test_what_a_full_disk_refuses_is_a_miss_and_the_rest_stays(cache: Make, start_target: Start) -> None:
+    disk = FullDisk()
+    made = cache(start_target(files=disk).address)
+    content, other = made.content(4), made.content(4, seed=2)
+    made.write(made.key(4), content)
+    disk.full = True
+    assert made.write(made.key(4, seed=2), other) == 0
+    assert made.read(made.key(4, seed=2)) == []
+    assert same(made.read(made.key(4)), content)
+    disk.full = False
+    assert made.write(made.key(4, seed=2), other) == 4 * made.page_tokens
+    assert same(made.read(made.key(4, seed=2)), other)
 
 
 def planted(made: Cache, target: RunningTarget, values: Sequence[bytes], seal_key: Any = None) -> None:
