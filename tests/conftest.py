@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
@@ -149,6 +150,14 @@ def start_target(tmp_path: Path) -> Iterator[Callable[..., RunningTarget]]:
             one.stop()
         if one.target._unix_path:
             Path(one.target._unix_path).unlink(missing_ok=True)
+
+
+def seal_keys(folder: Path) -> Path:
+    """A file with one key."""
+    file = folder / "keys.yaml"
+    file.write_text(f"[{{id: 1, key: '{secrets.token_hex(32)}'}}]")
+    file.chmod(0o600)
+    return file
 
 
 class FullDisk(Files):
