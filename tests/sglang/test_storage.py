@@ -1,6 +1,8 @@
 """The backend inside SGLang's own HiCache controller and host pools, against a real target."""
 
+import argparse
 import json
+import shlex
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ pytest.importorskip("sglang", reason="SGLang is not installed")
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
+from sglang.srt.server_args import ServerArgs
 
 from components.sglang.storage import KvtierStorage
 from kvstore.net import wire
@@ -23,6 +26,7 @@ from kvstore.net.wire import Header, Op, Outcome
 from kvstore.seal import TRAILER_BYTES, read_keys
 from tests.conftest import MIB, FullDisk, RunningTarget, soon
 from tests.kvstore.test_client import Impostor, value
+from tests.kvstore.test_target_process import ROOT
 from tests.sglang.hicache import Cache, refusal, same
 
 Make = Callable[..., Cache]
@@ -270,6 +274,22 @@ def test_with_a_seal_what_others_planted_is_a_miss(cache: Make, start_target: St
 )
 def test_bad_settings_are_named(runner: Any, settings: dict[str, object], said: str) -> None:
     assert said in refusal(**{"store": "127.0.0.1:1", **settings})
+
+
+def test_the_page_of_configuration_works_as_written(cache: Make, start_target: Start) -> None:
+    """The engine's command from docs/sglang.md, as SGLang reads it; its target's address changed."""
+    page = (ROOT / "docs/sglang.md").read_text().replace("\\\n", " ")
+    (command,) = (block for block in page.split("\n\n") if block.startswith("    python -m sglang.launch_server"))
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    chosen = parser.parse_args(shlex.split(command)[3:])
+    assert (chosen.enable_hierarchical_cache, chosen.hicache_storage_backend) == (True, "dynamic")
+    extra = json.loads(chosen.hicache_storage_backend_extra_config)
+    extra["store"] = start_target().address
+    made = cache(layout=chosen.hicache_mem_layout, page_tokens=chosen.page_size, **extra)
+    content = made.content(4)
+    made.write(made.key(4), content)
+    assert same(made.read(made.key(4)), content)
 
 
 def test_other_pools_than_that_of_kv_are_refused(cache: Make) -> None:
