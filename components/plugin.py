@@ -35,7 +35,7 @@ class PluginOptions(ClientOptions):
     credential_file: Path | None = None
     seal_key: str = ""
     seal: str = ""
-    carrier: Literal["", "memory", "nixl"] = ""
+    carrier: Literal["", "memory"] = ""
 
     @field_validator("store")
     @classmethod
