@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator
 
@@ -12,6 +12,7 @@ from kvstore.certificates import ClientOptions
 from kvstore.credentials import Credential
 from kvstore.errors import ConfigError, validated
 from kvstore.net import tls
+from kvstore.net.carrier import borrower
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import open_membership
 from kvstore.net.tls import ClientTls
@@ -34,6 +35,7 @@ class PluginOptions(ClientOptions):
     credential_file: Path | None = None
     seal_key: str = ""
     seal: str = ""
+    carrier: Literal["", "memory"] = ""
 
     @field_validator("store")
     @classmethod
@@ -57,7 +59,7 @@ class PluginOptions(ClientOptions):
         return Secrets(
             credentials.load(self.credential_file),
             open_seal(self.seal_key, self.seal),
-            tls.open_client(self.tls_files),
+            tls.open_client(self.tls_files, self.carrier),
         )
 
     def open_client(self, name: str, secrets: Secrets) -> StoreClient:
@@ -66,6 +68,7 @@ class PluginOptions(ClientOptions):
             open_membership(self.store, self.namespace, isolated=True),
             namespace=self.namespace,
             name=name,
+            carrier=borrower(self.carrier) if self.carrier else None,
             credential=secrets.credential,
             seal=secrets.seal,
             tls=secrets.tls,

@@ -1,15 +1,17 @@
 """Real servers for the tests: NATS and etcd from the virtual environment, a target in this process. All on loopback."""
 
 import contextlib
+import errno
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import pytest
 from crc32c import crc32c
 
 from graphs.services import free_port
-from kvstore.disk.buffers import aligned
+from kvstore.disk.buffers import Buffer, aligned
 from kvstore.disk.files import Files
 from kvstore.disk.log import Log, Value
 from kvstore.disk.shelf import Shelf
@@ -105,6 +107,13 @@ class RunningTarget:
     def client(self, **options: int) -> StoreClient:
         return StoreClient(StaticMembership([self.address]), **options)
 
+    def lent(self) -> list[Buffer]:
+        """Will have what a carrier fetches from now on."""
+        lent: list[Buffer] = []
+        place = self.target._lender.place
+        self.target._lender.place = lambda buffer: (lent.append(buffer), place(buffer))[1]
+        return lent
+
     def stop(self) -> None:
         self.target.stop(drain_seconds=2)
         self.log.close()
@@ -141,6 +150,25 @@ def start_target(tmp_path: Path) -> Iterator[Callable[..., RunningTarget]]:
             one.stop()
         if one.target._unix_path:
             Path(one.target._unix_path).unlink(missing_ok=True)
+
+
+def seal_keys(folder: Path) -> Path:
+    """A file with one key."""
+    file = folder / "keys.yaml"
+    file.write_text(f"[{{id: 1, key: '{secrets.token_hex(32)}'}}]")
+    file.chmod(0o600)
+    return file
+
+
+class FullDisk(Files):
+    """Takes no byte while it is `full`."""
+
+    full = False
+
+    def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(fd, buffers, offset)
 
 
 def payload(number: int, length: int = 100_000) -> bytes:

@@ -109,3 +109,16 @@ def test_the_site_has_every_page_in_its_navigation_and_its_links_lead_somewhere(
         for name, _, anchor in (link.partition("#") for link in links(page) if "://" not in link):
             assert (tmp_path / name).is_file() or not name, (page, name)
             assert not anchor or anchor in anchors(pages[name] if name else page), (page, anchor)
+
+
+def test_tests_behind_the_table_of_compatibility_exist() -> None:
+    """A cell that says so has the number of a note, and the note a test."""
+    page = (ROOT / "docs/compatibility.md").read_text()
+    notes = dict(re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |\n\n)", page, re.MULTILINE | re.DOTALL))
+    named = {number: re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", note) for number, note in notes.items()}
+    cells = [cell.strip() for row in re.findall(r"^\| (.*) \|$", page, re.MULTILINE) for cell in row.split(" | ")]
+    claims = [cell for cell in cells if re.match(r"(tested|part|refused)\b.*\(", cell)]
+    assert len(claims) > 20
+    assert [cell for cell in claims if not named.get(cell[cell.index("(") + 1 : -1])] == []
+    for path, name in (test for tests in named.values() for test in tests):
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE), (path, name)

@@ -7,7 +7,6 @@ reads; then the target is killed.
 import asyncio
 import json
 import random
-import secrets
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -25,7 +24,7 @@ from graphs.services import free_port
 from graphs.tiny_model import ALPHABET, make_tiny_model
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import StaticMembership
-from tests.conftest import eventually, soon
+from tests.conftest import eventually, seal_keys, soon
 
 pytestmark = pytest.mark.engine
 
@@ -128,11 +127,8 @@ def kvtier(*arguments: str) -> str:
 
 
 def connector(address: str, folder: Path) -> str:
-    keys = folder / "keys.yaml"
-    keys.write_text(f"[{{id: 1, key: '{secrets.token_hex(32)}'}}]")
-    keys.chmod(0o600)
     command = ["connector", "--store", address, "--dram", "256M", "--deadline-ms", "60000"]
-    return kvtier(*command, "--seal-key", str(keys), "--seal", "encrypt")
+    return kvtier(*command, "--seal-key", str(seal_keys(folder)), "--seal", "encrypt")
 
 
 def stored(address: str) -> int:

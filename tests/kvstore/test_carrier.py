@@ -52,14 +52,12 @@ def test_values_come_by_the_carrier(start_target, carrier: str) -> None:
     target = start_target(unix=True, carrier=carrier, buffer_bytes=64 * MIB, hot_bytes=16 * MIB)
     store = client(target, carrier)
     assert set(store.put([item(n) for n in range(20)], soon())) == {Outcome.STORED}
-    sent = []
-    lend = type(target.target._lender).place
-    target.target._lender.place = lambda buffer: sent.append(buffer) or lend(target.target._lender, buffer)
+    lent = target.lent()
     for _ in range(2):  # from wherever, then from the hot cache
         into = rooms(25)
         assert store.get([key(n) for n in range(25)], into, soon(20)) == [Outcome.HIT] * 20 + [Outcome.MISS] * 5
         assert all(bytes(into[n]) == payload(n) for n in range(20))
-    assert len(sent) == 40
+    assert len(lent) == 40
     eventually(lambda: not any(connection._lent for connection in list(target.target._connections)))  # all taken
     store.close()
 

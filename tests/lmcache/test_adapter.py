@@ -23,11 +23,12 @@ from components.lmcache.adapter import PART_BYTES
 from graphs.services import free_port
 from kvstore.credentials import Credential
 from kvstore.errors import ConfigError
+from kvstore.net.carrier import MEMORY
 from kvstore.net.client import Item
 from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.seal import TRAILER_BYTES, read_keys
-from tests.conftest import RunningTarget, eventually, soon
+from tests.conftest import MIB, FullDisk, RunningTarget, eventually, soon
 from tests.kvstore.test_target_process import ROOT, Process
 from tests.lmcache.server import LAYOUT, Server, key, size
 
@@ -108,6 +109,15 @@ def test_an_object_of_several_tensors_comes_back(server: Make, start_target: Sta
     made = server(start_target().address)
     made.write(key(1), layout=several)
     assert made.read(key(1), layout=several) == [True]
+
+
+def test_objects_come_out_of_the_memory_of_a_target_on_this_host(server: Make, start_target: Start) -> None:
+    target = start_target(unix=True, carrier=MEMORY, buffer_bytes=64 * MIB)
+    made = server(target.address, carrier=MEMORY)
+    made.write(key(1), key(2))
+    lent = target.lent()
+    assert made.read(key(1), key(2), key(3)) == [True, True, False]
+    assert len(lent) == 2
 
 
 # ---- what is not
@@ -221,6 +231,18 @@ def test_a_target_that_hangs_costs_one_deadline_for_a_lookup_and_one_for_a_load(
     eventually(lambda: made.read(key(1)) == [True])
 
 
+def test_what_a_full_disk_refuses_is_a_miss_and_the_rest_stays(server: Make, start_target: Start) -> None:
+    disk = FullDisk()
+    made = server(start_target(files=disk).address)
+    made.write(key(1))
+    disk.full = True
+    assert made.write(key(2)) == {"refused": 1}
+    assert made.read(key(1), key(2)) == [True, False]
+    disk.full = False
+    assert made.write(key(2), key(3)) == {"stored": 2}
+    assert made.read(key(1), key(2), key(3)) == [True, True, True]
+
+
 def test_closing_does_not_wait_for_a_target_that_hangs(store: Store) -> None:
     made = Server(store.address, deadline_ms=60_000)
     made.write(key(1))
@@ -304,6 +326,7 @@ def test_a_target_with_tls_is_reached_by_certificate(server: Make, start_target:
         ({"store": "nowhere"}, "store: 'nowhere' given, expected host:port"),
         ({"deadline_ms": 0}, "deadline-ms: '0' given"),
         ({"namespace": "a b"}, "namespace: 'a b' given"),
+        ({"carrier": "rdma"}, "carrier: 'rdma' given, expected"),
         ({"seal": "mac"}, "seal: 'mac' given, expected off where no seal-key is given"),
         ({"sotre": "host:1"}, "sotre: unknown, expected one of store_tls_ca"),
     ],

@@ -1,6 +1,8 @@
 """The backend inside SGLang's own HiCache controller and host pools, against a real target."""
 
+import argparse
 import json
+import shlex
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -13,12 +15,18 @@ pytest.importorskip("sglang", reason="SGLang is not installed")
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
+from sglang.srt.server_args import ServerArgs
 
 from components.sglang.storage import KvtierStorage
+from kvstore.net import wire
+from kvstore.net.carrier import MEMORY
 from kvstore.net.client import Item
-from kvstore.net.wire import Outcome
+from kvstore.net.transport import Stream
+from kvstore.net.wire import Header, Op, Outcome
 from kvstore.seal import TRAILER_BYTES, read_keys
-from tests.conftest import RunningTarget, soon
+from tests.conftest import MIB, FullDisk, RunningTarget, soon
+from tests.kvstore.test_client import Impostor, value
+from tests.kvstore.test_target_process import ROOT
 from tests.sglang.hicache import Cache, refusal, same
 
 Make = Callable[..., Cache]
@@ -38,6 +46,16 @@ def test_another_engine_finds_the_pages_bit_by_bit(
     reader = cache(store, kind=kind, layout=layout, interface_v1=interface)
     assert same(reader.read(key), content)
     assert same(reader.read(reader.key(20, seed=2)), [])
+
+
+def test_pages_come_out_of_the_memory_of_a_target_on_this_host(cache: Make, start_target: Start) -> None:
+    target = start_target(unix=True, carrier=MEMORY, buffer_bytes=64 * MIB)
+    made = cache(target.address, carrier=MEMORY)
+    content = made.content(4)
+    made.write(made.key(4), content)
+    lent = target.lent()
+    assert same(made.read(made.key(4)), content)
+    assert len(lent) == 2 * 4
 
 
 @pytest.mark.parametrize("layout", ["page_first", "page_first_direct"])
@@ -170,6 +188,36 @@ def test_a_target_that_does_not_answer_costs_one_deadline_and_is_left_alone_then
     assert again < 0.5
 
 
+def test_a_target_that_stalls_in_a_page_costs_one_deadline(cache: Make) -> None:
+    def stalls(stream: Stream, header: Header, control: bytes) -> None:
+        if header.op is Op.EXISTS:
+            hits = wire.Outcomes([Outcome.HIT] * len(wire.decode_control(control, wire.Exists).keys))
+            stream.send([wire.encode(Header(Op.FOUND, header.request), hits)], soon())
+            return
+        sizes = made.backend._sizes
+        stream.send(value(header, bytes(sizes[0])), soon())
+        stream.send([part[: sizes[1] // 2] for part in value(header, bytes(sizes[1]), number=1)], soon())
+
+    made = cache(Impostor(stalls).address, deadline_ms=1000)
+    begun = time.monotonic()
+    assert made.read(made.key(4)) == []
+    assert 0.9 < time.monotonic() - begun < 5.0
+
+
+def test_what_a_full_disk_refuses_is_a_miss_and_the_rest_stays(cache: Make, start_target: Start) -> None:
+    disk = FullDisk()
+    made = cache(start_target(files=disk).address)
+    content, other = made.content(4), made.content(4, seed=2)
+    made.write(made.key(4), content)
+    disk.full = True
+    assert made.write(made.key(4, seed=2), other) == 0
+    assert made.read(made.key(4, seed=2)) == []
+    assert same(made.read(made.key(4)), content)
+    disk.full = False
+    assert made.write(made.key(4, seed=2), other) == 4 * made.page_tokens
+    assert same(made.read(made.key(4, seed=2)), other)
+
+
 def planted(made: Cache, target: RunningTarget, values: Sequence[bytes], seal_key: Any = None) -> None:
     """Put values where those of the page "a" would lie, as whoever has the target can."""
     names = made.backend._names(["a"])
@@ -226,6 +274,22 @@ def test_with_a_seal_what_others_planted_is_a_miss(cache: Make, start_target: St
 )
 def test_bad_settings_are_named(runner: Any, settings: dict[str, object], said: str) -> None:
     assert said in refusal(**{"store": "127.0.0.1:1", **settings})
+
+
+def test_the_page_of_configuration_works_as_written(cache: Make, start_target: Start) -> None:
+    """The engine's command from docs/sglang.md, as SGLang reads it; its target's address changed."""
+    page = (ROOT / "docs/sglang.md").read_text().replace("\\\n", " ")
+    (command,) = (block for block in page.split("\n\n") if block.startswith("    python -m sglang.launch_server"))
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    chosen = parser.parse_args(shlex.split(command)[3:])
+    assert (chosen.enable_hierarchical_cache, chosen.hicache_storage_backend) == (True, "dynamic")
+    extra = json.loads(chosen.hicache_storage_backend_extra_config)
+    extra["store"] = start_target().address
+    made = cache(layout=chosen.hicache_mem_layout, page_tokens=chosen.page_size, **extra)
+    content = made.content(4)
+    made.write(made.key(4), content)
+    assert same(made.read(made.key(4)), content)
 
 
 def test_other_pools_than_that_of_kv_are_refused(cache: Make) -> None:

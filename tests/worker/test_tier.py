@@ -41,7 +41,7 @@ from kvstore.net.client import Item
 from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.seal import TRAILER_BYTES, SealKey
-from tests.conftest import RunningTarget, eventually
+from tests.conftest import FullDisk, RunningTarget, eventually
 from tests.worker.stock import offload_key, primary
 
 ROW = 4096
@@ -264,6 +264,24 @@ def test_a_corrupt_chunk_is_not_used(start_target: Any, engines: Any) -> None:
     counted = engine.tier.get_stats().reduce()
     assert counted["vllm:kvtier_fetched_chunks:('hit',)"] == 3
     assert counted["vllm:kvtier_fetched_chunks:('corrupt',)"] == 1
+
+
+def test_what_a_full_disk_refuses_is_a_miss_and_is_stored_later(start_target: Any, engines: Any) -> None:
+    disk = FullDisk()
+    target = start_target(files=disk)
+    engine = engines(target.address)
+    contents = [engine.fill(row, row + 1) for row in range(2)]
+    context = engine.arrive(engine_request(), KEYS)
+    disk.full = True
+    engine.store(context, KEYS[:2], [0, 1])
+    assert engine.counted()["vllm:kvtier_stored_chunks:('refused',)"] == 2
+    asked = engine.arrive(engine_request(name="full"), KEYS, plan(target, 2))
+    assert engine.load(asked, KEYS[:2], [2, 3]).failed == frozenset(KEYS[:2])
+    disk.full = False
+    engine.store(context, KEYS[:2], [0, 1])
+    asked = engine.arrive(engine_request(name="again"), KEYS, plan(target, 2))
+    assert not engine.load(asked, KEYS[:2], [2, 3]).failed
+    assert [engine.memory[row].tobytes() for row in (2, 3)] == contents
 
 
 @pytest.mark.parametrize("mode", ["", "encrypt"])  # mac, where a key is given
