@@ -2,7 +2,7 @@
 #   docker build -f docker/router.Dockerfile -t kvtier/router:0.2.0 .
 
 FROM python:3.12-slim AS build
-RUN python -m venv /opt/kvtier \
+RUN python -m venv --without-pip /opt/kvtier \
     && pip install --no-cache-dir uv==0.13.9
 WORKDIR /src
 # Requirements come first: a change of the sources keeps their layer.

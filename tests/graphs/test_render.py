@@ -596,6 +596,40 @@ def test_images_run_without_root() -> None:
                 assert all((ROOT / source).exists() for source in line.split()[1:-1]), line
 
 
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_change_of_the_sources_keeps_the_layer_with_the_requirements(image: str) -> None:
+    text = (ROOT / "docker" / IMAGES[image]).read_text()
+    order = ["COPY pyproject.toml ./\n", "-r pyproject.toml", "COPY kvstore kvstore\n", "--no-deps .\n"]
+    places = [text.index(line) for line in order]
+    assert places == sorted(places)
+    assert "LABEL org.opencontainers.image.title=" in text
+
+
+def test_what_runs_read_only_writes_to_a_volume_alone() -> None:
+    """A home of root's, or in the image, ends the frontend at its start."""
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    (home,) = re.findall(r"\bHOME=(\S+)", (ROOT / "docker" / IMAGES["router"]).read_text())
+    for name in ("frontend-0", "router-0"):
+        assert services[name]["read_only"]
+        assert home in {target for _, target in mounts(services[name])}
+
+
+def test_memory_is_locked_by_gpu_workers_alone() -> None:
+    """A limit that a machine does not allow ends the container at its start."""
+    for file, has_gpus in (("compose.yaml", False), ("compose.gpu.yaml", True)):
+        services = yaml.safe_load((ROOT / "docker" / file).read_text())["services"]
+        limited = {name for name, service in services.items() if "ulimits" in service}
+        assert limited == ({"vllmworker-0", "vllmworker-1"} if has_gpus else set())
+
+
+def test_processes_of_ours_get_the_signals_that_stop_them() -> None:
+    """The kernel ignores a signal to PID 1 that has no handler."""
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    ours = [service for service in services.values() if "build" in service]
+    assert len(ours) == 6
+    assert all(service["init"] and service["stop_grace_period"] == "60s" for service in ours)
+
+
 def test_bad_input_is_told() -> None:
     command = [sys.executable, "-m", "graphs.cli", "render", "compose", ROUTED, "-f", "/nowhere.yaml"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
