@@ -101,6 +101,14 @@ def test_what_is_committed_is_up_to_date(file: str, target: str, overrides: list
     assert (ROOT / "docker" / file).read_text() == text
 
 
+def test_no_graph_and_no_example_is_left_out() -> None:
+    """docs/operations.md says so."""
+    assert {config for _, config in GRAPHS} == {path.stem for path in CONFIGS.glob("*.yaml")}
+    linked = re.compile(r"^\w+\.link\(", re.MULTILINE)
+    graphs = {path.stem for path in CONFIGS.parent.glob("*.py") if linked.search(path.read_text())}
+    assert {graph.partition(":")[0].removeprefix("graphs.") for graph, _ in GRAPHS} == graphs
+
+
 @pytest.mark.parametrize(("graph", "config"), GRAPHS)
 def test_every_graph_runs_and_renders(graph: str, config: str, tmp_path: Path) -> None:
     """Compose files are read by Docker Compose itself, manifests by Kubernetes' own types and Dynamo's."""
