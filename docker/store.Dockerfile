@@ -24,6 +24,7 @@ RUN uv pip install --no-cache --compile-bytecode --python /opt/kvtier/bin/python
 
 FROM python:3.12-slim
 LABEL org.opencontainers.image.title="kvtier store" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 1000 --create-home kvtier \
     && install -d -o kvtier -g kvtier /data

@@ -22,6 +22,7 @@ RUN uv pip install --no-cache --compile-bytecode --python /opt/kvtier/bin/python
 
 FROM python:3.12-slim
 LABEL org.opencontainers.image.title="kvtier worker on CPUs" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 # The base image's release decides their versions: a pin would fail with its next update.
 # hadolint ignore=DL3008

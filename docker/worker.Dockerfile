@@ -4,6 +4,7 @@
 FROM nvcr.io/nvidia/ai-dynamo/vllm-runtime:1.6.1
 USER 0
 LABEL org.opencontainers.image.title="kvtier worker" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /opt/kvtier
 # Requirements come first: a change of the sources keeps their layer. Dynamo's images bring uv, and not always pip.

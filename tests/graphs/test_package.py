@@ -180,6 +180,7 @@ def test_images_have_the_versions_of_the_project() -> None:
     for path in (ROOT / "docker").glob("*.Dockerfile"):
         text = path.read_text()
         assert f"-t kvtier/{path.stem}:{VERSION} ." in text
+        assert f'image.version="{VERSION}"' in text
         assert set(re.findall(r"\buv==(\S+)", text)) <= {pinned("dev", "uv")}
     dynamo = (ROOT / "docker" / "worker.Dockerfile").read_text()
     assert f"FROM nvcr.io/nvidia/ai-dynamo/vllm-runtime:{pinned('dynamo', 'ai-dynamo')}\n" in dynamo
