@@ -20,7 +20,6 @@ import yaml
 from graphs.render import ETCD_IMAGE, NATS_IMAGE, PROMETHEUS_IMAGE, render
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
-from graphs.trial import BLOCK_TOKENS
 from tests.conftest import eventually
 from tests.engine.containers import BIN, ROOT, Engine, why_not
 
@@ -159,14 +158,14 @@ def test_a_rendered_cluster_with_its_engine_runs(
         engine.compose("up", "--no-build", "--detach", "--wait", *services, files=files, seconds=300)
         print(f"up after {time.monotonic() - began:.1f} s")
         eventually(lambda: answers(turn), 60)
-        eventually(lambda: turn()["computed"] < BLOCK_TOKENS, 60)
+        eventually(lambda: turn()["hbm"] > 0, 60)
         for name in services:
             began = time.monotonic()
             engine.compose("kill", name, files=files)
             engine.compose("start", name, files=files)
-            eventually(lambda name=name: "(healthy)" in engine.containers()[name]["Status"], 120)
+            eventually(lambda name=name: "(healthy)" in engine.containers()[name]["Status"], 240)
             healthy = time.monotonic() - began
-            eventually(lambda: answers(turn), 120)
+            eventually(lambda: answers(turn), 240)
             print(f"{name}: healthy after {healthy:.1f} s, an answer after {time.monotonic() - began:.1f} s, {turn()}")
             if name == "vllmworker-0":
                 said = engine.compose("exec", "-T", name, "wget", "-qO-", "http://127.0.0.1:9090/metrics", files=files)
