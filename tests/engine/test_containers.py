@@ -102,8 +102,12 @@ def test_a_rendered_cluster_runs(engine: Engine, tmp_path: Path, monkeypatch: py
         stat = ["python", "-m", "kvstore", "stat", "127.0.0.1:7600", "--namespace", "team"]
         reply = engine.compose("exec", "-T", "-e", "KVTIER_CREDENTIAL=0123456789abcdef", "store-0", *stat, files=files)
         assert "store-0:7600" in reply or "127.0.0.1:7600" in reply
-        scraped = ["wget", "-qO-", 'http://127.0.0.1:9090/api/v1/query?query=count(up{job="store"}==1)']
-        eventually(lambda: '"2"]' in engine.compose("exec", "-T", "prometheus", *scraped, files=files), 30)
+        scraped = [
+            "wget",
+            "-qO-",
+            'http://127.0.0.1:9090/api/v1/query?query=count(max_over_time(up{job="store"}[9m])==1)',
+        ]
+        eventually(lambda: '"2"]' in engine.compose("exec", "-T", "prometheus", *scraped, files=files), 60)
         for name in OURS:
             began = time.monotonic()
             engine.compose("stop", name, files=files)

@@ -266,6 +266,15 @@ def test_prefill_workers_have_the_tier_beside_nixl(tmp_path: Path) -> None:
     assert (prefill.env["CUDA_VISIBLE_DEVICES"], decode.env["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
 
 
+def test_cpu_workers_that_hand_over_by_nixl_reach_every_core(tmp_path: Path) -> None:
+    """vLLM's connector moves to the machine's last core, and ends the worker where it may not."""
+    text = render("compose", "graphs.disagg_router:Frontend", CONFIGS / "disagg_quickstart.yaml", [], tmp_path)
+    services = yaml.safe_load(text)["services"]
+    workers = [services[name] for name in ("prefillworker-0", "decodeworker-0")]
+    assert not any("cpuset" in worker for worker in workers)
+    assert [worker["environment"]["VLLM_CPU_OMP_THREADS_BIND"] for worker in workers] == ["0", "1"]
+
+
 def test_prefill_and_decode_workers_are_found_by_their_router_alone(tmp_path: Path) -> None:
     overrides = ["--PrefillWorker.endpoint=dynamo.readers.generate", "--PrefillWorker.namespace=ours"]
     deployment = load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", overrides, tmp_path)
@@ -292,9 +301,8 @@ def test_gpus_are_taken_from_those_that_are_visible(tmp_path: Path, monkeypatch:
 
 
 def test_cores_are_given_out_in_turn() -> None:
-    text = render("compose", "graphs.disagg_router:Frontend", CONFIGS / "disagg_quickstart.yaml", [], Path("docker"))
-    services = yaml.safe_load(text)["services"]
-    for name, core in (("prefillworker-0", "0"), ("decodeworker-0", "1")):
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    for name, core in (("vllmworker-0", "0"), ("vllmworker-1", "1")):
         assert services[name]["cpuset"] == services[name]["environment"]["VLLM_CPU_OMP_THREADS_BIND"] == core
 
 
