@@ -2,7 +2,7 @@
 #   docker build -f docker/router.Dockerfile -t kvtier/router:0.2.0 .
 
 FROM python:3.12-slim AS build
-RUN python -m venv /opt/kvtier \
+RUN python -m venv --without-pip /opt/kvtier \
     && pip install --no-cache-dir uv==0.13.9
 WORKDIR /src
 # Requirements come first: a change of the sources keeps their layer.
@@ -18,6 +18,7 @@ RUN uv pip install --no-cache --compile-bytecode --python /opt/kvtier/bin/python
 
 FROM python:3.12-slim
 LABEL org.opencontainers.image.title="kvtier router and frontend" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 1000 --create-home kvtier \
     && install -d -o kvtier -g kvtier /cache /models

@@ -295,7 +295,9 @@ def _compose_service(
         content["tmpfs"] = ["/tmp", "/data"] if name == "Etcd" else ["/tmp"]
     if memory := settings.args.resources.memory:
         content["mem_limit"] = int(memory)
-    if settings.args.resources.cpu and name not in _BROKERS:
+    # On a CPU engine vLLM's NIXL connector moves to the machine's last core, which must not be out of its reach.
+    moves = not process.gpus and any('"NixlConnector"' in word for word in process.command)
+    if settings.args.resources.cpu and name not in _BROKERS and not moves:
         cpu = settings.args.resources.cpu
         first = deployment.taken_before(name)[1] + replica * cpu
         content["cpuset"] = numbered_cores(first, cpu, deployment.place)

@@ -554,6 +554,9 @@ async def _serve_one(options: Options) -> None:
         tasks.append(asyncio.create_task(warm(target, line, namespace)))
     if server_tls:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server_tls.reload)
+    # Always handled: without a handler the signal would end a target that has nothing to read again.
+    reload = server_tls.reload if server_tls else lambda: None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     stop = _stop_signal()
     where = ", ".join(map(str, options.dir))
     await asyncio.to_thread(shelf.delete_beyond)

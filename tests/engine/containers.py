@@ -121,10 +121,11 @@ class Engine:
         environment = {**os.environ, "DOCKER_HOST": self.socket}
         return _run([str(BIN / "docker-compose"), *named, *arguments], environment, seconds)
 
-    def build(self, name: str, tag: str, context: Path = ROOT, file: Path | None = None) -> int:
+    def build(self, name: str, tag: str, *options: str, context: Path = ROOT, file: Path | None = None) -> int:
         """Build an image from its Dockerfile; its size in bytes beyond the base's."""
         found = file or ROOT / "docker" / f"{name}.Dockerfile"
-        self.run("buildah", "bud", "--network=host", "--isolation=chroot", "-f", found, "-t", tag, context)
+        command = ["buildah", "bud", "--network=host", "--isolation=chroot", *options]
+        self.run(*command, "-f", found, "-t", tag, context, seconds=1200)
         return self._size(tag) - self._size(BASE)
 
     def make_base(self) -> None:
@@ -153,7 +154,7 @@ class Engine:
         file = context / "Dockerfile"
         start = f"ENTRYPOINT {json.dumps([entry])}\n" if entry else ""
         file.write_text(f"FROM {BASE}\nCOPY {' '.join(one.name for one in programs)} /usr/local/bin/\n{start}")
-        self.build("", tag, context, file)
+        self.build("", tag, context=context, file=file)
 
     def containers(self) -> dict[str, Any]:
         """What runs, by its service's name."""

@@ -180,6 +180,15 @@ def test_images_have_the_versions_of_the_project() -> None:
     for path in (ROOT / "docker").glob("*.Dockerfile"):
         text = path.read_text()
         assert f"-t kvtier/{path.stem}:{VERSION} ." in text
+        assert f'image.version="{VERSION}"' in text
         assert set(re.findall(r"\buv==(\S+)", text)) <= {pinned("dev", "uv")}
     dynamo = (ROOT / "docker" / "worker.Dockerfile").read_text()
     assert f"FROM nvcr.io/nvidia/ai-dynamo/vllm-runtime:{pinned('dynamo', 'ai-dynamo')}\n" in dynamo
+
+
+def test_the_image_for_cpus_has_no_cuda_libraries() -> None:
+    """torch's own builds for CPUs, which bring neither them nor Triton."""
+    text = (ROOT / "docker" / "worker-cpu.Dockerfile").read_text()
+    assert "ARG TORCH_BACKEND=cpu\n" in text
+    assert "--torch-backend=$TORCH_BACKEND" in text
+    assert "'%s; sys_platform == \"never\"\\n' triton nixl-cu12 >overrides.txt" in text

@@ -101,6 +101,14 @@ def test_what_is_committed_is_up_to_date(file: str, target: str, overrides: list
     assert (ROOT / "docker" / file).read_text() == text
 
 
+def test_no_graph_and_no_example_is_left_out() -> None:
+    """docs/operations.md says so."""
+    assert {config for _, config in GRAPHS} == {path.stem for path in CONFIGS.glob("*.yaml")}
+    linked = re.compile(r"^\w+\.link\(", re.MULTILINE)
+    graphs = {path.stem for path in CONFIGS.parent.glob("*.py") if linked.search(path.read_text())}
+    assert {graph.partition(":")[0].removeprefix("graphs.") for graph, _ in GRAPHS} == graphs
+
+
 @pytest.mark.parametrize(("graph", "config"), GRAPHS)
 def test_every_graph_runs_and_renders(graph: str, config: str, tmp_path: Path) -> None:
     """Compose files are read by Docker Compose itself, manifests by Kubernetes' own types and Dynamo's."""
@@ -258,6 +266,15 @@ def test_prefill_workers_have_the_tier_beside_nixl(tmp_path: Path) -> None:
     assert (prefill.env["CUDA_VISIBLE_DEVICES"], decode.env["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
 
 
+def test_cpu_workers_that_hand_over_by_nixl_reach_every_core(tmp_path: Path) -> None:
+    """vLLM's connector moves to the machine's last core, and ends the worker where it may not."""
+    text = render("compose", "graphs.disagg_router:Frontend", CONFIGS / "disagg_quickstart.yaml", [], tmp_path)
+    services = yaml.safe_load(text)["services"]
+    workers = [services[name] for name in ("prefillworker-0", "decodeworker-0")]
+    assert not any("cpuset" in worker for worker in workers)
+    assert [worker["environment"]["VLLM_CPU_OMP_THREADS_BIND"] for worker in workers] == ["0", "1"]
+
+
 def test_prefill_and_decode_workers_are_found_by_their_router_alone(tmp_path: Path) -> None:
     overrides = ["--PrefillWorker.endpoint=dynamo.readers.generate", "--PrefillWorker.namespace=ours"]
     deployment = load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", overrides, tmp_path)
@@ -284,9 +301,8 @@ def test_gpus_are_taken_from_those_that_are_visible(tmp_path: Path, monkeypatch:
 
 
 def test_cores_are_given_out_in_turn() -> None:
-    text = render("compose", "graphs.disagg_router:Frontend", CONFIGS / "disagg_quickstart.yaml", [], Path("docker"))
-    services = yaml.safe_load(text)["services"]
-    for name, core in (("prefillworker-0", "0"), ("decodeworker-0", "1")):
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    for name, core in (("vllmworker-0", "0"), ("vllmworker-1", "1")):
         assert services[name]["cpuset"] == services[name]["environment"]["VLLM_CPU_OMP_THREADS_BIND"] == core
 
 
@@ -594,6 +610,40 @@ def test_images_run_without_root() -> None:
         for line in lines:
             if line.startswith("COPY ") and "--from" not in line:
                 assert all((ROOT / source).exists() for source in line.split()[1:-1]), line
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_change_of_the_sources_keeps_the_layer_with_the_requirements(image: str) -> None:
+    text = (ROOT / "docker" / IMAGES[image]).read_text()
+    order = ["COPY pyproject.toml ./\n", "-r pyproject.toml", "COPY kvstore kvstore\n", "--no-deps .\n"]
+    places = [text.index(line) for line in order]
+    assert places == sorted(places)
+    assert "LABEL org.opencontainers.image.title=" in text
+
+
+def test_what_runs_read_only_writes_to_a_volume_alone() -> None:
+    """A home of root's, or in the image, ends the frontend at its start."""
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    (home,) = re.findall(r"\bHOME=(\S+)", (ROOT / "docker" / IMAGES["router"]).read_text())
+    for name in ("frontend-0", "router-0"):
+        assert services[name]["read_only"]
+        assert home in {target for _, target in mounts(services[name])}
+
+
+def test_memory_is_locked_by_gpu_workers_alone() -> None:
+    """A limit that a machine does not allow ends the container at its start."""
+    for file, has_gpus in (("compose.yaml", False), ("compose.gpu.yaml", True)):
+        services = yaml.safe_load((ROOT / "docker" / file).read_text())["services"]
+        limited = {name for name, service in services.items() if "ulimits" in service}
+        assert limited == ({"vllmworker-0", "vllmworker-1"} if has_gpus else set())
+
+
+def test_processes_of_ours_get_the_signals_that_stop_them() -> None:
+    """The kernel ignores a signal to PID 1 that has no handler."""
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    ours = [service for service in services.values() if "build" in service]
+    assert len(ours) == 6
+    assert all(service["init"] and service["stop_grace_period"] == "60s" for service in ours)
 
 
 def test_bad_input_is_told() -> None:

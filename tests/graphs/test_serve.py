@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from graphs import serve, services
+from graphs import cli, serve, services
 from graphs.board import STARTING, Board
 from graphs.discovery import forget_all, forget_dead
 from graphs.serve import Supervisor, dry_run
@@ -722,6 +723,21 @@ def test_the_command_line(arguments: list[str], code: int, says: str) -> None:
     assert ended.returncode == code, ended.stderr
     assert says in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_who_started_it_is_told_how_to_see_a_hit_and_that_weights_are_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def up(deployment: Deployment, announce: Callable[[], None], *_: object, verbose: bool) -> None:
+        announce()
+
+    monkeypatch.setattr(serve, "serve", up)
+    (tmp_path / "config.json").write_text('{"kvtier_random_weights": true}')
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["serve", GRAPH, "-f", str(QUICKSTART), f"--Common.model={tmp_path}", f"--state-dir={tmp_path}"])
+    said = capsys.readouterr().out
+    assert " try --frontend http://127.0.0.1:8000 --url http://127.0.0.1:8300" in said
+    assert "weights are random" in said
 
 
 @pytest.mark.parametrize(

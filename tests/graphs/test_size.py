@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,12 @@ def test_every_gpu_is_known_and_what_was_measured_is_near_the_estimate(gpu: str)
     assert twice.prefill_tokens_per_second == 2 * found.prefill_tokens_per_second
 
 
+def test_the_page_has_the_figures_that_it_computes_with() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    for name, gpu in GPUS.items():
+        assert f"| {name} | {gpu.tflops['bf16']} | {gpu.tflops['fp8']} | {gpu.memory_bytes / 1e9:.0f} | " in page
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_known_by_their_names_on_the_hub(name: str) -> None:
     assert shape_of(CARDS[name].hub) == MODELS[name]
@@ -93,6 +100,11 @@ def test_the_parameters_of_a_folder_are_those_of_its_weights(tmp_path: Path) -> 
     card = card_of(str(folder))
     assert card is not None
     assert card.parameters == pytest.approx(count, rel=0.01)
+
+
+def test_the_small_model_is_readable_to_the_user_of_a_container(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model", layers=1)
+    assert {file.name: file.stat().st_mode & 0o004 for file in folder.iterdir()} == dict.fromkeys(os.listdir(folder), 4)
 
 
 def test_wear_is_weighed_against_the_alert_and_what_is_spared_in_money_and_watts(

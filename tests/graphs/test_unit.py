@@ -21,3 +21,10 @@ def test_the_unit_is_hardened(tmp_path: Path) -> None:
 def test_the_unit_leaves_what_a_target_reads() -> None:
     """The boot id in /proc/sys, by which clients on the same host are known."""
     assert "ProcSubset" not in UNIT.read_text()
+
+
+def test_a_target_is_started_again_until_its_broker_is_there() -> None:
+    """Nodes start together, and a target without its broker ends with exit code 2, as after a wrong setting."""
+    text = UNIT.read_text()
+    assert "Restart=always\n" in text
+    assert "RestartPreventExitStatus" not in text

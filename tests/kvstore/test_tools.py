@@ -392,6 +392,7 @@ def test_a_process_is_seen_while_it_runs_and_verified_afterwards(
     target = start(*options)
     assert target.stdout is not None
     assert "ready" in target.stdout.readline()
+    target.send_signal(signal.SIGHUP)  # as `systemctl reload` does; there is nothing to read again
     assert run("bench", "--store", address, "--size", "64KiB", "--seconds", "0.05").code == 0
     (look,) = run("stat", address, "--json").lines
     chunks = look["targets"][address]["entries"]
