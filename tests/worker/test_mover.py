@@ -414,7 +414,7 @@ async def test_what_it_measures_is_on_the_bus_each_second(nats_url: str, start_t
     try:
         await asyncio.to_thread(engine.until_ready)
         engine.tier.prefill = engine.tier.prefill._replace(base_seconds=0.5, seconds_per_token=0.25)
-        engine.tier.tell_pace(2e9, 3)
+        engine.tier.tell_pace(2e9, 3, (5, 8, 1, 2))
         until = time.monotonic() + SOON
         while not any(report.queue == 3 for report in heard) and time.monotonic() < until:
             await asyncio.sleep(0.05)
@@ -422,6 +422,7 @@ async def test_what_it_measures_is_on_the_bus_each_second(nats_url: str, start_t
         assert (report.endpoint, report.chunk_bytes, report.queue) == ("a.b.c", ROW, 3)
         assert (report.prefill_base_seconds, report.prefill_seconds_per_token) == (0.5, 0.25)
         assert (report.dram_bytes_per_second, report.bytes_per_token) == (2e9, ROW // 8)
+        assert (report.hbm_blocks, report.hbm_blocks_max, report.dram_chunks, report.dram_chunks_max) == (5, 8, 1, 2)
     finally:
         engine.close()
         await line.close()

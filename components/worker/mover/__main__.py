@@ -396,6 +396,10 @@ class Mover:
             store_bytes_per_second=self._bytes_per_second(),
             bytes_in_flight=pace.bytes_in_flight,
             queue=pace.queue,
+            hbm_blocks=pace.hbm_blocks,
+            hbm_blocks_max=pace.hbm_blocks_max,
+            dram_chunks=pace.dram_chunks,
+            dram_chunks_max=pace.dram_chunks_max,
             bytes_per_token=pace.bytes_per_token,
             fetched_chunks=fetched,
         )
