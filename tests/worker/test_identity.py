@@ -108,8 +108,8 @@ def test_the_executor_is_the_one_of_the_engines_configuration(monkeypatch: pytes
 def test_logs_of_two_engines_tell_in_what_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[str]] = []
     monkeypatch.setattr(identity_module.logger, "info", lambda text, *values: told.append((text % values).split(", ")))
-    for dtype, model in (("torch.bfloat16", {"layers": [*range(40)]}), ("torch.float32", {"layers": [*range(41)]})):
-        with patch.dict(LAYOUT, {"dtype": dtype, "model": model, "hash_seed": "17"}):
+    for dtype, made in (("torch.bfloat16", {"layers": [*range(40)]}), ("torch.float32", {"layers": [*range(41)]})):
+        with patch.dict(LAYOUT, {"dtype": dtype, "model": made, "hash_seed": "17"}):
             established(Ranks(None, has("model", 1)))
     first, second = told[1], told[3]
     assert [one.split(" ")[0] for one, other in zip(first, second, strict=True) if one != other] == ["dtype", "model"]

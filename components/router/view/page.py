@@ -12,6 +12,7 @@ With a token (access.py), only /metrics and the page's own files are for everybo
 """
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import msgspec
@@ -148,8 +149,9 @@ def make_app(feed: Feed, access: Access, explain: Handler | None = None) -> web.
                 if request.path == "/events":
                     bound.reschedule(None)
                 response = await guarded(request, handler)
-                await response.prepare(request)
-                await response.write_eof()
+                with contextlib.suppress(ConnectionError):  # who has left; aiohttp notices it, too, without a traceback
+                    await response.prepare(request)
+                    await response.write_eof()
                 return response
         except TimeoutError:
             if request.transport is not None:
