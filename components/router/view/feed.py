@@ -130,24 +130,22 @@ class Feed:
         self.points.append(point)
         self.points_made += 1
         each = (totals.decision_seconds - before.decision_seconds) / decided if decided else None
-        self._take_minute(point, recent, each)
+        if decided or answered:  # when no more come, the figures up to the last one stay
+            self._minute = self._last_minute(point, recent, each)
         self.state = self._state(totals, point, recent, each, now)
         self.state.alarms = alarms(self.state)
         self._next.set()
         self._next = asyncio.Event()
 
-    def _take_minute(self, point: Point, recent: list[Sample], decision_seconds: float | None) -> None:
-        """Nothing is taken from a minute without a prompt: the figures before it are kept."""
+    def _last_minute(self, point: Point, recent: list[Sample], decision_seconds: float | None) -> Minute:
         points = [
             one
             for one in itertools.islice(reversed(self.points), WINDOW_SECONDS)
             if one.time > point.time - WINDOW_SECONDS
         ]
-        if not recent and not any(one.decisions for one in points):
-            return
         if decision_seconds is None and self._minute is not None:
             decision_seconds = self._minute.decision_seconds
-        self._minute = Minute(
+        return Minute(
             time=point.time,
             tokens={name: round(sum(one.tokens[name] for one in points)) for name in SOURCES},
             decisions_per_second=sum(one.decisions for one in points) / len(points),

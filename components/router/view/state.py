@@ -53,11 +53,11 @@ class Sample(msgspec.Struct):
     predicted_ttft_seconds: float
     ttft_seconds: float
     tpot_seconds: float | None
-    saving: Saving
+    saving: Saving | None = None
 
 
 class Minute(msgspec.Struct):
-    """The last minute in which a prompt was decided or answered; `time` is its end."""
+    """The minute up to the last prompt: `time` is when one was last decided or answered."""
 
     time: float
     tokens: dict[str, int]
@@ -208,7 +208,7 @@ def spread(samples: Sequence[Sample]) -> Spread | None:
 
 
 def saving(samples: Sequence[Sample]) -> Saving | None:
-    each = [msgspec.structs.astuple(one.saving) for one in samples]
+    each = [msgspec.structs.astuple(one.saving) for one in samples if one.saving is not None]
     return Saving(*(sum(column) / len(each) for column in zip(*each, strict=True))) if each else None
 
 

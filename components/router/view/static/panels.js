@@ -17,7 +17,7 @@ import {
 } from "./format.js";
 import { quantile } from "./model.js";
 
-const KEPT_SECONDS = 2; // an update or two late is not old
+const OLD_SECONDS = 15; // where prompts are rare, the last one is often some seconds ago
 const $ = (id) => document.getElementById(id);
 const charts = {
   tokens: stackedAreas("tokens-chart", SOURCES),
@@ -38,7 +38,7 @@ export function restyleCharts() {
   for (const chart of Object.values(charts)) chart.restyle();
 }
 
-// Figures of the last minute with a prompt: when no more come, they stay, with their age.
+// Figures of the minute up to the last prompt: when no more come, they stay, with their age.
 function readings(model) {
   const state = model.state,
     minute = state.minute,
@@ -48,7 +48,7 @@ function readings(model) {
   const prefill = rates.length ? rates.reduce((a, b) => a + b, 0) / rates.length : 0;
   const span = minute ? Math.min(state.window_seconds, Math.max(1, minute.time - state.started)) : 1;
   const saved = (tokens) => (prefill ? tokens / prefill / span : 0);
-  const old = minute !== null && state.time - minute.time > KEPT_SECONDS;
+  const old = minute !== null && state.time - minute.time > OLD_SECONDS;
   const none = ["no prompt yet"];
   const items = [
     [
