@@ -1,8 +1,12 @@
 """The pages: links lead somewhere, pages that code names exist, and so do the benchmarks and options that they show."""
 
+import contextlib
+import io
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +14,8 @@ from types import ModuleType
 import pytest
 
 from benchmarks.chat import plot
+from graphs import cli
+from kvstore import tools
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path for path in ROOT.iterdir() if path.is_dir() and (path.name == ".github" or path.name[0] != "."))
@@ -91,6 +97,39 @@ def test_benchmarks_of_the_pages_exist_with_their_options() -> None:
         outside_quotes = re.sub(r"([\"']).*?\1", "", arguments)
         wrong += [f"{module} {one}" for one in re.findall(r"--[\w-]+", outside_quotes) if f'"{one}"' not in source]
     assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def options_of() -> Callable[[str], str]:
+    """What a command's --help says."""
+    parsers = {f"kvtier {name}": import_module(module).main for name, module in cli._MODULES.items()}
+    parsers["python -m kvstore"] = parsers["kvtier store"]
+    for name in ("worker", "router"):
+        parsers[f"python -m components.{name}"] = import_module(f"components.{name}.__main__").parse
+
+    @cache
+    def told(command: str) -> str:
+        program = next(one for one in parsers if f"{command} ".startswith(f"{one} "))
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+            parsers[program]([*command.removeprefix(program).split(), "--help"])
+        return out.getvalue()
+
+    return told
+
+
+def test_commands_of_the_pages_have_the_options_that_they_show(options_of: Callable[[str], str]) -> None:
+    """Most are run by other tests; what needs another machine has at least the options that it shows."""
+    tools_of_store = f"(?: (?:{'|'.join(tools.COMMANDS)}))?"
+    program = rf"kvtier store{tools_of_store}|python -m kvstore{tools_of_store}|python -m components\.(?:worker|router)"
+    others = f"kvtier (?:{'|'.join(cli._MODULES)})"
+    commands = set()
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for command, arguments in re.findall(rf"({program}|{others})\b([^`#|\n)]*)", text):
+            ours = re.sub(r"([\"']).*?\1", "", arguments).partition(" -- ")[0]
+            commands |= {(command, option) for option in re.findall(r" (--[\w-]+)", ours)}
+    assert len(commands) > 30
+    assert [one for one in sorted(commands) if not re.search(rf"{one[1]}\b(?!-)", options_of(one[0]))] == []
 
 
 def test_the_picture_of_the_chat_benchmark_shows_its_table() -> None:

@@ -107,6 +107,15 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
         return self.hbm_tokens + self.dram_tokens + self.store_tokens + self.missing_tokens
 
     @property
+    def without_store(self) -> tuple[float, float]:
+        """Seconds to the first token and of prefill, had the same worker computed what it loads from the store."""
+        local = self.hbm_tokens + self.dram_tokens
+        loaded = self.dram_tokens + self.store_tokens
+        copy = self.copy_seconds * self.dram_tokens / loaded if loaded else 0.0
+        prefill = prefill_seconds(self.candidate.speeds, self.store_tokens + self.missing_tokens, local)
+        return self.wait_seconds + copy + prefill, prefill
+
+    @property
     def targets(self) -> list[str | None]:
         """Where the store holds each chunk, from chunk 0 to the last one to be local or loaded."""
         return list(self.candidate.located[: self.first_chunk + self.fetch_chunks])

@@ -64,6 +64,9 @@ class Decision(msgspec.Struct):
     output_tokens: int = 0
     tpot_seconds: float | None = None  # time per output token after the first
     other_ttft_seconds: float | None = None  # predicted, of the best other worker
+    # Predicted, had the chosen worker computed what it was to load from the store.
+    without_store_ttft_seconds: float = 0.0
+    without_store_prefill_seconds: float = 0.0
 
 
 class Totals(msgspec.Struct):
@@ -425,6 +428,7 @@ def explained(decision_id: str, prompt_tokens: int, chosen: Choice, choices: Cho
 
 
 def _decision(decision_id: str, prompt_tokens: int, chosen: Choice, shown: Iterable[Choice]) -> Decision:
+    ttft, prefill = chosen.without_store
     return Decision(
         decision_id,
         time.time(),
@@ -434,6 +438,8 @@ def _decision(decision_id: str, prompt_tokens: int, chosen: Choice, shown: Itera
         chosen.fetch_chunks,
         [],
         chosen.ttft_seconds,
+        without_store_ttft_seconds=ttft,
+        without_store_prefill_seconds=prefill,
     )
 
 

@@ -43,6 +43,7 @@ _OUTCOMES = tuple(outcome.name.lower() for outcome in Outcome if outcome is not 
 _PREFILL = ("prefill_base_seconds", "prefill_seconds_per_token", "prefill_seconds_per_token_squared")
 _TARGET_RATES = ("device_bytes_per_second", "sent_bytes_per_second", "received_bytes_per_second")
 _TARGET_SIZES = ("waiting_read_bytes", "waiting_write_bytes", "capacity_bytes", "payload_bytes", "connections")
+_RESIDENT = ("hbm_blocks", "dram_chunks")
 _RATES = ("dram_bytes_per_second", "store_bytes_per_second")
 
 
@@ -94,6 +95,8 @@ class LiveSpeeds:
         if not all(math.isfinite(one) and one >= 0 for one in numbers):
             return self._ignore("invalid_rate")
         if report.bytes_in_flight < 0 or report.queue < 0:
+            return self._ignore("invalid_size")
+        if any(not 0 <= getattr(report, name) <= getattr(report, f"{name}_max") <= _BYTES_MAX for name in _RESIDENT):
             return self._ignore("invalid_size")
         if not (0 < report.blocks_per_chunk <= _BLOCKS_PER_CHUNK_MAX and 0 < report.chunk_bytes <= _CHUNK_BYTES_MAX):
             return self._ignore("invalid_size")

@@ -327,8 +327,14 @@ class KvtierConnector(OffloadingConnector):
             if self._clock.due(now):
                 for tier in self._tiers:
                     tier.prefill, tier.prefill_share = self._clock.prefill, self._clock.prefill_share
-                    tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving))
+                    tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving), self._resident())
         return super().get_kv_connector_stats()
+
+    def _resident(self) -> tuple[int, int, int, int]:
+        """Blocks in HBM and chunks in DRAM that can be hit, each with the room for them."""
+        pool = self._block_pool
+        hbm = (0, 0) if pool is None else (len(pool.cached_block_hash_to_block), pool.num_gpu_blocks)
+        return (*hbm, *self._manager.dram_chunks())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, object] | None]:
         sources = self._leave(request)

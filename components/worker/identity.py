@@ -17,10 +17,12 @@ make room for another one; and so that they tell of it, each one is asked for be
 """
 
 import gc
+import json
 import logging
 import weakref
 from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 from components.worker import weights
@@ -41,11 +43,22 @@ _HARMLESS = frozenset(
 )
 # Calls after which adapters may be others. A dummy batch unloads all of them.
 _ADAPTERS = frozenset(("add_lora", "remove_lora", "execute_dummy_batch"))
+_TOLD_MAX = 40  # characters of an input in the log
 # An adapter's name and path.
 _Owner = tuple[str, str]
 # That routers hear of; and by name and path, that are remembered.
 _ADAPTERS_MAX = 64
 _LAST_MAX = 4096
+
+
+def _told(inputs: Mapping[str, object]) -> str:
+    """Each input by its name, so that the logs of two engines tell in which one they differ; a long one as a digest."""
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in sorted(inputs.items())}
+    short = {
+        name: text if len(text) <= _TOLD_MAX and name != "hash_seed" else f"#{blake2b(text.encode()).hexdigest()[:8]}"
+        for name, text in texts.items()
+    }
+    return ", ".join(f"{name} {text}" for name, text in short.items())
 
 
 class Identity:
@@ -76,7 +89,8 @@ class Identity:
             self.base = None
             return answers
         digest, alike = weights.combined(answers, alike=self._alike)
-        self.base = layout_digest({**self._layout, "weights": digest, "parallel": "any" if alike else self._ranks})
+        inputs = {**self._layout, "weights": digest, "parallel": "any" if alike else self._ranks}
+        self.base = layout_digest(inputs)
         logger.info(
             "kvtier: the model is %s: %.1f GB of weights read on %d ranks in %.2f s",
             self.base.hex()[:16],
@@ -84,6 +98,7 @@ class Identity:
             len(answers),
             max(answer.seconds for answer in answers),
         )
+        logger.info("kvtier: what its chunks depend on: %s", _told(inputs))
         return ""
 
     def known(self, adapter: LoRARequest | None) -> bytes | None:

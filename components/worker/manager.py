@@ -54,6 +54,11 @@ class HoldingTieringManager(TieringOffloadingManager):
         self._held_rows = 0
         self._held_rows_max = int(HOLD_SHARE * self.primary_tier._num_chunks)
 
+    def dram_chunks(self) -> tuple[int, int]:
+        """Chunks in DRAM, those that are still written included, and the room for them."""
+        room: int = self.primary_tier._num_chunks
+        return room - self.primary_tier._get_num_free_chunks(), room
+
     # ---- requests
 
     def expect(self, req_id: str) -> None:

@@ -857,12 +857,14 @@ class RemoteTier(SecondaryTierManager):
 
     # ---- what others see
 
-    def tell_pace(self, dram_bytes_per_second: float, queue: int) -> None:
-        """For the heartbeat, about once a second. `queue` counts requests that the engine has not begun with."""
+    def tell_pace(self, dram_bytes_per_second: float, queue: int, resident: tuple[int, int, int, int]) -> None:
+        """For the heartbeat, about once a second. `queue` counts requests that the engine has not begun with,
+        `resident` blocks in HBM and chunks in DRAM that can be hit, each with the room for them."""
         bytes_per_token = self.row_bytes // (self._blocks_per_chunk * self._block_tokens)
         in_flight = self._load_rows * self.row_bytes
         self._say_identified()  # again, in case that there was no room for it
-        self._say(Pace(*self.prefill, self.prefill_share, dram_bytes_per_second, bytes_per_token, in_flight, queue))
+        rates = (*self.prefill, self.prefill_share, dram_bytes_per_second)
+        self._say(Pace(*rates, bytes_per_token, in_flight, queue, *resident))
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, object]) -> dict[str, OffloadingMetricMetadata]:

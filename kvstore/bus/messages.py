@@ -130,6 +130,11 @@ class WorkerReport(msgspec.Struct, frozen=True):
     fetched_chunks: dict[str, int] = {}  # asked of the store since the start, by outcome
     prefill_share: float = 0.0  # of the engine's time of late, in which it computed prompts
     adapters: dict[str, int] = {}  # LoRA adapter by name -> fingerprint of the chunks of requests with it
+    # What a prompt can hit there, and the room for it; 0 where that is not known.
+    hbm_blocks: int = 0
+    hbm_blocks_max: int = 0
+    dram_chunks: int = 0
+    dram_chunks_max: int = 0
 
 
 class Load(msgspec.Struct, array_like=True, frozen=True):

@@ -192,7 +192,7 @@ while True:
 def test_kill_9_loses_nothing_acknowledged(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     next_number = 0
-    for _ in range(6):
+    for _ in range(3):
         command = [sys.executable, "-c", WRITER, str(tmp_path), str(next_number)]
         writer = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
         assert writer.stdout is not None

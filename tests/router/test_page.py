@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 
@@ -162,7 +163,7 @@ async def test_what_is_sent_is_guarded() -> None:
         await runner.cleanup()
 
 
-async def test_viewers_are_bounded_and_a_slow_one_holds_up_nobody() -> None:
+async def test_viewers_are_bounded_and_a_slow_one_holds_up_nobody(caplog: pytest.LogCaptureFixture) -> None:
     decisions = Decisions(16)
     feed = feed_of(decisions)
     port = free_port()
@@ -188,8 +189,12 @@ async def test_viewers_are_bounded_and_a_slow_one_holds_up_nobody() -> None:
                 assert len(update.decisions) == ROWS
             slow.close()
             replies[-1].close()
+            for _ in range(3):
+                feed.tick()
+                await asyncio.sleep(0.02)
     finally:
         await runner.cleanup()
+    assert [one for one in caplog.records if one.levelno >= logging.ERROR] == []  # of those that left
 
 
 async def events(reply: aiohttp.ClientResponse) -> AsyncIterator[Update]:

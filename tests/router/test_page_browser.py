@@ -3,6 +3,7 @@ tests/engine/test_page.py."""
 
 import json
 import random
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -64,7 +65,8 @@ class Shown:
         """A heartbeat of everybody."""
         now, ms = time.monotonic(), time.time_ns() // 1_000_000
         for worker in WORKERS:
-            report = WorkerReport(str(worker), ENDPOINT, 7, 16, 8, 1 << 20, ms, fetched_chunks=fetched)
+            held = {"hbm_blocks": 30_000, "hbm_blocks_max": 40_000, "dram_chunks": 50_000, "dram_chunks_max": 64_000}
+            report = WorkerReport(str(worker), ENDPOINT, 7, 16, 8, 1 << 20, ms, fetched_chunks=fetched, **held)
             self.workers.heard(report, now)
         self.seq += 1
         self.mirror.apply(Residency(TARGET, 1, self.seq, 0, 0, [], [], ms), now)
@@ -150,6 +152,30 @@ async def test_totals_are_those_of_the_metrics(shown: Shown, browser: Browser) -
         assert int((await figures(page, "ttft-table"))["with store"][3]) > 0
         assert await page.locator("#workers tbody tr").count() == 3
         assert TARGET in await page.locator("#targets").inner_text()
+        assert "52.4 GB of 67.1 GB" in await page.locator("#workers").inner_text()
+        await expect(page.locator("#saving")).to_contain_text("by the router's prediction: mean TTFT")
+        untitled = await page.evaluate(
+            """() => [...document.querySelectorAll("thead th, .readings > div")]
+                .filter(one => one.textContent.trim() && !one.title).map(one => one.outerHTML)"""
+        )
+        assert untitled == []
+
+
+async def test_figures_of_the_last_minute_stay_when_no_prompt_comes(
+    shown: Shown, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minute = shown.feed.state.minute
+    assert minute is not None
+    later = time.time() + 200
+    monkeypatch.setattr("components.router.view.feed.time.time", lambda: later)
+    shown.feed.tick()
+    assert shown.feed.state.minute == minute
+    assert shown.feed.state.prediction is None  # of which alarms speak
+    async with looking(browser, shown.url) as page:
+        for tile in (await page.locator("#readings > div").all())[1:]:
+            await expect(tile.locator("b")).to_have_text(re.compile(r"\d"))
+            await expect(tile).to_contain_text("3 min ago")
+        await expect(page.locator("#saving")).to_contain_text("3 min ago")
 
 
 async def test_the_bars_of_a_decision_add_up_to_its_price(shown: Shown, browser: Browser) -> None:
@@ -307,6 +333,12 @@ async def test_it_fits_a_phone(shown: Shown, browser: Browser) -> None:
                 && one.getBoundingClientRect().height < 24).map(one => one.outerHTML)"""
         )
         assert small == []
+        bars = await page.evaluate(
+            """() => [...document.querySelectorAll(".scroll")].filter(one => one.scrollWidth > one.clientWidth)
+                .map(one => one.offsetHeight - one.clientHeight)"""
+        )
+        assert bars
+        assert all(height > 0 for height in bars)  # a phone shows none of its own
 
 
 async def test_it_comes_back_after_a_restart(shown: Shown, browser: Browser) -> None:

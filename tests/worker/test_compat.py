@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import vllm
+from vllm.utils.hashing import sha256_cbor
+from vllm.v1.core import kv_cache_utils
 
 from components.worker import compat
 from components.worker.manager import HoldingTieringManager
@@ -202,13 +204,25 @@ def test_every_name_that_is_taken_is_used() -> None:
     assert [name for _, name in imports() if name not in used] == []
 
 
-def test_every_module_of_the_worker_imports_under_the_installed_release() -> None:
-    """In a process that has imported nothing else before."""
+def test_another_process_imports_every_module_of_the_worker_and_has_the_same_block_hashes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a process that has imported nothing else before. Workers share blocks without PYTHONHASHSEED."""
     names = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__"))
     assert {"compat", "connector", "remote_tier"} <= set(names)
-    program = f"from components.worker import {', '.join(names)}; print('imported under', compat.VLLM_VERSION)"
+    program = f"""
+from components.worker import {", ".join(names)}
+from vllm.utils.hashing import sha256_cbor
+from vllm.v1.core import kv_cache_utils
+kv_cache_utils.init_none_hash(sha256_cbor)
+print(compat.VLLM_VERSION, kv_cache_utils.NONE_HASH.hex())
+"""
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.stdout.strip().endswith(f"imported under {vllm.__version__}"), ended.stderr
+    assert ended.returncode == 0, ended.stderr
+    monkeypatch.setattr(kv_cache_utils, "NONE_HASH", None, raising=False)
+    kv_cache_utils.init_none_hash(sha256_cbor)
+    assert ended.stdout.split()[-2:] == [vllm.__version__, kv_cache_utils.NONE_HASH.hex()]
 
 
 def test_names_of_vllm_are_taken_in_one_place() -> None:

@@ -103,8 +103,8 @@ class Tier:
     def wait(self) -> None:
         self.waits += 1
 
-    def tell_pace(self, dram_bytes_per_second: float, queue: int) -> None:
-        self.paces.append((dram_bytes_per_second, queue))
+    def tell_pace(self, dram_bytes_per_second: float, queue: int, resident: tuple[int, ...]) -> None:
+        self.paces.append((dram_bytes_per_second, queue, resident))
 
 
 class Known:
@@ -168,6 +168,9 @@ class Manager:
 
     def let_go(self, req_id: str) -> None:
         self.let_go_of.append(req_id)
+
+    def dram_chunks(self) -> tuple[int, int]:
+        return 3, 4
 
 
 def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
@@ -339,10 +342,11 @@ def test_a_load_under_way_hinders_a_running_requests_stores_not_and_a_finished_o
 
 def test_the_pace_is_told_about_once_a_second() -> None:
     one, tier, _ = connector(0, {"r": 1})
+    one.bind_gpu_block_pool(SimpleNamespace(num_gpu_blocks=9, cached_block_hash_to_block={"hash": "block"}))
     for _ in range(5):
         one.build_connector_meta(output(r=5))
         one.get_kv_connector_stats()
-    assert tier.paces == [(0.0, 1)]
+    assert tier.paces == [(0.0, 1, (1, 9, 3, 4))]
 
 
 def test_steps_are_timed_though_some_have_no_output_for_the_connector(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +439,7 @@ def test_the_store_is_asked_for_a_requests_chunks_in_the_order_of_its_prompt() -
     keys = [make_offload_key(block_hash, group) for block_hash in request.block_hashes for group in range(2)]
     assert tier.asked == [("r", keys)]
     assert len(keys) == 4
+    assert manager.dram_chunks() == (0, manager.primary_tier._num_chunks)
 
 
 def test_who_may_not_read_the_cache_is_not_asked_for() -> None:

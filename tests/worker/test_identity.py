@@ -105,6 +105,18 @@ def test_the_executor_is_the_one_of_the_engines_configuration(monkeypatch: pytes
 # ---- the model
 
 
+def test_logs_of_two_engines_tell_in_what_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setattr(identity_module.logger, "info", lambda text, *values: told.append((text % values).split(", ")))
+    for dtype, made in (("torch.bfloat16", {"layers": [*range(40)]}), ("torch.float32", {"layers": [*range(41)]})):
+        with patch.dict(LAYOUT, {"dtype": dtype, "model": made, "hash_seed": "17"}):
+            established(Ranks(None, has("model", 1)))
+    first, second = told[1], told[3]
+    assert [one.split(" ")[0] for one, other in zip(first, second, strict=True) if one != other] == ["dtype", "model"]
+    assert 'dtype "torch.float32"' in second
+    assert 'hash_seed "17"' not in second
+
+
 def test_the_base_is_made_of_layout_weights_and_parallelism() -> None:
     ranks = Ranks(None, has("model", 1), has("model", 2))
     one = identity(ranks)

@@ -369,6 +369,10 @@ def store_process(tmp_path: Path, nats_url: str) -> Any:
     process.stdout.close()
 
 
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL], ids=["stalled", "dead"])
 def test_a_target_that_stalls_or_dies_costs_the_deadline_at_most(
     store_process: Any,
@@ -383,6 +387,7 @@ def test_a_target_that_stalls_or_dies_costs_the_deadline_at_most(
     assert not engine.load(fine, KEYS[:1], [1]).failed
     assert engine.memory[1].tobytes() == content
     store_process.send_signal(fault)
+    eventually(lambda: state_of(store_process.pid) in "TZ", SOON)  # until then it may still answer
     lost = engine.arrive(engine_request(name="lost"), KEYS, plan(store_process, 1, deadline_ms=500))
     assert engine.load(lost, KEYS[:1], [2]).failed == frozenset(KEYS[:1])
     assert engine.tier.link.starts == 1
@@ -414,7 +419,7 @@ async def test_what_it_measures_is_on_the_bus_each_second(nats_url: str, start_t
     try:
         await asyncio.to_thread(engine.until_ready)
         engine.tier.prefill = engine.tier.prefill._replace(base_seconds=0.5, seconds_per_token=0.25)
-        engine.tier.tell_pace(2e9, 3)
+        engine.tier.tell_pace(2e9, 3, (5, 8, 1, 2))
         until = time.monotonic() + SOON
         while not any(report.queue == 3 for report in heard) and time.monotonic() < until:
             await asyncio.sleep(0.05)
@@ -422,6 +427,7 @@ async def test_what_it_measures_is_on_the_bus_each_second(nats_url: str, start_t
         assert (report.endpoint, report.chunk_bytes, report.queue) == ("a.b.c", ROW, 3)
         assert (report.prefill_base_seconds, report.prefill_seconds_per_token) == (0.5, 0.25)
         assert (report.dram_bytes_per_second, report.bytes_per_token) == (2e9, ROW // 8)
+        assert (report.hbm_blocks, report.hbm_blocks_max, report.dram_chunks, report.dram_chunks_max) == (5, 8, 1, 2)
     finally:
         engine.close()
         await line.close()

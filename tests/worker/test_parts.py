@@ -3,8 +3,6 @@ and what it has mended by itself is shown to be."""
 
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +20,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import Offlo
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-from vllm.utils.hashing import sha256_cbor
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_offload.base import (
@@ -660,21 +656,6 @@ def test_a_finished_request_is_remembered_until_its_last_store_is_done(kind: Any
     assert tier.finished == ["r"]
     assert not manager._req_state
     assert not scheduler._req_status
-
-
-def test_block_hashes_are_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that workers share blocks, without PYTHONHASHSEED."""
-    program = """
-from vllm.utils.hashing import sha256_cbor
-from vllm.v1.core import kv_cache_utils
-kv_cache_utils.init_none_hash(sha256_cbor)
-print("seeded", kv_cache_utils.NONE_HASH.hex())
-"""
-    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    monkeypatch.setattr(kv_cache_utils, "NONE_HASH", None, raising=False)
-    kv_cache_utils.init_none_hash(sha256_cbor)
-    assert other.splitlines()[-1] == f"seeded {kv_cache_utils.NONE_HASH.hex()}"
 
 
 # ---- events

@@ -17,7 +17,18 @@ from components.router.decisions import KEPT, Considered, Decision, Decisions, T
 from components.router.speeds import LiveSpeeds, prefill_tokens_per_second
 from components.router.view import state as states
 from components.router.view.alarms import alarms
-from components.router.view.state import SOURCES, Point, Sample, State, Summary, TargetLane, Update, WorkerLane
+from components.router.view.state import (
+    SOURCES,
+    Minute,
+    Point,
+    Sample,
+    Saving,
+    State,
+    Summary,
+    TargetLane,
+    Update,
+    WorkerLane,
+)
 from components.router.workers import Workers
 from kvstore.bus.residency import Mirror
 
@@ -90,6 +101,7 @@ class Feed:
         # What viewers were shown can be asked for, when the last thousand are long others.
         self._shown: OrderedDict[str, Decision] = OrderedDict()
         self._next = asyncio.Event()
+        self._minute: Minute | None = None
         self.tick()
 
     async def run(self) -> None:
@@ -118,10 +130,31 @@ class Feed:
         self.points.append(point)
         self.points_made += 1
         each = (totals.decision_seconds - before.decision_seconds) / decided if decided else None
+        if decided or answered:  # when no more come, the figures up to the last one stay
+            self._minute = self._last_minute(point, recent, each)
         self.state = self._state(totals, point, recent, each, now)
         self.state.alarms = alarms(self.state)
         self._next.set()
         self._next = asyncio.Event()
+
+    def _last_minute(self, point: Point, recent: list[Sample], decision_seconds: float | None) -> Minute:
+        points = [
+            one
+            for one in itertools.islice(reversed(self.points), WINDOW_SECONDS)
+            if one.time > point.time - WINDOW_SECONDS
+        ]
+        if decision_seconds is None and self._minute is not None:
+            decision_seconds = self._minute.decision_seconds
+        return Minute(
+            time=point.time,
+            tokens={name: round(sum(one.tokens[name] for one in points)) for name in SOURCES},
+            decisions_per_second=sum(one.decisions for one in points) / len(points),
+            decision_seconds=decision_seconds,
+            ttft=point.ttft,
+            tpot=point.tpot,
+            prediction=states.spread(recent),
+            saving=states.saving(recent),
+        )
 
     def find(self, decision_id: str) -> Decision | None:
         return self.decisions.find(decision_id) or self._shown.get(decision_id)
@@ -166,6 +199,7 @@ class Feed:
             workers=workers,
             targets=targets,
             alarms=[],
+            minute=self._minute,
         )
 
     def _worker_lanes(self, totals: Totals, wall: float, now: float) -> list[WorkerLane]:
@@ -201,6 +235,11 @@ class Feed:
                     lane.dram_bytes_per_second = report.dram_bytes_per_second
                     lane.store_bytes_per_second = report.store_bytes_per_second
                     lane.fetched_chunks = report.fetched_chunks if label == sorted(ranks)[0] else {}
+                    block_bytes = report.chunk_bytes // report.blocks_per_chunk
+                    lane.hbm_bytes = report.hbm_blocks * block_bytes
+                    lane.hbm_capacity_bytes = report.hbm_blocks_max * block_bytes
+                    lane.dram_bytes = report.dram_chunks * report.chunk_bytes
+                    lane.dram_capacity_bytes = report.dram_chunks_max * report.chunk_bytes
                 lanes.append(lane)
         return lanes
 
@@ -300,6 +339,12 @@ def _sample(decision: Decision, wall: float) -> Sample:
         decision.predicted_ttft_seconds,
         decision.ttft_seconds,
         decision.tpot_seconds,
+        Saving(
+            decision.predicted_ttft_seconds,
+            decision.without_store_ttft_seconds,
+            _chosen(decision).seconds["prefill"],
+            decision.without_store_prefill_seconds,
+        ),
     )
 
 

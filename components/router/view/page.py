@@ -13,6 +13,7 @@ With a token (access.py), only /metrics and the page's own files are for everybo
 """
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -152,8 +153,9 @@ def make_app(feed: Feed, access: Access, questions: Mapping[str, Handler]) -> we
                 if request.path == "/events":
                     bound.reschedule(None)
                 response = await guarded(request, handler)
-                await response.prepare(request)
-                await response.write_eof()
+                with contextlib.suppress(ConnectionError):  # who has left; aiohttp notices it, too, without a traceback
+                    await response.prepare(request)
+                    await response.write_eof()
                 return response
         except TimeoutError:
             if request.transport is not None:

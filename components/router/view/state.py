@@ -34,6 +34,16 @@ class Spread(msgspec.Struct):
     p90: float
 
 
+class Saving(msgspec.Struct):
+    """What loads from the store save, all of it as predicted when the prompts were decided: without the store the same
+    workers would have computed what they were to load, behind the same queues. Means of prompts, or one prompt's."""
+
+    ttft_seconds: float
+    without_store_ttft_seconds: float
+    prefill_seconds: float
+    without_store_prefill_seconds: float
+
+
 class Sample(msgspec.Struct):
     """An answered prompt, one of those that were kept."""
 
@@ -43,6 +53,20 @@ class Sample(msgspec.Struct):
     predicted_ttft_seconds: float
     ttft_seconds: float
     tpot_seconds: float | None
+    saving: Saving | None = None
+
+
+class Minute(msgspec.Struct):
+    """The minute up to the last prompt: `time` is when one was last decided or answered."""
+
+    time: float
+    tokens: dict[str, int]
+    decisions_per_second: float  # over all of it
+    decision_seconds: float | None  # of the last second that decided one
+    ttft: Latency
+    tpot: Latency
+    prediction: Spread | None
+    saving: Saving | None
 
 
 class Point(msgspec.Struct):
@@ -89,6 +113,10 @@ class WorkerLane(msgspec.Struct):
     store_bytes_per_second: float = 0.0  # store -> DRAM, when busy
     bytes_in_flight: int = 0
     fetched_chunks: dict[str, int] = {}  # since the worker's start, by outcome
+    hbm_bytes: int = 0  # of KV that can be hit, and what there is room for; 0: not known
+    hbm_capacity_bytes: int = 0
+    dram_bytes: int = 0
+    dram_capacity_bytes: int = 0
 
 
 class TargetLane(msgspec.Struct):
@@ -147,6 +175,7 @@ class State(msgspec.Struct):
     workers: list[WorkerLane]
     targets: list[TargetLane]
     alarms: list[Alarm]
+    minute: Minute | None = None  # None before the first prompt
 
 
 class Update(msgspec.Struct):
@@ -176,6 +205,11 @@ def spread(samples: Sequence[Sample]) -> Spread | None:
     if not ratios:
         return None
     return Spread(len(ratios), quantile(ratios, 0.1), quantile(ratios, 0.5), quantile(ratios, 0.9))
+
+
+def saving(samples: Sequence[Sample]) -> Saving | None:
+    each = [msgspec.structs.astuple(one.saving) for one in samples if one.saving is not None]
+    return Saving(*(sum(column) / len(each) for column in zip(*each, strict=True))) if each else None
 
 
 def ttft(samples: Sequence[Sample]) -> Latency:

@@ -117,6 +117,10 @@ class Pace(msgspec.Struct, tag="pace", array_like=True, frozen=True):
     bytes_per_token: int
     bytes_in_flight: int
     queue: int
+    hbm_blocks: int = 0
+    hbm_blocks_max: int = 0
+    dram_chunks: int = 0
+    dram_chunks_max: int = 0
 
 
 class Identified(msgspec.Struct, tag="identified", array_like=True, frozen=True):

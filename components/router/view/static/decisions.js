@@ -227,8 +227,12 @@ function prices(decision, shown) {
   const head = element(
     "tr",
     {},
-    element("th", { scope: "col" }, "Worker"),
-    element("th", { scope: "col" }, "Price, and tokens by source"),
+    element("th", { scope: "col", title: "the end of its id" }, "Worker"),
+    element(
+      "th",
+      { scope: "col", title: "above the terms of the price, below the prompt's tokens by where they would come from" },
+      "Price, and tokens by source",
+    ),
     ...names.map((name) => {
       const [text, title] = TERMS[name] || [name, ""];
       return element(
@@ -238,12 +242,12 @@ function prices(decision, shown) {
         text,
       );
     }),
-    element("th", { scope: "col", class: "number" }, "price"),
+    element("th", { scope: "col", class: "number", title: "the terms together: the lowest is chosen" }, "price"),
   );
   const rows = shown.map((one) => {
     const label = names.map((name) => `${(TERMS[name] || [name])[0]} ${seconds(one.price[name] || 0)}`).join(", ");
     const state = [
-      one.queued_tokens ? `${count(one.queued_tokens)} queued` : "",
+      one.queued_tokens ? `${count(one.queued_tokens)} tok queued` : "",
       one.memory_used ? `memory ${percent(one.memory_used)}` : "",
     ]
       .filter(Boolean)

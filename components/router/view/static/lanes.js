@@ -6,7 +6,7 @@ const SILENT = 5;
 
 export function showWorkers(table, model, filter, choose) {
   const heads = [
-    ["Worker", ""],
+    ["Worker", "the end of its id; press to show it alone"],
     ["Tokens by source", "of its prompts, since the router's start"],
     ["In flight", "prompts sent there that have not ended, now and over the last minute"],
     [
@@ -14,6 +14,8 @@ export function showWorkers(table, model, filter, choose) {
       "prompt tokens to compute before a new prompt, at the last decision; and requests waiting in the engine",
     ],
     ["KV memory", "share of HBM held by running requests, at the last decision"],
+    ["Cached in HBM", "KV blocks that a prompt can hit there, and the room for them"],
+    ["Cached in DRAM", "KV chunks that a prompt can hit there, and the room for them"],
     ["Prefill speed", "tokens a second, as priced now"],
     ["Load speed", "throughput measured while busy: DRAM to HBM, and store to DRAM"],
     ["Fetching", "bytes in flight from the store"],
@@ -50,7 +52,9 @@ export function showWorkers(table, model, filter, choose) {
         lane.memory_used === null
           ? ["–"]
           : [stack([["used", lane.memory_used]], 1, percent(lane.memory_used)), note(percent(lane.memory_used))],
-        [`${short(lane.prefill_tokens_per_second)}/s`],
+        cached("hbm", lane.hbm_bytes, lane.hbm_capacity_bytes),
+        cached("dram", lane.dram_bytes, lane.dram_capacity_bytes),
+        [`${short(lane.prefill_tokens_per_second)} tok/s`],
         [`${perSecond(lane.dram_bytes_per_second)}`, note(`${perSecond(lane.store_bytes_per_second)} store`)],
         [lane.bytes_in_flight ? bytes(lane.bytes_in_flight) : "–"],
         [
@@ -70,7 +74,7 @@ export function showWorkers(table, model, filter, choose) {
 
 export function showTargets(table, state) {
   const heads = [
-    ["Target", ""],
+    ["Target", "its address"],
     ["Space used", "payload held, of the capacity"],
     ["Chunks", "in the router's residency mirror"],
     ["Device reads", "throughput when busy; – : not lately"],
@@ -145,6 +149,11 @@ function fill(table, heads, rows, empty) {
     body.append(element("tr", {}, element("td", { class: "empty", colspan: String(heads.length) }, empty)));
   table.replaceChildren(head, body);
   if (focused !== null) [...table.querySelectorAll("button")].find((button) => button.textContent === focused)?.focus();
+}
+
+function cached(tier, held, room) {
+  if (!room) return ["–"];
+  return [stack([[tier, held]], room, percent(held / room)), note(`${bytes(held)} of ${bytes(room)}`)];
 }
 
 const note = (text) => (text ? element("small", {}, text) : "");

@@ -4,6 +4,7 @@ import { latencyLines, scatter, stackedAreas } from "./charts.js";
 import {
   SOURCES,
   SOURCE_NAMES,
+  age,
   count,
   element,
   milliseconds,
@@ -16,6 +17,7 @@ import {
 } from "./format.js";
 import { quantile } from "./model.js";
 
+const OLD_SECONDS = 15; // where prompts are rare, the last one is often some seconds ago
 const $ = (id) => document.getElementById(id);
 const charts = {
   tokens: stackedAreas("tokens-chart", SOURCES),
@@ -36,49 +38,63 @@ export function restyleCharts() {
   for (const chart of Object.values(charts)) chart.restyle();
 }
 
+// Figures of the minute up to the last prompt: when no more come, they stay, with their age.
 function readings(model) {
   const state = model.state,
-    recent = model.recentTokens({}),
-    total = sum(recent),
-    tiers = total - recent.computed;
+    minute = state.minute,
+    total = minute ? sum(minute.tokens) : 0,
+    tiers = minute ? total - minute.tokens.computed : 0;
   const rates = state.workers.map((lane) => lane.prefill_tokens_per_second);
   const prefill = rates.length ? rates.reduce((a, b) => a + b, 0) / rates.length : 0;
-  const span = Math.min(state.window_seconds, Math.max(1, state.time - state.started));
+  const span = minute ? Math.min(state.window_seconds, Math.max(1, minute.time - state.started)) : 1;
   const saved = (tokens) => (prefill ? tokens / prefill / span : 0);
+  const old = minute !== null && state.time - minute.time > OLD_SECONDS;
+  const none = ["no prompt yet"];
   const items = [
     [
       "Prompts",
+      "Prompts that were routed in the last second; those since the router's start; those that have not ended",
       `${rate(state.decisions_per_second)}`,
       "/s",
       [`${count(state.decisions)} so far, ${count(state.open)} in flight`],
     ],
     [
       "Cache hit rate",
+      "Share of the prompts' tokens that were found in HBM, DRAM or store, over a minute",
       total ? percent(tiers / total) : "–",
       "",
-      total ? [sourcesBar(recent)] : ["no prompt in the last minute"],
+      total ? [sourcesBar(minute.tokens)] : none,
     ],
     [
       "Prefill saved",
+      "Workers that would be busy all the time with computing the tokens that were found, at today's prefill speed",
       total ? saved(tiers).toFixed(2) : "–",
       total ? "workers" : "",
-      total ? [`${saved(recent.store).toFixed(2)} by the store`] : [""],
+      total ? [`${saved(minute.tokens.store).toFixed(2)} by the store`] : none,
     ],
-    ["TTFT, median", ...medians(state.ttft)],
-    ["TPOT, median", ...medians(state.tpot)],
+    [
+      "TTFT, median",
+      "Time from the router's decision to the first token, of prompts with a load from the store and of others, over a minute",
+      ...medians(minute?.ttft),
+    ],
+    [
+      "TPOT, median",
+      "Time per output token after the first, of prompts with a load from the store and of others, over a minute",
+      ...medians(minute?.tpot),
+    ],
     [
       "TTFT, actual / predicted",
-      state.prediction ? state.prediction.p50.toFixed(2) : "–",
-      state.prediction ? "×" : "",
-      [
-        state.prediction
-          ? `80 % in ${state.prediction.p10.toFixed(2)} to ${state.prediction.p90.toFixed(2)}`
-          : "no answer in the last minute",
-      ],
+      "Median of the actual over the predicted time to first token, over a minute: 1 is a right prediction",
+      minute?.prediction ? minute.prediction.p50.toFixed(2) : "–",
+      minute?.prediction ? "×" : "",
+      minute?.prediction
+        ? [`80 % in ${minute.prediction.p10.toFixed(2)} to ${minute.prediction.p90.toFixed(2)}`]
+        : ["no answer yet"],
     ],
     [
       "Routing decision",
-      ...split(state.decision_seconds),
+      "Time that the router took to choose a worker, in the last second with a prompt; requests that did not finish, since its start",
+      ...split(minute?.decision_seconds),
       [
         Object.entries(state.outcomes)
           .filter(([name, value]) => name !== "finished" && value)
@@ -88,26 +104,41 @@ function readings(model) {
     ],
   ];
   $("readings").replaceChildren(
-    ...items.map(([name, value, unit, notes]) =>
+    ...items.map(([name, title, value, unit, notes], index) =>
       element(
         "div",
-        {},
+        { title },
         element("dt", {}, name),
         element("dd", {}, element("b", {}, value), unit ? element("span", { class: "unit" }, unit) : ""),
         ...notes.map((one) => element("dd", { class: "note" }, one)),
+        old && index ? element("dd", { class: "note old" }, `${age(state.time - minute.time)} ago`) : "",
       ),
     ),
   );
+  saving(minute, old ? `, ${age(state.time - minute.time)} ago` : "");
+}
+
+// Both sides are predictions, so that what the router mistakes is in both of them.
+function saving(minute, when) {
+  const found = minute?.saving;
+  $("saving").hidden = !found;
+  if (!found) return;
+  const share = found.prefill_seconds / (found.without_store_prefill_seconds || 1);
+  const figures = minute.tokens.store
+    ? `mean TTFT ${seconds(found.without_store_ttft_seconds)} instead of ${seconds(found.ttft_seconds)}; in the same time` +
+      ` of prefill ${rate(share * minute.decisions_per_second)} prompts/s instead of ${rate(minute.decisions_per_second)}`
+    : "the same. No prompt of the minute was to load from it";
+  $("saving").textContent = `Without the store, by the router's prediction${when}: ${figures}.`;
 }
 
 // With a load from the store, and without.
-function medians({ store, other }) {
+function medians({ store, other } = {}) {
   const [value, unit] = split((store || other)?.p50);
   const without = store && other ? `${seconds(other.p50)} without` : "";
   return [
     value,
     store ? `${unit} with store` : unit,
-    [without || (store ? "none without" : other ? "none from the store" : "no answer in the last minute")],
+    [without || (store ? "none without" : other ? "none from the store" : "no answer yet")],
   ];
 }
 
@@ -136,7 +167,12 @@ function tokens(model, view) {
   );
   figures(
     $("tokens-table"),
-    ["", "now", "1 min", "since start"],
+    [
+      ["", ""],
+      ["now, tok/s", "prompt tokens a second, in the last second"],
+      ["1 min", "share of the tokens of the last minute's prompts"],
+      ["since start, tok", "prompt tokens since the router's start"],
+    ],
     [...SOURCES]
       .reverse()
       .map((source) => [
@@ -163,7 +199,13 @@ function latencies(model, view, kind, name) {
       : [label, "–", "–", "–", "0"];
   figures(
     $(`${kind}-table`),
-    ["1 min", "p50", "p95 ┄", "p99", "n"],
+    [
+      ["ms, 1 min", "milliseconds, of the prompts of the last minute"],
+      ["p50", "median"],
+      ["p95 ┄", "95 of 100 prompts take no longer; dashed in the chart"],
+      ["p99", "99 of 100 prompts take no longer"],
+      ["n", "number of prompts, at most 32 a second"],
+    ],
     [row(key("store", "with store"), now.store), row(key("ink", "without"), now.other)],
   );
 }
@@ -192,7 +234,13 @@ function predictions(model, view) {
   );
   figures(
     $("scatter-table"),
-    ["ratio", "p10", "p50", "p90", "in 2×"],
+    [
+      ["ratio, 1 min", "actual over predicted time to first token, of the last minute's prompts"],
+      ["p10", "10 of 100 prompts have a smaller ratio"],
+      ["p50", "median ratio"],
+      ["p90", "90 of 100 prompts have no larger ratio"],
+      ["in 2×", "share of the prompts whose time was between half and twice the predicted one"],
+    ],
     [row(key("store", "with store"), store), row(key("ink", "without"), other)],
   );
 }
@@ -203,7 +251,7 @@ function key(kind, text) {
 
 function figures(place, heads, rows) {
   place.replaceChildren(
-    element("thead", {}, element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head)))),
+    element("thead", {}, element("tr", {}, ...heads.map(([head, title]) => element("th", { scope: "col", title: title || null }, head)))),
     element(
       "tbody",
       {},
