@@ -42,7 +42,7 @@ from components.worker.identity import Identity, KnownRequests
 from components.worker.layout import WANTED_LAYOUT, choose_block_hash, engine_layout, needs_canonical, tp_agnostic
 from components.worker.loads import Loads
 from components.worker.manager import HoldingTieringManager
-from components.worker.remote_tier import RemoteTier
+from components.worker.remote_tier import TIER_TYPE, RemoteTier
 from components.worker.step_clock import StepClock, prefilled
 from kvstore.bus.plan import FIELD, HINT_TYPE
 
@@ -70,7 +70,10 @@ class KvtierConnector(OffloadingConnector):
         manager = self.connector_scheduler.manager
         assert isinstance(manager, HoldingTieringManager)
         self._manager = manager
-        self._tiers = [tier for tier in manager.secondary_tiers if isinstance(tier, RemoteTier)]
+        tiers = [tier for tier in manager.secondary_tiers if isinstance(tier, RemoteTier)]
+        if len(tiers) != 1:
+            raise ValueError(f"kvtier: {len(tiers)} secondary_tiers of type {TIER_TYPE!r} given, expected one")
+        (self._tier,) = tiers
         self._groups: tuple[GroupOffloadConfig, ...] = self.connector_scheduler.config.kv_group_configs
         self._block_pool: BlockPool | None = None
         self._identity = identity
@@ -88,13 +91,12 @@ class KvtierConnector(OffloadingConnector):
         self._arriving: dict[str, RequestOffloadState] = {}
         self._computed: list[str] = []  # requests of the last step that have something to store
         self._clock = StepClock()
-        self._loads = Loads(self.connector_scheduler, self._tiers[0].row_bytes)
+        self._loads = Loads(self.connector_scheduler, self._tier.row_bytes)
         self._events = ChunkEvents.replace(self.connector_scheduler)
         self.connector_scheduler._build_store_jobs = self._build_store_jobs
         self.connector_scheduler._build_partial_tail_store_jobs = self._build_partial_tail_store_jobs
-        for tier in self._tiers:
-            tier.on_load = self._note_load
-            tier.announce(identity.base, {})
+        self._tier.on_load = self._note_load
+        self._tier.announce(identity.base, {})
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
@@ -115,23 +117,20 @@ class KvtierConnector(OffloadingConnector):
         super().on_new_request(request)
         status = self.connector_scheduler._req_status[request.request_id]
         status.update_offload_keys()
-        for tier in self._tiers:
-            tier.arrived(request)
+        self._tier.arrived(request)
         self._known.arrived(request, self._engine_cache())
         self._begin(request)
 
     def _begin(self, request: Request) -> None:
-        """See what the tiers have of the request, once it is known what its KV is computed with."""
+        """See what the tier has of the request, once it is known what its KV is computed with."""
         status = self.connector_scheduler._req_status[request.request_id]
         identity = self._known.identity(request.request_id)
         if identity is None or self._drop:
             return
-        news = [tier.identify(request.request_id, identity) for tier in self._tiers]
-        if not any(news) or request.skip_reading_prefix_cache:
+        if not self._tier.identify(request.request_id, identity) or request.skip_reading_prefix_cache:
             return
         keys = [key for state in status.group_states for key in state.offload_keys]
-        for tier in self._tiers:
-            tier.ask(request.request_id, sorted(keys, key=status.req_context.get_offload_key_position))
+        self._tier.ask(request.request_id, sorted(keys, key=status.req_context.get_offload_key_position))
         self._manager.expect(request.request_id)
         self._arriving[request.request_id] = status
         with manager_lock(self._manager):
@@ -154,20 +153,17 @@ class KvtierConnector(OffloadingConnector):
         beyond = request.num_tokens - num_computed_tokens > min(group.tokens_per_chunk for group in self._groups)
         speed = self._clock.dram_bytes_per_second
         copy_seconds = self._loads.seconds(request.num_tokens - num_computed_tokens, speed)
-        for tier in self._tiers:
-            tier.hurry(request.request_id)
-            if not beyond:
-                continue
-            tier.await_answer(request.request_id, self._clock.spare_seconds())
-            if tier.await_chunks(request.request_id, self._clock.spare_seconds(copy_seconds)):
+        self._tier.hurry(request.request_id)
+        if beyond:
+            self._tier.await_answer(request.request_id, self._clock.spare_seconds())
+            if self._tier.await_chunks(request.request_id, self._clock.spare_seconds(copy_seconds)):
                 self._manager.take_in()
         with self._loads.waited_for(request.num_tokens - num_computed_tokens, speed), self._hidden(request):
             found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if found is None or not self._known.admit(request) or (found and self._drop):
             return None, False
         if self._drop and (identity := self._known.identity(request.request_id)) is not None:
-            for tier in self._tiers:
-                tier.identify(request.request_id, identity)  # to store it when DRAM is dropped
+            self._tier.identify(request.request_id, identity)  # to store it when DRAM is dropped
         found = found and self._loads.worth_loading(request, num_computed_tokens, found)
         if not found:
             return found, False
@@ -185,10 +181,9 @@ class KvtierConnector(OffloadingConnector):
                 self._undo(req_id)
             elif req_id in self._loading:
                 self._void.add(req_id)
-        for tier in self._tiers:
-            tier.note_identity(outcome)
-            tier.forget(gone)
-            tier.announce(self._identity.base, self._known.adapters())
+        self._tier.note_identity(outcome)
+        self._tier.forget(gone)
+        self._tier.announce(self._identity.base, self._known.adapters())
 
     def _undo_loaded(self) -> None:
         """What was loaded may be of other weights, and the scheduler may be about to compute after it."""
@@ -232,10 +227,7 @@ class KvtierConnector(OffloadingConnector):
     def _drop_cache(self) -> bool:
         """Forget what is in DRAM. Not while its rows are copied to or from, by ranks or by the mover, which would fill
         them meanwhile. Until then nothing is looked up and nothing is stored."""
-        if self._copying():
-            return False
-        drained = [tier.drained() for tier in self._tiers]
-        if not all(drained):
+        if self._copying() or not self._tier.drained():
             return False
         self.connector_scheduler.reset_cache()
         self._drop = False
@@ -258,7 +250,7 @@ class KvtierConnector(OffloadingConnector):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         for status in list(self._arriving.values()):
-            if self._drop or not all(tier.has_room for tier in self._tiers):
+            if self._drop or not self._tier.has_room:
                 break
             self._prefetch(status)
         meta = self._loads.scheduled(scheduler_output, super().build_connector_meta)
@@ -267,8 +259,7 @@ class KvtierConnector(OffloadingConnector):
         self._known.step_ends(scheduler_output.num_scheduled_tokens)
         self._clock.begin(*prefilled(scheduler_output), time.monotonic(), bool(meta.in_step))
         if not scheduler_output.total_num_scheduled_tokens:
-            for tier in self._tiers:
-                tier.wait()
+            self._tier.wait()
         return meta
 
     def start_load_kv(self, forward_context: ForwardContext, **options: object) -> None:
@@ -314,9 +305,8 @@ class KvtierConnector(OffloadingConnector):
             now = time.monotonic()
             self._clock.end(now)
             if self._clock.due(now):
-                for tier in self._tiers:
-                    tier.prefill, tier.prefill_share = self._clock.prefill, self._clock.prefill_share
-                    tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving))
+                self._tier.prefill, self._tier.prefill_share = self._clock.prefill, self._clock.prefill_share
+                self._tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving))
         return super().get_kv_connector_stats()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, object] | None]:
@@ -332,8 +322,7 @@ class KvtierConnector(OffloadingConnector):
     def _leave(self, request: Request) -> None:
         self._arriving.pop(request.request_id, None)
         self._not_loading(request.request_id)
-        for tier in self._tiers:
-            tier.cancel(request.request_id)
+        self._tier.cancel(request.request_id)
 
     def _not_loading(self, req_id: str) -> None:
         self._loading.pop(req_id, None)
@@ -341,15 +330,15 @@ class KvtierConnector(OffloadingConnector):
         self._void.discard(req_id)
 
     def _prefetch(self, status: RequestOffloadState) -> None:
-        """Look up what is not in HBM, which makes the manager promote what the tiers hold, up to the first miss."""
+        """Look up what is not in HBM, which makes the manager promote what the tier holds, up to the first miss."""
         req_id = status.req.request_id
-        if any(tier.undecided(req_id) for tier in self._tiers):
+        if self._tier.undecided(req_id):
             return
         for group, state in zip(self._groups, status.group_states, strict=True):
             if group.sliding_window_size_in_chunks is not None:
                 continue  # only the window is needed, and where that is depends on what is hit
             for key in state.offload_keys[self._chunks_in_hbm(status.req, group) :]:
-                if not all(tier.has_room for tier in self._tiers):
+                if not self._tier.has_room:
                     return  # the rest when rows are free again
                 if self._manager.lookup(key, status.req_context) is LookupResult.MISS:
                     break

@@ -172,7 +172,7 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
     tier.identities = dict.fromkeys(requests, IDENTITY)
     manager = Manager(tier)
     one: Any = object.__new__(KvtierConnector)
-    one._tiers, one._manager, one._block_pool = [tier], manager, None
+    one._tier, one._manager, one._block_pool = tier, manager, None
     one._groups, one._kv_cache_config = (group_config(),), KVCacheConfig(1, [], [KVCacheGroupSpec(["layer"], SPEC)])
     one._clock = StepClock()
     one.connector_scheduler = SimpleNamespace(
@@ -449,7 +449,8 @@ def test_what_was_fetched_is_announced_though_nobody_has_looked_it_up(group: int
     manager = HoldingTieringManager(primary(), [StockTier()])
     one.connector_scheduler = scheduler = offloading(manager, groups=2, blocks_per_chunk=2)
     one._groups, one._events = scheduler.config.kv_group_configs, ChunkEvents.replace(scheduler)
-    one._manager, one._tiers = manager, []
+    one._manager = manager
+    one._known.unknown.add("r")
     request = engine_request()
     one.on_new_request(request)
     if gone:

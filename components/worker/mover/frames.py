@@ -35,9 +35,7 @@ class Setup(msgspec.Struct, frozen=True):
     worker: str
     block_tokens: int
     blocks_per_chunk: int
-    connections_per_target: int
-    fetch_threads: int
-    put_threads: int
+    fetch_threads: int  # and connections to each target
     credential_file: str = ""  # path; the mover reads it
     seal_key: str = ""  # path of the file; the mover reads it
     seal: str = ""  # as kvstore.seal.open_seal takes it
@@ -107,7 +105,7 @@ class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True):
 
 
 class Pace(msgspec.Struct, tag="pace", array_like=True, frozen=True):
-    """What the engine's side measured, for the heartbeat."""
+    """What the engine's side measured, for the heartbeat: fields of a WorkerReport."""
 
     prefill_base_seconds: float
     prefill_seconds_per_token: float
@@ -120,7 +118,8 @@ class Pace(msgspec.Struct, tag="pace", array_like=True, frozen=True):
 
 
 class Identified(msgspec.Struct, tag="identified", array_like=True, frozen=True):
-    """What the engine computes KV with, for the heartbeat: as a fingerprint, and for each adapter by its name."""
+    """What the engine computes KV with, for the heartbeat, as fields of a WorkerReport: a fingerprint, and that of each
+    adapter by its name."""
 
     fingerprint: int
     adapters: dict[str, int]
