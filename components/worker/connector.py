@@ -8,7 +8,7 @@ long as that does not hold up who decodes (loads.py).
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from types import SimpleNamespace
 
 from components.worker.compat import (
@@ -158,8 +158,11 @@ class KvtierConnector(OffloadingConnector):
             self._tier.await_answer(request.request_id, self._clock.spare_seconds())
             if self._tier.await_chunks(request.request_id, self._clock.spare_seconds(copy_seconds)):
                 self._manager.take_in()
-        with self._loads.waited_for(request.num_tokens - num_computed_tokens, speed), self._hidden(request):
+        skip = request.skip_reading_prefix_cache
+        request.skip_reading_prefix_cache = skip or self._drop  # nothing is found in DRAM that is to be dropped
+        with self._loads.waited_for(request.num_tokens - num_computed_tokens, speed):
             found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        request.skip_reading_prefix_cache = skip
         if found is None or not self._known.admit(request) or (found and self._drop):
             return None, False
         if self._drop and (identity := self._known.identity(request.request_id)) is not None:
@@ -206,16 +209,6 @@ class KvtierConnector(OffloadingConnector):
                     self._undo(req_id)
                 else:
                     self._void.add(req_id)
-
-    @contextlib.contextmanager
-    def _hidden(self, request: Request) -> Iterator[None]:
-        """While the mover still has jobs in DRAM that is to be dropped, nothing is found there."""
-        skip = request.skip_reading_prefix_cache
-        request.skip_reading_prefix_cache = skip or self._drop
-        try:
-            yield
-        finally:
-            request.skip_reading_prefix_cache = skip
 
     def _copying(self) -> bool:
         """Whether ranks copy to or from DRAM, or a step is scheduled that has begun to load."""

@@ -10,19 +10,11 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from components.worker.compat import (
-    JobId,
-    JobResult,
-    OffloadKey,
-    ReqContext,
-    TransferJob,
-    get_offload_block_hash,
-    get_offload_group_idx,
-)
+from components.worker.compat import JobId, JobResult, OffloadKey, ReqContext, TransferJob
 from components.worker.counters import STORED, STORED_BYTES, Counters
 from components.worker.mover import frames
 from components.worker.mover.link import Job, MoverLink
-from components.worker.tier_request import TierRequest
+from components.worker.tier_request import TierRequest, names
 
 # Of all rows. Those that wait for a put cannot be evicted: with more of them the tier would stand in the engine's way.
 ROWS_SHARE = 0.25
@@ -96,7 +88,7 @@ class Puts:
             return
         # The leading chunks are of use without the rest, not the other way round.
         kept = 0 if self._leftovers else self._room
-        self._leave_over(_Leftover(request, list(job.keys)[kept:]))
+        self._leave_over(request, list(job.keys)[kept:])
         self._put(job, request, kept)
 
     def submit_leftovers(self, pin: Pin) -> None:
@@ -124,11 +116,10 @@ class Puts:
             return 0
         return max(0, self._rows_max - self._rows)
 
-    def _leave_over(self, leftover: _Leftover) -> None:
-        if not leftover.keys:
-            return
-        self._leftovers.append(leftover)
-        self._leftover_chunks += len(leftover.keys)
+    def _leave_over(self, request: TierRequest, keys: list[OffloadKey]) -> None:
+        if keys:
+            self._leftovers.append(_Leftover(request, keys))
+            self._leftover_chunks += len(keys)
         while (excess := self._leftover_chunks - self._leftover_chunks_max) > 0:
             dropped = min(excess, len(self._leftovers[0].keys))
             self._take_over(dropped)
@@ -205,14 +196,14 @@ class Puts:
         if self._pieces and now > self._progress + HUNG_SECONDS:
             self._link.kill("a put is not answered")
 
-    def mover_ended(self, *, retry: bool) -> None:
-        """What it had not stored, the next one may try."""
+    def mover_ended(self) -> None:
+        """What it had not stored, the next one tries once more."""
         for piece in list(self._pieces.values()):
             piece.request.tokens_sent = 0
-            if retry and not piece.retried:
-                piece.retried = True
-            else:
+            if piece.retried:
                 self._give_up(piece)
+            piece.retried = True
+        self.wait_for_mover()
 
     def mover_started(self) -> None:
         self._progress = time.monotonic()
@@ -220,7 +211,7 @@ class Puts:
             self._send(piece)
 
     def wait_for_mover(self) -> None:
-        """Give up if the next one is not started soon."""
+        """Give up if the next one is not started soon, or never."""
         if self._link.gone_seconds > GONE_SECONDS:
             for piece in list(self._pieces.values()):
                 self._give_up(piece)
@@ -246,8 +237,3 @@ class Puts:
         if not self._pieces_left[piece.job_id]:
             del self._pieces_left[piece.job_id]
             self._finished.append(JobResult(piece.job_id, True))
-
-
-def names(keys: list[OffloadKey]) -> list[frames.Name]:
-    """The chunks' names to the mover."""
-    return [(get_offload_block_hash(key), get_offload_group_idx(key)) for key in keys]

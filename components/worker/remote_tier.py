@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from components.pricing.patience import due_seconds, worth_waiting_for
 from components.pricing.prefill import Prefill
@@ -39,14 +40,12 @@ from components.worker.compat import (
 )
 from components.worker.mover import frames
 from components.worker.mover.link import MoverLink
-from components.worker.puts import Pin, Puts, names
-from components.worker.tier_request import Load, TierRequest
+from components.worker.puts import Pin, Puts
+from components.worker.tier_request import Load, TierRequest, names
 from kvstore import credentials
 from kvstore.bus.plan import read_plan
-from kvstore.certificates import Files
 from kvstore.keys import fingerprint
 from kvstore.net import tls
-from kvstore.net.client import good_connections
 from kvstore.net.wire import Outcome
 from kvstore.seal import open_seal
 
@@ -81,15 +80,10 @@ def blocks_per_chunk(spec: OffloadingSpec) -> int:
 
 
 class RemoteTier(SecondaryTierManager):
-    """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry; see SecondaryTierManager
-    for the contract of each method.
-
-    A request waits `deadline_ms` at most for its fetches, and `lookup_ms` for the store to say what it holds.
-    `fetch_threads` is how many fetches are in flight (None: good_connections). `nats` and `endpoint` are for telling
-    routers, and may be left out; so may `credential_file` (kvstore.credentials.load), `seal_key` and `seal`
-    (kvstore.seal.open_seal), and `store_tls_ca`, `store_tls_cert` and `store_tls_key` (kvstore.net.tls.open_client).
-    `on_load` is called for each fetched chunk, with the token that it ends at; `prefill` is what computing costs here,
-    as far as it is known, and `prefill_share` how much of its time the engine spends on prompts.
+    """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry (frames.Settings); see
+    SecondaryTierManager for the contract of each method. `on_load` is called for each fetched chunk, with the token
+    that it ends at; `prefill` is what computing costs here, as far as it is known, and `prefill_share` how much of its
+    time the engine spends on prompts.
     """
 
     medium = Medium.STORAGE
@@ -100,28 +94,16 @@ class RemoteTier(SecondaryTierManager):
         primary_kv_view: memoryview,
         tier_type: str,
         *,
-        store: str,
         backpressure_detector: object = None,
-        namespace: str = "default",
-        nats: str = "",
-        endpoint: str = "",
-        deadline_ms: int = 2000,
-        lookup_ms: int = 200,
-        fetch_threads: int | None = None,
-        carrier: str = "",
-        credential_file: str = "",
-        seal_key: str = "",
-        seal: str = "",
-        store_tls_ca: str = "",
-        store_tls_cert: str = "",
-        store_tls_key: str = "",
+        **entry: Any,
     ):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = Locality.REMOTE
-        credentials.load(Path(credential_file) if credential_file else None)
-        open_seal(seal_key, seal)  # or the mover would end over it, and the engine go on without the store
-        tls_files = Files(store_tls_cert, store_tls_key, store_tls_ca)
-        tls.open_client(tls_files, carrier)
+        settings = frames.Settings(**entry)
+        # Files that cannot be read would end the mover, and the engine would go on without the store.
+        credentials.load(Path(settings.credential_file) if settings.credential_file else None)
+        open_seal(settings.seal_key, settings.seal)
+        tls.open_client(settings.tls, settings.carrier)
         rows, row_bytes = primary_kv_view.shape or (0, 0)
         self.row_bytes = row_bytes
         self._block_tokens = offloading_spec.tokens_per_hash
@@ -129,8 +111,8 @@ class RemoteTier(SecondaryTierManager):
         self._chunk_tokens = self._block_tokens * self._blocks_per_chunk
         # A plan knows the chunks of one group. Where there are more, the store itself is asked.
         self._plans = len(offloading_spec.config.groups) == 1
-        self._deadline_seconds = deadline_ms / 1000
-        self._lookup_seconds = lookup_ms / 1000
+        self._deadline_seconds = settings.deadline_ms / 1000
+        self._lookup_seconds = settings.lookup_ms / 1000
         self._load_rows_max = max(1, int(LOAD_SHARE * rows))
         self._load_rows = 0
         self._promised_rows = 0  # looked up as there, not submitted yet
@@ -151,22 +133,13 @@ class RemoteTier(SecondaryTierManager):
         self.prefill_share = 0.0
         self.link = MoverLink(
             frames.Setup(
+                settings,
                 region_fd=region_fd(offloading_spec),
                 region_bytes=rows * row_bytes,
                 row_bytes=row_bytes,
-                store=store,
-                namespace=namespace,
-                carrier=carrier,
-                nats=nats,
-                endpoint=endpoint,
-                worker=os.environ.get(_DYNAMO_WORKER_ID, ""),
                 block_tokens=self._block_tokens,
                 blocks_per_chunk=self._blocks_per_chunk,
-                fetch_threads=fetch_threads or good_connections(),
-                credential_file=credential_file,
-                seal_key=seal_key,
-                seal=seal,
-                tls=tls_files,
+                worker=os.environ.get(_DYNAMO_WORKER_ID, ""),
             )
         )
         self.puts = Puts(self.link, self._counters, self._finished, rows=rows, row_bytes=row_bytes)
@@ -417,7 +390,7 @@ class RemoteTier(SecondaryTierManager):
 
     def shutdown(self) -> None:
         self.link.stop(_STOP_SECONDS)
-        self._end_all(retry=False)
+        self._end_all()
 
     # ---- the state machine
 
@@ -435,7 +408,7 @@ class RemoteTier(SecondaryTierManager):
                         request.answer(targets, self._deadline_seconds)
         self._watch(time.monotonic())
         if self.link.reap():
-            self._end_all(retry=True)
+            self._end_all()
         if self.link.dead:
             self.link.start_when_due()
             if not self.link.dead:
@@ -468,11 +441,11 @@ class RemoteTier(SecondaryTierManager):
         identity they do not know."""
         self.link.send(self._identified)
 
-    def _end_all(self, *, retry: bool) -> None:
+    def _end_all(self) -> None:
         """The mover is no more: what it had not loaded is missing; what it had not stored, the next one may try."""
         for load in list(self._loads.values()):
             self._finish_load(load, [Outcome.UNREACHABLE] * len(load.keys))
-        self.puts.mover_ended(retry=retry)
+        self.puts.mover_ended()
         for request in self._requests.values():
             request.tokens_sent = 0
             if request.undecided:

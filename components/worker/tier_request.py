@@ -1,14 +1,25 @@
 """What the tier knows of a request in the engine: where its chunks are, and for how long it waits for them."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from components.worker.compat import JobId, OffloadKey, ReqContext, Request
+from components.worker.compat import (
+    JobId,
+    OffloadKey,
+    ReqContext,
+    Request,
+    get_offload_block_hash,
+    get_offload_group_idx,
+)
 from components.worker.mover import frames
 from components.worker.mover.link import Job
 from kvstore.bus.plan import Plan
 
-Chunk = tuple[OffloadKey, int]  # with its row in DRAM
+
+def names(keys: Iterable[OffloadKey]) -> list[frames.Name]:
+    """The chunks' names to the mover."""
+    return [(get_offload_block_hash(key), get_offload_group_idx(key)) for key in keys]
 
 
 @dataclass(eq=False)

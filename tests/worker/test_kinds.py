@@ -45,7 +45,10 @@ def cache(*specs: KVCacheSpec) -> KVCacheConfig:
 @pytest.mark.parametrize(("spec", "words"), UNTESTED)
 def test_a_kind_that_was_never_tested_is_refused_at_the_start(spec: KVCacheSpec, words: str) -> None:
     config: Any = SimpleNamespace(
-        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256_cbor"), model_config=None, parallel_config=None
+        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256_cbor"),
+        model_config=None,
+        parallel_config=None,
+        speculative_config=None,
     )
     with pytest.raises(ValueError, match=f"^kvtier: {words} is not supported: .*; run this model without kvtier$"):
         layout.engine_layout(config, cache(FULL, spec), {})

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from vllm.v1.kv_offload.base import LookupResult
 
@@ -90,10 +91,10 @@ def test_it_ends_with_the_engine(stopped: bool) -> None:
     program = """
 import os, sys, time
 from components.worker.mover.link import MoverLink
-from components.worker.mover.frames import Setup
+from components.worker.mover.frames import Settings, Setup
 fd = os.memfd_create("rows")
 os.ftruncate(fd, 4096)
-link = MoverLink(Setup(fd, 4096, 4096, "127.0.0.1:9", "default", "", "", "", "", 4, 2, 1))
+link = MoverLink(Setup(Settings(store="127.0.0.1:9"), fd, 4096, 4096, 4, 2))
 while not link.ready:
     list(link.receive())
     time.sleep(0.01)
@@ -116,15 +117,12 @@ time.sleep(600)
 def test_one_that_cannot_start_is_tried_again_ever_more_seldom(monkeypatch: Any, engines: Any) -> None:  # noqa: F811
     monkeypatch.setattr("components.worker.mover.link.RESTART_SECONDS", (0.01, 0.05))
     engine = engines("127.0.0.1:9", wait=False)
-    engine.tier.link._setup = frames.Setup(**{**_fields(engine.tier.link._setup), "store": "etcd://127.0.0.1:9"})
+    settings = frames.Settings(store="etcd://127.0.0.1:9")
+    engine.tier.link._setup = msgspec.structs.replace(engine.tier.link._setup, settings=settings)
     os.kill(engine.tier.link.pid, signal.SIGKILL)
     eventually(lambda: (engine.step(), engine.tier.link.starts >= 3)[1], SOON)
     context = engine.arrive(engine_request(), KEYS)
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
-
-
-def _fields(setup: frames.Setup) -> dict[str, Any]:
-    return {name: getattr(setup, name) for name in setup.__struct_fields__}
 
 
 # ---- its death

@@ -76,18 +76,18 @@ class Mover:
 
     def __init__(self, link: socket.socket, setup: frames.Setup):
         self._link = link
-        self._setup = setup
-        self._seal = open_seal(setup.seal_key, setup.seal)
-        credential = credentials.load(Path(setup.credential_file) if setup.credential_file else None)
-        client_tls = tls.open_client(setup.tls, setup.carrier)
-        announce(self._seal, setup.store)
+        self._setup, settings = setup, setup.settings
+        self._seal = open_seal(settings.seal_key, settings.seal)
+        credential = credentials.load(Path(settings.credential_file) if settings.credential_file else None)
+        client_tls = tls.open_client(settings.tls, settings.carrier)
+        announce(self._seal, settings.store)
         self._region = mmap.mmap(setup.region_fd, setup.region_bytes, flags=mmap.MAP_SHARED)
         self._memory = memoryview(self._region)
-        self._membership = open_membership(setup.store, setup.namespace)
+        self._membership = open_membership(settings.store, settings.namespace)
         client = partial(
             StoreClient,
             self._membership,
-            namespace=setup.namespace,
+            namespace=settings.namespace,
             credential=credential,
             seal=self._seal,
             tls=client_tls,
@@ -96,8 +96,8 @@ class Mover:
         # not in the way of a question.
         self._client = client(
             name="worker",
-            connections_per_target=setup.fetch_threads,
-            carrier=borrower(setup.carrier) if setup.carrier else None,
+            connections_per_target=settings.fetch_threads,
+            carrier=borrower(settings.carrier) if settings.carrier else None,
         )
         self._put_client = client(name="writer", connections_per_target=PUT_THREADS)
         self._ask_client = client(name="asker", connections_per_target=1)
@@ -124,14 +124,14 @@ class Mover:
 
     def run(self) -> None:
         """Until the engine closes the socket."""
-        setup = self._setup
-        loops = [(self._load_next, setup.fetch_threads), (self._put_next, PUT_THREADS), (self._answer_next, 1)]
+        settings = self._setup.settings
+        loops = [(self._load_next, settings.fetch_threads), (self._put_next, PUT_THREADS), (self._answer_next, 1)]
         for step, count in loops:
             for _ in range(count):
                 threading.Thread(target=self._repeat, args=(step,), name=step.__name__, daemon=True).start()
         threading.Thread(target=self._map_rows, name="map", daemon=True).start()
-        if setup.nats:
-            start_reporting(setup.nats, setup.namespace, f"{os.getppid()}-{os.getpid()}", self._report)
+        if settings.nats:
+            start_reporting(settings.nats, settings.namespace, f"{os.getppid()}-{os.getpid()}", self._report)
         self._send(frames.Ready())
         with contextlib.suppress(ConnectionError):  # the engine left without hearing all that was said to it
             while packet := self._link.recv(frames.FRAME_BYTES_MAX):
@@ -355,7 +355,7 @@ class Mover:
             fetched = dict(self._fetched)
         return WorkerReport(
             worker=setup.worker,
-            endpoint=setup.endpoint,
+            endpoint=setup.settings.endpoint,
             block_tokens=setup.block_tokens,
             blocks_per_chunk=setup.blocks_per_chunk,
             chunk_bytes=setup.row_bytes,
