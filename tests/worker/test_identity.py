@@ -1355,7 +1355,7 @@ def test_steps_go_on_while_dram_waits_for_the_mover_to_be_dropped(
     one.arrive("old", list(range(300, 350)))
     eventually(lambda: (one.step(), "old" in one.computed[-1])[1], SOON)
     os.kill(tier.link.pid, signal.SIGSTOP)
-    eventually(lambda: (one.step(), tier._puts)[1], SOON)
+    eventually(lambda: (one.step(), tier.puts.pending)[1], SOON)
     update(one.drive, "other")
     assert one.scheduler.reset_prefix_cache()
     times: list[float] = []
