@@ -19,9 +19,8 @@ def start_reporting(nats: str, namespace: str, name: str, report: Callable[[], W
     """Publish `report()` on `speed.worker.<name>` for as long as the process lives. `report` runs on a thread of this
     module's own."""
     subject = messages.subject(namespace, "speed.worker", name)
-    threading.Thread(
-        target=lambda: asyncio.run(_publish(nats, subject, report)), name="kvtier-report", daemon=True
-    ).start()
+    publishing = _publish(nats, subject, report)
+    threading.Thread(target=asyncio.run, args=(publishing,), name="kvtier-report", daemon=True).start()
 
 
 async def _publish(nats: str, subject: str, report: Callable[[], WorkerReport]) -> None:
