@@ -9,6 +9,7 @@ long as that does not hold up who decodes (loads.py).
 import contextlib
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from components.worker.compat import (
@@ -50,6 +51,15 @@ from kvstore.bus.plan import FIELD, HINT_TYPE
 ANSWER_PIECE_TOKENS = 128
 
 
+@dataclass
+class _Loading:
+    """A request with a load between steps that it was not computed after yet."""
+
+    request: Request
+    over: bool = False
+    void: bool = False  # what comes is not valid any more
+
+
 class KvtierConnector(OffloadingConnector):
     """One in the scheduler's process, one in each rank's. The methods here run on the scheduler's thread and must not
     block, but for as long as the GPU is busy without them (step_clock.py); the tier's I/O is in a process of its own
@@ -80,11 +90,7 @@ class KvtierConnector(OffloadingConnector):
         identity.on_stale = self._undo_loaded
         identity.on_unload = self._undo_unloaded
         self._known = KnownRequests(identity, self._note_answer, images=bool(extra.get("share_images")))
-        # Requests with a load between steps that they were not computed after yet; of them those whose load is over,
-        # and those whose load is not over, and of KV that is not valid any more.
-        self._loading: dict[str, Request] = {}
-        self._loaded: set[str] = set()
-        self._void: set[str] = set()
+        self._loading: dict[str, _Loading] = {}
         self._drop = False  # whether what is in DRAM is not valid any more
         # Requests whose fetch has not all begun: without a plan, the store has yet to say what it holds; and there may
         # be no row free. In order of arrival, which is that of scheduling.
@@ -180,35 +186,34 @@ class KvtierConnector(OffloadingConnector):
             self._drop = True
         for req_id in gone:
             self._arriving.pop(req_id, None)
-            if req_id in self._loaded:
-                self._undo(req_id)
-            elif req_id in self._loading:
-                self._void.add(req_id)
+            if req_id in self._loading:
+                self._void(req_id)
         self._tier.note_identity(outcome)
         self._tier.forget(gone)
         self._tier.announce(self._identity.base, self._known.adapters())
 
     def _undo_loaded(self) -> None:
         """What was loaded may be of other weights, and the scheduler may be about to compute after it."""
-        for req_id in list(self._loaded):
-            self._undo(req_id)
+        for req_id, loading in list(self._loading.items()):
+            if loading.over:
+                self._void(req_id)
 
-    def _undo(self, req_id: str) -> None:
-        """A load is over, and nothing of it is to be used: the scheduler finds the request as it was before it."""
-        self._loaded.discard(req_id)
-        self._void.discard(req_id)
-        request = self._loading.pop(req_id)
-        request.num_computed_tokens = 0
-        self._kv_cache_manager.free(request)
+    def _void(self, req_id: str) -> None:
+        """Nothing of the request's load is to be used. Once it is over, the scheduler finds the request as it was
+        before it."""
+        loading = self._loading[req_id]
+        loading.void = True
+        if loading.over:
+            del self._loading[req_id]
+            loading.request.num_computed_tokens = 0
+            self._kv_cache_manager.free(loading.request)
 
     def _undo_unloaded(self) -> None:
         """An adapter may be another one when a request with it is computed after its load."""
-        for req_id, request in list(self._loading.items()):
-            if request.lora_request is not None and self._identity.known(request.lora_request) is None:
-                if req_id in self._loaded:
-                    self._undo(req_id)
-                else:
-                    self._void.add(req_id)
+        for req_id, loading in list(self._loading.items()):
+            adapter = loading.request.lora_request
+            if adapter is not None and self._identity.known(adapter) is None:
+                self._void(req_id)
 
     def _copying(self) -> bool:
         """Whether ranks copy to or from DRAM, or a step is scheduled that has begun to load."""
@@ -236,9 +241,9 @@ class KvtierConnector(OffloadingConnector):
         speed = self._clock.dram_bytes_per_second
         self._loads.allocated(request, blocks, num_external_tokens, speed, super().update_state_after_alloc)
         self._known.runs(request)
-        self._not_loading(request.request_id)
+        self._loading.pop(request.request_id, None)
         if num_external_tokens and not self._loads.in_step(request.request_id):
-            self._loading[request.request_id] = request
+            self._loading[request.request_id] = _Loading(request)
         self._manager.let_go(request.request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
@@ -286,10 +291,9 @@ class KvtierConnector(OffloadingConnector):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._clock.note_worker(connector_output.kv_connector_worker_meta)
         for req_id in self._loading.keys() & (connector_output.finished_recving or ()):
-            if req_id in self._void or self._identity.stale:
-                self._undo(req_id)
-            else:
-                self._loaded.add(req_id)
+            self._loading[req_id].over = True
+            if self._loading[req_id].void or self._identity.stale:
+                self._void(req_id)
         super().update_connector_output(connector_output)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
@@ -314,13 +318,8 @@ class KvtierConnector(OffloadingConnector):
 
     def _leave(self, request: Request) -> None:
         self._arriving.pop(request.request_id, None)
-        self._not_loading(request.request_id)
+        self._loading.pop(request.request_id, None)
         self._tier.cancel(request.request_id)
-
-    def _not_loading(self, req_id: str) -> None:
-        self._loading.pop(req_id, None)
-        self._loaded.discard(req_id)
-        self._void.discard(req_id)
 
     def _prefetch(self, status: RequestOffloadState) -> None:
         """Look up what is not in HBM, which makes the manager promote what the tier holds, up to the first miss."""

@@ -188,7 +188,7 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
     )
     one._loads = Loads(one.connector_scheduler, 1)
     one._known, one._identity, one._drop = Known(), SimpleNamespace(base=IDENTITY, stale=False), False
-    one._loading, one._loaded, one._void, one._drop = {}, set(), set(), False
+    one._loading, one._drop = {}, False
     one._arriving = {
         name: SimpleNamespace(
             req=SimpleNamespace(request_id=name, block_hashes=[]),

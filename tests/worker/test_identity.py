@@ -706,7 +706,7 @@ class Loading:
 
     @property
     def forgotten(self) -> bool:
-        return not (self.connector._loading or self.connector._loaded or self.connector._void)
+        return not self.connector._loading
 
 
 def test_what_was_loaded_is_kept_where_nothing_has_changed() -> None:

@@ -64,6 +64,13 @@ def configured(model: Path, mode: str, folder: Path, store: str = "", *, rows: i
     return config
 
 
+def test_an_engine_without_the_tier_is_told_so(model: Path, tmp_path: Path, start: START) -> None:
+    config = configured(model, "store", tmp_path, "127.0.0.1:9")
+    config["kv_connector_extra_config"]["secondary_tiers"] = []
+    with pytest.raises(ValueError, match="^kvtier: 0 secondary_tiers of type 'kvtier' given, expected one$"):
+        start(config)
+
+
 def leave_unscheduled(drive: Drive) -> None:
     """A client that goes away while its request waits for a slot."""
     scheduler = drive._scheduler
