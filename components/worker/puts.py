@@ -52,22 +52,14 @@ class Puts:
     """For the scheduler's thread, with the tier (remote_tier.py). No method blocks. Jobs that have ended are added to
     `finished`."""
 
-    def __init__(
-        self,
-        link: MoverLink,
-        counters: Counters,
-        finished: list[JobResult],
-        *,
-        rows: int,
-        row_bytes: int,
-    ):
+    def __init__(self, link: MoverLink, counters: Counters, finished: list[JobResult], *, rows: int, row_bytes: int):
         self._link, self._counters, self._finished = link, counters, finished
         self._row_bytes = row_bytes
         self._piece_chunks = max(1, min(PIECE_CHUNKS, PIECE_BYTES // max(1, row_bytes)))
         self._rows_max = int(ROWS_SHARE * rows)
         self._rows = 0
         self._pieces: dict[int, _Piece] = {}  # by a number of their own
-        self._pieces_left: dict[JobId, int] = {}
+        self._pieces_left: dict[JobId, int] = {}  # of a job, how many are under way
         self._number = 0
         self._progress = 0.0  # when the mover answered last, or need not have
         self._leftovers: deque[_Leftover] = deque()

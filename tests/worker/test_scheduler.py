@@ -67,7 +67,7 @@ def configured(model: Path, mode: str, folder: Path, store: str = "", *, rows: i
 def test_an_engine_without_the_tier_is_told_so(model: Path, tmp_path: Path, start: START) -> None:
     config = configured(model, "store", tmp_path, "127.0.0.1:9")
     config["kv_connector_extra_config"]["secondary_tiers"] = []
-    with pytest.raises(ValueError, match="^kvtier: 0 secondary_tiers of type 'kvtier' given, expected one$"):
+    with pytest.raises(ValueError, match=r"^kvtier: 0 secondary_tiers of type 'kvtier' given, expected one$"):
         start(config)
 
 
