@@ -363,7 +363,7 @@ class KvtierConnector(OffloadingConnector):
         if self._loads.possible:
             last, self._computed = self._computed, list(due)
             due = {req_id: 0 for req_id in last if (one := statuses.get(req_id)) and not one.req.is_finished()}
-        finished = [req_id for req_id in output.finished_req_ids if self._loads.stores(req_id)]
+        finished = [req_id for req_id in output.finished_req_ids if not self._loads.in_step(req_id)]
         due = {req_id: tokens for req_id, tokens in due.items() if self._may_store(req_id)}
         for req_id in finished:
             if (status := statuses.get(req_id)) is not None and not self._may_store(req_id):

@@ -126,11 +126,11 @@ class Puts:
 
     def _put(self, job: TransferJob, request: TierRequest, count: int) -> None:
         """The first so many chunks of a job."""
-        if not count or not job.keys:
+        keys, rows = list(job.keys)[:count], job.chunk_ids.tolist()[:count]
+        if not keys:
             self._finished.append(JobResult(job.job_id, True))
             return
         assert request.identity is not None
-        keys, rows = list(job.keys)[:count], job.chunk_ids.tolist()[:count]
         saved = 0.0 if request.plan is None else request.plan.chunk_ms / 1000
         if not self._pieces:
             self._progress = time.monotonic()

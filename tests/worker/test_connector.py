@@ -319,7 +319,7 @@ def test_a_load_under_way_hinders_a_running_requests_stores_not_and_a_finished_o
     assert one.scheduler._chunks_being_loaded == {KEYS[0]}  # its blocks are found in HBM: nobody waits for the rest
 
     def scheduled(output: Any) -> Any:
-        asked.append((set(status.transfer_jobs), one.stores("r")))
+        asked.append((set(status.transfer_jobs), not one.in_step("r")))
         return OffloadingConnectorMetadata({}, {})
 
     assert one.scheduled(output(), scheduled).in_step == {7}
