@@ -36,7 +36,7 @@ class Load(Job):
 
 @dataclass(eq=False)
 class TierRequest:
-    """`number` is its name to the mover. Times are time.monotonic(), in seconds."""
+    """For the scheduler's thread. `number` is its name to the mover. Times are time.monotonic(), in seconds."""
 
     number: int
     context: ReqContext
@@ -50,10 +50,10 @@ class TierRequest:
     targets: dict[OffloadKey, str | None] | None = None  # and its answer
     awaited: bool = False  # whether a step has waited for that
     hurried: bool = False  # whether it has a slot in the engine
-    gone: bool = False
-    abandoned: bool = False
+    gone: bool = False  # whether the engine is done with it
+    abandoned: bool = False  # whether nothing more is fetched for it
     submitted: int = 0  # chunks whose fetch was begun
-    fetches: dict[OffloadKey, int] = field(default_factory=dict)
+    fetches: dict[OffloadKey, int] = field(default_factory=dict)  # how often each chunk was
     loads: dict[JobId, Load] = field(default_factory=dict)
     tokens_sent: int = 0
     _planned: list[str | None] = field(init=False)  # by chunk
