@@ -97,7 +97,7 @@ def test_the_executor_is_the_one_of_the_engines_configuration(monkeypatch: pytes
         assert one._executor is ranks
     with pytest.raises(RuntimeError, match=r"^kvtier: no executor found .*; run this engine without kvtier$"):
         Identity(Config(), LAYOUT, RANKS, alike=True)
-    monkeypatch.setattr(identity_module, "gc", SimpleNamespace(get_objects=lambda: [object(), Ranks, several[0]]))
+    monkeypatch.setattr(gc, "get_objects", lambda: [object(), Ranks, several[0]])
     one = Identity(Config(), LAYOUT, RANKS, alike=True)
     assert one._executor is several[0]
 
