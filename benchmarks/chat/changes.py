@@ -117,7 +117,7 @@ class Engine:
         self.llm = LLM(**{**given, **options})
         self.engine: Any = self.llm.llm_engine
         if transfer is not None:
-            tier = self.engine.engine_core.engine_core.scheduler.connector._tiers[0]
+            tier = self.engine.engine_core.engine_core.scheduler.connector._tier
             until = time.monotonic() + _ANSWER_SECONDS
             while not tier.link.ready and time.monotonic() < until:  # a first prompt would not wait for that
                 tier.get_finished_jobs()

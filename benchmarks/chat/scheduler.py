@@ -111,10 +111,10 @@ class Drive:
     def until_ready(self) -> None:
         """The mover takes commands."""
         deadline = time.monotonic() + _READY_SECONDS
-        for tier in getattr(self._scheduler.connector, "_tiers", ()):
-            while not tier.link.ready and time.monotonic() < deadline:
-                tier._step()
-                time.sleep(0.05)
+        tier = getattr(self._scheduler.connector, "_tier", None)
+        while tier is not None and not tier.link.ready and time.monotonic() < deadline:
+            tier._step()
+            time.sleep(0.05)
 
     def play(self, seed: int) -> tuple[float, list[float]]:
         """Seconds of the scheduler's thread for all requests, and those of each step in which all decode."""

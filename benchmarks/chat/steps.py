@@ -95,7 +95,7 @@ class Drive:
         self._chance = random.Random(options.seed)
         self._numbers = itertools.count()
         scheduler = self._engine.engine_core.engine_core.scheduler
-        self._tier: Any = scheduler.connector._tiers[0]
+        self._tier: Any = scheduler.connector._tier
         self._scheduled = 0.0
         self._step_tokens = 0
         for name in ("schedule", "update_from_output"):

@@ -23,7 +23,6 @@ from benchmarks.chat.load import quantile
 from benchmarks.routing.engine_model import Hardware
 from components.pricing import patience as rule
 from components.pricing.patience import due_seconds, worth_waiting_for
-from components.pricing.prefill import Prefill
 from components.pricing.throughput import Throughput
 
 BUDGET_TOKENS = 8192  # of a step
@@ -70,11 +69,7 @@ class Worker:
         self._hardware = hardware
         self._bytes_per_second = bytes_per_second
         self._chunk_bytes = CHUNK_TOKENS * hardware.kv_bytes_per_token
-        self._prefill = Prefill(
-            hardware.prefill_base_seconds,
-            hardware.prefill_seconds_per_token,
-            hardware.prefill_seconds_per_token_squared,
-        )
+        self._prefill = hardware.prefill
         self._chance = random.Random(seed)
         self._arrivals = [RAMP_SECONDS * number / clients for number in range(clients)]
         self._now = 0.0

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
+from components.pricing.prefill import Prefill
 from components.pricing.throughput import Throughput
 
 PREFILL_TOKENS = 2048  # at once; then what decodes gets a token
@@ -40,10 +41,12 @@ class Hardware:
     store_latency_seconds: float = 0.003
 
     def prefill_seconds(self, missing: int, context: int) -> float:
-        return (
-            self.prefill_base_seconds
-            + self.prefill_seconds_per_token * missing
-            + self.prefill_seconds_per_token_squared * missing * (context + missing / 2)
+        return self.prefill.seconds(missing, context)
+
+    @property
+    def prefill(self) -> Prefill:
+        return Prefill(
+            self.prefill_base_seconds, self.prefill_seconds_per_token, self.prefill_seconds_per_token_squared
         )
 
     def step_seconds(self, batch: int) -> float:

@@ -27,13 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from components.pricing.patience import patience
+from components.pricing.prefill import Prefill, prefill_seconds
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
 
 class Speeds(msgspec.Struct, frozen=True, gc=False):
-    """How fast a worker and its way to the store are. Rates are per second; the prefill model is
-    `base + per_token * m + per_token_squared * m * (c + m / 2)` seconds for m tokens on top of c."""
+    """How fast a worker and its way to the store are. Rates are per second; the prefill model is that of prefill.py."""
 
     prefill_base_seconds: float
     prefill_seconds_per_token: float
@@ -41,6 +41,12 @@ class Speeds(msgspec.Struct, frozen=True, gc=False):
     dram_bytes_per_second: float
     store_bytes_per_second: float
     store_latency_seconds: float
+
+    @property
+    def prefill(self) -> Prefill:
+        return Prefill(
+            self.prefill_base_seconds, self.prefill_seconds_per_token, self.prefill_seconds_per_token_squared
+        )
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -112,7 +118,14 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
         local = self.hbm_tokens + self.dram_tokens
         loaded = self.dram_tokens + self.store_tokens
         copy = self.copy_seconds * self.dram_tokens / loaded if loaded else 0.0
-        prefill = prefill_seconds(self.candidate.speeds, self.store_tokens + self.missing_tokens, local)
+        speeds = self.candidate.speeds
+        prefill = prefill_seconds(
+            speeds.prefill_base_seconds,
+            speeds.prefill_seconds_per_token,
+            speeds.prefill_seconds_per_token_squared,
+            self.store_tokens + self.missing_tokens,
+            local,
+        )
         return self.wait_seconds + copy + prefill, prefill
 
     @property
@@ -149,9 +162,13 @@ class _Columns(NamedTuple):
     available_chunks: Array  # from there on, that the store holds without a gap
 
     def prefill_seconds(self, missing_tokens: Array, context_tokens: Array) -> Array:
-        attended = missing_tokens * (context_tokens + missing_tokens / 2)
-        linear = self.prefill_base_seconds + self.prefill_seconds_per_token * missing_tokens
-        return linear + self.prefill_seconds_per_token_squared * attended
+        return prefill_seconds(
+            self.prefill_base_seconds,
+            self.prefill_seconds_per_token,
+            self.prefill_seconds_per_token_squared,
+            missing_tokens,
+            context_tokens,
+        )
 
 
 _of_candidate = attrgetter(
@@ -215,16 +232,6 @@ class Choices(Sequence[Choice]):
 
     def __iter__(self) -> Iterator[Choice]:
         return map(self.__getitem__, range(len(self)))
-
-
-def prefill_seconds(speeds: Speeds, missing_tokens: int, context_tokens: int) -> float:
-    """Seconds to compute `missing_tokens` that follow `context_tokens`."""
-    attended = missing_tokens * (context_tokens + missing_tokens / 2)
-    return (
-        speeds.prefill_base_seconds
-        + speeds.prefill_seconds_per_token * missing_tokens
-        + speeds.prefill_seconds_per_token_squared * attended
-    )
 
 
 def choose(

@@ -4,9 +4,10 @@ Plain arithmetic: no I/O, no clock of its own, no engine.
 """
 
 from collections import deque
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 # Steps that the prefill model is fitted to. At one prefill a step that is the last minute or so.
 _SAMPLES_MAX = 256
@@ -14,19 +15,29 @@ _SAMPLES_MIN = 12
 _REWEIGHTINGS = 4
 
 
+Number = TypeVar("Number", float, npt.NDArray[np.float64])
+
+
+def prefill_seconds(
+    base: Number, per_token: Number, per_token_squared: Number, tokens: Number, context_tokens: Number
+) -> Number:
+    """Seconds to compute so many tokens that follow so many others."""
+    return base + per_token * tokens + per_token_squared * (tokens * (context_tokens + tokens / 2))
+
+
 class Prefill(NamedTuple):
-    """`base + per_token * m + per_token_squared * m * (c + m / 2)` seconds to compute m tokens that follow c."""
+    """`prefill_seconds` of one engine."""
 
     base_seconds: float = 0.0
     seconds_per_token: float = 0.0
     seconds_per_token_squared: float = 0.0
 
     def seconds(self, tokens: int, context_tokens: int) -> float:
-        return self.base_seconds + self.saved_seconds(tokens, context_tokens)
+        return prefill_seconds(*self, tokens, context_tokens)
 
     def saved_seconds(self, tokens: int, context_tokens: int) -> float:
         """What it saves to have them: a prefill's base is paid anyway, since the last token is always computed."""
-        return self.step_seconds(tokens, tokens * (context_tokens + tokens / 2))
+        return prefill_seconds(0.0, *self[1:], tokens, context_tokens)
 
     def step_seconds(self, tokens: int, attended: float) -> float:
         """What the prompt tokens of a step add to it; `attended` is the sum of m * (c + m / 2) over its requests."""

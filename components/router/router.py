@@ -626,7 +626,7 @@ class Router:
         take: a store that fails at the worst moment costs the time of one recomputation, never more."""
         candidate = choice.candidate
         context = choice.hbm_tokens + choice.dram_tokens
-        recompute = cost.prefill_seconds(candidate.speeds, choice.store_tokens, context)
+        recompute = candidate.speeds.prefill.seconds(choice.store_tokens, context)
         least, most = self._deadline_ms
         chunk_tokens = candidate.blocks_per_chunk * self._block_tokens
         return make_plan(

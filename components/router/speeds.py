@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from components.pricing.answers import Answers
 from components.pricing.cost import Speeds
+from components.pricing.prefill import Prefill
 from kvstore.bus.messages import TargetReport, WorkerReport
 from kvstore.net.wire import Outcome
 from kvstore.text import NAME_CHARACTERS_MAX, is_plain
@@ -51,7 +52,7 @@ _RATES = ("dram_bytes_per_second", "store_bytes_per_second")
 class _Worker:
     last_ms: int = -1
     older: int = 0  # reports in a row
-    prefill: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    prefill: deque[Prefill] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     rates: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=_SAMPLES) for name in _RATES})
     rated_ms: dict[str, int] = field(default_factory=dict)  # when each rate was last reported
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=_PACE_SAMPLES))
@@ -90,7 +91,7 @@ class LiveSpeeds:
         """Take in what a worker says; False if it is not to be believed, as a whole."""
         if not (report.worker.isascii() and report.worker.isdigit() and len(report.worker) <= 20):
             return self._ignore("invalid_worker_id")
-        prefill = tuple(getattr(report, name) for name in _PREFILL)
+        prefill = Prefill(*(getattr(report, name) for name in _PREFILL))
         numbers = [*prefill, report.prefill_share, *(getattr(report, name) for name in _RATES)]
         if not all(math.isfinite(one) and one >= 0 for one in numbers):
             return self._ignore("invalid_rate")
@@ -105,7 +106,7 @@ class LiveSpeeds:
         if len(report.fetched_chunks) > _OUTCOMES_MAX or any(count < 0 for count in report.fetched_chunks.values()):
             return self._ignore("invalid_count")
         # 1,000 tokens: a coefficient alone says little, the others may take its place.
-        if any(prefill) and not self._plausible(_thousand(*prefill), _thousand(*self._prior_prefill)):
+        if any(prefill) and not self._plausible(_thousand(prefill), _thousand(self._prior.prefill)):
             return self._ignore("implausible_prefill")
         rates = {name: getattr(report, name) for name in _RATES}
         if any(rate and not self._plausible(rate, getattr(self._prior, name)) for name, rate in rates.items()):
@@ -118,8 +119,8 @@ class LiveSpeeds:
             return self._ignore("stale_timestamp")
         known.last_ms, known.older = report.ts_ms, 0
         known.fetched_chunks = {name: report.fetched_chunks.get(name, 0) for name in _OUTCOMES}
-        if prefill[1] > 0 or prefill[2] > 0:
-            known.prefill.append((prefill[0], prefill[1], prefill[2]))
+        if prefill.known:
+            known.prefill.append(prefill)
         for name, rate in rates.items():
             if rate > 0:
                 known.rates[name].append(rate)
@@ -159,7 +160,7 @@ class LiveSpeeds:
         speeds = self._prior
         if len(known.prefill) >= SAMPLES_MIN:
             # The median model: of all, the one that takes neither long nor short.
-            model = sorted(known.prefill, key=lambda one: _thousand(*one))[len(known.prefill) // 2]
+            model = sorted(known.prefill, key=_thousand)[len(known.prefill) // 2]
             speeds = replace(speeds, **dict(zip(_PREFILL, model, strict=True)))
         for name, rates in known.rates.items():
             if len(rates) >= SAMPLES_MIN:
@@ -204,15 +205,6 @@ class LiveSpeeds:
         self._workers = {worker: known for worker, known in self._workers.items() if worker in workers}
         self._targets = {name: one for name, one in self._targets.items() if now - one[1] <= 12 * TARGET_SECONDS}
 
-    @property
-    def _prior_prefill(self) -> tuple[float, float, float]:
-        prior = self._prior
-        return (
-            prior.prefill_base_seconds,
-            prior.prefill_seconds_per_token,
-            prior.prefill_seconds_per_token_squared,
-        )
-
     def _plausible(self, value: float, prior: float) -> bool:
         return prior / _FACTOR_MAX <= value <= prior * _FACTOR_MAX
 
@@ -223,9 +215,9 @@ class LiveSpeeds:
 
 def prefill_tokens_per_second(speeds: Speeds) -> float:
     """Of a prompt of 1,000 tokens."""
-    return 1000 / _thousand(*(getattr(speeds, name) for name in _PREFILL))
+    return 1000 / _thousand(speeds.prefill)
 
 
-def _thousand(base: float, per_token: float, squared: float) -> float:
+def _thousand(prefill: Prefill) -> float:
     """Seconds to compute 1,000 tokens."""
-    return base + 1000 * per_token + 500_000 * squared
+    return prefill.seconds(1000, 0)

@@ -8,7 +8,8 @@ long as that does not hold up who decodes (loads.py).
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from components.worker.compat import (
@@ -42,12 +43,21 @@ from components.worker.identity import Identity, KnownRequests
 from components.worker.layout import WANTED_LAYOUT, choose_block_hash, engine_layout, needs_canonical, tp_agnostic
 from components.worker.loads import Loads
 from components.worker.manager import HoldingTieringManager
-from components.worker.remote_tier import RemoteTier
+from components.worker.remote_tier import TIER_TYPE, RemoteTier
 from components.worker.step_clock import StepClock, prefilled
 from kvstore.bus.plan import FIELD, HINT_TYPE
 
 # Of an answer, what is stored at once while it grows. A worker that dies loses as much of it.
 ANSWER_PIECE_TOKENS = 128
+
+
+@dataclass
+class _Loading:
+    """A request with a load between steps that it was not computed after yet."""
+
+    request: Request
+    over: bool = False
+    void: bool = False  # what comes is not valid any more
 
 
 class KvtierConnector(OffloadingConnector):
@@ -70,18 +80,17 @@ class KvtierConnector(OffloadingConnector):
         manager = self.connector_scheduler.manager
         assert isinstance(manager, HoldingTieringManager)
         self._manager = manager
-        self._tiers = [tier for tier in manager.secondary_tiers if isinstance(tier, RemoteTier)]
+        tiers = [tier for tier in manager.secondary_tiers if isinstance(tier, RemoteTier)]
+        if len(tiers) != 1:
+            raise ValueError(f"kvtier: {len(tiers)} secondary_tiers of type {TIER_TYPE!r} given, expected one")
+        (self._tier,) = tiers
         self._groups: tuple[GroupOffloadConfig, ...] = self.connector_scheduler.config.kv_group_configs
         self._block_pool: BlockPool | None = None
         self._identity = identity
         identity.on_stale = self._undo_loaded
         identity.on_unload = self._undo_unloaded
         self._known = KnownRequests(identity, self._note_answer, images=bool(extra.get("share_images")))
-        # Requests with a load between steps that they were not computed after yet; of them those whose load is over,
-        # and those whose load is not over, and of KV that is not valid any more.
-        self._loading: dict[str, Request] = {}
-        self._loaded: set[str] = set()
-        self._void: set[str] = set()
+        self._loading: dict[str, _Loading] = {}
         self._drop = False  # whether what is in DRAM is not valid any more
         self._sources: dict[str, dict[str, int]] = {}  # of requests that run: cached tokens of the prompt by tier
         # Requests whose fetch has not all begun: without a plan, the store has yet to say what it holds; and there may
@@ -89,13 +98,12 @@ class KvtierConnector(OffloadingConnector):
         self._arriving: dict[str, RequestOffloadState] = {}
         self._computed: list[str] = []  # requests of the last step that have something to store
         self._clock = StepClock()
-        self._loads = Loads(self.connector_scheduler, self._tiers[0].row_bytes)
+        self._loads = Loads(self.connector_scheduler, self._tier.row_bytes)
         self._events = ChunkEvents.replace(self.connector_scheduler)
         self.connector_scheduler._build_store_jobs = self._build_store_jobs
         self.connector_scheduler._build_partial_tail_store_jobs = self._build_partial_tail_store_jobs
-        for tier in self._tiers:
-            tier.on_load = self._note_load
-            tier.announce(identity.base, {})
+        self._tier.on_load = self._note_load
+        self._tier.announce(identity.base, {})
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
@@ -116,23 +124,20 @@ class KvtierConnector(OffloadingConnector):
         super().on_new_request(request)
         status = self.connector_scheduler._req_status[request.request_id]
         status.update_offload_keys()
-        for tier in self._tiers:
-            tier.arrived(request)
+        self._tier.arrived(request)
         self._known.arrived(request, self._engine_cache())
         self._begin(request)
 
     def _begin(self, request: Request) -> None:
-        """See what the tiers have of the request, once it is known what its KV is computed with."""
+        """See what the tier has of the request, once it is known what its KV is computed with."""
         status = self.connector_scheduler._req_status[request.request_id]
         identity = self._known.identity(request.request_id)
         if identity is None or self._drop:
             return
-        news = [tier.identify(request.request_id, identity) for tier in self._tiers]
-        if not any(news) or request.skip_reading_prefix_cache:
+        if not self._tier.identify(request.request_id, identity) or request.skip_reading_prefix_cache:
             return
         keys = [key for state in status.group_states for key in state.offload_keys]
-        for tier in self._tiers:
-            tier.ask(request.request_id, sorted(keys, key=status.req_context.get_offload_key_position))
+        self._tier.ask(request.request_id, sorted(keys, key=status.req_context.get_offload_key_position))
         self._manager.expect(request.request_id)
         self._arriving[request.request_id] = status
         with manager_lock(self._manager):
@@ -155,20 +160,20 @@ class KvtierConnector(OffloadingConnector):
         beyond = request.num_tokens - num_computed_tokens > min(group.tokens_per_chunk for group in self._groups)
         speed = self._clock.dram_bytes_per_second
         copy_seconds = self._loads.seconds(request.num_tokens - num_computed_tokens, speed)
-        for tier in self._tiers:
-            tier.hurry(request.request_id)
-            if not beyond:
-                continue
-            tier.await_answer(request.request_id, self._clock.spare_seconds())
-            if tier.await_chunks(request.request_id, self._clock.spare_seconds(copy_seconds)):
+        self._tier.hurry(request.request_id)
+        if beyond:
+            self._tier.await_answer(request.request_id, self._clock.spare_seconds())
+            if self._tier.await_chunks(request.request_id, self._clock.spare_seconds(copy_seconds)):
                 self._manager.take_in()
-        with self._loads.waited_for(request.num_tokens - num_computed_tokens, speed), self._hidden(request):
+        skip = request.skip_reading_prefix_cache
+        request.skip_reading_prefix_cache = skip or self._drop  # nothing is found in DRAM that is to be dropped
+        with self._loads.waited_for(request.num_tokens - num_computed_tokens, speed):
             found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        request.skip_reading_prefix_cache = skip
         if found is None or not self._known.admit(request) or (found and self._drop):
             return None, False
         if self._drop and (identity := self._known.identity(request.request_id)) is not None:
-            for tier in self._tiers:
-                tier.identify(request.request_id, identity)  # to store it when DRAM is dropped
+            self._tier.identify(request.request_id, identity)  # to store it when DRAM is dropped
         found = found and self._loads.worth_loading(request, num_computed_tokens, found)
         if not found:
             return found, False
@@ -182,47 +187,35 @@ class KvtierConnector(OffloadingConnector):
             self._drop = True
         for req_id in gone:
             self._arriving.pop(req_id, None)
-            if req_id in self._loaded:
-                self._undo(req_id)
-            elif req_id in self._loading:
-                self._void.add(req_id)
-        for tier in self._tiers:
-            tier.note_identity(outcome)
-            tier.forget(gone)
-            tier.announce(self._identity.base, self._known.adapters())
+            if req_id in self._loading:
+                self._void(req_id)
+        self._tier.note_identity(outcome)
+        self._tier.forget(gone)
+        self._tier.announce(self._identity.base, self._known.adapters())
 
     def _undo_loaded(self) -> None:
         """What was loaded may be of other weights, and the scheduler may be about to compute after it."""
-        for req_id in list(self._loaded):
-            self._undo(req_id)
+        for req_id, loading in list(self._loading.items()):
+            if loading.over:
+                self._void(req_id)
 
-    def _undo(self, req_id: str) -> None:
-        """A load is over, and nothing of it is to be used: the scheduler finds the request as it was before it."""
-        self._loaded.discard(req_id)
-        self._void.discard(req_id)
-        self._sources.pop(req_id, None)
-        request = self._loading.pop(req_id)
-        request.num_computed_tokens = 0
-        self._kv_cache_manager.free(request)
+    def _void(self, req_id: str) -> None:
+        """Nothing of the request's load is to be used. Once it is over, the scheduler finds the request as it was
+        before it."""
+        loading = self._loading[req_id]
+        loading.void = True
+        if loading.over:
+            del self._loading[req_id]
+            self._sources.pop(req_id, None)
+            loading.request.num_computed_tokens = 0
+            self._kv_cache_manager.free(loading.request)
 
     def _undo_unloaded(self) -> None:
         """An adapter may be another one when a request with it is computed after its load."""
-        for req_id, request in list(self._loading.items()):
-            if request.lora_request is not None and self._identity.known(request.lora_request) is None:
-                if req_id in self._loaded:
-                    self._undo(req_id)
-                else:
-                    self._void.add(req_id)
-
-    @contextlib.contextmanager
-    def _hidden(self, request: Request) -> Iterator[None]:
-        """While the mover still has jobs in DRAM that is to be dropped, nothing is found there."""
-        skip = request.skip_reading_prefix_cache
-        request.skip_reading_prefix_cache = skip or self._drop
-        try:
-            yield
-        finally:
-            request.skip_reading_prefix_cache = skip
+        for req_id, loading in list(self._loading.items()):
+            adapter = loading.request.lora_request
+            if adapter is not None and self._identity.known(adapter) is None:
+                self._void(req_id)
 
     def _copying(self) -> bool:
         """Whether ranks copy to or from DRAM, or a step is scheduled that has begun to load."""
@@ -234,10 +227,7 @@ class KvtierConnector(OffloadingConnector):
     def _drop_cache(self) -> bool:
         """Forget what is in DRAM. Not while its rows are copied to or from, by ranks or by the mover, which would fill
         them meanwhile. Until then nothing is looked up and nothing is stored."""
-        if self._copying():
-            return False
-        drained = [tier.drained() for tier in self._tiers]
-        if not all(drained):
+        if self._copying() or not self._tier.drained():
             return False
         self.connector_scheduler.reset_cache()
         self._drop = False
@@ -254,9 +244,9 @@ class KvtierConnector(OffloadingConnector):
         self._loads.allocated(request, blocks, num_external_tokens, speed, super().update_state_after_alloc)
         self._note_sources(request, num_external_tokens)
         self._known.runs(request)
-        self._not_loading(request.request_id)
+        self._loading.pop(request.request_id, None)
         if num_external_tokens and not self._loads.in_step(request.request_id):
-            self._loading[request.request_id] = request
+            self._loading[request.request_id] = _Loading(request)
         self._manager.let_go(request.request_id)
 
     def _note_sources(self, request: Request, load_tokens: int) -> None:
@@ -264,12 +254,12 @@ class KvtierConnector(OffloadingConnector):
         if request.prefill_stats is None or request.num_preemptions or request.request_id in self._sources:
             return
         hbm = request.prefill_stats.num_local_cached_tokens
-        store = sum(tier.fetched_tokens(request.request_id, hbm, hbm + load_tokens) for tier in self._tiers)
+        store = self._tier.fetched_tokens(request.request_id, hbm, hbm + load_tokens)
         self._sources[request.request_id] = {"hbm": hbm, "dram": load_tokens - store, "store": store}
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         for status in list(self._arriving.values()):
-            if self._drop or not all(tier.has_room for tier in self._tiers):
+            if self._drop or not self._tier.has_room:
                 break
             self._prefetch(status)
         meta = self._loads.scheduled(scheduler_output, super().build_connector_meta)
@@ -278,8 +268,7 @@ class KvtierConnector(OffloadingConnector):
         self._known.step_ends(scheduler_output.num_scheduled_tokens)
         self._clock.begin(*prefilled(scheduler_output), time.monotonic(), bool(meta.in_step))
         if not scheduler_output.total_num_scheduled_tokens:
-            for tier in self._tiers:
-                tier.wait()
+            self._tier.wait()
         return meta
 
     def start_load_kv(self, forward_context: ForwardContext, **options: object) -> None:
@@ -313,10 +302,9 @@ class KvtierConnector(OffloadingConnector):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._clock.note_worker(connector_output.kv_connector_worker_meta)
         for req_id in self._loading.keys() & (connector_output.finished_recving or ()):
-            if req_id in self._void or self._identity.stale:
-                self._undo(req_id)
-            else:
-                self._loaded.add(req_id)
+            self._loading[req_id].over = True
+            if self._loading[req_id].void or self._identity.stale:
+                self._void(req_id)
         super().update_connector_output(connector_output)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
@@ -325,9 +313,8 @@ class KvtierConnector(OffloadingConnector):
             now = time.monotonic()
             self._clock.end(now)
             if self._clock.due(now):
-                for tier in self._tiers:
-                    tier.prefill, tier.prefill_share = self._clock.prefill, self._clock.prefill_share
-                    tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving), self._resident())
+                self._tier.prefill, self._tier.prefill_share = self._clock.prefill, self._clock.prefill_share
+                self._tier.tell_pace(self._clock.dram_bytes_per_second, len(self._arriving), self._resident())
         return super().get_kv_connector_stats()
 
     def _resident(self) -> tuple[int, int, int, int]:
@@ -349,27 +336,21 @@ class KvtierConnector(OffloadingConnector):
     def _leave(self, request: Request) -> dict[str, object] | None:
         """What the answer says beside its text, in vLLM's kv_transfer_params: where cached tokens came from."""
         self._arriving.pop(request.request_id, None)
-        self._not_loading(request.request_id)
-        for tier in self._tiers:
-            tier.cancel(request.request_id)
+        self._loading.pop(request.request_id, None)
+        self._tier.cancel(request.request_id)
         sources = self._sources.pop(request.request_id, None)
         return {FIELD: sources} if sources is not None else None
 
-    def _not_loading(self, req_id: str) -> None:
-        self._loading.pop(req_id, None)
-        self._loaded.discard(req_id)
-        self._void.discard(req_id)
-
     def _prefetch(self, status: RequestOffloadState) -> None:
-        """Look up what is not in HBM, which makes the manager promote what the tiers hold, up to the first miss."""
+        """Look up what is not in HBM, which makes the manager promote what the tier holds, up to the first miss."""
         req_id = status.req.request_id
-        if any(tier.undecided(req_id) for tier in self._tiers):
+        if self._tier.undecided(req_id):
             return
         for group, state in zip(self._groups, status.group_states, strict=True):
             if group.sliding_window_size_in_chunks is not None:
                 continue  # only the window is needed, and where that is depends on what is hit
             for key in state.offload_keys[self._chunks_in_hbm(status.req, group) :]:
-                if not all(tier.has_room for tier in self._tiers):
+                if not self._tier.has_room:
                     return  # the rest when rows are free again
                 if self._manager.lookup(key, status.req_context) is LookupResult.MISS:
                     break
@@ -402,7 +383,7 @@ class KvtierConnector(OffloadingConnector):
         if self._loads.possible:
             last, self._computed = self._computed, list(due)
             due = {req_id: 0 for req_id in last if (one := statuses.get(req_id)) and not one.req.is_finished()}
-        finished = [req_id for req_id in output.finished_req_ids if self._loads.stores(req_id)]
+        finished = [req_id for req_id in output.finished_req_ids if not self._loads.in_step(req_id)]
         due = {req_id: tokens for req_id, tokens in due.items() if self._may_store(req_id)}
         for req_id in finished:
             if (status := statuses.get(req_id)) is not None and not self._may_store(req_id):

@@ -75,16 +75,14 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
             f"kvtier: prefix-caching-hash-algo {cache.prefix_caching_hash_algo!r} given, expected sha256_cbor: "
             "a weaker hash could serve one prompt the KV of another"
         )
-    if getattr(cache, "calculate_kv_scales", False):
-        raise ValueError("kvtier: calculate-kv-scales makes every engine's KV its own; give static scales instead")
-    check_kinds(kv_cache, speculative=getattr(config, "speculative_config", None) is not None)
+    check_kinds(kv_cache, speculative=config.speculative_config is not None)
     capability = current_platform.get_device_capability()
     offloading = build_offloading_config(config, kv_cache)
     copies = 1 if offloading.replicated_layout else parallel.world_size
     return {
         "engine": f"vllm {VLLM_VERSION}",
         "device": [current_platform.device_type, capability.as_version_str() if capability else ""],
-        "attention": str(getattr(config.attention_config, "backend", None)),
+        "attention": str(config.attention_config.backend),
         "model": described(model),
         "images": _multimodal(model),
         "dtype": str(model.dtype),
@@ -187,7 +185,7 @@ def needs_canonical(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[
 
 def described_draft(config: VllmConfig) -> list[object]:
     """The model that guesses tokens, whose KV is in the same chunks; empty where there is none."""
-    speculative = getattr(config, "speculative_config", None)
+    speculative = config.speculative_config
     if speculative is None or not speculative.uses_draft_kv_cache() or speculative.draft_model_config is None:
         return []
     return [str(speculative.method), described(speculative.draft_model_config)]
@@ -202,7 +200,7 @@ def described(model: ModelConfig) -> list[str]:
 def _multimodal(model: ModelConfig) -> list[str]:
     """How images and the like become embeddings, as far as weights do not say so. vLLM's hash of one covers its bytes
     and the request's own settings."""
-    settings = getattr(model, "multimodal_config", None)
+    settings = model.multimodal_config
     if settings is None:
         return []
     folder = _local_folder(str(model.model), model.revision)

@@ -25,10 +25,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from components.worker.compat import (
+    KVCacheBlock,
     KVCacheBlocks,
     OffloadingConnectorMetadata,
     OffloadingConnectorScheduler,
-    OffloadKey,
     Request,
     SchedulerOutput,
 )
@@ -44,28 +44,6 @@ class InStepMetadata(OffloadingConnectorMetadata):
     computed: bool = False  # whether store_jobs are of steps before this one
 
 
-@dataclass(slots=True)
-class _Block:
-    """A block as the scheduler knows it, without its hash."""
-
-    block_id: int
-    is_null: bool
-    block_hash: None = None
-
-
-@dataclass
-class _Blocks:
-    blocks: tuple[list[object], ...]
-
-
-@dataclass
-class _Between:
-    """A load between steps: its chunks, and when it should be over."""
-
-    keys: set[OffloadKey]
-    ends: float
-
-
 @dataclass
 class Loads:
     """Which loads are made in their step. `row_bytes` is what a chunk has on all ranks together."""
@@ -75,7 +53,7 @@ class Loads:
     _admitted: dict[str, float] = field(default_factory=dict)  # in this step: request -> seconds
     _jobs: dict[int, str] = field(default_factory=dict)  # not reported as done yet -> request
     _new: set[int] = field(default_factory=set)  # of this step
-    _between: dict[int, _Between] = field(default_factory=dict)
+    _between: dict[int, float] = field(default_factory=dict)  # loads between steps: when each should be over
 
     @property
     def possible(self) -> bool:
@@ -115,12 +93,12 @@ class Loads:
     def waited_for(self, tokens: int, bytes_per_second: float) -> Iterator[None]:
         """While stock offloading looks up a request of so many tokens that are not in HBM: let it wait for those loads
         only that will be over before the request's own would be."""
-        loading = self.scheduler._chunks_being_loaded
-        self._between = {job_id: load for job_id, load in self._between.items() if job_id in self.scheduler._jobs}
+        loading, jobs = self.scheduler._chunks_being_loaded, self.scheduler._jobs
+        self._between = {job_id: ends for job_id, ends in self._between.items() if job_id in jobs}
         until = time.monotonic() + self._copy_seconds(tokens, bytes_per_second)
-        longer = [load.keys for load in self._between.values() if load.ends > until]
+        longer = [jobs[job_id].keys for job_id, ends in self._between.items() if ends > until]
         if longer and loading is not None:  # None: the engine's prefix caching is off
-            soon = [load.keys for load in self._between.values() if load.ends <= until]
+            soon = [jobs[job_id].keys for job_id, ends in self._between.items() if ends <= until]
             self.scheduler._chunks_being_loaded = loading.difference(*longer).union(*soon)
         try:
             yield
@@ -137,7 +115,7 @@ class Loads:
         blocks: KVCacheBlocks,
         load_tokens: int,
         bytes_per_second: float,
-        stock: Callable[[Request, KVCacheBlocks | _Blocks, int], None],
+        stock: Callable[[Request, KVCacheBlocks, int], None],
     ) -> None:
         """The request has its blocks: let stock offloading make the job, of blocks that are not there yet."""
         req_id = request.request_id
@@ -146,13 +124,12 @@ class Loads:
             stock(request, blocks, load_tokens)
             if load_tokens:
                 (job_id,) = status.transfer_jobs
-                ends = time.monotonic() + self._copy_seconds(load_tokens, bytes_per_second)
-                self._between[job_id] = _Between(self.scheduler._jobs[job_id].keys, ends)
+                self._between[job_id] = time.monotonic() + self._copy_seconds(load_tokens, bytes_per_second)
             return
         there = status.num_locally_computed_tokens // self.scheduler.config.kv_group_configs[0].tokens_per_block
         (of_group,) = blocks.blocks
-        absent = [_Block(block.block_id, block.is_null) for block in of_group[there:]]
-        stock(request, _Blocks(([*of_group[:there], *absent],)), load_tokens)
+        absent = [KVCacheBlock(block.block_id, is_null=block.is_null) for block in of_group[there:]]
+        stock(request, KVCacheBlocks(([*of_group[:there], *absent],)), load_tokens)
         (job_id,) = status.transfer_jobs
         self._jobs[job_id] = req_id
         self._new.add(job_id)
@@ -179,9 +156,5 @@ class Loads:
         return InStepMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, new, self.possible)
 
     def in_step(self, req_id: str) -> bool:
-        """Whether the request's load is in a step."""
+        """Whether the request has a load in a step that is not reported as done yet: until then it stores nothing."""
         return req_id in self._jobs.values()
-
-    def stores(self, req_id: str) -> bool:
-        """Whether the finished request may store what it has left: not while its load is under way."""
-        return req_id not in self._jobs.values()

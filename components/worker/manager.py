@@ -100,7 +100,8 @@ class HoldingTieringManager(TieringOffloadingManager):
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         """In the order of the prompt: stock keeps a job's keys as a set, and a prefix is of use without its tail."""
-        super().complete_store(sorted(keys, key=partial(_position, req_context)), req_context, success)
+        in_order = sorted(keys, key=lambda key: req_context.get_offload_key_position(key) or 0)
+        super().complete_store(in_order, req_context, success)
 
     def _process_finished_jobs(self, *tiers: object) -> None:
         super()._process_finished_jobs(*tiers)
@@ -143,7 +144,3 @@ class HoldingTieringManager(TieringOffloadingManager):
         if holding is not None:
             self.primary_tier.complete_read(holding.keys, holding.context)
             self._held_rows -= len(holding.keys)
-
-
-def _position(context: ReqContext, key: OffloadKey) -> int:
-    return context.get_offload_key_position(key) or 0

@@ -59,11 +59,13 @@ _WALK_ENTRIES = 1024
 _WALK_SECONDS, _WALK_PAUSE_SECONDS = 0.0005, 0.001
 # A snapshot that takes longer to make is asked for again.
 _MAKING_ASK_SECONDS, _MAKING_SECONDS_MAX = 0.25, 120.0
+_INTERVAL_SECONDS = 0.02  # changes wait so long for others to share their message
 _SNAPSHOTS_AT_ONCE = 8  # that a mirror takes in
 # A mirror's bounds. A message of twice an announcement's hashes was made by nobody we know; the changes kept while
 # snapshots are under way, as Python's numbers, take 150 MB at most.
 _CHANGES_MAX = 2 * MESSAGE_HASHES
 WAITING_HASHES = 4_000_000
+_WAITING_MESSAGES = 10_000  # of one target
 _TARGETS_MAX = 1024
 _NUMBERS = 2 * _TARGETS_MAX  # of targets, from 1 on: those that are being cleared keep theirs
 _LAYOUTS_MAX = 64
@@ -252,7 +254,7 @@ def _paged(parts: Iterable[Announced]) -> Iterator[tuple[int, bytes]]:
     yield from ((layout, hashes.tobytes()) for layout, hashes in waiting.items() if hashes)
 
 
-async def announce(announcer: Announcer, line: Bus, namespace: str, *, interval_seconds: float = 0.02) -> None:
+async def announce(announcer: Announcer, line: Bus, namespace: str) -> None:
     """Publish until cancelled: changes soon, a burst of them in one message, and a heartbeat every second."""
 
     making: asyncio.Future[None] | None = None
@@ -282,7 +284,7 @@ async def announce(announcer: Announcer, line: Bus, namespace: str, *, interval_
                 last = time.monotonic()
                 for message in announcer.announcements():
                     await line.publish(messages.subject(namespace, "residency", target), message)
-            await asyncio.sleep(interval_seconds)
+            await asyncio.sleep(_INTERVAL_SECONDS)
     finally:
         for subscription in asked:
             with contextlib.suppress(OSError, NatsError):
@@ -569,9 +571,8 @@ class Mirror:
     and `replays` gaps that took none.
     """
 
-    def __init__(self, *, max_age_seconds: float = 10.0, waiting_max: int = 10_000, max_entries: int = 50_000_000):
+    def __init__(self, *, max_age_seconds: float = 10.0, max_entries: int = 50_000_000):
         self._max_age_seconds = max_age_seconds
-        self._waiting_max = waiting_max
         self._max_entries = max_entries
         self._views: dict[str, _View] = {}
         self._tables: dict[int, _Table] = {}  # by fingerprint
@@ -610,7 +611,7 @@ class Mirror:
             self.ignored["duplicate_number"] += 1  # by somebody else, and only a snapshot tells what is so
             view.sound = False
         begin = not view.joining and (view.complete or not view.waiting)
-        if begin or len(view.waiting) >= self._waiting_max or self._waiting_hashes >= WAITING_HASHES:
+        if begin or len(view.waiting) >= _WAITING_MESSAGES or self._waiting_hashes >= WAITING_HASHES:
             self._forget_waiting(view)
         view.complete = False
         view.waiting.append(message)

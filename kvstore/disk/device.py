@@ -35,7 +35,6 @@ GIB = 1 << 30
 SEGMENT_PAGES_MAX = 1 << 24  # the log's index has so many bits for a place in a segment
 SLOTS_FEWEST = 2  # of a log: one is written while one is emptied
 _THREADS = 8
-_PROBES = 16  # entries of a footer that are looked up to learn whose they are
 
 
 def default_segment_bytes(capacity_bytes: int) -> int:
@@ -254,7 +253,7 @@ class Device:
         probes = [1]
         if trailer is not None and trailer.stamp in stamps:
             table = self._page(place, trailer.offset // PAGE_BYTES)
-            count = min(_PROBES, trailer.table_bytes // ENTRY_BYTES)
+            count = min(record.PROBES, trailer.table_bytes // ENTRY_BYTES)
             probes += [record.unpack_entry(table, number).page for number in range(count)]
         owners = (record.record_namespace(self._page(place, page), stamps) for page in probes if page < pages)
         return next((owner for owner in owners if owner is not None), None)

@@ -53,7 +53,6 @@ _RECOVERY_THREADS = 8
 _RECOVERY_SHARE = 64  # segments that a thread loads while others are made visible
 _PIECE_BYTES = 1 << 20  # of what recovery reads at once
 _TAIL_BYTES = 32 << 10  # of a segment: the footer of up to 595 entries
-_PROBES = 16  # records that are asked whether a footer is theirs
 # Evicted keys that are remembered: 100 bytes each.
 _GHOSTS_MAX = 100_000
 # How long a log that is closed waits for its device. A footer and the sync of two segments take a second of a disk.
@@ -438,7 +437,7 @@ class Log:
 
     def append(self, values: Sequence[Value]) -> list[bool]:
         """Write chunks; True for each that is stored now, by this call or before. Neighbours are written at once."""
-        return self._append(values, rewrite=False)
+        return self._append(values, Queue.PROBATION)
 
     def close(self) -> bool:
         """Wait for reads and writes under way, seal what is being written, and give the space back. False if the device
@@ -524,32 +523,32 @@ class Log:
 
     # ---- writing
 
-    def _append(self, values: Sequence[Value], *, rewrite: bool) -> list[bool]:
+    def _append(self, values: Sequence[Value], queue: Queue) -> list[bool]:
+        """To the segments of a queue: new chunks are on probation, and what is written again is in the main queue."""
         stored = [False] * len(values)
         waiting = deque(range(len(values)))
         while waiting:
-            reserved, queue, full = self._reserve(values, waiting, stored, rewrite)
+            reserved, full = self._reserve(values, waiting, stored, queue)
             for run in _runs(reserved):
-                written = self._write_run(run, values, rewrite)
+                written = self._write_run(run, values, queue)
                 for index, _, _ in run:
                     stored[index] = written
-            if waiting and not self._roll(queue, full, rewrite):
+            if waiting and not self._roll(queue, full):
                 break
         return stored
 
     def _reserve(
-        self, values: Sequence[Value], waiting: deque[int], stored: list[bool], rewrite: bool
-    ) -> tuple[list[_Record], Queue, _Segment | None]:
-        """Places for the first of the `waiting` values, which are taken off, as far as there is room; and the queue and
-        the segment that have no more."""
+        self, values: Sequence[Value], waiting: deque[int], stored: list[bool], queue: Queue
+    ) -> tuple[list[_Record], _Segment | None]:
+        """Places for the first of the `waiting` values, which are taken off, as far as there is room; and the segment
+        that has no more."""
         reserved: list[_Record] = []
-        queue = Queue.MAIN if rewrite else Queue.PROBATION
         with self._changed:
             head = self._heads.get(queue)
             while waiting:
                 value = values[waiting[0]]
                 length = value.buffer.length
-                known = not rewrite and value.key in self._index
+                known = queue is Queue.PROBATION and value.key in self._index
                 if known or value.key in self._writing or not 0 < length <= self.value_bytes_max:
                     stored[waiting.popleft()] = known
                     continue
@@ -559,14 +558,14 @@ class Log:
                 head.next_page += record.record_bytes(length) // PAGE_BYTES
                 head.writers += 1
                 self._writing.add(value.key)
-        return reserved, queue, head
+        return reserved, head
 
     def _fits(self, head: _Segment, length: int) -> bool:
         end = head.next_page * PAGE_BYTES + record.record_bytes(length)
         entries = len(head) + head.writers + 1
         return not head.full and end + record.footer_bytes(entries) <= self.segment_bytes
 
-    def _write_run(self, run: list[_Record], values: Sequence[Value], rewrite: bool) -> bool:
+    def _write_run(self, run: list[_Record], values: Sequence[Value], queue: Queue) -> bool:
         """Write neighbouring records at once and make them visible."""
         segment, first = run[0].segment, run[0].entry
         parts = [values[index].buffer.record for index, _, _ in run]
@@ -582,7 +581,7 @@ class Log:
                     self.stats.failed_writes += 1
                     continue
                 self._publish(segment, entry)
-                if rewrite:
+                if queue is Queue.MAIN:
                     self.stats.rewritten_bytes += entry.length
                 else:
                     self.stats.accepted_bytes += entry.length
@@ -649,15 +648,16 @@ class Log:
 
     # ---- segments
 
-    def _roll(self, queue: Queue, full: _Segment | None, rewrite: bool) -> bool:
+    def _roll(self, queue: Queue, full: _Segment | None) -> bool:
         """Begin a segment of `queue` in place of the `full` one, and empty another ahead of need. False if there is no
-        slot to be had. A rewrite takes what there is: it is made to empty a slot, so that there is one again."""
+        slot to be had. The main queue takes what there is: chunks are written again to empty a slot, so that there
+        is one again."""
         with self._rolling:
             if self._closed.is_set():
                 return False
             if self._heads.get(queue) is not full:
                 return True  # another thread was quicker
-            slot = self._unread_slot(wait=not rewrite)
+            slot = self._unread_slot(wait=queue is Queue.PROBATION)
             if slot is None:
                 return False
             try:
@@ -676,7 +676,7 @@ class Log:
                     full.full = True
             if full is not None and full.writers == 0:
                 self._seal(full)
-            if not rewrite:
+            if queue is Queue.PROBATION:
                 self._make_room(self._ahead)
             return True
 
@@ -754,7 +754,7 @@ class Log:
             if found[0] is None or not found[0].intact:
                 continue
             key, router_hash, fingerprint, _, _, crc, blocks, version = entry
-            if not self._append([Value(key, buffer, crc, router_hash, fingerprint, blocks, version)], rewrite=True)[0]:
+            if not self._append([Value(key, buffer, crc, router_hash, fingerprint, blocks, version)], Queue.MAIN)[0]:
                 return
 
     def _empty(self, segment: _Segment) -> None:
@@ -888,7 +888,9 @@ class Log:
         """The sealed segment whose header's write the device lost; None if it is the footer that went astray."""
         segment = _Segment(slot, trailer.stamp, place, Queue.MAIN)
         segment.sealed = self._read_table(segment, trailer, tail)
-        found = (self._record_at(segment, segment.entry(number).page) for number in range(min(len(segment), _PROBES)))
+        found = (
+            self._record_at(segment, segment.entry(number).page) for number in range(min(len(segment), record.PROBES))
+        )
         return segment if segment.sealed and any(found) else None
 
     def _record_at(self, segment: _Segment, page: int) -> Entry | None:

@@ -53,6 +53,7 @@ Announced: TypeAlias = npt.NDArray[np.void]
 _RECORD = struct.Struct(f"<8sHxxIQQQ{ENTRY_BYTES}s")  # magic, version, header bytes, store, generation, namespace
 _RECORD_MAGIC = b"KVTIERRC"
 _CRC = struct.Struct("<I")
+PROBES = 16  # entries of a footer whose records are looked at to learn whose it is
 
 
 class Entry(NamedTuple):

@@ -17,7 +17,6 @@ from kvstore.disk.space import Place, StoppedStore
 from kvstore.net.queues import BATCH_BYTES
 from kvstore.tools.reports import Flaw, Report
 
-_PROBES = 8  # records that are looked for to tell whose a footer is
 _WINDOW_PAGES = 256  # of a scan that looks for the next record
 _HEADER = struct.Struct("<8s8xQQQ")  # how every header begins: magic, store, generation; of a record: namespace
 _RECORD_MAGIC, _SEGMENT_MAGIC, _TRAILER_MAGIC = b"KVTIERRC", b"KVTIERSG", b"KVTIERFT"
@@ -93,7 +92,9 @@ class Scrub:
         table = table[: trailer.table_bytes]
         if crc32c(table) != trailer.crc:
             return False
-        entries = (record.unpack_entry(table, number) for number in range(min(_PROBES, len(table) // ENTRY_BYTES)))
+        entries = (
+            record.unpack_entry(table, number) for number in range(min(record.PROBES, len(table) // ENTRY_BYTES))
+        )
         return any(self._entry(self._read(place, one.page, 1, []), trailer.stamp, one.page) for one in entries)
 
     def _report(self, head: "_Head") -> Report:

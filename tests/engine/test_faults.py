@@ -66,7 +66,7 @@ class Engine:
             max_lora_rank=8,
         )
         self._scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
-        self.tier = self._scheduler.connector._tiers[0]
+        self.tier = self._scheduler.connector._tier
         self.counted: dict[str, float] = {}
         get_stats = self.tier.get_stats
 

@@ -154,7 +154,7 @@ def test_nothing_is_evicted_without_need_whenever_a_reader_ends(
             append(log, number := number + 1)
         log._changed = lock = Moment(read, moment)
         queue, head = next(iter(log._heads.items()))
-        assert log._roll(queue, head, rewrite=False)
+        assert log._roll(queue, head)
         undue, ended = undue + judge.count, lock.left <= 0
         log.crash()
     assert moment > 3

@@ -97,7 +97,7 @@ def test_the_kinks_are_as_good_as_all(
     prices = cost._price(columns, every, cost._wait_seconds(columns), tokens, BLOCK, policy).price_seconds
     assert chosen.price_seconds <= prices.min() * (1 + 1e-9) + 1e-9
     there = chosen.hbm_tokens + chosen.dram_tokens + chosen.store_tokens
-    assert chosen.prefill_seconds == pytest.approx(cost.prefill_seconds(speed, tokens - there, there))
+    assert chosen.prefill_seconds == pytest.approx(speed.prefill.seconds(tokens - there, there))
 
 
 def test_tokens_add_up() -> None:

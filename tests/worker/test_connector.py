@@ -179,7 +179,7 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
     tier.identities = dict.fromkeys(requests, IDENTITY)
     manager = Manager(tier)
     one: Any = object.__new__(KvtierConnector)
-    one._tiers, one._manager, one._block_pool = [tier], manager, None
+    one._tier, one._manager, one._block_pool = tier, manager, None
     one._groups, one._kv_cache_config = (group_config(),), KVCacheConfig(1, [], [KVCacheGroupSpec(["layer"], SPEC)])
     one._clock = StepClock()
     one.connector_scheduler = SimpleNamespace(
@@ -195,7 +195,7 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
     )
     one._loads = Loads(one.connector_scheduler, 1)
     one._known, one._identity, one._drop = Known(), SimpleNamespace(base=IDENTITY, stale=False), False
-    one._loading, one._loaded, one._void, one._drop, one._sources = {}, set(), set(), False, {}
+    one._loading, one._drop, one._sources = {}, False, {}
     one._arriving = {
         name: SimpleNamespace(
             req=SimpleNamespace(request_id=name, block_hashes=[]),
@@ -328,7 +328,7 @@ def test_a_load_under_way_hinders_a_running_requests_stores_not_and_a_finished_o
     assert one.scheduler._chunks_being_loaded == {KEYS[0]}  # its blocks are found in HBM: nobody waits for the rest
 
     def scheduled(output: Any) -> Any:
-        asked.append((set(status.transfer_jobs), one.stores("r")))
+        asked.append((set(status.transfer_jobs), not one.in_step("r")))
         return OffloadingConnectorMetadata({}, {})
 
     assert one.scheduled(output(), scheduled).in_step == {7}
@@ -478,7 +478,8 @@ def test_what_was_fetched_is_announced_though_nobody_has_looked_it_up(group: int
     manager = HoldingTieringManager(primary(), [StockTier()])
     one.connector_scheduler = scheduler = offloading(manager, groups=2, blocks_per_chunk=2)
     one._groups, one._events = scheduler.config.kv_group_configs, ChunkEvents.replace(scheduler)
-    one._manager, one._tiers = manager, []
+    one._manager = manager
+    one._known.unknown.add("r")
     request = engine_request()
     one.on_new_request(request)
     if gone:

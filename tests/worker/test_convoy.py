@@ -53,8 +53,9 @@ class Engine:
         hasher = self.drive._hasher
         request = Request(f"r{self._arrivals}", list(tokens), sampling, None, block_hasher=hasher)
         self.scheduler.add_request(request)
-        for tier in getattr(self.connector, "_tiers", ()):  # what is not there has answered, however slow the machine
-            eventually(lambda tier=tier: (tier._step(), not tier.undecided(request.request_id))[1])
+        tier = getattr(self.connector, "_tier", None)
+        if tier is not None:  # what is not there has answered, however slow the machine
+            eventually(lambda: (tier._step(), not tier.undecided(request.request_id))[1])
         return request.request_id
 
     def step(self) -> tuple[dict[str, int], dict[str, int]]:

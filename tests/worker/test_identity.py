@@ -97,7 +97,7 @@ def test_the_executor_is_the_one_of_the_engines_configuration(monkeypatch: pytes
         assert one._executor is ranks
     with pytest.raises(RuntimeError, match=r"^kvtier: no executor found .*; run this engine without kvtier$"):
         Identity(Config(), LAYOUT, RANKS, alike=True)
-    monkeypatch.setattr(identity_module, "gc", SimpleNamespace(get_objects=lambda: [object(), Ranks, several[0]]))
+    monkeypatch.setattr(gc, "get_objects", lambda: [object(), Ranks, several[0]])
     one = Identity(Config(), LAYOUT, RANKS, alike=True)
     assert one._executor is several[0]
 
@@ -718,7 +718,7 @@ class Loading:
 
     @property
     def forgotten(self) -> bool:
-        return not (self.connector._loading or self.connector._loaded or self.connector._void)
+        return not self.connector._loading
 
 
 def test_what_was_loaded_is_kept_where_nothing_has_changed() -> None:
@@ -1055,14 +1055,14 @@ def test_of_a_request_of_which_nothing_is_known_nothing_is_loaded_or_stored(targ
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_a_request_that_is_identified_otherwise_starts_over(target: Any, waiting: Engine, forgotten: bool) -> None:
     assert asked_for(waiting, "r", OTHER) == [MISS] * 4
-    before = waiting.tier._states["r"]
+    before = waiting.tier._requests["r"]
     if forgotten:
         waiting.tier.forget(["r"])
     assert waiting.tier.identify("r", DIGEST)
-    after = waiting.tier._states["r"]
+    after = waiting.tier._requests["r"]
     assert after.number != before.number
     assert list(waiting.tier._by_number.values()) == [after]
-    assert after.request is before.request
+    assert after.engine_request is before.engine_request
     waiting.ask()
     assert waiting.tier.lookup(KEYS[0], after.context) is LookupResult.RETRY
     eventually(lambda: (waiting.step(), not waiting.tier.undecided("r"))[1], SOON)
@@ -1101,9 +1101,14 @@ def test_loads_of_requests_that_are_forgotten_end_as_missing(
     assert engine.tier._load_rows == 0
 
 
-def test_what_a_forgotten_request_had_left_to_store_is_not_stored(target: Any, engines: Any) -> None:  # noqa: F811
+def test_what_a_forgotten_request_had_left_to_store_is_not_stored(
+    target: Any,
+    engines: Any,  # noqa: F811
+    monkeypatch: Any,
+) -> None:
     """What the mover was given before is: it was computed with what its name says."""
-    engine = engines(target.address, put_queue_share=0.125)  # 2 of 16 rows
+    monkeypatch.setattr("components.worker.puts.ROWS_SHARE", 0.125)
+    engine = engines(target.address)  # 2 of 16 rows
     gone = engine.arrive(tier_request(name="gone"), KEYS)
     kept = engine.arrive(tier_request(name="kept"), KEYS)
     os.kill(engine.tier.link.pid, signal.SIGSTOP)
@@ -1119,7 +1124,7 @@ def test_what_a_forgotten_request_had_left_to_store_is_not_stored(target: Any, e
         pinned.append(list(keys))
         return engine.job(context, keys, [4, 5])
 
-    eventually(lambda: (engine.step(), engine.tier.store_leftovers(pin), not engine.tier._leftovers)[2], SOON)
+    eventually(lambda: (engine.step(), engine.tier.store_leftovers(pin), not engine.tier.puts._leftovers)[2], SOON)
     eventually(lambda: (engine.step(), not engine.tier.has_pending_work())[1], SOON)
     assert pinned == [KEYS[4:6]]
     assert len(target.log) == 4
@@ -1167,10 +1172,10 @@ def test_what_ranks_have_answered_is_counted(engines: Any) -> None:  # noqa: F81
     for outcome in ("same", "same", "changed", "failed", "adapter", "adapter_changed", "adapter"):
         engine.tier.note_identity(outcome)
     counted = engine.counted()
-    found = {name: counted[f"vllm:kvtier_identity_checks:('{name}',)"] for name in remote_tier._IDENTITY_OUTCOMES}
-    assert found == {"same": 2, "changed": 1, "failed": 1, "adapter": 2, "adapter_changed": 1}
+    expected = {"same": 2, "changed": 1, "failed": 1, "adapter": 2, "adapter_changed": 1}
+    assert {name: counted[f"vllm:kvtier_identity_checks:('{name}',)"] for name in expected} == expected
     (fresh,) = [one.tier.get_stats().reduce() for one in [engines("127.0.0.1:9", wait=False)]]
-    assert all(fresh[f"vllm:kvtier_identity_checks:('{name}',)"] == 0 for name in found)
+    assert all(fresh[f"vllm:kvtier_identity_checks:('{name}',)"] == 0 for name in expected)
 
 
 # ---- vLLM's own scheduler over all of it
@@ -1199,7 +1204,7 @@ def update(drive: Drive, name: str) -> None:
 def fetches_of(drive: Drive) -> list[object]:
     """Chunks that came from the store from here on."""
     fetched: list[object] = []
-    (tier,) = drive._scheduler.connector._tiers
+    tier = drive._scheduler.connector._tier
     on_load = tier.on_load
     tier.on_load = lambda request, key, end: (fetched.append(key), on_load(request, key, end))
     return fetched
@@ -1340,7 +1345,7 @@ def test_a_row_that_a_rank_still_copies_from_is_not_filled_from_the_store(target
     under_way, received, one.drive._copied = one.drive._copied, one.drive._received, []  # the ranks take their time
     update(one.drive, "other")
     one.arrive("fetches", prompt)
-    (tier,) = one.scheduler.connector._tiers
+    tier = one.scheduler.connector._tier
     filled: set[int] = set()
     for _ in range(50):
         one.step()
@@ -1357,12 +1362,12 @@ def test_steps_go_on_while_dram_waits_for_the_mover_to_be_dropped(
     monkeypatch.setattr(remote_tier, "_DRAIN_SECONDS", 3.0)
     one = Stepped(over(target))
     connector = one.scheduler.connector
-    (tier,) = connector._tiers
+    tier = connector._tier
     eventually(lambda: (one.drive.idle_step(), not tier.has_pending_work())[1], SOON)
     one.arrive("old", list(range(300, 350)))
     eventually(lambda: (one.step(), "old" in one.computed[-1])[1], SOON)
     os.kill(tier.link.pid, signal.SIGSTOP)
-    eventually(lambda: (one.step(), tier._puts)[1], SOON)
+    eventually(lambda: (one.step(), tier.puts.pending)[1], SOON)
     update(one.drive, "other")
     assert one.scheduler.reset_prefix_cache()
     times: list[float] = []
@@ -1392,7 +1397,7 @@ def test_steps_go_on_while_dram_waits_for_the_mover_to_be_dropped(
 def test_ranks_are_asked_once_for_an_adapter_whose_request_waits_for_the_store(target: Any, over: Over) -> None:
     """And not while it is computed, nor for the next one; after it may have been unloaded, once."""
     one = Stepped(over(target))
-    (tier,) = one.scheduler.connector._tiers
+    tier = one.scheduler.connector._tier
     asked = one.drive.executor.adapters_asked
     for number, (waits, computed) in enumerate([(1, 1), (0, 0), (0, 1)]):
         if number == 2:

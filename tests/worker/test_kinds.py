@@ -19,8 +19,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from components.worker import layout
-from components.worker.compat import OffloadKey
-from components.worker.loads import Loads, _Between
+from components.worker.loads import Loads
 
 ATTENTION = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
 LATENT = {"block_size": 16, "num_kv_heads": 1, "head_size": 576, "dtype": torch.float32}
@@ -45,7 +44,10 @@ def cache(*specs: KVCacheSpec) -> KVCacheConfig:
 @pytest.mark.parametrize(("spec", "words"), UNTESTED)
 def test_a_kind_that_was_never_tested_is_refused_at_the_start(spec: KVCacheSpec, words: str) -> None:
     config: Any = SimpleNamespace(
-        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256_cbor"), model_config=None, parallel_config=None
+        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256_cbor"),
+        model_config=None,
+        parallel_config=None,
+        speculative_config=None,
     )
     with pytest.raises(ValueError, match=f"^kvtier: {words} is not supported: .*; run this model without kvtier$"):
         layout.engine_layout(config, cache(FULL, spec), {})
@@ -87,8 +89,8 @@ def test_a_load_is_waited_for_on_an_engine_without_prefix_caching() -> None:
     """vLLM's CPU engine has none for MLA, and then keeps no list of the chunks that are being loaded."""
     groups = (SimpleNamespace(tokens_per_chunk=16),)
     config = SimpleNamespace(kv_group_configs=groups, num_workers=1)
-    scheduler: Any = SimpleNamespace(_chunks_being_loaded=None, _jobs={1: None}, config=config)
+    scheduler: Any = SimpleNamespace(_chunks_being_loaded=None, _jobs={1: SimpleNamespace(keys=set())}, config=config)
     loads = Loads(scheduler, row_bytes=1)
-    loads._between = {1: _Between({OffloadKey(b"key")}, ends=float("inf"))}
+    loads._between = {1: float("inf")}
     with loads.waited_for(16, 0.0):
         assert scheduler._chunks_being_loaded is None

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from vllm.config import CacheConfig
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -83,6 +84,7 @@ def engine(
         seed=0,
         dtype="bfloat16",
         use_mla=latent,
+        multimodal_config=None,
         hf_config=SimpleNamespace(to_dict=lambda: {"layers": layers}),
         get_total_num_kv_heads=lambda: HEADS,
     )
@@ -113,7 +115,8 @@ def engine(
         cache_config=cache,
         parallel_config=parallel,
         load_config=SimpleNamespace(load_format="auto"),
-        attention_config=None,
+        attention_config=SimpleNamespace(backend=None),
+        speculative_config=None,
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra, engine_id="engine"),
         kv_events_config=None,
         use_v2_model_runner=True,
@@ -289,8 +292,11 @@ def test_a_chunk_is_the_same_however_its_length_is_said(tmp_path: Path) -> None:
 def test_an_engine_that_cannot_share_is_told_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected sha256_cbor"):
         _ = changed(engine(tmp_path), cache_config__prefix_caching_hash_algo="xxhash").layout
-    with pytest.raises(ValueError, match="calculate-kv-scales"):
-        _ = changed(engine(tmp_path), cache_config__calculate_kv_scales=True).layout
+
+
+def test_no_engine_makes_scales_of_its_first_prompt() -> None:
+    """calculate_kv_scales did, until vLLM 0.31: chunks of such an engine could not be shared."""
+    assert not hasattr(CacheConfig, "calculate_kv_scales")
 
 
 # ---- tensor parallelism

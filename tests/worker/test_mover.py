@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from vllm.v1.kv_offload.base import LookupResult
 
@@ -90,10 +91,10 @@ def test_it_ends_with_the_engine(stopped: bool) -> None:
     program = """
 import os, sys, time
 from components.worker.mover.link import MoverLink
-from components.worker.mover.frames import Setup
+from components.worker.mover.frames import Settings, Setup
 fd = os.memfd_create("rows")
 os.ftruncate(fd, 4096)
-link = MoverLink(Setup(fd, 4096, 4096, "127.0.0.1:9", "default", "", "", "", "", 4, 2, 1, 1, 1))
+link = MoverLink(Setup(Settings(store="127.0.0.1:9"), fd, 4096, 4096, 4, 2))
 while not link.ready:
     list(link.receive())
     time.sleep(0.01)
@@ -116,15 +117,12 @@ time.sleep(600)
 def test_one_that_cannot_start_is_tried_again_ever_more_seldom(monkeypatch: Any, engines: Any) -> None:  # noqa: F811
     monkeypatch.setattr("components.worker.mover.link.RESTART_SECONDS", (0.01, 0.05))
     engine = engines("127.0.0.1:9", wait=False)
-    engine.tier.link._setup = frames.Setup(**{**_fields(engine.tier.link._setup), "store": "etcd://127.0.0.1:9"})
+    settings = frames.Settings(store="etcd://127.0.0.1:9")
+    engine.tier.link._setup = msgspec.structs.replace(engine.tier.link._setup, settings=settings)
     os.kill(engine.tier.link.pid, signal.SIGKILL)
     eventually(lambda: (engine.step(), engine.tier.link.starts >= 3)[1], SOON)
     context = engine.arrive(engine_request(), KEYS)
     assert engine.tier.lookup(KEYS[0], context) is LookupResult.MISS
-
-
-def _fields(setup: frames.Setup) -> dict[str, Any]:
-    return {name: getattr(setup, name) for name in setup.__struct_fields__}
 
 
 # ---- its death
@@ -143,7 +141,7 @@ def test_when_it_is_killed_its_jobs_are_misses_and_the_next_one_serves(start_tar
     assert engine.result(load).failed == frozenset(KEYS[:4])
     assert engine.result(put).success
     assert not engine.tier.has_pending_work()
-    assert engine.tier._load_rows == engine.tier._put_rows == 0
+    assert engine.tier._load_rows == engine.tier.puts._rows == 0
     trickle.go_on.set()
     engine.until_ready()
     assert engine.tier.link.starts == 2
@@ -167,7 +165,8 @@ def test_router_hashes_survive_it(start_target: Any, engines: Any) -> None:  # n
     assert all(entry.router_hash for entry in target.log.entries())
 
 
-def test_a_put_says_where_its_chunks_stand_and_ends_at_a_refusal(engines: Any) -> None:  # noqa: F811
+def test_a_put_says_where_its_chunks_stand_and_ends_at_a_refusal(engines: Any, monkeypatch: Any) -> None:  # noqa: F811
+    monkeypatch.setattr("components.worker.puts.ROWS_SHARE", 1.0)
     row_bytes = PUT_BYTES // 2 + 4096  # one chunk a put
     items: list[wire.PutItem] = []
 
@@ -182,7 +181,7 @@ def test_a_put_says_where_its_chunks_stand_and_ends_at_a_refusal(engines: Any) -
         outcome = Outcome.REFUSED if len(items) == 3 else Outcome.STORED
         stream.send([wire.encode(Header(Op.STORED, header.request), wire.Outcomes([outcome]))], soon())
 
-    engine = engines(Impostor(answer).address, row_bytes=row_bytes, put_threads=1, put_queue_share=1.0)
+    engine = engines(Impostor(answer).address, row_bytes=row_bytes)
     engine.store(engine.arrive(engine_request(), KEYS), KEYS[:5], list(range(5)))
     hashes = [item.router_hash for item in items]
     assert len(hashes) == 3
@@ -256,16 +255,17 @@ def test_draining_ends_with_every_job_answered_even_if_it_hangs(monkeypatch: Any
 
 
 def test_commands_that_nobody_takes_are_bounded(engines: Any, monkeypatch: Any) -> None:  # noqa: F811
-    monkeypatch.setattr("components.worker.remote_tier._OUTBOX_MAX", 20)
-    engine = engines("127.0.0.1:9", load_share=1.0)
+    monkeypatch.setattr("components.worker.mover.link.COMMANDS_MAX", 20)
+    monkeypatch.setattr("components.worker.remote_tier.LOAD_SHARE", 1.0)
+    engine = engines("127.0.0.1:9")
     os.kill(engine.tier.link.pid, signal.SIGSTOP)
     target = type("Nowhere", (), {"address": "127.0.0.1:9"})
     for number in range(20_000):
         context = engine.arrive(engine_request(name=str(number)), KEYS, plan(target, 8, deadline_ms=500))
         engine.begin_load(context, KEYS, list(range(8)))
-        if len(engine.tier._outbox) >= 20 and engine.tier._finished:
+        if len(engine.tier.link._waiting) >= 20 and engine.tier._finished:
             break
-    assert len(engine.tier._outbox) <= 20
+    assert len(engine.tier.link._waiting) <= 20
     eventually(lambda: (engine.step(), not engine.tier.has_pending_work())[1], SOON)
     assert engine.tier._load_rows == 0
     assert all(not result.success or result.failed == frozenset(KEYS) for result in engine.results.values())
@@ -481,7 +481,7 @@ def test_etcd_may_come_late_and_go(start_target: Any, engines: Any, monkeypatch:
 def test_first_chunks_and_requests_that_could_begin_come_first(engines: Any) -> None:  # noqa: F811
     """One load at a time. A long request came first, then a short one, then one that the engine has a slot for."""
     target = Trickle()
-    engine = engines(target.address, fetch_threads=1, connections_per_target=1, rows=64, row_bytes=ROW)
+    engine = engines(target.address, fetch_threads=1, rows=64, row_bytes=ROW)
     engine.tier.row_bytes = 1 << 30  # so that a piece is owed a second
     names = [offload_key(number) for number in range(32)]
     loads = []

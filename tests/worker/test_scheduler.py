@@ -64,6 +64,13 @@ def configured(model: Path, mode: str, folder: Path, store: str = "", *, rows: i
     return config
 
 
+def test_an_engine_without_the_tier_is_told_so(model: Path, tmp_path: Path, start: START) -> None:
+    config = configured(model, "store", tmp_path, "127.0.0.1:9")
+    config["kv_connector_extra_config"]["secondary_tiers"] = []
+    with pytest.raises(ValueError, match=r"^kvtier: 0 secondary_tiers of type 'kvtier' given, expected one$"):
+        start(config)
+
+
 def leave_unscheduled(drive: Drive) -> None:
     """A client that goes away while its request waits for a slot."""
     scheduler = drive._scheduler
@@ -123,7 +130,7 @@ def test_what_the_gpu_does_not_wait_for_is_waited_for(
     start(configured(model, "store", tmp_path, target.address)).play(1)
     drive = start(configured(model, "store", tmp_path, target.address))
     connector, scheduler = drive._scheduler.connector, drive._scheduler
-    (tier,) = connector._tiers
+    tier = connector._tier
     connector._clock._copies.add(1e9, 1.0)
     chance = random.Random(1)
     prompts = [chance.choices(range(40, 120), k=OPTIONS.prompt_tokens) for _ in range(OPTIONS.requests)]
@@ -147,7 +154,7 @@ def test_what_comes_for_a_client_that_left_meanwhile_is_taken_in(
     start(configured(model, "store", tmp_path, target.address)).play(1)
     drive = start(configured(model, "store", tmp_path, target.address))
     index, scheduler = Index(drive), drive._scheduler
-    (tier,) = scheduler.connector._tiers
+    tier = scheduler.connector._tier
     prompt = random.Random(1).choices(range(40, 120), k=OPTIONS.prompt_tokens)  # the first that was played
     sampling = SamplingParams(max_tokens=5, ignore_eos=True)
     scheduler.add_request(Request("left", prompt, sampling, None, block_hasher=drive._hasher))
@@ -170,14 +177,14 @@ class Index:
         self.held: dict[str, set[object]] = {"CPU": set(), "GPU": set()}
         self.orphans = 0  # stored in HBM with a parent that is not known; Dynamo's index of DRAM needs no order
         self.fetched = 0
-        for tier in drive._scheduler.connector._tiers:
-            on_load = tier.on_load
+        tier = drive._scheduler.connector._tier
+        on_load = tier.on_load
 
-            def note(request: Any, key: Any, end: int, on_load: Any = on_load) -> None:
-                self.fetched += 1
-                on_load(request, key, end)
+        def note(request: Any, key: Any, end: int) -> None:
+            self.fetched += 1
+            on_load(request, key, end)
 
-            tier.on_load = note
+        tier.on_load = note
         drive._scheduler.kv_event_publisher.publish = self._take
 
     def _take(self, batch: Any) -> None:

@@ -201,12 +201,12 @@ def test_leading_chunks_are_put_first(start_target: Any, engines: Any) -> None:
     """There is room for two of six. A job has them in the order of the prompt (manager.py)."""
     target = start_target()
     engine = engines(target.address)
-    engine.tier._put_rows_max = 2
+    engine.tier.puts._rows_max = 2
     contents = [engine.fill(row, row + 1) for row in range(6)]
     context = engine.arrive(engine_request(), KEYS)
     engine.store(context, KEYS[:6], list(range(6)))
     eventually(lambda: len(target.log) == 2)
-    (leftover,) = engine.tier._leftovers
+    (leftover,) = engine.tier.puts._leftovers
     assert leftover.keys == KEYS[2:6]
     reader = engines(target.address)
     context = reader.arrive(engine_request(), KEYS, plan(target, 2))
@@ -543,7 +543,7 @@ def test_however_many_requests_wait_a_step_listens_once(start_target: Any, engin
     for number, name in enumerate(names):
         context = engine.arrive(engine_request(name=name), KEYS[number : number + 1])
         engine.ask(name)
-        engine.tier._answer(engine.tier._states[name], ["somewhere"])
+        engine.tier._requests[name].answer(["somewhere"], SOON)
         engine.begin_load(context, KEYS[number : number + 1], [number])
     engine.step()
     listened = []
@@ -622,7 +622,7 @@ def test_a_request_that_leaves_stops_its_fetch(start_target: Any, engines: Any, 
 
 def test_puts_beyond_the_bound_pin_nothing_and_wait_for_their_turn(start_target: Any, engines: Any) -> None:
     target = start_target()
-    engine = engines(target.address, put_queue_share=0.25)  # 4 of 16 rows
+    engine = engines(target.address)  # 4 of 16 rows
     context = engine.arrive(engine_request(), KEYS)
     os.kill(engine.tier.link.pid, signal.SIGSTOP)
     kept = engine.begin_store(context, KEYS[:4], [0, 1, 2, 3])
@@ -646,7 +646,7 @@ def test_puts_beyond_the_bound_pin_nothing_and_wait_for_their_turn(start_target:
     assert asked == [KEYS[4:]]
     eventually(lambda: (engine.step(), len(target.log) == 7)[1], SOON)
     eventually(lambda: (engine.step(), not engine.tier.has_pending_work())[1], SOON)
-    assert engine.tier._put_rows == 0
+    assert engine.tier.puts._rows == 0
     assert engine.counted()["vllm:kvtier_stored_chunks:('dropped',)"] == 1
     hashes = sequence_hashes(list(range(64)), 4)[1::2]
     assert {entry.router_hash for entry in target.log.entries()} == set(hashes[:7])
@@ -655,37 +655,38 @@ def test_puts_beyond_the_bound_pin_nothing_and_wait_for_their_turn(start_target:
 def test_what_waits_for_a_put_is_gone_after_a_drain(start_target: Any, engines: Any) -> None:
     """DRAM is about to be emptied: its rows belong to others then."""
     target = start_target()
-    engine = engines(target.address, put_queue_share=0.25)
+    engine = engines(target.address)
     context = engine.arrive(engine_request(), KEYS)
     jobs = [engine.begin_store(context, KEYS[start : start + 4], list(range(start, start + 4))) for start in (0, 4)]
-    assert [leftover.keys for leftover in engine.tier._leftovers] == [KEYS[4:]]
+    assert [leftover.keys for leftover in engine.tier.puts._leftovers] == [KEYS[4:]]
     engine.tier.drain_jobs()
     engine.step()
     assert set(jobs) <= set(engine.results)
     engine.tier.store_leftovers(lambda keys, of: pytest.fail("pinned"))
-    assert engine.tier._leftover_chunks == 0
+    assert engine.tier.puts._leftover_chunks == 0
     assert not engine.tier.has_pending_work()
     assert len(target.log) == 4
 
 
 def test_what_waits_for_a_put_is_bounded(start_target: Any, engines: Any) -> None:
     target = start_target()
-    engine = engines(target.address, rows=16, put_queue_share=0.25)
+    engine = engines(target.address, rows=16)
     keys = [offload_key(number) for number in range(40)]
     context = engine.arrive(engine_request(), keys)
     os.kill(engine.tier.link.pid, signal.SIGSTOP)
     for start in range(0, 40, 8):
         engine.begin_store(context, keys[start : start + 8], list(range(8)))
-    assert engine.tier._leftover_chunks == 16
-    assert [leftover.keys for leftover in engine.tier._leftovers] == [keys[24:32], keys[32:]]
+    assert engine.tier.puts._leftover_chunks == 16
+    assert [leftover.keys for leftover in engine.tier.puts._leftovers] == [keys[24:32], keys[32:]]
     assert engine.counted()["vllm:kvtier_stored_chunks:('dropped',)"] == 20
     os.kill(engine.tier.link.pid, signal.SIGCONT)
 
 
-def test_rows_being_filled_are_bounded(start_target: Any, engines: Any) -> None:
+def test_rows_being_filled_are_bounded(start_target: Any, engines: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("components.worker.puts.ROWS_SHARE", 0.5)
     target = start_target()
-    stored(engines(target.address, put_queue_share=0.5), target, 8)
-    engine = engines(target.address, load_share=0.25)  # 4 of 16 rows
+    stored(engines(target.address), target, 8)
+    engine = engines(target.address)  # 4 of 16 rows
     context = engine.arrive(engine_request(), KEYS, plan(target, 8))
     found = [engine.tier.lookup(key, context) for key in KEYS]
     assert found == [LookupResult.HIT] * 4 + [LookupResult.RETRY] * 4
@@ -773,22 +774,23 @@ def test_an_engine_that_was_idle_uses_the_store_for_its_first_request(start_targ
 
 
 def test_a_job_of_many_chunks_to_store_is_one_job(start_target: Any, engines: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("components.worker.remote_tier.PUT_CHUNKS", 3)
+    monkeypatch.setattr("components.worker.puts.PIECE_CHUNKS", 3)
+    monkeypatch.setattr("components.worker.puts.ROWS_SHARE", 1.0)
     target = start_target()
-    engine = engines(target.address, put_queue_share=1.0)
+    engine = engines(target.address)
     stored(engine, target, 8)
     assert not engine.tier.has_pending_work()
     assert engine.counted()["vllm:kvtier_stored_chunks:('stored',)"] == 8
 
 
 def test_puts_that_are_never_answered_end_with_the_mover(start_target: Any, engines: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("components.worker.remote_tier.PUT_HUNG_SECONDS", 3.0)
+    monkeypatch.setattr("components.worker.puts.HUNG_SECONDS", 3.0)
     target = start_target()
     engine = engines(target.address)
     context = engine.arrive(engine_request(), KEYS)
     os.kill(engine.tier.link.pid, signal.SIGSTOP)
     assert engine.result(engine.begin_store(context, KEYS[:2], [0, 1])).success
-    assert engine.tier._put_rows == 0
+    assert engine.tier.puts._rows == 0
     engine.until_ready()
     assert engine.tier.link.starts == 2
 

@@ -21,28 +21,14 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from components.pricing.throughput import Throughput
 from components.worker.mover import frames
-from components.worker.mover.frames import (
-    Ask,
-    Cancel,
-    Forget,
-    Found,
-    Hurry,
-    Identified,
-    Load,
-    Loaded,
-    Pace,
-    Put,
-    Setup,
-    Stored,
-    Tokens,
-)
 from kvstore import credentials
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.keys import SequenceHasher, chunk_key, fingerprint
@@ -54,14 +40,16 @@ from kvstore.net.wire import Outcome
 from kvstore.seal import announce, open_seal
 
 if TYPE_CHECKING:  # with what speaks to NATS it takes twice the CPU time to start
-    from components.worker.mover.report import Reporter
     from kvstore.bus.messages import WorkerReport
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # Several chunks go in one put, to spare round trips; between puts, loads may go first.
 PUT_BYTES = 8 << 20
 PUT_SECONDS = 10.0
+PUT_THREADS = 2
 # Before each such part a put gives way to loads, but no longer than this: under steady load there always is one, and
 # what is not put in time is lost to the next turn. Two threads still put some 300 MB/s, twice what a busy engine makes.
 PUT_PATIENCE_SECONDS = 0.05
@@ -87,52 +75,39 @@ class _Prompt:
 class Mover:
     """Takes commands on the caller's thread (`run`); transfers run on threads of their own, each under a deadline."""
 
-    def __init__(self, link: socket.socket, setup: Setup):
+    def __init__(self, link: socket.socket, setup: frames.Setup):
         self._link = link
-        self._setup = setup
-        self._seal = open_seal(setup.seal_key, setup.seal)
-        credential = credentials.load(Path(setup.credential_file) if setup.credential_file else None)
-        client_tls = tls.open_client(setup.tls, setup.carrier)
-        announce(self._seal, setup.store)
+        self._setup, settings = setup, setup.settings
+        self._seal = open_seal(settings.seal_key, settings.seal)
+        credential = credentials.load(Path(settings.credential_file) if settings.credential_file else None)
+        client_tls = tls.open_client(settings.tls, settings.carrier)
+        announce(self._seal, settings.store)
         self._region = mmap.mmap(setup.region_fd, setup.region_bytes, flags=mmap.MAP_SHARED)
         self._memory = memoryview(self._region)
-        self._membership = open_membership(setup.store, setup.namespace)
-        self._client = StoreClient(
+        self._membership = open_membership(settings.store, settings.namespace)
+        client = partial(
+            StoreClient,
             self._membership,
-            namespace=setup.namespace,
-            name="worker",
-            connections_per_target=setup.connections_per_target,
-            carrier=borrower(setup.carrier) if setup.carrier else None,
+            namespace=settings.namespace,
             credential=credential,
             seal=self._seal,
             tls=client_tls,
         )
         # Connections and threads of their own, so that a put that stalls is never in the way of a load, and loads are
         # not in the way of a question.
-        self._put_client = StoreClient(
-            self._membership,
-            namespace=setup.namespace,
-            name="writer",
-            connections_per_target=setup.put_threads,
-            credential=credential,
-            seal=self._seal,
-            tls=client_tls,
+        self._client = client(
+            name="worker",
+            connections_per_target=settings.fetch_threads,
+            carrier=borrower(settings.carrier) if settings.carrier else None,
         )
-        self._ask_client = StoreClient(
-            self._membership,
-            namespace=setup.namespace,
-            name="asker",
-            connections_per_target=1,
-            credential=credential,
-            seal=self._seal,
-            tls=client_tls,
-        )
+        self._put_client = client(name="writer", connections_per_target=PUT_THREADS)
+        self._ask_client = client(name="asker", connections_per_target=1)
         self._lock = threading.Condition()
         self._send_lock = threading.Lock()
         # All bounded by the tier: loads by rows, puts by a share of rows, questions and prompts by requests.
-        self._loads: list[Load] = []
-        self._puts: deque[tuple[Put, list[tuple[int, int]]]] = deque()
-        self._questions: deque[Ask] = deque()
+        self._loads: list[frames.Load] = []
+        self._puts: deque[tuple[frames.Put, list[tuple[int, int]]]] = deque()
+        self._questions: deque[frames.Ask] = deque()
         self._prompts: dict[int, _Prompt] = {}
         self._hurried: set[int] = set()
         self._loading: set[int] = set()
@@ -143,24 +118,23 @@ class Mover:
         self._moved_bytes = 0
         self._moving_seconds = 0.0
         self._sampled = -SAMPLE_VALID_SECONDS
-        self._pace = Pace(0, 0, 0, 0, 0, 0, 0, 0)
-        self._identified = Identified(0, {})
+        self._pace = frames.Pace(0, 0, 0, 0, 0, 0, 0, 0)
+        self._identified = frames.Identified(0, {})
         self._rejected: Counter[str] = Counter()  # values by reason, as far as the engine was told of them
         self._fetched: Counter[str] = Counter()  # chunks by outcome, without loads that were called off
-        self._reporter: Reporter | None = None
 
     def run(self) -> None:
         """Until the engine closes the socket."""
-        setup = self._setup
-        loops = [(self._load_next, setup.fetch_threads), (self._put_next, setup.put_threads), (self._answer_next, 1)]
+        settings = self._setup.settings
+        loops = [(self._load_next, settings.fetch_threads), (self._put_next, PUT_THREADS), (self._answer_next, 1)]
         for step, count in loops:
             for _ in range(count):
                 threading.Thread(target=self._repeat, args=(step,), name=step.__name__, daemon=True).start()
         threading.Thread(target=self._map_rows, name="map", daemon=True).start()
-        if setup.nats:
-            from components.worker.mover.report import Reporter
+        if settings.nats:
+            from components.worker.mover.report import start_reporting
 
-            self._reporter = Reporter(setup.nats, setup.namespace, f"{os.getppid()}-{os.getpid()}", self._report)
+            start_reporting(settings.nats, settings.namespace, f"{os.getppid()}-{os.getpid()}", self._report)
         self._send(frames.Ready())
         with contextlib.suppress(ConnectionError):  # the engine left without hearing all that was said to it
             while packet := self._link.recv(frames.FRAME_BYTES_MAX):
@@ -168,34 +142,32 @@ class Mover:
 
     def _take(self, command: frames.Command) -> None:
         match command:
-            case Load():
-                with self._lock:
-                    self._loads.append(command)
-                    self._lock.notify_all()
-            case Put():
-                hashes = self._router_hashes(command)
-                with self._lock:
-                    self._puts.append((command, hashes))
-                    self._lock.notify_all()
-            case Ask():
-                with self._lock:
-                    self._questions.append(command)
-                    self._lock.notify_all()
-            case Tokens():
+            case frames.Load():
+                self._queue(self._loads, command)
+            case frames.Put():
+                self._queue(self._puts, (command, self._router_hashes(command)))
+            case frames.Ask():
+                self._queue(self._questions, command)
+            case frames.Tokens():
                 self._add_tokens(command)
-            case Hurry(request):
+            case frames.Hurry(request):
                 with self._lock:
                     self._hurried.add(request)
-            case Forget(request):
+            case frames.Forget(request):
                 self._prompts.pop(request, None)
                 with self._lock:
                     self._hurried.discard(request)
-            case Cancel(job):
+            case frames.Cancel(job):
                 self._cancel(job)
-            case Pace():
+            case frames.Pace():
                 self._pace = command
-            case Identified():
+            case frames.Identified():
                 self._identified = command
+
+    def _queue(self, waiting: "list[T] | deque[T]", one: T) -> None:
+        with self._lock:
+            waiting.append(one)
+            self._lock.notify_all()
 
     def _cancel(self, job: int) -> None:
         with self._lock:
@@ -273,11 +245,11 @@ class Mover:
         """From the store into DRAM; 0 if that was not measured lately."""
         return self._throughput.bytes_per_second if time.monotonic() < self._sampled + SAMPLE_VALID_SECONDS else 0.0
 
-    def _loaded(self, load: Load, outcomes: list[Outcome]) -> None:
+    def _loaded(self, load: frames.Load, outcomes: list[Outcome]) -> None:
         with self._lock:
             news = Counter(self._seal.rejected if self._seal is not None else {}) - self._rejected
             self._rejected += news
-        self._send(Loaded(load.job, bytes(outcomes), self._bytes_per_second(), news))
+        self._send(frames.Loaded(load.job, bytes(outcomes), self._bytes_per_second(), news))
 
     # ---- puts
 
@@ -289,9 +261,9 @@ class Mover:
         try:
             self._store(put, hashes, outcomes)
         finally:
-            self._send(Stored(put.job, outcomes))
+            self._send(frames.Stored(put.job, outcomes))
 
-    def _store(self, put: Put, hashes: list[tuple[int, int]], outcomes: list[str]) -> None:
+    def _store(self, put: frames.Put, hashes: list[tuple[int, int]], outcomes: list[str]) -> None:
         """Put what the store does not hold yet. What follows a refused chunk is of no use: it is not offered."""
         self._give_way()
         deadline = time.monotonic() + PUT_SECONDS
@@ -330,7 +302,7 @@ class Mover:
         with self._lock:
             self._lock.wait_for(lambda: not self._loads and not self._loading, PUT_PATIENCE_SECONDS)
 
-    def _router_hashes(self, put: Put) -> list[tuple[int, int]]:
+    def _router_hashes(self, put: frames.Put) -> list[tuple[int, int]]:
         """Of each chunk and of the one before it. 0, not announced, for groups but the first: they are stored beside
         it, and one announcement is enough."""
         prompt = self._prompts.get(put.request)
@@ -345,7 +317,7 @@ class Mover:
             for (_, group), chunk in zip(put.names, put.chunks, strict=True)
         ]
 
-    def _add_tokens(self, more: Tokens) -> None:
+    def _add_tokens(self, more: frames.Tokens) -> None:
         prompt = self._prompts.get(more.request)
         if prompt is None:
             hasher = SequenceHasher(self._setup.block_tokens, lora_name=more.lora, cache_namespace=more.salt)
@@ -365,7 +337,7 @@ class Mover:
             keys = [chunk_key(ask.identity, *name) for name in ask.names]
             found += self._ask_client.locate(keys, ask.deadline)
         finally:
-            self._send(Found(ask.request, found))
+            self._send(frames.Found(ask.request, found))
 
     # ---- the rest
 
@@ -383,32 +355,20 @@ class Mover:
     def _report(self) -> "WorkerReport":
         from kvstore.bus.messages import WorkerReport
 
-        setup, pace, identified = self._setup, self._pace, self._identified
+        setup = self._setup
         with self._lock:
             fetched = dict(self._fetched)
         return WorkerReport(
             worker=setup.worker,
-            endpoint=setup.endpoint,
-            fingerprint=identified.fingerprint,
-            adapters=identified.adapters,
+            endpoint=setup.settings.endpoint,
             block_tokens=setup.block_tokens,
             blocks_per_chunk=setup.blocks_per_chunk,
             chunk_bytes=setup.row_bytes,
             ts_ms=time.time_ns() // 1_000_000,
-            prefill_base_seconds=pace.prefill_base_seconds,
-            prefill_seconds_per_token=pace.prefill_seconds_per_token,
-            prefill_seconds_per_token_squared=pace.prefill_seconds_per_token_squared,
-            prefill_share=pace.prefill_share,
-            dram_bytes_per_second=pace.dram_bytes_per_second,
             store_bytes_per_second=self._bytes_per_second(),
-            bytes_in_flight=pace.bytes_in_flight,
-            queue=pace.queue,
-            hbm_blocks=pace.hbm_blocks,
-            hbm_blocks_max=pace.hbm_blocks_max,
-            dram_chunks=pace.dram_chunks,
-            dram_chunks_max=pace.dram_chunks_max,
-            bytes_per_token=pace.bytes_per_token,
             fetched_chunks=fetched,
+            **msgspec.structs.asdict(self._identified),
+            **msgspec.structs.asdict(self._pace),
         )
 
 
@@ -421,7 +381,7 @@ def end_with_the_engine(engine: int) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    fd, engine, setup = int(sys.argv[1]), int(sys.argv[2]), msgspec.json.decode(sys.argv[3], type=Setup)
+    fd, engine, setup = int(sys.argv[1]), int(sys.argv[2]), msgspec.json.decode(sys.argv[3], type=frames.Setup)
     end_with_the_engine(engine)
     for interrupt in (signal.SIGINT, signal.SIGTERM):  # meant for the engine, which says when it is done
         signal.signal(interrupt, signal.SIG_IGN)

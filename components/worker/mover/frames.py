@@ -10,6 +10,7 @@ import socket
 import msgspec
 
 from kvstore.certificates import Files
+from kvstore.net.client import good_connections
 
 # What a packet socket takes with the kernel's default buffers is about 200 KiB; every frame is cut to fit well below.
 FRAME_BYTES_MAX = 128 << 10
@@ -21,27 +22,39 @@ _SOCKET_BUFFER_BYTES = 1 << 20
 Name = tuple[bytes, int]  # a chunk as the engine knows it: block hash, KV-cache group
 
 
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The tier's entry in vLLM's `secondary_tiers`. Files are named by their paths; tier and mover read them."""
+
+    store: str  # as kvstore.net.membership.open_membership takes it
+    namespace: str = "default"
+    nats: str = ""  # where routers are told of this worker; "": they are not
+    endpoint: str = ""  # as which Dynamo knows the worker
+    deadline_ms: int = 2000  # for which a request waits for its fetches at most
+    lookup_ms: int = 200  # for which it waits for the store to say what it holds
+    fetch_threads: int = good_connections()  # fetches in flight, and connections to each target
+    carrier: str = ""
+    credential_file: str = ""
+    seal_key: str = ""
+    seal: str = ""  # as kvstore.seal.open_seal takes it
+    store_tls_ca: str = ""
+    store_tls_cert: str = ""
+    store_tls_key: str = ""
+
+    @property
+    def tls(self) -> Files:
+        return Files(self.store_tls_cert, self.store_tls_key, self.store_tls_ca)
+
+
 class Setup(msgspec.Struct, frozen=True):
     """How a mover is started; JSON on its command line."""
 
+    settings: Settings
     region_fd: int
     region_bytes: int
     row_bytes: int
-    store: str
-    namespace: str
-    carrier: str
-    nats: str
-    endpoint: str
-    worker: str
     block_tokens: int
     blocks_per_chunk: int
-    connections_per_target: int
-    fetch_threads: int
-    put_threads: int
-    credential_file: str = ""  # path; the mover reads it
-    seal_key: str = ""  # path of the file; the mover reads it
-    seal: str = ""  # as kvstore.seal.open_seal takes it
-    tls: Files = Files()  # paths; the mover reads them
+    worker: str = ""  # Dynamo's instance id; "" outside Dynamo
 
 
 class Load(msgspec.Struct, tag="load", array_like=True, frozen=True):
@@ -107,7 +120,7 @@ class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True):
 
 
 class Pace(msgspec.Struct, tag="pace", array_like=True, frozen=True):
-    """What the engine's side measured, for the heartbeat."""
+    """What the engine's side measured, for the heartbeat: fields of a WorkerReport."""
 
     prefill_base_seconds: float
     prefill_seconds_per_token: float
@@ -124,7 +137,8 @@ class Pace(msgspec.Struct, tag="pace", array_like=True, frozen=True):
 
 
 class Identified(msgspec.Struct, tag="identified", array_like=True, frozen=True):
-    """What the engine computes KV with, for the heartbeat: as a fingerprint, and for each adapter by its name."""
+    """What the engine computes KV with, for the heartbeat, as fields of a WorkerReport: a fingerprint, and that of each
+    adapter by its name."""
 
     fingerprint: int
     adapters: dict[str, int]

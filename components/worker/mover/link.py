@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -29,17 +31,29 @@ RESTART_SECONDS = (0.2, 30.0)
 _WELL_SECONDS = 60.0
 # Importing and connecting take a second or two, on a machine that loads a model many more.
 START_SECONDS = 60.0
+# Commands that wait for a mover to take them.
+COMMANDS_MAX = 4096
 _ROOT = Path(__file__).parents[3]
+
+
+@dataclass(eq=False)
+class Job:
+    """A command that is answered. One that is `done` before the mover has taken it is not sent."""
+
+    command: frames.Load | frames.Put
+    sent: bool = field(default=False, kw_only=True)
+    done: bool = field(default=False, kw_only=True)
 
 
 class MoverLink:
     """One mover process at a time. For one thread, which should live as long as the engine: the kernel kills a mover
-    whose starting thread has ended."""
+    whose starting thread has ended. What it is told waits here, in order and bounded, until it can take it."""
 
     def __init__(self, setup: Setup):
         self._setup = setup
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._waiting: deque[frames.Command | Job] = deque()
         self._failures = 0
         self._started = 0.0
         self._restart_at = 0.0
@@ -86,8 +100,37 @@ class MoverLink:
             theirs.close()
         self._socket, self.ready, self._killed = ours, False, False
 
+    @property
+    def full(self) -> bool:
+        """Whether as many commands wait as may."""
+        return len(self._waiting) >= COMMANDS_MAX
+
+    def say(self, command: frames.Command) -> bool:
+        """Have the mover told, after what was said before. False if there is no room or nobody to hear it."""
+        if self.dead or self.full:
+            return False
+        self._waiting.append(command)
+        self.flush()
+        return True
+
+    def add(self, job: Job) -> None:
+        """Said with the next `flush`. The caller looks whether there is room."""
+        self._waiting.append(job)
+
+    def flush(self) -> None:
+        while self._waiting and self.ready:
+            one = self._waiting[0]
+            if not isinstance(one, Job):
+                if not self.send(one):
+                    return
+            elif not one.done:
+                if not self.send(one.command):
+                    return
+                one.sent = True
+            self._waiting.popleft()
+
     def send(self, command: frames.Command) -> bool:
-        """False if the mover cannot take it now."""
+        """At once, before what waits. False if the mover cannot take it now."""
         if self._socket is None:
             return False
         try:
@@ -175,6 +218,7 @@ class MoverLink:
         if self._socket is not None:
             self._socket.close()
         self._socket, self._process, self.ready = None, None, False
+        self._waiting.clear()
 
     def _note_failure(self) -> None:
         now = time.monotonic()
