@@ -694,7 +694,8 @@ class Loading:
         self.freed: list[str] = []
         self.connector._kv_cache_manager = SimpleNamespace(free=lambda request: self.freed.append(request.request_id))
         self.requests = {
-            name: SimpleNamespace(request_id=name, num_computed_tokens=8, lora_request=None) for name in names
+            name: SimpleNamespace(request_id=name, num_computed_tokens=8, lora_request=None, prefill_stats=None)
+            for name in names
         }
         for number, request in enumerate(self.requests.values()):
             self.allocate(request.request_id, 8, number)
@@ -810,7 +811,7 @@ def test_of_a_request_that_leaves_nothing_is_undone(over: bool, void: bool) -> N
 def test_loads_in_a_step_are_not_undone() -> None:
     """They are over when it is computed."""
     one = Loading()
-    one.requests["a"] = SimpleNamespace(request_id="a", num_computed_tokens=8)
+    one.requests["a"] = SimpleNamespace(request_id="a", num_computed_tokens=8, prefill_stats=None)
     one.connector._loads._jobs[5] = "a"
     one.allocate("a", 8, 5)
     one.connector._note_answer({"a"}, "changed")
