@@ -62,6 +62,7 @@ class _Served:
     target: Target
     tasks: list[asyncio.Task[None]]
     registration: Registration | None
+    replicates_as: Credential | None = None
 
 
 class Tenancy:
@@ -125,9 +126,8 @@ class Tenancy:
             target = self._served[name].target
             target.connections_max = tenant.connections
             target.readable, target.writable = _rights(tenant)
-            if credential != self.lobby.members[name].credential:
-                await self._replicate(target, name, credential)
             self.lobby.admit(name, target, credential)
+            await self._replicate(name, credential)
 
     async def _come(self, tenant: Tenant, credential: Credential) -> None:
         settings, shelf = self._settings, self._rack.shelves[tenant.name]
@@ -154,7 +154,6 @@ class Tenancy:
             readable=readable,
             writable=writable,
         )
-        await self._replicate(target, tenant.name, credential)
         tasks = []
         if self._line:
             tasks.append(asyncio.create_task(residency.announce(announcer, self._line, tenant.name)))
@@ -162,11 +161,19 @@ class Tenancy:
             tasks.append(asyncio.create_task(warm(target, self._line, tenant.name)))
         self._served[tenant.name] = _Served(target, tasks, registration)
         self.lobby.admit(tenant.name, target, credential)
+        await self._replicate(tenant.name, credential)
 
-    async def _replicate(self, target: Target, name: str, credential: Credential) -> None:
-        peers, tls = self._settings.peers, self._settings.peers_tls
-        if peers:
-            await asyncio.to_thread(replicate, target, peers, name, tls, credential=credential)
+    async def _replicate(self, name: str, credential: Credential) -> None:
+        """With this credential. If that cannot be now, the next reload tries again: clients are served either way."""
+        peers, tls, served = self._settings.peers, self._settings.peers_tls, self._served[name]
+        if not peers or served.replicates_as == credential:
+            return
+        try:
+            await asyncio.to_thread(replicate, served.target, peers, name, tls, credential=credential)
+        except UnavailableError as error:
+            logger.error("%s: its chunks have no replicas as yet: %s", name, error)
+        else:
+            served.replicates_as = credential
 
     async def _go(self, name: str) -> None:
         served = self._served.pop(name)

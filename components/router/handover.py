@@ -66,7 +66,8 @@ class Disaggregated:
         except RequestError:
             return False  # raised again by whom the prompt goes to
         handover = self._decode.handover_seconds(here.prompt_tokens - here.hbm_tokens)
-        return here.price_seconds <= there.price_seconds + handover
+        # The answer decodes on a decode worker in any case, and the prefill worker's price has none of it.
+        return here.price_seconds - here.pressure_seconds <= there.price_seconds - there.pressure_seconds + handover
 
     async def _prefilled(self, request: Request, context: Any) -> dict[str, Any] | None:
         """The prefill worker's last output; None if the client left."""

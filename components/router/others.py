@@ -24,8 +24,10 @@ ROUTERS_MAX = 64
 # More than that of all others together is not counted: deadlines follow predictions, and nobody signs these reports.
 # In the order of Load: a million tokens to prefill are two minutes for a 70B model.
 _AMOUNTS_MAX = 1 << 20, 1 << 22, 1 << 12, 1 << 40, 1 << 22
+# And of a target: some seconds of a fast device.
+_TARGET_BYTES_MAX = 1 << 36
 # Absurd beyond.
-_TOKENS_MAX, _REQUESTS_MAX, _BYTES_MAX = 1 << 26, 1 << 16, 1 << 45
+TOKENS_MAX, _REQUESTS_MAX, _BYTES_MAX = 1 << 26, 1 << 16, 1 << 45
 _ROWS_MAX = 1 << 15
 _NAME_CHARACTERS_MAX = 64
 
@@ -95,7 +97,7 @@ class Others:
         return Load(own.worker, own.dp_rank, *map(operator.add, _amounts(own), bounded))
 
     def fetching_bytes(self, target: str) -> int:
-        return self._targets.get(target, 0)
+        return min(self._targets.get(target, 0), _TARGET_BYTES_MAX)
 
     def _forget(self, router: str) -> None:
         if (known := self._heard.pop(router, None)) is not None:
@@ -125,7 +127,7 @@ def _amounts(load: Load) -> tuple[int, int, int, int, int]:
 def _is_plausible(load: Load) -> bool:
     tokens = load.prefill_tokens, load.memory_tokens, load.fetching_memory_tokens
     return (
-        all(0 <= one <= _TOKENS_MAX for one in tokens)
+        all(0 <= one <= TOKENS_MAX for one in tokens)
         and 0 <= load.decoding <= _REQUESTS_MAX
         and 0 <= load.fetching_bytes <= _BYTES_MAX
     )

@@ -34,7 +34,7 @@ from components.router.failures import (
     of_dynamo,
 )
 from components.router.hints import Hints
-from components.router.others import Others
+from components.router.others import TOKENS_MAX, Others
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Card, Workers
@@ -143,8 +143,8 @@ class Router:
         # Prompts in Dynamo's books that have no token yet: the others that it has there decode.
         self._prefilling: defaultdict[int, int] = defaultdict(int)
         # Of prompts in Dynamo's books those whose clients say how long their answers will be, and what they say.
-        self._hinted: defaultdict[int, int] = defaultdict(int)
-        self._hinted_tokens: defaultdict[int, int] = defaultdict(int)
+        self._hinted: defaultdict[tuple[int, int], int] = defaultdict(int)  # by worker and rank
+        self._hinted_tokens: defaultdict[tuple[int, int], int] = defaultdict(int)
         # And prompts that were decided and are not in Dynamo's books yet: without them, prompts that come together
         # would all go to the same worker.
         self._unbooked_tokens: defaultdict[int, int] = defaultdict(int)
@@ -264,7 +264,7 @@ class Router:
         self, request: Request, failed: Collection[int], fell_back: Callable[[str], None]
     ) -> tuple[Choice, Choices, dict[str, float]]:
         """The choice, the cheapest of each candidate, and the seconds that each stage took."""
-        tokens, hints = request["token_ids"], Hints.of(request)
+        tokens, hints = request["token_ids"], self._hints(request)
         routing = request.get("routing") or {}
         identity = _identity(request)
         begun = time.perf_counter()
@@ -314,6 +314,16 @@ class Router:
             "price": time.perf_counter() - located,
         }
         return chosen, choices, stages
+
+    def _hints(self, request: Request) -> Hints:
+        """No answer is expected to be longer than what a worker has room for: it counts in the prices of others. Raises
+        Refused."""
+        hints, cards = Hints.of(request), self._workers.cards.values()
+        most = self._workers.context_tokens() or self._block_tokens * max(
+            (card.total_blocks for card in cards), default=0
+        )
+        room = max(1, most - len(request["token_ids"]))
+        return hints._replace(output_tokens=min(hints.output_tokens, room)) if most else hints
 
     def _policy_for(self, hints: Hints, candidates: Sequence[Candidate]) -> Policy:
         if hints.weight == 1 and not hints.output_tokens:
@@ -419,17 +429,17 @@ class Router:
 
     def _own_load(self, load: dict[str, int]) -> Load:
         """What this router has on a worker's rank, by Dynamo's books, beside one token, and by its own."""
-        worker = load["worker_id"]
+        worker, place = load["worker_id"], (load["worker_id"], load["dp_rank"])
         queued = load.get("potential_prefill_tokens", 1) - 1
         queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
         running = load.get("active_requests", 0)
-        answers = max(0, running - self._hinted.get(worker, 0)) * self._speeds.answers(worker).tokens
-        memory = load.get("potential_decode_blocks", 0) * self._block_tokens + self._hinted_tokens.get(worker, 0)
+        answers = max(0, running - self._hinted.get(place, 0)) * self._speeds.answers(worker).tokens
+        memory = load.get("potential_decode_blocks", 0) * self._block_tokens + self._hinted_tokens.get(place, 0)
         return Load(
             worker,
             load["dp_rank"],
             max(0, queued),
-            round(memory + answers),
+            min(round(memory + answers), TOKENS_MAX),
             max(0, running - self._prefilling.get(worker, 0)),
             self._fetching_bytes.get(worker, 0),
             self._memory_later.get(worker, 0),
@@ -479,13 +489,14 @@ class Router:
         on."""
         choice, decision_id = decided.chosen, decided.id
         sent = self._clock()
-        prepared, hints = self._prepared(request, choice, decision_id), Hints.of(request)
+        prepared, hints = self._prepared(request, choice, decision_id), self._hints(request)
         with ExitStack() as booked, _Client(context, self._clock) as client:
             worker, tokens = choice.candidate.worker, choice.missing_tokens + choice.store_tokens
             late = self._first_token_check(client, request, choice, tried, arrived, sent)
             if hints.output_tokens:
-                booked.enter_context(_added(self._hinted, worker, 1))
-                booked.enter_context(_added(self._hinted_tokens, worker, hints.output_tokens))
+                place = worker, choice.candidate.dp_rank
+                booked.enter_context(_added(self._hinted, place, 1))
+                booked.enter_context(_added(self._hinted_tokens, place, hints.output_tokens))
             with self._counted(choice, hints), _checked(late):
                 with _added(self._unbooked_tokens, worker, tokens):
                     coming = self._kv_router.generate_from_request(prepared, response_buffer_size=0)
@@ -700,7 +711,8 @@ def _with_engine_data(output: dict[str, Any], told: dict[str, Any]) -> dict[str,
     engine_data = output.get("engine_data") or {}
     for holder in (engine_data, output.get("disaggregated_params") or {}):
         if cached := (holder.get("kv_transfer_params") or {}).get(FIELD):
-            computed = sum(told["predicted_tokens"].values()) - sum(cached.values())
+            # Of images the engine knows more tokens than the router.
+            computed = max(0, sum(told["predicted_tokens"].values()) - sum(cached.values()))
             found = {"tokens": {**cached, "computed": computed}}
     return {**output, "engine_data": {**engine_data, FIELD: {**found, **told}}}
 

@@ -320,8 +320,11 @@ class KvtierConnector(OffloadingConnector):
     def _resident(self) -> tuple[int, int, int, int]:
         """Blocks in HBM and chunks in DRAM that can be hit, each with the room for them."""
         pool = self._block_pool
-        hbm = (0, 0) if pool is None else (len(pool.cached_block_hash_to_block), pool.num_gpu_blocks)
-        return (*hbm, *self._manager.dram_chunks())
+        if pool is None:
+            return (0, 0, *self._manager.dram_chunks())
+        # A block may be known by several hashes.
+        cached = min(len(pool.cached_block_hash_to_block), pool.num_gpu_blocks)
+        return (cached, pool.num_gpu_blocks, *self._manager.dram_chunks())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, object] | None]:
         sources = self._leave(request)

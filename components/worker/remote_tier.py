@@ -99,7 +99,7 @@ class RemoteTier(SecondaryTierManager):
     ):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = Locality.REMOTE
-        settings = frames.Settings(**entry)
+        settings = frames.settings_of(entry)
         # Files that cannot be read would end the mover, and the engine would go on without the store.
         credentials.load(Path(settings.credential_file) if settings.credential_file else None)
         open_seal(settings.seal_key, settings.seal)

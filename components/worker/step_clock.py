@@ -13,6 +13,8 @@ from components.worker.compat import LaunchedMetadata, OffloadingWorkerMetadata,
 _TELL_SECONDS = 1.0
 # With asynchronous scheduling a step is scheduled while the one before runs; more than a few are never under way.
 _STEPS_MAX = 8
+# A longer idle time counts as this: the share of prompts is next to nothing after it, and soon up again.
+_IDLE_SECONDS_MAX = 4.0
 # Fewer prompt tokens in a step, and what it takes is decided by the decodes beside them.
 _PREFILL_TOKENS_MIN = 64
 # How long before they are needed the last steps were launched, and what of that the scheduler may use up.
@@ -66,7 +68,8 @@ class StepClock:
         seconds = now - max(began, self._last_end)
         if tokens >= _PREFILL_TOKENS_MIN and not copies:
             self._fit.add(tokens, attended, seconds)
-        self._prefills.add(min(seconds, self.prefill.step_seconds(tokens, attended)), now - self._last_end)
+        idle = min(now - self._last_end - seconds, _IDLE_SECONDS_MAX)
+        self._prefills.add(min(seconds, self.prefill.step_seconds(tokens, attended)), seconds + idle)
         self._last_end = now
 
     def spare_seconds(self, copy_seconds: float = 0.0) -> float:

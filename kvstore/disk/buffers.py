@@ -169,11 +169,12 @@ class BufferPool:
 
     def take_unused(self, length: int, since: float) -> Buffer | None:
         """The same out of memory that is free, or of values that nobody asked for after `since` (time.monotonic());
-        None if that is not enough."""
+        None if that is not enough. What it drops may lie apart, so that it drops no more than twice as much."""
         size = record_bytes(length)
         with self._returned:
+            least = self._kept_bytes - 2 * size
             while (offset := self.arena.take(size)) is None:
-                if not self._drop_oldest(since):
+                if self._kept_bytes <= least or not self._drop_oldest(since):
                     return None
             self._held_bytes += size
             return Buffer(self.arena[offset : offset + size], offset, length)

@@ -9,6 +9,7 @@ namespace's name; the superblock lists the names.
 import hashlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ GIB = 1 << 30
 SEGMENT_PAGES_MAX = 1 << 24  # the log's index has so many bits for a place in a segment
 SLOTS_FEWEST = 2  # of a log: one is written while one is emptied
 _THREADS = 8
+# How long a device that was busy counts as busy.
+BUSY_SECONDS = 0.005
 
 
 def default_segment_bytes(capacity_bytes: int) -> int:
@@ -82,6 +85,7 @@ class Device:
         self.shared = shared
         # Whether those who read and write here have something to do. Who may wait for that looks at `is_busy`.
         self.users: list[Callable[[], bool]] = []
+        self._busy_until = 0.0
         self._closed = False
         self._namespaces = list(namespaces)
         self._lock = threading.Lock()
@@ -107,7 +111,13 @@ class Device:
 
     @property
     def is_busy(self) -> bool:
-        return any(is_busy() for is_busy in self.users.copy())
+        """Of a device that is busy, the answer holds for BUSY_SECONDS: all namespaces' read-aheads ask."""
+        if time.monotonic() < self._busy_until:
+            return True
+        if not any(is_busy() for is_busy in self.users.copy()):
+            return False
+        self._busy_until = time.monotonic() + BUSY_SECONDS
+        return True
 
     def begin(self) -> None:
         """Make the device ready to be written to. Raises ConfigError."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvstore.disk.buffers import Buffer, BufferPool
+from kvstore.disk.device import BUSY_SECONDS
 from kvstore.disk.log import Log
 from kvstore.disk.record import record_bytes
 from kvstore.disk.shelf import Shelf
@@ -31,8 +32,8 @@ AHEAD_SECONDS = 30.0
 UNUSED_SECONDS = 10.0
 # Chunks that may wait; each is some hundred bytes of memory.
 _CHUNKS_MAX = 65_536
-# How often a device that is busy is looked at again.
-_LOOK_SECONDS = 0.005
+# How long a thread is waited for when the target stops; a device that does not answer is the shelf's to report.
+_STOP_SECONDS = 1.0
 # What became of a chunk: at once, or once it had been accepted; `used` of those that were read.
 OUTCOMES = ("memory", "absent", "refused", "read", "expired", "no_room", "failed", "used")
 
@@ -72,8 +73,12 @@ class ReadAhead:
         self._shares: dict[str, _Share] = {}  # by peer
         self._counts: Counter[str] = Counter()
         self._stopping = False
-        for number, log in enumerate(shelf.logs):
-            threading.Thread(target=self._work, args=(log,), name=f"kvtier-ahead-{number}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._work, args=(log,), name=f"kvtier-ahead-{number}", daemon=True)
+            for number, log in enumerate(shelf.logs)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -119,9 +124,12 @@ class ReadAhead:
         return outcomes
 
     def stop(self) -> None:
+        """Nothing is read for it any more."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(_STOP_SECONDS)
 
     def _share(self, peer: str, now: float) -> tuple[_Share, int]:
         """The peer's share, and for how many bytes more it may ask. With the lock held."""
@@ -140,7 +148,7 @@ class ReadAhead:
                 if chain is None:
                     continue
                 if log.device.is_busy or self._pool.is_short:
-                    self._changed.wait(_LOOK_SECONDS)
+                    self._changed.wait(BUSY_SECONDS)
                     continue
                 batch = list(self._batch(chain))
             try:
@@ -205,6 +213,6 @@ class ReadAhead:
                 chain.wants.extendleft(reversed(batch[len(wants) :]))
                 self._waiting_chunks += len(batch) - len(wants)
                 if self._pool.is_growing:
-                    self._changed.wait(_LOOK_SECONDS)
+                    self._changed.wait(BUSY_SECONDS)
                 else:
                     self._drop(chain, "no_room")

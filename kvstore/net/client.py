@@ -14,7 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import msgspec
@@ -309,7 +309,8 @@ class StoreClient:
         if slices:
             run(*slices[0])
         for future in others:
-            future.result()
+            with contextlib.suppress(CancelledError):  # by the close, before it began
+                future.result()
         return outcomes
 
     def _line(self, target: str) -> "_TargetLine":

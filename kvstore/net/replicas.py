@@ -8,13 +8,17 @@ again.
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
+from crc32c import crc32c
+
 from kvstore.disk.buffers import Buffer, BufferPool
 from kvstore.disk.shelf import Shelf
+from kvstore.net import wire
 from kvstore.net.client import Item, StoreClient
 from kvstore.net.membership import Membership, other_place
 from kvstore.net.wire import Outcome
@@ -30,6 +34,8 @@ _CALL_SECONDS = 5.0
 _PAUSE = 4.0
 # A chunk that was offered, and is read again, is offered again after so long: the other may have evicted it.
 _AGAIN_SECONDS = 300.0
+# One that the other refused: it may have too much to do, or not be allowed to write.
+_REFUSED_AGAIN_SECONDS = 10.0
 _REMEMBERED_MAX = 100_000  # of those, 150 bytes each
 # What became of a chunk that was read: the other target has it now, had it, does not take it or answer; or it had left
 # the memory here.
@@ -62,7 +68,7 @@ class Replicator:
         again = time.monotonic() - _AGAIN_SECONDS
         with self._changed:
             for key in keys:
-                if len(self._waiting) < _WAITING_MAX and self._offered.get(key, 0.0) < again:
+                if len(self._waiting) < _WAITING_MAX and self._offered.get(key, -math.inf) < again:
                     self._waiting[key] = None
             if self._waiting:
                 self._changed.notify_all()
@@ -101,7 +107,7 @@ class Replicator:
         missing = [key for key, outcome in zip(others, there, strict=True) if outcome is Outcome.MISS]
         known = [key for key, outcome in zip(others, there, strict=True) if outcome is Outcome.HIT]
         self._note("known", known)
-        self._counts["refused"] += len(others) - len(missing) - len(known)
+        self._note("refused", [key for key in others if key not in {*missing, *known}], _REFUSED_AGAIN_SECONDS)
         while missing and not self._stopping:
             with self._paused():
                 missing = self._put(missing, others)
@@ -124,6 +130,9 @@ class Replicator:
                     self._counts["gone"] += 1
                     continue
                 held.append(buffer)
+                if crc32c(buffer.payload) != entry.crc:  # it would get a checksum that holds
+                    self._counts["gone"] += 1
+                    continue
                 items.append(
                     Item(
                         key,
@@ -131,6 +140,7 @@ class Replicator:
                         entry.router_hash,
                         entry.fingerprint,
                         entry.blocks_per_chunk,
+                        position=wire.REPLICA,
                         key_version=entry.key_version,
                     )
                 )
@@ -143,14 +153,14 @@ class Replicator:
             self._pool.give_back(*held)
         stored = [item.key for item, outcome in zip(items, outcomes, strict=True) if outcome is Outcome.STORED]
         self._note("stored", stored)
-        self._counts["refused"] += len(items) - len(stored)
+        self._note("refused", [item.key for item in items if item.key not in set(stored)], _REFUSED_AGAIN_SECONDS)
         return list(left)
 
-    def _note(self, outcome: str, keys: list[bytes]) -> None:
+    def _note(self, outcome: str, keys: list[bytes], again_seconds: float = _AGAIN_SECONDS) -> None:
         self._counts[outcome] += len(keys)
         with self._changed:
             for key in keys:
-                self._offered[key] = time.monotonic()
+                self._offered[key] = time.monotonic() + again_seconds - _AGAIN_SECONDS
                 self._offered.move_to_end(key)
             while len(self._offered) > _REMEMBERED_MAX:
                 self._offered.popitem(last=False)

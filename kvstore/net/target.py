@@ -160,10 +160,10 @@ class Target(Acceptor):
             thread.join(max(0.0, deadline - time.monotonic()))
             connection.abort()
         flushed_by = time.monotonic() + (self._flush_seconds if flush_seconds is None else flush_seconds)
-        for writes in self._writes.values():
-            writes.stop(flushed_by)
         if self._ahead:
             self._ahead.stop()
+        for writes in self._writes.values():
+            writes.stop(flushed_by)
         if self._replicator:
             self._replicator.stop()
         for device, is_busy in self._users:
@@ -526,7 +526,8 @@ class Target(Acceptor):
         joined = item.key not in log and writes.join(item.key, done)
         returned = log.was_evicted(item.key)
         benefit = max(item.saved_us, 1) / item.length * (_RETURNED if returned else 1.0)
-        standing = Standing(benefit, item.position, item.router_hash, item.parent, item.fingerprint)
+        in_prompt = 0 if item.position == wire.REPLICA else item.router_hash
+        standing = Standing(benefit, item.position, in_prompt, item.parent, item.fingerprint)
         wanted = not joined and item.key not in log and item.length <= log.value_bytes_max
         if wanted and returned:
             self._returned.inc()

@@ -149,11 +149,15 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True):
     blocks_per_chunk: U16
 
 
+# In place of a position: another target has the chunk, too, so that no other chunk of its prompt depends on this one.
+REPLICA = (1 << 32) - 1
+
+
 class PutItem(Chunk, array_like=True, frozen=True):
     saved_us: U32 = 0  # GPU time that a hit saves; when more comes than can be written, what saves least is shed
     key_version: KeyVersion = 1  # how the key was made (keys.py); clients before release 0.2 do not say
     # Of a prompt the end is dropped first. Clients before release 0.2 do not say.
-    position: U32 = 0  # of the chunk in its prompt, from 0
+    position: U32 = 0  # of the chunk in its prompt, from 0; or REPLICA
     parent: U64 = 0  # router hash of the chunk before it in its prompt; 0: none, or not known
 
 

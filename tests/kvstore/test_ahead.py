@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kvstore.disk.buffers import BufferPool
 from kvstore.disk.record import record_bytes
 from kvstore.net import ahead
 from kvstore.net.client import StoreClient
@@ -88,7 +89,7 @@ def test_a_device_with_something_to_do_reads_nothing_ahead(
         running.log.device.users.append(lambda: True)
     reads = files.reads
     assert client.prefetch(KEYS[:2], soon()) == [Outcome.STORED] * 2
-    time.sleep(10 * ahead._LOOK_SECONDS)
+    time.sleep(10 * ahead.BUSY_SECONDS)
     assert files.reads == reads
     assert not counts(running)["read"]
     running.log.device.users[1:] = []
@@ -153,3 +154,21 @@ def test_a_target_that_does_not_say_that_it_prefetches_is_not_asked(
     client = running.client()
     assert client.prefetch(KEYS[:2], soon()) == [Outcome.REFUSED] * 2
     client.close()
+
+
+def test_looking_for_room_drops_no_more_than_twice_the_room() -> None:
+    """Old values lie between such as are in use: whatever is dropped, no large one fits."""
+    pool = BufferPool(4 * MIB, keeps_values=True)
+    eventually(lambda: pool.available_bytes == 4 * MIB)
+    count = 4 * MIB // record_bytes(60_000)
+    for number in range(count):
+        buffer = pool.take(60_000, soon())
+        assert buffer is not None
+        pool.keep(key(number), buffer, 0)
+        pool.give_back(buffer)
+    now = time.monotonic()
+    for number in range(0, count, 4):
+        pool.touch(key(number))
+    assert pool.take_unused(MIB, now) is None
+    kept = sum(key(number) in pool for number in range(count))
+    assert count - kept <= 2 * record_bytes(MIB) // 60_000 + 1

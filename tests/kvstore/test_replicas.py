@@ -10,8 +10,11 @@ from graphs.services import free_port
 from kvstore.__main__ import parse
 from kvstore.credentials import Credential
 from kvstore.errors import ConfigError
+from kvstore.net import replicas
+from kvstore.net.backlog import Standing
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import StaticMembership, other_place, place
+from kvstore.net.queues import WriteQueue
 from kvstore.net.wire import Outcome
 from kvstore.tenancy import replicate
 from tests.conftest import MIB, RunningTarget, eventually, item, key, payload, soon
@@ -90,7 +93,10 @@ def test_a_chunk_is_offered_once_and_comes_back_to_a_target_that_lost_it(
     client.close()
 
 
-def test_a_target_that_is_full_refuses_replicas_and_gets_go_on(start_target: Start) -> None:
+def test_a_target_that_is_full_refuses_replicas_and_gets_go_on(
+    start_target: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "_REFUSED_AGAIN_SECONDS", 0.0)
     targets, client = three(start_target, replicas=True)
     client.put([item(number) for number in range(20)], soon())
     for one in targets:
@@ -101,6 +107,42 @@ def test_a_target_that_is_full_refuses_replicas_and_gets_go_on(start_target: Sta
         one.target.writable = True
     assert set(get(client, range(20))) == {Outcome.HIT}
     eventually(lambda: replicated(targets) == 20)
+    client.close()
+
+
+def test_a_copy_neither_ranks_nor_orphans_what_follows_it_in_its_prompt(
+    start_target: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is dropped first, and is still where it was read."""
+    targets, client = three(start_target, replicas=True)
+    standings: dict[bytes, list[int]] = {}
+    expect = WriteQueue.expect
+
+    def noted(self: WriteQueue, one: bytes, length: int, standing: Standing, until: float) -> bool:
+        standings.setdefault(one, []).append(standing.router_hash)
+        return expect(self, one, length, standing, until)
+
+    monkeypatch.setattr(WriteQueue, "expect", noted)
+    client.put([item(1)], soon())
+    assert get(client, range(1, 2)) == [Outcome.HIT]
+    eventually(lambda: replicated(targets) == 1)
+    assert standings == {key(1): [item(1).router_hash, 0]}
+    client.close()
+
+
+def test_memory_that_was_damaged_is_not_copied(start_target: Start) -> None:
+    """It would get a checksum that holds."""
+    targets, client = three(start_target, replicas=False)
+    addresses = [one.address for one in targets]
+    client.put([item(1)], soon())
+    holder = next(one for one in targets if one.address == place(key(1), addresses))
+    buffer = holder.target.pool.find(key(1), LENGTH)
+    assert buffer is not None
+    buffer.payload[0] ^= 1
+    replicate(holder.target, ",".join(addresses), "default", None)
+    get(client, range(1, 2))
+    eventually(lambda: replicated([holder], outcome="gone") == 1)
+    assert sum(len(one.log) for one in targets) == 1
     client.close()
 
 

@@ -441,6 +441,15 @@ async def test_an_answer_of_known_length_counts_as_long_until_it_ends() -> None:
     assert (await memory())[0] == pytest.approx(5)
 
 
+async def test_what_a_client_expects_of_its_answer_is_no_more_than_workers_have_room_for() -> None:
+    """Else a few such requests would make every worker look full, for hours."""
+    kv_router = KvRouter([11])
+    router = make(kv_router)
+    request = {"token_ids": TOKENS, "routing": {"expected_output_tokens": 1 << 20}}
+    own = (await router.decide(request)).chosen.candidate
+    assert own.memory_needed == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("routing", "said"),
     [

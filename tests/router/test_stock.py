@@ -172,7 +172,7 @@ async def test_a_router_of_prefill_and_decode_workers_chooses_both(nats_url: str
         "--worker-type=prefill",
         "--decode-endpoint=apart.decode.generate",
         "--local-prefill-tokens=20",
-        "--first-token-floor-seconds=0.5",
+        "--first-token-floor-seconds=2",
         "--next-token-seconds=1",
     ]
     environment = planes(nats_url, tmp_path)

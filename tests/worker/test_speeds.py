@@ -198,9 +198,13 @@ def test_the_share_of_prompts_is_of_all_time_whatever_else_the_engine_did(copies
             clock.end(now)
         clock.due(now)
     assert clock.prefill_share == pytest.approx(0.25, abs=0.1)
-    clock.begin(1, 0.0, now + 60)
-    clock.end(now + 60.01)
-    assert clock.prefill_share < 0.01
+    clock.begin(1, 0.0, now + 3600)
+    clock.end(now + 3600.01)
+    assert clock.prefill_share < 0.05
+    for number in range(10):
+        clock.begin(5000, 0.0, now + 3601 + number / 2)
+        clock.end(now + 3601.5 + number / 2)
+    assert clock.prefill_share > 0.75
 
 
 def launched(clock: StepClock, steps: int, ahead: float, *, under_way: int = 1, offset: float = 0.0) -> None:

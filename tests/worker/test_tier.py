@@ -197,6 +197,14 @@ def stored(engine: Engine, target: RunningTarget, count: int = 4) -> list[bytes]
     return contents
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("deadline_ms", "2000"), ("deadline_ms", 1500.5), ("fetch_threads", 0), ("dedline_ms", 1)]
+)
+def test_a_setting_that_the_mover_would_not_take_is_refused_by_its_name(engines: Any, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        engines("127.0.0.1:1", wait=False, **{name: value})
+
+
 def test_leading_chunks_are_put_first(start_target: Any, engines: Any) -> None:
     """There is room for two of six. A job has them in the order of the prompt (manager.py)."""
     target = start_target()

@@ -6,10 +6,13 @@ are the same clock in every process of a host.
 
 import contextlib
 import socket
+from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
 
 from kvstore.certificates import Files
+from kvstore.errors import ConfigError
 from kvstore.net.client import good_connections
 
 # What a packet socket takes with the kernel's default buffers is about 200 KiB; every frame is cut to fit well below.
@@ -22,16 +25,18 @@ _SOCKET_BUFFER_BYTES = 1 << 20
 Name = tuple[bytes, int]  # a chunk as the engine knows it: block hash, KV-cache group
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The tier's entry in vLLM's `secondary_tiers`. Files are named by their paths; tier and mover read them."""
 
     store: str  # as kvstore.net.membership.open_membership takes it
     namespace: str = "default"
     nats: str = ""  # where routers are told of this worker; "": they are not
     endpoint: str = ""  # as which Dynamo knows the worker
-    deadline_ms: int = 2000  # for which a request waits for its fetches at most
-    lookup_ms: int = 200  # for which it waits for the store to say what it holds
-    fetch_threads: int = good_connections()  # fetches in flight, and connections to each target
+    deadline_ms: Annotated[int, msgspec.Meta(ge=1)] = 2000  # for which a request waits for its fetches at most
+    lookup_ms: Annotated[int, msgspec.Meta(ge=0)] = 200  # for which it waits for the store to say what it holds
+    fetch_threads: Annotated[int, msgspec.Meta(ge=1)] = (
+        good_connections()
+    )  # fetches in flight, and connections to each target
     carrier: str = ""
     credential_file: str = ""
     seal_key: str = ""
@@ -43,6 +48,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def tls(self) -> Files:
         return Files(self.store_tls_cert, self.store_tls_key, self.store_tls_ca)
+
+
+def settings_of(entry: Mapping[str, object]) -> Settings:
+    """Raises ConfigError: of another type than the mover takes, it would end the mover again and again."""
+    try:
+        return msgspec.convert(entry, Settings)
+    except msgspec.ValidationError as error:
+        problem = str(error).replace("$.", "")
+        raise ConfigError.saying("secondary_tiers", problem, "the settings of kvtier's tier") from None
 
 
 class Setup(msgspec.Struct, frozen=True):
