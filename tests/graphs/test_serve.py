@@ -505,7 +505,8 @@ async def test_a_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_service_that_fails_ends_the_command_with_1_and_its_last_words(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "graphs.cli", "serve", "graphs.store_only:Store", "--Store.capacity=1K"]
-    command += [f"--Nats.listen=127.0.0.1:{free_port()}", "--state-dir", str(tmp_path)]
+    command += [f"--{one}.listen=127.0.0.1:{free_port()}" for one in ("Nats", "Store")]
+    command += ["--state-dir", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
     assert "error: Store-0: kvstore: error: capacity: " in ended.stderr
@@ -707,7 +708,11 @@ def test_killing_the_supervisor_ends_its_children(tmp_path: Path) -> None:
         (["fly"], 2, "error: fly: unknown, expected a command: serve, render, store, connector, top, "),
         (["serve", "graphs.nothing:X"], 2, "error: graph: 'graphs.nothing:X' given"),
         (["serve", GRAPH, "-f", "/nowhere.yaml"], 2, "error: config: '/nowhere.yaml' given"),
-        (["store", "--dir", "/nowhere", "--capacity", "1G"], 2, "error: dir: '/nowhere' given"),
+        (
+            ["store", "--dir", "/nowhere", "--capacity", "1G", "--listen", f"127.0.0.1:{free_port()}"],
+            2,
+            "error: dir: '/nowhere' given",
+        ),
         (["connector"], 2, "arguments are required: --store"),
         (["connector", "--store", "nowhere"], 2, "connector: error: store: 'nowhere' given, expected host:port"),
         (["connector", "--store", "a:1", "--dram", "x"], 2, "error: dram: 'x' given, expected a size"),
