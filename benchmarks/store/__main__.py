@@ -201,8 +201,8 @@ def _leave(number: int, _frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def command(measure: Callable[[], Reported], show: Callable[[Reported], str], json: Path | None) -> None:
-    """Measure, show the report, and write it to a file. On SIGTERM, too, what was started is stopped."""
+def command(measure: Callable[[], Reported], show: Callable[[Reported], str], json: Path | None) -> Reported:
+    """Measure, show the report, write it to a file, and return it. On SIGTERM, too, what was started is stopped."""
     signal.signal(signal.SIGTERM, _leave)
     try:
         report = measure()
@@ -211,6 +211,7 @@ def command(measure: Callable[[], Reported], show: Callable[[Reported], str], js
     print(show(report))
     if json:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    return report
 
 
 def main() -> None:

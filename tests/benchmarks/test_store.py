@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 import benchmarks.store.__main__ as store
-from benchmarks.store import servers
+from benchmarks.store import rack, servers
 from benchmarks.store.results import MIB, Cell, Sample, Spread, paired, size_name, spread, table
 from benchmarks.store.rounds import Plan
 from kvstore.errors import ConfigError
@@ -154,3 +154,28 @@ def test_a_plan_stays_within_its_disk() -> None:
     quick = store.plan(store.parse(["--quick"]))
     assert quick.disk_bytes < 4 << 30
     assert quick.calls % max(quick.clients) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--targets", "17"], "targets: '17' given"),
+        (["--value", "lots"], "value: 'lots' given"),
+        (["--bad-loss", "100"], "bad-loss: '100' given"),
+    ],
+)
+def test_a_rack_that_cannot_be_is_told_in_one_line(arguments: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        rack.parse(arguments)
+
+
+def test_a_rack_on_loopback_shows_what_needs_no_links_and_leaves_nothing(tmp_path: Path) -> None:
+    small = ["--workers=2", "--targets=1", "--processes=1", "--value=64KiB", "--hot=1MiB", "--capacity=512MiB"]
+    short = ["--pause=10", "--seconds=0.4", "--rounds=1"]
+    report = rack.measure(rack.parse([*small, *short, "--loopback"]), tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert set(report.conditions) == {"clean", "stopped"}
+    for of in report.conditions.values():
+        assert of.got["hit"] > 0
+        assert of.wrong == 0
+    assert "network: loopback: --loopback" in rack.show(report)
