@@ -1,7 +1,7 @@
 """The store at fault under a real engine: tokens and logprobs are those of the same prompt computed from nothing.
 
-One engine in this process. Between it and its target is a gate, which lets bytes through or answers in the target's
-place.
+One engine in this process, which seals what it stores. Between it and its target is a gate, which lets bytes through or
+answers in the target's place. That wrong KV changes an answer where nothing is sealed is shown in test_kinds.py.
 """
 
 import contextlib
@@ -29,13 +29,15 @@ from kvstore.net import transport, wire
 from kvstore.net.target import Target
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op
-from tests.conftest import MIB, eventually, soon
+from kvstore.seal import TRAILER_BYTES
+from tests.conftest import MIB, FullDisk, eventually, seal_keys, soon
 from tests.kvstore.test_client import Impostor, value
 
 pytestmark = pytest.mark.engine
 
 CHUNKS = 3
 CHUNK_BYTES = 512 << 10
+VALUE_BYTES = CHUNK_BYTES + TRAILER_BYTES
 # Of a fetch; what no target answers costs a request as much.
 DEADLINE_MS = 3000.0
 ADAPTER = "adapter"
@@ -58,7 +60,9 @@ class Engine:
         self._llm = LLM(
             str(model),
             dtype="float32",  # or a chunk has half of CHUNK_BYTES
-            kv_transfer_config=transfer_config(validated(Options, {"store": store, "dram": 64 * MIB})),
+            kv_transfer_config=transfer_config(
+                validated(Options, {"store": store, "dram": 64 * MIB, "seal_key": seal_keys(folder)})
+            ),
             prefix_caching_hash_algo="sha256_cbor",
             max_model_len=2048,
             enforce_eager=True,
@@ -149,6 +153,7 @@ class Gate(Impostor):
 
     def __init__(self) -> None:
         self.target = ""
+        self.disk = FullDisk()
         self.fault: Callable[[Stream, Header, bytes], None] | None = None
         self.fetches = 0  # that met the fault
         self._open: list[socket.socket] = []
@@ -191,7 +196,7 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
     one = Gate()
-    log = Log(tmp_path_factory.mktemp("store"), 256 * MIB, segment_bytes=16 * MIB)
+    log = Log(tmp_path_factory.mktemp("store"), 256 * MIB, segment_bytes=16 * MIB, files=one.disk)
     one.target = f"127.0.0.1:{free_port()}"
     target = Target(Shelf([log]), name=one.address, epoch=log.epoch)
     target.serve(transport.listen(one.target))
@@ -217,6 +222,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> Iterator[Eng
 def at_fault_no_longer(gate: Gate) -> Iterator[None]:
     yield
     gate.set(None)
+    gate.disk.full = False
 
 
 @pytest.fixture
@@ -247,16 +253,16 @@ def until_loaded(engine: Engine, prompt: list[int], expected: Answer, **how: Any
 
 
 def wrong_key(stream: Stream, header: Header, control: bytes) -> None:
-    stream.send(value(header, b"\x01" * CHUNK_BYTES, number=77), soon())
+    stream.send(value(header, b"\x01" * VALUE_BYTES, number=77), soon())
 
 
 def wrong_length(stream: Stream, header: Header, control: bytes) -> None:
-    stream.send(value(header, b"\x01" * (CHUNK_BYTES - 1)), soon())
+    stream.send(value(header, b"\x01" * (VALUE_BYTES - 1)), soon())
 
 
 def wrong_checksum(stream: Stream, header: Header, control: bytes) -> None:
     for number in range(len(wire.decode_control(control, wire.Get).keys)):
-        stream.send(value(header, b"\x01" * CHUNK_BYTES, number=number, crc=1), soon())
+        stream.send(value(header, b"\x01" * VALUE_BYTES, number=number, crc=1), soon())
 
 
 def other_protocol(stream: Stream, header: Header, control: bytes) -> None:
@@ -268,8 +274,8 @@ def stalled(stream: Stream, header: Header, control: bytes) -> None:
 
 
 def half_a_value(stream: Stream, header: Header, control: bytes) -> None:
-    first, rest = value(header, b"\x01" * CHUNK_BYTES)
-    stream.send([first, rest[: CHUNK_BYTES // 2]], soon())
+    first, rest = value(header, b"\x01" * VALUE_BYTES)
+    stream.send([first, rest[: VALUE_BYTES // 2]], soon())
     threading.Event().wait(2 * DEADLINE_MS / 1000)
 
 
@@ -277,7 +283,13 @@ def hangs_up(stream: Stream, header: Header, control: bytes) -> None:
     raise ConnectionResetError
 
 
-FAULTS = [wrong_key, wrong_length, wrong_checksum, other_protocol, stalled, half_a_value, hangs_up]
+def forged(stream: Stream, header: Header, control: bytes) -> None:
+    """Other KV under a right checksum."""
+    for number in range(len(wire.decode_control(control, wire.Get).keys)):
+        stream.send(value(header, b"\x3f" * VALUE_BYTES, number=number), soon())
+
+
+FAULTS = [wrong_key, wrong_length, wrong_checksum, forged, other_protocol, stalled, half_a_value, hangs_up]
 
 
 def met(engine: Engine, gate: Gate, prompt: list[int], fault: Callable[..., None]) -> Answer:
@@ -303,21 +315,20 @@ def test_a_target_at_fault_costs_no_token(
     expected = stored(engine, prompt)
     assert met(engine, gate, prompt, fault) == expected
     assert engine.fetched() == 0
+    assert (engine.fetched("corrupt") == CHUNKS) == (fault in (forged, wrong_checksum))
     gate.set(None)
     until_loaded(engine, prompt, expected)
 
 
-def test_wrong_kv_under_a_right_checksum_is_noticed_here(engine: Engine, gate: Gate, prompt: list[int]) -> None:
-    """The control: if nothing could see through a lie, these tests would."""
-
-    def forger(stream: Stream, header: Header, control: bytes) -> None:
-        for number in range(len(wire.decode_control(control, wire.Get).keys)):
-            stream.send(value(header, b"\x3f" * CHUNK_BYTES, number=number), soon())
-
-    expected = stored(engine, prompt)
-    assert met(engine, gate, prompt, forger) != expected
-    assert engine.fetched() == CHUNKS
-    engine.forget()
+def test_a_full_disk_costs_no_token(engine: Engine, gate: Gate, prompt: list[int]) -> None:
+    gate.disk.full = True
+    expected = engine.answer(prompt, computed=True)
+    for _ in range(2):
+        engine.forget()
+        assert engine.answer(prompt) == expected
+        assert engine.fetched() == 0
+    gate.disk.full = False
+    until_loaded(engine, prompt, expected)
 
 
 @pytest.mark.parametrize("how", [{"salt": "red"}, {"lora": True}], ids=["salt", "LoRA"])
