@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -248,6 +248,14 @@ _OUTCOMES = {
 }
 
 
+def _counter(name: str, text: str, label: str, values: Iterable[str], counts: Mapping[str, int]) -> CounterMetricFamily:
+    """Of all values of its label, also those that never were: growth is seen from 0."""
+    found = CounterMetricFamily(name, text, labels=[label])
+    for value in values:
+        found.add_metric([value], counts.get(value, 0))
+    return found
+
+
 class Metrics(Collector):
     """Shows a target's status to Prometheus."""
 
@@ -264,34 +272,31 @@ class Metrics(Collector):
             for outcome in outcomes:  # also those that never were: growth is seen from 0
                 operations.add_metric([operation, outcome.name.lower()], counted.get(outcome.name.lower(), 0))
         yield operations
-        dropped = CounterMetricFamily(
+        yield _counter(
             "kvtier_target_dropped_chunks",
             "Chunks that were put and not written, by reason: no_room; displaced by chunks of more benefit; orphaned: "
             "the chunk before it was dropped; failed: the write; stopped: the target",
-            labels=["reason"],
+            "reason",
+            DROP_REASONS,
+            status.dropped,
         )
-        for reason in DROP_REASONS:
-            dropped.add_metric([reason], status.dropped.get(reason, 0))
-        yield dropped
-        ahead = CounterMetricFamily(
+        yield _counter(
             "kvtier_target_read_ahead_chunks",
             "Chunks of prefetches, by outcome: memory: there already; absent; refused: beyond the peer's share; read; "
             "expired: the device was busy; no_room: the hot cache is in use; failed: the read. used: read, and then "
             "asked for by a GET",
-            labels=["outcome"],
+            "outcome",
+            AHEAD_OUTCOMES,
+            status.read_ahead,
         )
-        for name in AHEAD_OUTCOMES:
-            ahead.add_metric([name], status.read_ahead.get(name, 0))
-        yield ahead
-        replicas = CounterMetricFamily(
+        yield _counter(
             "kvtier_target_replica_chunks",
             "With `--peers`: chunks that were read and offered to their other target, by outcome: stored; known: it "
-            "had them; refused, or it did not answer; gone from the hot cache here",
-            labels=["outcome"],
+            "had them; refused, or it did not answer; gone from the hot cache here, or damaged in it",
+            "outcome",
+            REPLICA_OUTCOMES,
+            status.replicas,
         )
-        for name in REPLICA_OUTCOMES:
-            replicas.add_metric([name], status.replicas.get(name, 0))
-        yield replicas
         for name, text, value in (
             ("sent_bytes", "Payload bytes sent", status.sent_bytes),
             ("received_bytes", "Payload bytes received", status.received_bytes),
@@ -552,8 +557,6 @@ async def _serve_one(options: Options) -> None:
         tasks.append(asyncio.create_task(residency.announce(announcer, line, namespace)))
         tasks.append(asyncio.create_task(report(target, line, namespace)))
         tasks.append(asyncio.create_task(warm(target, line, namespace)))
-    if server_tls:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server_tls.reload)
     # Always handled: without a handler the signal would end a target that has nothing to read again.
     reload = server_tls.reload if server_tls else lambda: None
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)

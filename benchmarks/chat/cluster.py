@@ -46,7 +46,7 @@ from benchmarks.chat.__main__ import (
 )
 from benchmarks.chat.__main__ import Options as ChatOptions
 from benchmarks.chat.clusters import FOLDER
-from benchmarks.chat.load import CHAT, Endpoint
+from benchmarks.chat.load import CHAT, Endpoint, page_lines
 from benchmarks.chat.timeline import Breaking
 from graphs.serve import Supervisor, dry_run
 from graphs.service import Deployment, Process, load_deployment
@@ -230,8 +230,7 @@ async def change_targets(session: aiohttp.ClientSession, supervisor: Supervisor,
 
 
 async def dirty_bytes(session: aiohttp.ClientSession, target: Process) -> float:
-    async with session.get(f"http://127.0.0.1:{target.metrics_port}/metrics") as page:
-        lines = (await page.text()).splitlines()
+    lines = await page_lines(session, f"http://127.0.0.1:{target.metrics_port}/metrics")
     return sum(float(line.split()[-1]) for line in lines if line.startswith("kvtier_target_dirty_bytes"))
 
 

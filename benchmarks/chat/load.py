@@ -201,19 +201,12 @@ class Endpoint:
     async def counters(self) -> dict[str, float]:
         """The sums of the engines' Prometheus counters, by source or outcome where they tell; of those that answer."""
         sums: dict[str, float] = {}
-        for line in itertools.chain(*await asyncio.gather(*map(self._page, self._metrics))):
+        for line in itertools.chain(*await asyncio.gather(*(page_lines(self._session, url) for url in self._metrics))):
             found = _COUNTER.match(line)
             if found:
                 name = f"{found['name']}:{found['label']}" if found["label"] else found["name"]
                 sums[name] = sums.get(name, 0.0) + float(found["value"])
         return sums
-
-    async def _page(self, url: str) -> list[str]:
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            async with self._session.get(url, timeout=aiohttp.ClientTimeout(5)) as reply:
-                if reply.status == 200:
-                    return (await reply.text()).splitlines()
-        return []
 
     async def forget(self, *, external: bool) -> None:
         """Empty the engine's HBM cache, and with `external` its DRAM tier, too: what a store holds stays."""
@@ -221,6 +214,15 @@ class Endpoint:
         async with self._session.post(f"{self.url}/reset_prefix_cache{query}") as reply:
             if reply.status != 200:
                 raise ConnectionError(f"{self.url}: it does not reset its cache: status {reply.status}")
+
+
+async def page_lines(session: aiohttp.ClientSession, url: str) -> list[str]:
+    """Of a page of metrics; none if it does not come within five seconds."""
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+        async with session.get(url, timeout=aiohttp.ClientTimeout(5)) as reply:
+            if reply.status == 200:
+                return (await reply.text()).splitlines()
+    return []
 
 
 class Point(msgspec.Struct):

@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.store.__main__ import _bytes, check_space, choose_folder, command, machine
-from benchmarks.store.results import GB, Spread, paired, spread
+from benchmarks.store.results import GB, Spread, heading, paired, shown, spread
 from benchmarks.store.servers import BenchmarkError, Process, free_port
 from kvstore.disk.buffers import aligned
 from kvstore.disk.record import record_bytes
@@ -158,19 +158,15 @@ def measure(options: argparse.Namespace, parent: Path) -> Report:
     )
 
 
-def shown(of: Spread) -> str:
-    return f"{of.median:7.3f} ({of.quartiles[0]:.3f} to {of.quartiles[1]:.3f})"
-
-
 def show(report: Report) -> str:
-    lines = [report.command, *(f"{name}: {value}" for name, value in report.machine.items())]
-    lines += [f"{f'get {way}':<28}{shown(speed)} GB/s" for way, speed in report.gbytes_per_second.items()]
-    lines.append(f"{'ahead over cold':<28}{shown(report.ahead_to_cold)}")
-    lines.append(f"{'ahead over hot':<28}{shown(report.ahead_to_hot)}")
-    lines.append(f"{'warming':<28}{shown(report.warming_seconds)} s")
-    lines += [f"{f'median get {way}':<28}{shown(of)} s" for way, of in report.median_get_seconds.items()]
-    lines.append(f"{'beside over alone':<28}{shown(report.beside_to_alone)}")
-    lines.append(f"{'chunks read ahead beside':<28}{shown(report.chunks_read_beside)}")
+    lines = heading(report.command, report.machine)
+    lines += [f"{f'get {way}':<28}{shown(speed, '.3f')} GB/s" for way, speed in report.gbytes_per_second.items()]
+    lines.append(f"{'ahead over cold':<28}{shown(report.ahead_to_cold, '.3f')}")
+    lines.append(f"{'ahead over hot':<28}{shown(report.ahead_to_hot, '.3f')}")
+    lines.append(f"{'warming':<28}{shown(report.warming_seconds, '.3f')} s")
+    lines += [f"{f'median get {way}':<28}{shown(of, '.3f')} s" for way, of in report.median_get_seconds.items()]
+    lines.append(f"{'beside over alone':<28}{shown(report.beside_to_alone, '.3f')}")
+    lines.append(f"{'chunks read ahead beside':<28}{shown(report.chunks_read_beside, '.3f')}")
     return "\n".join(lines)
 
 

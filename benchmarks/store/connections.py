@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.store.__main__ import choose_folder, command, machine
-from benchmarks.store.results import Spread, spread
+from benchmarks.store.results import Spread, heading, shown, spread
 from benchmarks.store.servers import BenchmarkError, Process, free_port
 from kvstore.errors import ConfigError, run_command
 from kvstore.net import transport, wire
@@ -104,12 +104,9 @@ def measure(options: argparse.Namespace, parent: Path) -> Report:
 
 
 def show(report: Report) -> str:
-    def shown(of: Spread) -> str:
-        return f"{of.median:.1f} ({of.quartiles[0]:.1f} to {of.quartiles[1]:.1f})"
-
-    lines = [report.command, *(f"{name}: {value}" for name, value in report.machine.items())]
-    lines.append(f"KB a connection: {shown(report.kilobytes_a_connection)}")
-    lines.append(f"threads a connection: {shown(report.threads_a_connection)}")
+    lines = heading(report.command, report.machine)
+    lines.append(f"KB a connection: {shown(report.kilobytes_a_connection, '.1f')}")
+    lines.append(f"threads a connection: {shown(report.threads_a_connection, '.1f')}")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.store.__main__ import _bytes, choose_folder, command, machine
-from benchmarks.store.results import GB, MIB, Spread, paired, spread
+from benchmarks.store.results import GB, MIB, Spread, heading, paired, shown, spread
 from benchmarks.store.servers import Process, free_port
 from kvstore.disk.buffers import aligned
 from kvstore.disk.record import record_bytes
@@ -105,10 +105,6 @@ def measure(options: argparse.Namespace, parent: Path) -> Report:
     )
 
 
-def shown(of: Spread) -> str:
-    return f"{of.median:6.2f} ({of.quartiles[0]:.2f} to {of.quartiles[1]:.2f})"
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.store.near", description=__doc__.split("\n")[0])
     parser.add_argument("--value", default="2560KiB", help="16 tokens of a 70B model with FP8 KV: 2560KiB, the default")
@@ -127,11 +123,11 @@ def parse() -> argparse.Namespace:
 
 
 def show(report: Report) -> str:
-    lines = [report.command, *(f"{name}: {value}" for name, value in report.machine.items())]
+    lines = heading(report.command, report.machine)
     lines.append(f"connections: {report.connections}")
-    lines += [f"{way:<22}{shown(speed)} GB/s" for way, speed in report.gbytes_per_second.items()]
-    lines.append(f"{'memory over socket':<22}{shown(report.memory_to_socket)}")
-    lines.append(f"{'copy by one thread':<22}{shown(report.copy_gbytes_per_second)} GB/s")
+    lines += [f"{way:<22}{shown(speed, '.2f')} GB/s" for way, speed in report.gbytes_per_second.items()]
+    lines.append(f"{'memory over socket':<22}{shown(report.memory_to_socket, '.2f')}")
+    lines.append(f"{'copy by one thread':<22}{shown(report.copy_gbytes_per_second, '.2f')} GB/s")
     return "\n".join(lines)
 
 

@@ -44,7 +44,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from benchmarks.store.__main__ import _leave, check_space, choose_folder, command, machine
 from benchmarks.store.connections import Usage, usage
-from benchmarks.store.results import GB, Spread, spread
+from benchmarks.store.results import GB, Spread, heading, shown, spread
 from benchmarks.store.servers import BenchmarkError, Process, free_port
 from kvstore.errors import FailedError, run_command, validated
 from kvstore.net import transport
@@ -559,15 +559,12 @@ def measure(options: Options, parent: Path) -> Report:
 
 
 def show(report: Report) -> str:
-    def shown(of: Spread) -> str:
-        return f"{of.median:.4g} ({of.quartiles[0]:.4g} to {of.quartiles[1]:.4g})"
-
-    lines = [report.command, *(f"{name}: {value}" for name, value in report.machine.items())]
+    lines = heading(report.command, report.machine)
     lines += [f"seed: {report.seed}", f"network: {report.network}", ""]
     lines.append("".join(f"{name:<24}" for name in ("", "get p50, ms", "get p99, ms", "goodput, GB/s", "hits")))
     for name, of in report.conditions.items():
         spreads = (of.get_p50_ms, of.get_p99_ms, of.goodput_gbytes_per_second, of.hits)
-        lines.append(f"{name:<24}" + "".join(f"{shown(one):<24}" for one in spreads))
+        lines.append(f"{name:<24}" + "".join(f"{shown(one, '.4g'):<24}" for one in spreads))
     for name, of in report.conditions.items():
         lines += ["", f"{name}: {of.wrong} wrong values"]
         lines += [f"  chunks got: {_counts(of.got)}", f"  chunks put: {_counts(of.put)}"]

@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.store.__main__ import _bytes, check_space, choose_folder, command, machine
-from benchmarks.store.results import GB, Spread, paired, spread
+from benchmarks.store.results import GB, Spread, heading, paired, shown, spread
 from benchmarks.store.servers import BenchmarkError, Process, free_port
 from kvstore.disk.buffers import aligned
 from kvstore.errors import ConfigError, run_command
@@ -146,18 +146,14 @@ def measure(options: argparse.Namespace, parent: Path) -> Report:
     )
 
 
-def shown(of: Spread) -> str:
-    return f"{of.median:7.3f} ({of.quartiles[0]:.3f} to {of.quartiles[1]:.3f})"
-
-
 def show(report: Report) -> str:
-    lines = [report.command, *(f"{name}: {value}" for name, value in report.machine.items())]
+    lines = heading(report.command, report.machine)
     for mode in MODES:
-        lines.append(f"{f'{mode}: reading':<28}{shown(report.reading_gbytes_per_second[mode])} GB/s")
-        lines.append(f"{f'{mode}: hits after':<28}{shown(report.hits_after[mode])}")
-        lines.append(f"{f'{mode}: slowest call after':<28}{shown(report.slowest_call_after_seconds[mode])} s")
-    lines.append(f"{'reading, replicas over none':<28}{shown(report.reading_replicas_to_none)}")
-    lines.append(f"{'replicas made within':<28}{shown(report.made_seconds)} s")
+        lines.append(f"{f'{mode}: reading':<28}{shown(report.reading_gbytes_per_second[mode], '.3f')} GB/s")
+        lines.append(f"{f'{mode}: hits after':<28}{shown(report.hits_after[mode], '.3f')}")
+        lines.append(f"{f'{mode}: slowest call after':<28}{shown(report.slowest_call_after_seconds[mode], '.3f')} s")
+    lines.append(f"{'reading, replicas over none':<28}{shown(report.reading_replicas_to_none, '.3f')}")
+    lines.append(f"{'replicas made within':<28}{shown(report.made_seconds, '.3f')} s")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ Samples of one round were taken within seconds of each other; only figures of th
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -188,6 +188,17 @@ class Cell:
 
 
 # ---- the table
+
+
+def shown(of: Spread, form: str) -> str:
+    """Median and quartiles, each in that format."""
+    low, high = of.quartiles
+    return f"{of.median:{form}} ({low:{form}} to {high:{form}})"
+
+
+def heading(command: str, machine: Mapping[str, object]) -> list[str]:
+    """The first lines of a table."""
+    return [command, *(f"{name}: {value}" for name, value in machine.items())]
 
 
 def size_name(size: int) -> str:

@@ -118,14 +118,7 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
         local = self.hbm_tokens + self.dram_tokens
         loaded = self.dram_tokens + self.store_tokens
         copy = self.copy_seconds * self.dram_tokens / loaded if loaded else 0.0
-        speeds = self.candidate.speeds
-        prefill = prefill_seconds(
-            speeds.prefill_base_seconds,
-            speeds.prefill_seconds_per_token,
-            speeds.prefill_seconds_per_token_squared,
-            self.store_tokens + self.missing_tokens,
-            local,
-        )
+        prefill = self.candidate.speeds.prefill.seconds(self.store_tokens + self.missing_tokens, local)
         return self.wait_seconds + copy + prefill, prefill
 
     @property

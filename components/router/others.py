@@ -1,6 +1,7 @@
 """What other routers of the same workers have sent them, which counts in this one's prices.
 
-Each says so whenever it has changed, as sums by worker and target. For one event loop.
+Each says so whenever it has changed, as sums by worker and target; once a second while it hears of no other. For one
+event loop.
 """
 
 import asyncio
@@ -85,7 +86,7 @@ class Others:
                 except Exception as error:
                     logger.warning("other routers are not told what this one has sent: %r", error)
                     await asyncio.sleep(HEARTBEAT_SECONDS)
-                await asyncio.sleep(REPORT_SECONDS)
+                await asyncio.sleep(REPORT_SECONDS if self._heard else HEARTBEAT_SECONDS)
         finally:
             await bus.publish(to, RouterReport(self.own_name, self.endpoint, [], {}))
 

@@ -318,10 +318,11 @@ class Router:
     def _hints(self, request: Request) -> Hints:
         """No answer is expected to be longer than what a worker has room for: it counts in the prices of others. Raises
         Refused."""
-        hints, cards = Hints.of(request), self._workers.cards.values()
-        most = self._workers.context_tokens() or self._block_tokens * max(
-            (card.total_blocks for card in cards), default=0
-        )
+        hints = Hints.of(request)
+        if not hints.output_tokens:
+            return hints
+        kv_blocks = max((card.total_blocks for card in self._workers.cards.values()), default=0)
+        most = self._workers.context_tokens() or kv_blocks * self._block_tokens
         room = max(1, most - len(request["token_ids"]))
         return hints._replace(output_tokens=min(hints.output_tokens, room)) if most else hints
 

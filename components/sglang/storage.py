@@ -97,7 +97,7 @@ class KvtierStorage(HiCacheStorage):
         expected = "layer_first, page_first or page_first_direct, with interface_v1 set"
         try:
             self._sizes = self._value_sizes()
-        except (ValueError, NotImplementedError) as error:  # the pool cannot give pages in the way asked for
+        except (ValueError, NotImplementedError) as error:  # by SGLang's pools, of layouts in which they give no pages
             raise ConfigError("hicache-mem-layout", pool.layout, f"{expected} (SGLang: {error})") from error
         if sum(self._sizes) != page_bytes:
             raise ConfigError("hicache-mem-layout", pool.layout, expected)

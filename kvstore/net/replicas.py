@@ -7,11 +7,12 @@ again.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from crc32c import crc32c
@@ -38,7 +39,7 @@ _AGAIN_SECONDS = 300.0
 _REFUSED_AGAIN_SECONDS = 10.0
 _REMEMBERED_MAX = 100_000  # of those, 150 bytes each
 # What became of a chunk that was read: the other target has it now, had it, does not take it or answer; or it had left
-# the memory here.
+# the memory here, or was damaged in it.
 OUTCOMES = ("stored", "known", "refused", "gone")
 
 
@@ -104,10 +105,12 @@ class Replicator:
         others = {key: other for key in keys if (other := self._other(key, live)) is not None}
         with self._paused():
             there = self._client.exists(list(others), time.monotonic() + _CALL_SECONDS, targets=list(others.values()))
-        missing = [key for key, outcome in zip(others, there, strict=True) if outcome is Outcome.MISS]
-        known = [key for key, outcome in zip(others, there, strict=True) if outcome is Outcome.HIT]
-        self._note("known", known)
-        self._note("refused", [key for key in others if key not in {*missing, *known}], _REFUSED_AGAIN_SECONDS)
+        by_outcome: defaultdict[Outcome, list[bytes]] = defaultdict(list)
+        for key, outcome in zip(others, there, strict=True):
+            by_outcome[outcome].append(key)
+        missing = by_outcome.pop(Outcome.MISS, [])
+        self._note("known", by_outcome.pop(Outcome.HIT, []))
+        self._note("refused", list(itertools.chain(*by_outcome.values())), _REFUSED_AGAIN_SECONDS)
         while missing and not self._stopping:
             with self._paused():
                 missing = self._put(missing, others)
@@ -151,9 +154,10 @@ class Replicator:
             outcomes = self._client.put(items, time.monotonic() + _CALL_SECONDS, targets=targets)
         finally:
             self._pool.give_back(*held)
-        stored = [item.key for item, outcome in zip(items, outcomes, strict=True) if outcome is Outcome.STORED]
-        self._note("stored", stored)
-        self._note("refused", [item.key for item in items if item.key not in set(stored)], _REFUSED_AGAIN_SECONDS)
+        answered = list(zip(items, outcomes, strict=True))
+        self._note("stored", [item.key for item, outcome in answered if outcome is Outcome.STORED])
+        refused = [item.key for item, outcome in answered if outcome is not Outcome.STORED]
+        self._note("refused", refused, _REFUSED_AGAIN_SECONDS)
         return list(left)
 
     def _note(self, outcome: str, keys: list[bytes], again_seconds: float = _AGAIN_SECONDS) -> None:

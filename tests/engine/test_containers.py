@@ -9,6 +9,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,19 @@ def built(engine: Engine, name: str, *options: str) -> int:
     return size
 
 
+@contextmanager
+def taken_down(engine: Engine, files: list[Path]) -> Iterator[None]:
+    """What Compose starts from these files is gone afterwards; if something fails, its logs are shown."""
+    try:
+        yield
+    except BaseException:
+        print(engine.compose("logs", "--timestamps", files=files))
+        raise
+    finally:
+        engine.compose("down", "--volumes", files=files)
+    assert not engine.containers()
+
+
 def test_a_rendered_cluster_runs(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder that a shell and Compose would read otherwise, with a credential and a namespaces file."""
     monkeypatch.chdir(tmp_path)
@@ -91,7 +105,7 @@ def test_a_rendered_cluster_runs(engine: Engine, tmp_path: Path, monkeypatch: py
         body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
         return str(asked(f"http://127.0.0.1:{port}/v1/chat/completions", body)["choices"][0]["message"]["content"])
 
-    try:
+    with taken_down(engine, files):
         began = time.monotonic()
         engine.compose(
             "up", "--no-build", "--detach", "--wait", *BROKERS, "prometheus", *OURS, files=files, seconds=180
@@ -121,12 +135,6 @@ def test_a_rendered_cluster_runs(engine: Engine, tmp_path: Path, monkeypatch: py
                 assert code == 0, name
                 assert stopped < 15, name
         eventually(lambda: answers(chat), 60)
-    except BaseException:
-        print(engine.compose("logs", "--timestamps", files=files))
-        raise
-    finally:
-        engine.compose("down", "--volumes", files=files)
-    assert not engine.containers()
 
 
 @pytest.mark.skipif(os.environ.get(REQUIRED) != WITH_ENGINE, reason=f"{REQUIRED} is not {WITH_ENGINE}")
@@ -157,7 +165,7 @@ def test_a_rendered_cluster_with_its_engine_runs(
         (tokens,) = (one["tokens"] for one in decision["candidates"] if one["worker"] == decision["chosen"])
         return dict(tokens)
 
-    try:
+    with taken_down(engine, files):
         began = time.monotonic()
         engine.compose("up", "--no-build", "--detach", "--wait", *services, files=files, seconds=300)
         print(f"up after {time.monotonic() - began:.1f} s")
@@ -175,12 +183,6 @@ def test_a_rendered_cluster_with_its_engine_runs(
                 said = engine.compose("exec", "-T", name, "wget", "-qO-", "http://127.0.0.1:9090/metrics", files=files)
                 (loaded,) = (line for line in said.splitlines() if line.startswith(LOADED) and EXTERNAL in line)
                 assert float(loaded.split()[-1]) > 0
-    except BaseException:
-        print(engine.compose("logs", "--timestamps", files=files))
-        raise
-    finally:
-        engine.compose("down", "--volumes", files=files)
-    assert not engine.containers()
 
 
 def stock_worker() -> dict[str, Any]:

@@ -34,9 +34,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     endpoint: str = ""  # as which Dynamo knows the worker
     deadline_ms: Annotated[int, msgspec.Meta(ge=1)] = 2000  # for which a request waits for its fetches at most
     lookup_ms: Annotated[int, msgspec.Meta(ge=0)] = 200  # for which it waits for the store to say what it holds
-    fetch_threads: Annotated[int, msgspec.Meta(ge=1)] = (
-        good_connections()
-    )  # fetches in flight, and connections to each target
+    # Fetches in flight, and connections to each target.
+    fetch_threads: Annotated[int, msgspec.Meta(ge=1)] = good_connections()
     carrier: str = ""
     credential_file: str = ""
     seal_key: str = ""
