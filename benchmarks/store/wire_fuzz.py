@@ -78,7 +78,7 @@ _LENGTHS = (
     *((1 << n) for n in (31, 32, 63, 64)),
 )
 _DEADLINES = (0, 1, 50, 1000, 0xFFFFFFFF)
-_KINDS: dict[Op, type[msgspec.Struct]] = {
+KINDS: dict[Op, type[msgspec.Struct]] = {  # of all that have a control part
     Op.HELLO: wire.Hello,
     Op.WELCOME: wire.Welcome,
     Op.GET: wire.Get,
@@ -87,6 +87,10 @@ _KINDS: dict[Op, type[msgspec.Struct]] = {
     Op.EXISTS: wire.Exists,
     Op.FOUND: wire.Outcomes,
     Op.STATUS: wire.Status,
+    Op.LIST: wire.List,
+    Op.LISTED: wire.Listed,
+    Op.PREFETCH: wire.Prefetch,
+    Op.PREFETCHED: wire.Outcomes,
     Op.TAKEN: wire.Taken,
     Op.PLACED: wire.Placed,
     Op.CHALLENGE: wire.Challenge,
@@ -111,8 +115,9 @@ class Frames:
     def __init__(self, seed: int | str, known: Sequence[tuple[bytes, int]] = ()):
         self._chance = random.Random(seed)
         self._known = known
-        requests = [self._get, self._get, self._put, self._put, self._exists, self._stat, self._hello, self._taken]
-        self._valid = [*requests, *requests, self._answer]
+        often = [self._get, self._put]
+        requests = [*often, self._exists, self._prefetch, self._stat, self._list, self._hello, self._taken]
+        self._valid = [*requests, *requests, *often, *often, self._answer]
         self._hostile = [
             *(self._as_is, self._flipped, self._flipped, self._truncated, self._extended, self._spliced),
             *(self._lengths, self._swapped, self._misshapen, self._misshapen, self._packed, self._noise),
@@ -165,8 +170,17 @@ class Frames:
     def _exists(self) -> Frame:
         return Frame(self._header(Op.EXISTS), wire.Exists([self._key()[0] for _ in range(self._count())]))
 
+    def _prefetch(self) -> Frame:
+        return Frame(self._header(Op.PREFETCH), wire.Prefetch([self._key()[0] for _ in range(self._count())]))
+
     def _stat(self) -> Frame:
         return Frame(self._header(Op.STAT))
+
+    def _list(self) -> Frame:
+        cursor = (self._chance.getrandbits(16), self._chance.getrandbits(64), self._chance.getrandbits(32))
+        return Frame(
+            self._header(Op.LIST), wire.List(self._chance.choice((0, 7)), self._chance.choice((cursor, (0, 0, 0))))
+        )
 
     def _taken(self) -> Frame:
         return Frame(self._header(Op.TAKEN), wire.Taken(self._chance.getrandbits(16)))
@@ -296,7 +310,7 @@ def parse(raw: bytes) -> str:
     except ProtocolError:
         return "header refused"
     control = raw[HEADER_BYTES : HEADER_BYTES + header.control_bytes]
-    kind = _KINDS.get(header.op)
+    kind = KINDS.get(header.op)
     if kind is None:
         return "accepted"
     try:
@@ -415,9 +429,11 @@ class Ledger:
             case Op.TAKEN:
                 wire.decode_control(control, wire.Taken)
                 return 0
+            case Op.PREFETCH:
+                wire.decode_control(control, wire.Prefetch)
             case Op.STAT:
                 pass
-            case _:
+            case _:  # LIST, too: chunks are not listed over TCP for clients without a credential
                 raise ProtocolError
         return 1
 

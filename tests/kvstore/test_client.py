@@ -75,12 +75,16 @@ def test_keys_are_spread_and_a_lost_target_loses_only_its_own(start_target) -> N
 
 
 def test_a_plan_says_where_to_look_among_members(start_target) -> None:
+    """A target that has left is not asked: where the key is placed among those that are live, is."""
     targets = [start_target(f"store{number}") for number in range(2)]
     client = StoreClient(StaticMembership([target.address for target in targets]))
-    targets[0].client().put([item(1)], soon())
-    asked = [targets[0].address, targets[1].address, "10.0.0.1:7600", None]
-    outcomes = client.get([key(1)] * 4, rooms(4), soon(), targets=asked)
-    assert outcomes == [Outcome.HIT, Outcome.MISS, Outcome.UNREACHABLE, Outcome.UNREACHABLE]
+    here, there = (target.address for target in targets)
+    placed, elsewhere = (next(n for n in range(1, 99) if place(key(n), [here, there]) == at) for at in (here, there))
+    targets[0].client().put([item(placed), item(elsewhere)], soon())
+    gone = "10.0.0.1:7600"
+    for number, at_gone in ((placed, Outcome.HIT), (elsewhere, Outcome.UNREACHABLE)):
+        outcomes = client.get([key(number)] * 4, rooms(4), soon(), targets=[here, there, gone, None])
+        assert outcomes == [Outcome.HIT, Outcome.MISS, at_gone, Outcome.UNREACHABLE], number
     client.close()
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from benchmarks.store.wire_fuzz import Frames, SocketFuzz, parse
+from benchmarks.store.wire_fuzz import KINDS, Frames, SocketFuzz, parse
 from kvstore.disk import log as log_module
 from kvstore.disk.buffers import Arena, Buffer, BufferPool
 from kvstore.disk.files import Files
@@ -32,8 +32,6 @@ from tests.conftest import MIB, RunningTarget, append, eventually, item, key, pa
 
 LENGTH = 100_000
 RECORD = record_bytes(LENGTH)
-KINDS = [wire.Hello, wire.Get, wire.Put, wire.Exists, wire.Outcomes, wire.Status, wire.Failure, wire.Taken]
-KINDS += [wire.List, wire.Listed, wire.Prefetch]
 
 
 class Gate(Files):
@@ -91,7 +89,7 @@ DEEP = st.builds(lambda nested, depth: nested * depth, st.sampled_from([b"\x91",
 
 
 @settings(max_examples=500)
-@given(st.sampled_from(KINDS), st.lists(st.binary(max_size=100) | DEEP, max_size=4).map(b"".join))
+@given(st.sampled_from(list(KINDS.values())), st.lists(st.binary(max_size=100) | DEEP, max_size=4).map(b"".join))
 def test_any_control_part_is_whole_or_a_protocol_error(kind: type, raw: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         assert isinstance(wire.decode_control(raw, kind), kind)
@@ -101,6 +99,11 @@ def test_what_is_nested_too_deep_is_a_protocol_error() -> None:
     hello = wire.encode(Header(Op.HELLO), wire.Hello("a", "b", "c"))[wire.HEADER_BYTES :]
     with pytest.raises(ProtocolError, match="recursion"):
         wire.decode_control(bytes([hello[0] + 1]) + hello[1:] + b"\x91" * 100_000, wire.Hello)
+
+
+def test_the_fuzz_knows_the_whole_protocol() -> None:
+    """What it does not know, it takes for an unknown operation that is to be refused."""
+    assert set(Op) - KINDS.keys() == {Op.STAT, Op.VALUE}
 
 
 @settings(max_examples=300)
