@@ -152,6 +152,7 @@ def cluster() -> dashboard.Dashboard:
 
 def router() -> dashboard.Dashboard:
     mine = 'instance=~"$router"'
+    whole = f'{mine},role!="prefill"'  # a prompt that a prefill and a decode worker served is counted once
     ratio = "kvtier_router_ttft_actual_to_predicted_ratio"
     return _dashboard(
         "router",
@@ -168,7 +169,7 @@ def router() -> dashboard.Dashboard:
                 ),
                 graph(
                     "Blocks by tier",
-                    "Where the chosen worker was to find them; missing ones are computed.",
+                    "Where the chosen worker was to find them. Missing: computed. Handover: from a prefill worker.",
                     "short",
                     (_rate("kvtier_router_chosen_blocks_total", mine, "tier"), "{{tier}}"),
                     stacked=True,
@@ -190,7 +191,7 @@ def router() -> dashboard.Dashboard:
                     "Requests by outcome",
                     "Cancelled: the client disconnected.",
                     "reqps",
-                    (_rate("kvtier_router_outcomes_total", mine, "outcome"), "{{outcome}}"),
+                    (_rate("kvtier_router_outcomes_total", whole, "outcome"), "{{outcome}}"),
                 ),
                 graph(
                     "Degraded decisions and retries",
@@ -205,22 +206,22 @@ def router() -> dashboard.Dashboard:
                     "Time to first token, predicted and actual",
                     "From the decision to the first token.",
                     "s",
-                    (_quantile(0.5, "kvtier_router_predicted_ttft_seconds", mine), "predicted median"),
-                    (_quantile(0.5, "kvtier_router_ttft_seconds", mine), "actual median"),
-                    (_quantile(0.95, "kvtier_router_predicted_ttft_seconds", mine), "predicted p95"),
-                    (_quantile(0.95, "kvtier_router_ttft_seconds", mine), "actual p95"),
+                    (_quantile(0.5, "kvtier_router_predicted_ttft_seconds", whole), "predicted median"),
+                    (_quantile(0.5, "kvtier_router_ttft_seconds", whole), "actual median"),
+                    (_quantile(0.95, "kvtier_router_predicted_ttft_seconds", whole), "predicted p95"),
+                    (_quantile(0.95, "kvtier_router_ttft_seconds", whole), "actual p95"),
                 ),
                 graph(
                     "Actual over predicted",
                     "1 is a right prediction. The alert looks at the median of 15 minutes.",
                     "none",
-                    *((_quantile(at, ratio, mine), f"{at:.0%}") for at in (0.25, 0.5, 0.75)),
+                    *((_quantile(at, ratio, whole), f"{at:.0%}") for at in (0.25, 0.5, 0.75)),
                 ),
                 heat(
                     "Actual over predicted, all prompts",
                     "How many prompts were off by how much.",
                     "none",
-                    f"sum by (le) (increase({ratio}_bucket{{{mine}}}{_RATE}))",
+                    f"sum by (le) (increase({ratio}_bucket{{{whole}}}{_RATE}))",
                 ),
                 graph(
                     "Regret",
@@ -233,8 +234,8 @@ def router() -> dashboard.Dashboard:
                     "Time per output token",
                     "After the first, of whole answers.",
                     "s",
-                    (_quantile(0.5, "kvtier_router_tpot_seconds", mine), "median"),
-                    (_quantile(0.95, "kvtier_router_tpot_seconds", mine), "p95"),
+                    (_quantile(0.5, "kvtier_router_tpot_seconds", whole), "median"),
+                    (_quantile(0.95, "kvtier_router_tpot_seconds", whole), "p95"),
                 ),
             ],
             "Mirror and heartbeats": [

@@ -11,7 +11,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from components.pricing.cost import Speeds
-from components.router.decisions import Decisions
+from components.router.decisions import BusCollector, Decisions
 from components.router.speeds import LiveSpeeds
 from kvstore.__main__ import LabelledMetrics, Metrics, TlsMetrics
 from kvstore.bus.residency import Mirror
@@ -88,7 +88,7 @@ def of_target() -> list[Series]:
 
 def of_router() -> list[Series]:
     decisions = Decisions(16)
-    decisions.watch(LiveSpeeds(Speeds(0.0, 1.0, 0.0, 1.0, 1.0, 0.0)), Mirror(), {})
+    decisions.registry.register(BusCollector(LiveSpeeds(Speeds(0.0, 1.0, 0.0, 1.0, 1.0, 0.0)), Mirror(), {}))
     return list(_registered(decisions.registry))
 
 

@@ -70,6 +70,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     dp_rank: int = 0
     hbm_blocks: int = 0
     dram_blocks: int = 0  # leading blocks found in HBM or, beyond that, in DRAM
+    is_handed_over: bool = False  # those blocks are not in its DRAM, a prefill worker hands them over
     queued_prefill_tokens: int = 0  # of other requests, not counting what they fetch
     fetching_bytes: int = 0  # on their way from the store for other requests
     running_requests: int = 0  # that decode there

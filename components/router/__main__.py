@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import uvloop
+from prometheus_client import CollectorRegistry
 from pydantic import Field, model_validator
 
 from components.options import CommonOptions, add_common_arguments
 from components.pricing.cost import Policy, Speeds
 from components.router.deadlines import Deadlines
+from components.router.decisions import BusCollector, ByRole
 from components.router.handover import Disaggregated
 from components.router.others import Others
 from components.router.router import Handover, Router
 from components.router.speeds import LiveSpeeds
 from components.router.view.access import VARIABLE, Access, page_access
-from components.router.view.feed import Feed
+from components.router.view.feed import Feed, Pool
 from components.router.view.page import open_page
 from components.router.view.question import Prompts, explain_handler, warm_handler
 from components.router.warm import Warmer
@@ -213,6 +215,8 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
         asyncio.create_task(_watch_cards(cards, workers, speeds, block_tokens)),
     ]
     handle, every, tracked = router.handle, [workers], [cards]
+    pool, registry = Pool(router.decisions, workers, speeds), router.decisions.registry
+    prefill_pool: Pool | None = None
     if options.decode_endpoint:
         decode_endpoint = runtime.endpoint(options.decode_endpoint)
         decoders, decode_speeds = Workers(options.decode_endpoint), LiveSpeeds(options.speeds())
@@ -227,22 +231,25 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
         )
         tasks.append(asyncio.create_task(of_decode.share(line, namespace, decode.under_way)))
         handle = Disaggregated(router, decode, options.local_prefill_tokens).handle
+        prefill_pool, pool = pool, Pool(decode.decisions, decoders, decode_speeds)
+        registry = CollectorRegistry()
+        registry.register(ByRole(prefill=router.decisions.registry, decode=decode.decisions.registry))
         every.append(decoders)
         tracked.append(decode_cards)
-    router.decisions.watch(speeds, mirror, line.undecoded)
+    registry.register(BusCollector(speeds, mirror, line.undecoded))
     prompts = Prompts(options.model_path or options.model_name)
     questions = {
         "/explain": explain_handler(router, prompts),
         "/warm": warm_handler(Warmer(router, line, namespace), prompts),
     }
-    feed = Feed(router.decisions, workers, speeds, mirror, model=options.model_name, connected=lambda: line.connected)
-    page = await open_page(access, feed, questions) if access else None
+    feed = Feed(*pool, mirror, prefill=prefill_pool, model=options.model_name, connected=lambda: line.connected)
+    page = await open_page(access, feed, questions, registry) if access else None
     if page is not None:
         tasks.append(asyncio.create_task(feed.run()))
     # With the labels of Dynamo's own series.
     register_engine_metrics_callback(
         endpoint=public,
-        registry=router.decisions.registry,
+        registry=registry,
         namespace_name=options.endpoint.split(".")[0],
         component_name=component.replace("-", "_"),
         endpoint_name="generate",

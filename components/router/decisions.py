@@ -48,8 +48,23 @@ class Considered(msgspec.Struct):
     memory_used: float = 0.0  # share of the KV memory
 
 
+class Prefilled(msgspec.Struct):
+    """A prompt's way through the prefill worker, for the decision on its decode worker."""
+
+    id: str  # of that decision
+    worker: str
+    tokens: dict[str, int]  # by source
+    fetch_chunks: int
+    predicted_ttft_seconds: float
+    ttft_seconds: float
+    prefill_seconds: float  # predicted
+    without_store_ttft_seconds: float
+    without_store_prefill_seconds: float
+
+
 class Decision(msgspec.Struct):
-    """A prompt, where it went and why, and what came of it."""
+    """A prompt, where it went and why, and what came of it. Times to the first token, predicted and actual, begin with
+    the decision on the prefill worker, if there was one."""
 
     id: str
     time: float  # seconds since 1970
@@ -67,6 +82,22 @@ class Decision(msgspec.Struct):
     # Predicted, had the chosen worker computed what it was to load from the store.
     without_store_ttft_seconds: float = 0.0
     without_store_prefill_seconds: float = 0.0
+    prefilled: Prefilled | None = None  # if the chosen worker took the KV from a prefill worker
+
+    def to_decode(self) -> Prefilled:
+        """Of an answered prompt of a prefill worker, what its decode worker's decision keeps."""
+        chosen = next(one for one in self.candidates if one.worker == self.chosen)
+        return Prefilled(
+            self.id,
+            self.chosen,
+            chosen.tokens,
+            self.fetch_chunks,
+            self.predicted_ttft_seconds,
+            self.ttft_seconds or 0.0,
+            chosen.seconds["prefill"],
+            self.without_store_ttft_seconds,
+            self.without_store_prefill_seconds,
+        )
 
 
 class Totals(msgspec.Struct):
@@ -82,6 +113,16 @@ class Totals(msgspec.Struct):
     decision_seconds: float  # taken by all decisions together
     open: int  # prompts that have not ended
 
+    def add_prefill(self, other: "Totals") -> None:
+        """What came before, on prefill workers, of the prompts that are counted here or will be."""
+        for name in ("tokens", "fallbacks"):
+            mine, its = getattr(self, name), getattr(other, name)
+            setattr(self, name, {key: mine.get(key, 0) + its.get(key, 0) for key in {*mine, *its}})
+        for outcome in ("failed", "cancelled"):
+            self.outcomes[outcome] = self.outcomes.get(outcome, 0) + other.outcomes.get(outcome, 0)
+        self.decision_seconds += other.decision_seconds
+        self.open += other.open
+
 
 class Decisions:
     """Counts and shows decisions. For one event loop."""
@@ -96,7 +137,8 @@ class Decisions:
         )
         self._chosen_blocks = Counter(
             "kvtier_router_chosen_blocks",
-            "Blocks of the prompts sent to this worker by where it was to find them: hbm, dram, store, missing",
+            "Blocks of the prompts sent to this worker by where it was to find them: hbm, dram, store, missing; "
+            "on decode workers handover, too (from a prefill worker)",
             ["worker", "tier"],
             registry=self.registry,
         )
@@ -108,7 +150,8 @@ class Decisions:
         self._open: OrderedDict[str, Decision] = OrderedDict()
         self._tokens = Counter(
             "kvtier_router_prompt_tokens",
-            "Prompt tokens by where the chosen worker was to find them: hbm, dram, store, computed",
+            "Prompt tokens by where the chosen worker was to find them: hbm, dram, store, computed. What a "
+            "decode worker takes from a prefill worker is counted once, with role=prefill",
             ["source"],
             registry=self.registry,
         )
@@ -186,21 +229,29 @@ class Decisions:
         )
         self._actual = Histogram(
             "kvtier_router_ttft_seconds",
-            "Actual TTFT, from the decision to the first token",
+            "Actual TTFT, from the decision to the first token. With role=decode, prefill is part of it",
             buckets=_SECONDS,
             registry=self.registry,
         )
 
-    def decided(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices) -> None:
+    def decided(
+        self,
+        decision_id: str,
+        prompt_tokens: int,
+        chosen: Choice,
+        choices: Choices,
+        prefilled: Prefilled | None = None,
+    ) -> Decision:
         """Count a decision, log it, and keep what each worker would have found and cost."""
         worker = label(chosen)
         self._chosen.labels(worker).inc()
         for tier, blocks in self._tiers(chosen).items():
             self._chosen_blocks.labels(worker, tier).inc(blocks)
-        self._predicted.observe(chosen.ttft_seconds)
-        for source, tokens in sources(chosen).items():
-            self._tokens.labels(source).inc(tokens)
-        self._keep(decision_id, prompt_tokens, chosen, choices)
+        if prefilled is None:
+            for source, tokens in sources(chosen).items():
+                self._tokens.labels(source).inc(tokens)
+        decision = self._keep(decision_id, prompt_tokens, chosen, choices, prefilled)
+        self._predicted.observe(decision.predicted_ttft_seconds)
         if logger.isEnabledFor(logging.INFO):
             cheapest = [choices[number] for number in choices.price_seconds.argsort()[:LOGGED].tolist()]
             others = [choice for choice in cheapest if choice.candidate is not chosen.candidate]
@@ -210,10 +261,7 @@ class Decisions:
             logger.info(
                 "decision %s: %d tokens -> worker %s | %s", decision_id, prompt_tokens, worker, " | ".join(lines)
             )
-
-    def watch(self, speeds: LiveSpeeds, mirror: Mirror, undecoded: Mapping[str, int]) -> None:
-        """Show what came over the bus, too."""
-        self.registry.register(_BusCollector(speeds, mirror, undecoded))
+        return decision
 
     def took(self, stages: Mapping[str, float]) -> None:
         """Seconds by stage."""
@@ -223,30 +271,32 @@ class Decisions:
     def fell_back(self, missing: str) -> None:
         self._fallbacks.labels(missing).inc()
 
-    def first_token(self, decision_id: str, chosen: Choice, seconds: float) -> None:
-        self._actual.observe(seconds)
-        if chosen.ttft_seconds > 0:
-            self._error.observe(seconds / chosen.ttft_seconds)
-        if (decision := self._open.get(decision_id)) is not None:
-            decision.ttft_seconds = seconds
-            if decision.other_ttft_seconds is not None:
-                self._regret.observe(max(0.0, seconds - decision.other_ttft_seconds))
+    def first_token(self, decision: Decision, seconds: float) -> None:
+        """It came so many seconds after the decision on the worker that answers."""
+        if decision.other_ttft_seconds is not None:
+            self._regret.observe(max(0.0, seconds - decision.other_ttft_seconds))
+        decision.ttft_seconds = seconds + (decision.prefilled.ttft_seconds if decision.prefilled else 0.0)
+        self._actual.observe(decision.ttft_seconds)
+        if decision.predicted_ttft_seconds > 0:
+            self._error.observe(decision.ttft_seconds / decision.predicted_ttft_seconds)
 
-    def answered(self, decision_id: str, first_tokens: int, tokens: int, seconds: float) -> None:
+    def answered(self, decision: Decision, first_tokens: int, tokens: int, seconds: float) -> None:
         """An answer came to its end: `tokens` in `seconds` after the first output, which had `first_tokens`."""
         self._output.inc(first_tokens + tokens)
         if tokens:
             self._tpot.observe(seconds / tokens)
-        if (decision := self._open.get(decision_id)) is not None:
-            decision.output_tokens = first_tokens + tokens
-            decision.tpot_seconds = seconds / tokens if tokens else None
+        decision.output_tokens = first_tokens + tokens
+        decision.tpot_seconds = seconds / tokens if tokens else None
 
-    def ended(self, decision_id: str, outcome: str) -> None:
+    def ended(self, decision_id: str, outcome: str) -> Decision | None:
+        """The decision, if it was made and is known still."""
         self._outcomes.labels(outcome).inc()
-        if (decision := self._open.pop(decision_id, None)) is not None:
+        decision = self._open.pop(decision_id, None)
+        if decision is not None:
             decision.outcome = outcome
             if decision.ttft_seconds is not None:
                 self.answered_lately.append(decision)
+        return decision
 
     def last(self, limit: int = KEPT, worker: str = "") -> list[Decision]:
         """The latest first; with `worker` only those that went there."""
@@ -306,9 +356,15 @@ class Decisions:
         yield blocks
         yield seconds
 
-    def _keep(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices) -> None:
+    def _keep(
+        self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices, prefilled: Prefilled | None
+    ) -> Decision:
         decision = _decision(decision_id, prompt_tokens, chosen, [chosen])
         decision.other_ttft_seconds = choices.least_ttft_but(chosen)
+        if prefilled is not None:
+            decision.prefilled = prefilled
+            decision.predicted_ttft_seconds += prefilled.predicted_ttft_seconds
+            decision.without_store_ttft_seconds += prefilled.without_store_ttft_seconds
         self._last[decision_id] = self._open[decision_id] = decision
         self._unseen[decision_id] = chosen, choices
         self._latest = choices
@@ -318,6 +374,7 @@ class Decisions:
             self._unseen.pop(forgotten, None)
         if len(self._open) > _OPEN_MAX:
             self._open.popitem(last=False)
+        return decision
 
     def _seen(self, decision: Decision) -> Decision:
         """With all candidates and targets: for each prompt that would take longer than to decide."""
@@ -333,12 +390,14 @@ class Decisions:
         self._retries.labels(label(failed)).inc()
 
     def _tiers(self, choice: Choice) -> dict[str, int]:
-        """Blocks by tier; a block that is not whole counts as missing."""
+        """Blocks by tier; a block that is not whole counts as missing, or as handed over."""
         hbm = choice.hbm_tokens // self.block_tokens
         local = (choice.hbm_tokens + choice.dram_tokens) // self.block_tokens
         loaded = (choice.hbm_tokens + choice.dram_tokens + choice.store_tokens) // self.block_tokens
         tokens = choice.hbm_tokens + choice.dram_tokens + choice.store_tokens + choice.missing_tokens
         total = -(-tokens // self.block_tokens)
+        if choice.candidate.is_handed_over:
+            return {"hbm": hbm, "handover": total - hbm}
         return {"hbm": hbm, "dram": local - hbm, "store": loaded - local, "missing": total - loaded}
 
     def _line(self, choice: Choice) -> str:
@@ -357,8 +416,24 @@ class _CandidatesCollector(Collector):
         return self._decisions.candidate_series()
 
 
-class _BusCollector(Collector):
-    """Made when asked for."""
+class ByRole(Collector):
+    """Series of the routers of prefill and of decode workers, with the label `role`."""
+
+    def __init__(self, **registries: CollectorRegistry):
+        self._registries = registries
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for role, registry in self._registries.items():
+            for family in registry.collect():
+                both = Metric(family.name, family.documentation, family.type, family.unit)
+                both = families.setdefault(family.name, both)
+                both.samples += [one._replace(labels={**one.labels, "role": role}) for one in family.samples]
+        yield from families.values()
+
+
+class BusCollector(Collector):
+    """What came over the bus, made when asked for."""
 
     def __init__(self, speeds: LiveSpeeds, mirror: Mirror, undecoded: Mapping[str, int]):
         self._speeds = speeds
@@ -468,6 +543,8 @@ def _parts(choice: Choice) -> dict[str, float]:
 
 def sources(choice: Choice) -> dict[str, int]:
     """Tokens of the prompt by where they are taken from."""
+    if choice.candidate.is_handed_over:
+        return {"hbm": choice.hbm_tokens, "handover": choice.prompt_tokens - choice.hbm_tokens}
     return {
         "hbm": choice.hbm_tokens,
         "dram": choice.dram_tokens,

@@ -6,10 +6,11 @@ prefill worker answers, or all are suspect, decode workers prefill.
 """
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from components.router.decisions import Decision
 from components.router.failures import GivenUp, Refused, RequestError
 from components.router.router import HANDED_OVER, Request, Router, framed
 from kvstore.bus.plan import FIELD
@@ -40,9 +41,10 @@ class Disaggregated:
         """A preprocessed request in, the decode worker's outputs out. Raises RequestError."""
         to_decode, to_prefill = _to_decode(request), _to_prefill(request)
         prefilled: dict[str, Any] | None = None
+        made: list[Decision] = []  # on the prefill worker
         if not await self._is_local(to_prefill, to_decode):
             try:
-                prefilled = await self._prefilled(to_prefill, context)
+                prefilled = await self._prefilled(to_prefill, context, made.append)
             except (Refused, GivenUp):
                 raise
             except RequestError as error:
@@ -51,7 +53,8 @@ class Disaggregated:
                 if prefilled is None:
                     return
                 to_decode = _handed_over(to_decode, prefilled)
-        async with aclosing(self._decode.generate(to_decode, context)) as outputs:
+        known = made[0].to_decode() if made else None
+        async with aclosing(self._decode.generate(to_decode, context, prefilled=known)) as outputs:
             async for output in outputs:
                 yield _told_of_both(output, prefilled) if prefilled else output
 
@@ -69,10 +72,12 @@ class Disaggregated:
         # The answer decodes on a decode worker in any case, and the prefill worker's price has none of it.
         return here.price_seconds - here.pressure_seconds <= there.price_seconds - there.pressure_seconds + handover
 
-    async def _prefilled(self, request: Request, context: Any) -> dict[str, Any] | None:
+    async def _prefilled(
+        self, request: Request, context: Any, finished: Callable[[Decision], None]
+    ) -> dict[str, Any] | None:
         """The prefill worker's last output; None if the client left."""
         prefilled = None
-        async with aclosing(self._prefill.generate(request, context)) as outputs:
+        async with aclosing(self._prefill.generate(request, context, finished=finished)) as outputs:
             async for output in outputs:
                 prefilled = output
         return prefilled

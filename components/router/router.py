@@ -21,7 +21,7 @@ from components.pricing import cost
 from components.pricing.cost import Candidate, Choice, Choices, Policy
 from components.router.constraints import Constraints
 from components.router.deadlines import ALIVE_FACTOR, Deadlines, Suspects
-from components.router.decisions import Decision, Decisions, explained, label, sources
+from components.router.decisions import Decision, Decisions, Prefilled, explained, label, sources
 from components.router.failures import (
     Disconnected,
     GivenUp,
@@ -67,6 +67,7 @@ class Decided(NamedTuple):
     prompt_tokens: int
     chosen: Choice
     choices: Choices
+    prefilled: Prefilled | None = None
 
 
 class Handover(NamedTuple):
@@ -175,15 +176,23 @@ class Router:
         """Dynamo's handler: `generate`, with an error of the request as the last item of the stream."""
         return framed(self.generate(request, context), context)
 
-    async def generate(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
-        """A preprocessed request in, the worker's outputs out. Raises RequestError."""
+    async def generate(
+        self,
+        request: Request,
+        context: Any,
+        *,
+        prefilled: Prefilled | None = None,
+        finished: Callable[[Decision], None] = lambda decision: None,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """A preprocessed request in, the worker's outputs out. Raises RequestError. `prefilled` is what a prefill
+        worker did with it; `finished` is called with the decision after the last output."""
         tried: set[int] = set()  # workers that failed this prompt
         failures = 0
         last: RequestError | None = None
         arrived = self._clock()
         while True:
             try:
-                decided = await self.decide(request, tried)
+                decided = (await self.decide(request, tried))._replace(prefilled=prefilled)
             except NoWorker as error:
                 raise last or error from None
             worker, decision_id = decided.chosen.candidate.worker, decided.id
@@ -217,7 +226,9 @@ class Router:
                 outcome = "failed"
                 raise
             finally:
-                self.decisions.ended(decision_id, outcome)
+                decision = self.decisions.ended(decision_id, outcome)
+                if decision is not None and outcome == "finished":
+                    finished(decision)
 
     async def decide(self, request: Request, failed: Collection[int] = ()) -> Decided:
         """Price the live workers but for those in `failed`, and choose. Raises NoWorker, and Refused for a prompt that
@@ -452,6 +463,7 @@ class Router:
             candidate,
             speeds=msgspec.structs.replace(candidate.speeds, dram_bytes_per_second=handover.bytes_per_second),
             dram_blocks=-(-tokens // self._block_tokens),
+            is_handed_over=True,
             blocks_per_chunk=1,
             chunk_bytes=handover.prefill_workers.block_bytes(),
             located=(),
@@ -501,14 +513,15 @@ class Router:
             with self._counted(choice, hints), _checked(late):
                 with _added(self._unbooked_tokens, worker, tokens):
                     coming = self._kv_router.generate_from_request(prepared, response_buffer_size=0)
-                    self.decisions.decided(*decided)  # which takes its time, now that the prompt is on its way
+                    # Which takes its time, now that the prompt is on its way.
+                    decision = self.decisions.decided(*decided)
                     outputs = aiter(await client.waits_for(coming))
                 with _added(self._prefilling, worker, 1):
                     first = await client.next_of(outputs)
             if first is None:
                 return
             took = self._clock() - sent
-            self.decisions.first_token(decision_id, choice, took)
+            self.decisions.first_token(decision, took)
             if not choice.fetch_chunks and not choice.wait_seconds:
                 self._speeds.observed(worker, choice.ttft_seconds, took)
             begun, tokens = self._clock(), 0
@@ -523,7 +536,7 @@ class Router:
                     self._workers.progressed(worker, client.heard)
                     yield _with_engine_data(output, told)
         seconds = self._clock() - begun
-        self.decisions.answered(decision_id, _tokens(first), tokens, seconds)
+        self.decisions.answered(decision, _tokens(first), tokens, seconds)
         self._speeds.answered(worker, _tokens(first) + tokens, seconds)
 
     def _first_token_check(

@@ -3,10 +3,10 @@
 import time
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from components.pricing.cost import Candidate, Policy, Speeds, choose
-from components.router.decisions import Decisions
+from components.router.decisions import BusCollector, ByRole, Decisions
 from components.router.speeds import LiveSpeeds
 from kvstore.bus.messages import Residency, WorkerReport
 from kvstore.bus.residency import Mirror
@@ -21,10 +21,8 @@ def test_regret_is_what_another_worker_would_have_saved() -> None:
     chosen, choices = choose([fast, slow], 2200, 16, POLICY)
     other = choices[1].ttft_seconds
     for name, took in (("stands", other / 2), ("regretted", other + 0.3)):
-        decisions.decided(name, 2200, chosen, choices)
-        decisions.first_token(name, chosen, took)
-    decisions.decided("alone", 2200, *choose([fast], 2200, 16, POLICY))
-    decisions.first_token("alone", chosen, 9.0)
+        decisions.first_token(decisions.decided(name, 2200, chosen, choices), took)
+    decisions.first_token(decisions.decided("alone", 2200, *choose([fast], 2200, 16, POLICY)), 9.0)
     shown = generate_latest(decisions.registry).decode()
     assert 'kvtier_router_regret_seconds_bucket{le="0.0"} 1.0' in shown
     assert "kvtier_router_regret_seconds_count 2.0" in shown
@@ -34,9 +32,46 @@ def test_regret_is_what_another_worker_would_have_saved() -> None:
     assert found.other_ttft_seconds == pytest.approx(other)
 
 
+def test_of_a_prompt_that_two_workers_served_tokens_count_once_and_times_add_up() -> None:
+    prefill, decode = Decisions(16), Decisions(16)
+    reader = Candidate(1, SPEEDS, hbm_blocks=100)
+    first = prefill.decided("p", 2200, *choose([reader], 2200, 16, POLICY))
+    prefill.first_token(first, 0.2)
+    prefill.ended("p", "finished")
+    taker = Candidate(2, SPEEDS, hbm_blocks=10, dram_blocks=138, is_handed_over=True)
+    second = decode.decided("d", 2200, *choose([taker], 2200, 16, POLICY), first.to_decode())
+    own = second.predicted_ttft_seconds - first.predicted_ttft_seconds
+    assert own > 0
+    decode.first_token(second, 0.05)
+    decode.answered(second, 1, 10, 0.2)
+    decode.ended("d", "finished")
+    assert second.ttft_seconds == pytest.approx(0.25)
+    assert second.candidates[0].tokens == {"hbm": 160, "handover": 2040}
+    assert second.prefilled is not None
+    assert (second.prefilled.id, second.prefilled.tokens["hbm"]) == ("p", 1600)
+
+    totals = decode.totals()
+    totals.add_prefill(prefill.totals())
+    assert totals.tokens == {"hbm": 1600, "dram": 0, "store": 0, "computed": 600}
+    assert (totals.outcomes["finished"], totals.decisions) == (1, {"2": 1})
+
+    registry = CollectorRegistry()
+    registry.register(ByRole(prefill=prefill.registry, decode=decode.registry))
+    shown = generate_latest(registry).decode()
+    assert shown.count("# TYPE kvtier_router_ttft_seconds histogram") == 1
+    for line in (
+        'kvtier_router_ttft_seconds_sum{role="decode"} 0.25',
+        'kvtier_router_ttft_seconds_sum{role="prefill"} 0.2',
+        'kvtier_router_prompt_tokens_total{role="prefill",source="hbm"} 1600.0',
+        'kvtier_router_chosen_blocks_total{role="decode",tier="handover",worker="2"} 128.0',
+    ):
+        assert line in shown
+    assert 'kvtier_router_prompt_tokens_total{role="decode"' not in shown
+
+
 def test_what_came_over_the_bus_is_shown() -> None:
     decisions, live, mirror = Decisions(16), LiveSpeeds(SPEEDS), Mirror()
-    decisions.watch(live, mirror, {"Residency": 3})
+    decisions.registry.register(BusCollector(live, mirror, {"Residency": 3}))
     live.heard_worker(WorkerReport("26", "d.b.g", 7, 16, 1, 1000, 0, fetched_chunks={"hit": 5, "miss": 2}))
     live.heard_worker(WorkerReport("x", "d.b.g", 7, 16, 1, 1000, 0))
     mirror.apply(Residency("t:1", 5, 1, 0, 0, [], [], 0), time.monotonic())

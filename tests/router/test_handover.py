@@ -23,8 +23,9 @@ class Cluster:
         self.prefill, self.decode = KvRouter(PREFILL), KvRouter(DECODE)
         readers = Workers(ENDPOINT)
         readers.heard(WorkerReport("1", ENDPOINT, 7, BLOCK, 2, 2_000_000, 0), time.monotonic())
-        decode = make(self.decode, handover=Handover(readers, bytes_per_second=1e8))
-        self.served = Disaggregated(make(self.prefill, **prefill), decode, local_prefill_tokens)
+        self.decode_router = make(self.decode, handover=Handover(readers, bytes_per_second=1e8))
+        self.prefill_router = make(self.prefill, **prefill)
+        self.served = Disaggregated(self.prefill_router, self.decode_router, local_prefill_tokens)
 
     async def workers(self, **routing: int) -> tuple[list[int], int]:
         """Those that a prompt was prefilled on for others, and the one that answered."""
@@ -45,6 +46,22 @@ async def test_both_workers_are_chosen_by_what_they_hold_and_have_left() -> None
     cluster.decode.blocks = {}
     cluster.decode.rows[11]["device_blocks"] = 5
     assert (await cluster.workers())[1] == 11
+
+
+async def test_a_prompt_is_shown_once_with_what_its_prefill_worker_did() -> None:
+    cluster = Cluster()
+    await cluster.workers()
+    (on_decode,) = cluster.decode_router.decisions.last()
+    (on_prefill,) = cluster.prefill_router.decisions.last()
+    known = on_decode.prefilled
+    assert known is not None
+    assert (known.id, known.worker, known.ttft_seconds) == (on_prefill.id, on_prefill.chosen, on_prefill.ttft_seconds)
+    assert on_decode.ttft_seconds is not None
+    assert on_decode.ttft_seconds > known.ttft_seconds
+    cluster.prefill.broken = set(PREFILL)
+    cluster.prefill.sent.clear()
+    _ = [output async for output in cluster.served.handle({"token_ids": TOKENS, "model": "m"}, Context())]
+    assert cluster.decode_router.decisions.last(1)[0].prefilled is None
 
 
 async def test_a_client_may_name_either_worker() -> None:

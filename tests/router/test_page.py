@@ -15,7 +15,7 @@ from components.router.decisions import KEPT, LOGGED, Decisions
 from components.router.speeds import LiveSpeeds
 from components.router.view import explain
 from components.router.view.access import page_access
-from components.router.view.feed import ROWS, SAMPLES_PER_SECOND, Feed, Growth, Viewer
+from components.router.view.feed import ROWS, SAMPLES_PER_SECOND, Feed, Growth, Pool, Viewer
 from components.router.view.page import VIEWERS_OF_PEER_MAX, open_page
 from components.router.view.state import Update
 from components.router.workers import Workers
@@ -37,8 +37,7 @@ def decided(
         Candidate(26, SPEEDS, hbm_blocks=20, queued_prefill_tokens=9000, memory_used=0.5),
     ]
     chosen, choices = choose(candidates, 2200, 16, POLICY)
-    decisions.decided(name, 2200, chosen, choices)
-    decisions.first_token(name, chosen, actual)
+    decisions.first_token(decisions.decided(name, 2200, chosen, choices), actual)
     decisions.ended(name, outcome)
 
 
@@ -238,6 +237,50 @@ def test_what_is_wrong_is_said() -> None:
     assert [alarm.level for alarm in feed.state.alarms] == ["bad", "bad", "bad", "warn", "warn"]
     connected[0] = False
     assert "bus" in said()
+
+
+def test_prefill_and_decode_workers_are_shown_as_what_they_are() -> None:
+    card = json.dumps({"display_name": "m", "kv_cache_block_size": 16})
+    pools = [
+        Pool(Decisions(16), Workers(f"dynamo.{role}.generate"), LiveSpeeds(SPEEDS)) for role in ("prefill", "decode")
+    ]
+    prefill, decode = pools
+    feed = Feed(*decode, Mirror(), prefill=prefill)
+
+    def said() -> set[str]:
+        feed.tick()
+        return {alarm.id for alarm in feed.state.alarms} - {"no-target"}
+
+    assert said() == {"no-worker"}
+    decode.workers.set_cards({"2": card})
+    assert said() == {"no-prefill-worker"}  # and no report is missed: decode workers have no tier
+    prefill.workers.set_cards({"1": card})
+    assert said() == {"no-report"}
+    reader, taker = Candidate(1, SPEEDS, hbm_blocks=100), Candidate(2, SPEEDS, dram_blocks=138, is_handed_over=True)
+    first = prefill.decisions.decided("p", 2200, *choose([reader], 2200, 16, POLICY))
+    prefill.decisions.first_token(first, 0.2)
+    prefill.decisions.ended("p", "finished")
+    second = decode.decisions.decided("d", 2200, *choose([taker], 2200, 16, POLICY), first.to_decode())
+    decode.decisions.first_token(second, 0.05)
+    decode.decisions.ended("d", "finished")
+    feed.tick()
+    state = feed.state
+    assert [(lane.worker, lane.role, lane.decisions) for lane in state.workers] == [
+        ("1", "prefill", 1),
+        ("2", "decode", 1),
+    ]
+    assert state.workers[1].tokens["handover"] == 138 * 16  # in whole blocks
+    assert (state.decisions, state.open, state.outcomes["finished"]) == (1, 0, 1)
+    assert state.tokens == {"hbm": 1600, "dram": 0, "store": 0, "computed": 600}
+    (row,) = Viewer(feed).update().decisions
+    assert (row.id, row.worker, row.prefill_worker, row.tokens["hbm"]) == ("d", "2", "1", 1600)
+    assert row.ttft_seconds == pytest.approx(0.25)
+    assert [one.id for one in Viewer(feed, worker="1").update().decisions] == ["p"]
+    assert feed.find("p") is first
+    assert feed.find("d") is second
+    prefill.workers.set_cards({})
+    decode.workers.set_cards({})
+    assert said() == {"no-worker"}
 
 
 def test_counters_that_begin_anew_count_from_nothing() -> None:

@@ -78,11 +78,11 @@ class Shown:
         """One prompt, from the decision to the end of its answer."""
         tokens, (chosen, choices) = self.random.choice(PRICED)
         name = f"{self.random.getrandbits(48):012x}"
-        self.decisions.decided(name, tokens, chosen, choices)
+        decision = self.decisions.decided(name, tokens, chosen, choices)
         self.decisions.took({"ask": 0.0005, "locate": 0.0002, "price": 0.0003})
         if ended:
-            self.decisions.first_token(name, chosen, chosen.ttft_seconds * self.random.uniform(0.8, 1.25))
-            self.decisions.answered(name, 1, 30, 30 * 0.02)
+            self.decisions.first_token(decision, chosen.ttft_seconds * self.random.uniform(0.8, 1.25))
+            self.decisions.answered(decision, 1, 30, 30 * 0.02)
             self.decisions.ended(name, "finished")
         return name
 

@@ -48,13 +48,22 @@ def _targets(state: State) -> list[Alarm]:
 def _workers(state: State) -> list[Alarm]:
     if not state.workers:
         return [Alarm("no-worker", "bad", "No worker is live: prompts fail. Look at the workers' logs.")]
+    found = []
+    roles = {lane.role for lane in state.workers}
+    if roles == {"prefill"}:
+        found.append(Alarm("no-decode-worker", "bad", "No decode worker is live: prompts fail. Look at their logs."))
+    if roles == {"decode"}:
+        found.append(Alarm("no-prefill-worker", "warn", "No prefill worker is live: decode workers prefill."))
     silent = [
-        lane.worker for lane in state.workers if lane.heard_seconds is None or lane.heard_seconds > _SILENT_SECONDS
+        lane.worker
+        for lane in state.workers
+        if lane.role != "decode" and (lane.heard_seconds is None or lane.heard_seconds > _SILENT_SECONDS)
     ]
     if silent and state.connected:
         names = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
-        return [Alarm("no-report", "warn", f"Worker {names}: no report of its tier, so nothing is planned for it.")]
-    return []
+        text = f"Worker {names}: no report of its tier, so nothing is planned for it."
+        found.append(Alarm("no-report", "warn", text))
+    return found
 
 
 def _prompts(state: State) -> list[Alarm]:

@@ -82,18 +82,21 @@ def _in_full(one: Decision) -> str:
             f"not sent: {one.prompt_tokens} tokens would go to worker {one.chosen}",
             f"first token: predicted {one.predicted_ttft_seconds:.4f} s",
         ]
-    if one.fetch_chunks:
+    if one.prefilled is not None:
+        lines.append(f"prefilled on worker {one.prefilled.worker}: see decision {one.prefilled.id}")
+    elif one.fetch_chunks:
         runs = ", ".join(f"{target} {count}" for target, count in one.targets)
         lines.append(f"fetches {one.fetch_chunks} chunks: {runs}")
     # Within 80 columns: `kvtier top` shows it, too.
     candidates = sorted(one.candidates, key=lambda candidate: candidate.price_seconds)
-    tokens = [[f"{each.tokens.get(name, 0):,}" for name in _SOURCES] for each in candidates]
+    names = [*_SOURCES, *(["handover"] if any("handover" in each.tokens for each in candidates) else [])]
+    tokens = [[f"{each.tokens.get(name, 0):,}" for name in names] for each in candidates]
     terms = [*candidates[0].price, "= price"] if candidates else []
     prices = [[_ms(seconds) for seconds in (*each.price.values(), each.price_seconds)] for each in candidates]
-    for title, names, rows in (("tokens by source", _SOURCES, tokens), ("ms by term of the price", terms, prices)):
+    for title, heads, rows in (("tokens by source", names, tokens), ("ms by term of the price", terms, prices)):
         marks = ["<-" if each.worker == one.chosen else "" for each in candidates]
         table = [[each.worker, *row, mark] for each, row, mark in zip(candidates, rows, marks, strict=True)]
-        lines += ["", title, words.table([["worker", *names, ""], *table])]
+        lines += ["", title, words.table([["worker", *heads, ""], *table])]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import random
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from components.router.decisions import KEPT, Considered, Decision, Decisions, Totals
 from components.router.speeds import LiveSpeeds, prefill_tokens_per_second
@@ -69,8 +69,20 @@ class Growth:
         return dict(sum(self._grown, Counter()))
 
 
+class Pool(NamedTuple):
+    """The workers of an endpoint, and what was decided of them."""
+
+    decisions: Decisions
+    workers: Workers
+    speeds: LiveSpeeds
+
+
 class Feed:
-    """Keeps the last quarter of an hour. For one event loop."""
+    """Keeps the last quarter of an hour. For one event loop.
+
+    `decisions`, `workers` and `speeds` are of the workers that answer. With `prefill` these are decode workers, and a
+    prompt is shown once: as it went to them, with what a prefill worker did before.
+    """
 
     def __init__(
         self,
@@ -79,6 +91,7 @@ class Feed:
         speeds: LiveSpeeds,
         mirror: Mirror,
         *,
+        prefill: Pool | None = None,
         model: str = "",
         connected: Callable[[], bool] = lambda: True,
     ):
@@ -87,14 +100,14 @@ class Feed:
         self.points_made = 0
         self.samples: deque[Sample] = deque(maxlen=_SAMPLES_KEPT)
         self.samples_made = 0
-        self._workers = workers
-        self._speeds = speeds
+        answering = Pool(decisions, workers, speeds)
+        self._pools = {"": answering} if prefill is None else {"prefill": prefill, "decode": answering}
         self._mirror = mirror
         self._model = model
         self._connected = connected
         self._started = time.time()
         self._ticked = time.monotonic()
-        self._totals = decisions.totals()
+        self._totals = self._all_totals()
         self._fetched = Growth(WINDOW_SECONDS)
         self._outcomes = Growth(WINDOW_SECONDS)
         self._faults = Growth(FAULT_WINDOW_SECONDS)
@@ -116,7 +129,7 @@ class Feed:
     def tick(self) -> None:
         now, wall = time.monotonic(), time.time()
         passed = max(now - self._ticked, 1e-3)
-        before, totals = self._totals, self.decisions.totals()
+        before, totals = self._totals, self._all_totals()
         self._ticked, self._totals = now, totals
         answered = list(self.decisions.answered_lately)
         self.decisions.answered_lately.clear()
@@ -156,11 +169,26 @@ class Feed:
             saving=states.saving(recent),
         )
 
+    def _all_totals(self) -> Totals:
+        """Of a prompt that a prefill and a decode worker served, the two decisions are one."""
+        totals = self.decisions.totals()
+        if (prefill := self._pools.get("prefill")) is not None:
+            totals.add_prefill(prefill.decisions.totals())
+        return totals
+
+    def decisions_of(self, worker: str) -> Decisions:
+        """Those among which are a worker's; with "" those of the prompts."""
+        for pool in self._pools.values():
+            if worker and worker.partition(".")[0] in (format(one, "x") for one in pool.workers.cards):
+                return pool.decisions
+        return self.decisions
+
     def find(self, decision_id: str) -> Decision | None:
-        return self.decisions.find(decision_id) or self._shown.get(decision_id)
+        every = (pool.decisions.find(decision_id) for pool in self._pools.values())
+        return next(filter(None, every), None) or self._shown.get(decision_id)
 
     def show(self, decision: Decision) -> Summary:
-        self._shown[decision.id] = self.decisions.find(decision.id) or decision
+        self._shown[decision.id] = self.find(decision.id) or decision
         if len(self._shown) > KEPT:
             self._shown.popitem(last=False)
         return summary(decision)
@@ -168,7 +196,10 @@ class Feed:
     def _state(
         self, totals: Totals, point: Point, recent: list[Sample], decision_seconds: float | None, now: float
     ) -> State:
-        workers, targets = self._worker_lanes(totals, point.time, now), self._target_lanes(now)
+        workers = [
+            lane for role, pool in self._pools.items() for lane in self._worker_lanes(role, pool, point.time, now)
+        ]
+        targets = self._target_lanes(now)
         self._fetched.take({lane.worker: lane.fetched_chunks for lane in workers if lane.heard_seconds is not None})
         self._outcomes.take({"": totals.outcomes})
         self._faults.take({lane.target: {name: getattr(lane, name) for name in _FAULTS} for lane in targets})
@@ -202,16 +233,17 @@ class Feed:
             minute=self._minute,
         )
 
-    def _worker_lanes(self, totals: Totals, wall: float, now: float) -> list[WorkerLane]:
-        last = next(iter(self.decisions.last(1)), None)
+    def _worker_lanes(self, role: str, pool: Pool, wall: float, now: float) -> list[WorkerLane]:
+        totals, block_tokens = pool.decisions.totals(), pool.decisions.block_tokens
+        last = next(iter(pool.decisions.last(1)), None)
         considered: dict[str, Considered] = {}
         if last is not None:
             considered = {one.worker: one for one in last.candidates}
         fresh = last is not None and wall - last.time <= _FRESH_SECONDS
-        reports = self._workers.reports(now)
-        open_ = self.decisions.open_by_worker()
+        reports = pool.workers.reports(now)
+        open_ = pool.decisions.open_by_worker()
         lanes = []
-        for worker in sorted(self._workers.cards):
+        for worker in sorted(pool.workers.cards):
             name = format(worker, "x")
             ranks = [one for one in considered if one.partition(".")[0] == name] or [name]
             for label in sorted(ranks):
@@ -219,15 +251,16 @@ class Feed:
                 seen = considered.get(label) if fresh else None
                 lane = WorkerLane(
                     worker=label,
+                    role=role,
                     decisions=totals.decisions.get(label, 0),
                     tokens={
-                        name: self.decisions.block_tokens * blocks.get("missing" if name == "computed" else name, 0)
-                        for name in SOURCES
+                        name: block_tokens * blocks.get("missing" if name == "computed" else name, 0)
+                        for name in (*SOURCES, *(["handover"] if role == "decode" else []))
                     },
                     open=open_.get(label, 0),
                     queued_tokens=seen.queued_tokens if seen else None,
                     memory_used=seen.memory_used if seen else None,
-                    prefill_tokens_per_second=prefill_tokens_per_second(self._speeds.of_worker(worker)),
+                    prefill_tokens_per_second=prefill_tokens_per_second(pool.speeds.of_worker(worker)),
                 )
                 if worker in reports:
                     report, lane.heard_seconds = reports[worker]
@@ -244,7 +277,8 @@ class Feed:
         return lanes
 
     def _target_lanes(self, now: float) -> list[TargetLane]:
-        chunks, reports = self._mirror.counts(now), self._speeds.targets(now)
+        reporting, *_ = self._pools.values()  # the workers with a tier
+        chunks, reports = self._mirror.counts(now), reporting.speeds.targets(now)
         lanes = []
         for target, age in sorted(self._mirror.ages(now).items()):
             lane = TargetLane(target, age, chunks.get(target, 0))
@@ -283,7 +317,7 @@ class Viewer:
 
     def _new(self) -> list[Decision]:
         """A few of the new decisions that are wanted, by chance; at first the newest. The oldest comes first."""
-        decisions = self._feed.decisions
+        decisions = self._feed.decisions_of(self._worker)
         missed = KEPT if self._decided is None else min(KEPT, decisions.count - self._decided)
         new = [one for one in decisions.newest(missed) if self._wants(one)]
         if self._decided is None:
@@ -301,7 +335,7 @@ class Viewer:
     def _wants(self, decision: Decision) -> bool:
         if self._worker not in ("", decision.chosen):
             return False
-        return not self._source or tokens_of(decision)[self._source] > 0
+        return not self._source or tokens_of(decision).get(self._source, 0) > 0
 
 
 def summary(decision: Decision) -> Summary:
@@ -311,19 +345,21 @@ def summary(decision: Decision) -> Summary:
         decision.time,
         decision.prompt_tokens,
         decision.chosen,
-        chosen.tokens,
-        decision.fetch_chunks,
+        tokens_of(decision),
+        decision.prefilled.fetch_chunks if decision.prefilled else decision.fetch_chunks,
         chosen.price_seconds,
         decision.predicted_ttft_seconds,
         decision.ttft_seconds,
         decision.tpot_seconds,
         decision.output_tokens,
         decision.outcome,
+        decision.prefilled.worker if decision.prefilled else "",
     )
 
 
 def tokens_of(decision: Decision) -> dict[str, int]:
-    return _chosen(decision).tokens
+    """Of the prompt, by source."""
+    return decision.prefilled.tokens if decision.prefilled else _chosen(decision).tokens
 
 
 def _chosen(decision: Decision) -> Considered:
@@ -332,6 +368,9 @@ def _chosen(decision: Decision) -> Considered:
 
 def _sample(decision: Decision, wall: float) -> Sample:
     assert decision.ttft_seconds is not None
+    prefill, without_store = _chosen(decision).seconds["prefill"], decision.without_store_prefill_seconds
+    if decision.prefilled:
+        prefill, without_store = decision.prefilled.prefill_seconds, decision.prefilled.without_store_prefill_seconds
     return Sample(
         wall,
         decision.chosen,
@@ -342,8 +381,8 @@ def _sample(decision: Decision, wall: float) -> Sample:
         Saving(
             decision.predicted_ttft_seconds,
             decision.without_store_ttft_seconds,
-            _chosen(decision).seconds["prefill"],
-            decision.without_store_prefill_seconds,
+            prefill,
+            without_store,
         ),
     )
 

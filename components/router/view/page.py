@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from components.router.decisions import KEPT
 from components.router.view.access import Access, Door, is_of_another_site
@@ -55,8 +55,10 @@ _HEADERS = {
 }
 
 
-def make_app(feed: Feed, access: Access, questions: Mapping[str, Handler]) -> web.Application:
-    """`questions` are handlers by path that tell whether a prompt is cached."""
+def make_app(
+    feed: Feed, access: Access, questions: Mapping[str, Handler], registry: CollectorRegistry
+) -> web.Application:
+    """`questions` are handlers by path that tell whether a prompt is cached; /metrics shows `registry`."""
     viewers: dict[asyncio.Task[object], str | None] = {}  # and the address of each
 
     async def state(_: web.Request) -> web.Response:
@@ -67,7 +69,8 @@ def make_app(feed: Feed, access: Access, questions: Mapping[str, Handler]) -> we
         if not limit.isdecimal() or not 0 < int(limit) <= KEPT:
             raise web.HTTPBadRequest(text=f"limit: {shown(limit)}: expected 1 to {KEPT}\n")
         worker = request.query.get("worker", "")
-        wanted = [one.id for one in feed.decisions.newest(KEPT) if worker in ("", one.chosen)][: int(limit)]
+        newest = feed.decisions_of(worker).newest(KEPT)
+        wanted = [one.id for one in newest if worker in ("", one.chosen)][: int(limit)]
         found = []
         for name in wanted:
             if (decision := feed.find(name)) is not None:
@@ -82,7 +85,7 @@ def make_app(feed: Feed, access: Access, questions: Mapping[str, Handler]) -> we
         return _json(found)
 
     async def metrics(_: web.Request) -> web.Response:
-        body = generate_latest(feed.decisions.registry)
+        body = generate_latest(registry)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def events(request: web.Request) -> web.StreamResponse:
@@ -191,9 +194,15 @@ def make_app(feed: Feed, access: Access, questions: Mapping[str, Handler]) -> we
     return app
 
 
-async def open_page(access: Access, feed: Feed, questions: Mapping[str, Handler] = NO_QUESTIONS) -> web.AppRunner:
-    """Serve until the runner's cleanup. Raises UnavailableError if the address is taken."""
-    app = make_app(feed, access, questions)
+async def open_page(
+    access: Access,
+    feed: Feed,
+    questions: Mapping[str, Handler] = NO_QUESTIONS,
+    registry: CollectorRegistry | None = None,
+) -> web.AppRunner:
+    """Serve until the runner's cleanup; /metrics shows `registry`, by default the decisions' own. Raises
+    UnavailableError if the address is taken."""
+    app = make_app(feed, access, questions, registry or feed.decisions.registry)
     runner = web.AppRunner(app, access_log=None, keepalive_timeout=_HEAD_SECONDS, lingering_time=1.0)
     await runner.setup()
     try:

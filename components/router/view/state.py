@@ -94,6 +94,7 @@ class Summary(msgspec.Struct):
     tpot_seconds: float | None
     output_tokens: int
     outcome: str
+    prefill_worker: str = ""  # which handed the KV over; the tokens are then as it found them
 
 
 class WorkerLane(msgspec.Struct):
@@ -106,6 +107,7 @@ class WorkerLane(msgspec.Struct):
     queued_tokens: int | None  # to prefill, when the last prompt was decided
     memory_used: float | None  # share of the KV memory, likewise
     prefill_tokens_per_second: float  # of a prompt of 1,000, as the router prices it
+    role: str = ""  # prefill or decode, where these are workers of their own
     # Its tier's report, if there is one.
     heard_seconds: float | None = None  # ago
     queue: int = 0  # requests that the engine has not begun with

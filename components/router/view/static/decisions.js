@@ -2,7 +2,6 @@
 
 import {
   SOURCE_NAMES,
-  SOURCES,
   clock,
   count,
   element,
@@ -11,6 +10,7 @@ import {
   percent,
   seconds,
   sourcesBar,
+  sourcesOf,
   stack,
   sum,
 } from "./format.js";
@@ -92,7 +92,13 @@ export class Decisions {
           element("small", {}, count(decision.prompt_tokens)),
         ),
       ],
-      [element("span", { class: "mono", title: decision.worker }, nick(decision.worker))],
+      [
+        element(
+          "span",
+          { class: "mono", title: decision.prefill_worker ? `${decision.prefill_worker}, then ${decision.worker}` : decision.worker },
+          decision.prefill_worker ? `${nick(decision.prefill_worker)} › ${nick(decision.worker)}` : nick(decision.worker),
+        ),
+      ],
       [seconds(predicted)],
       [element("span", { class: off ? "off" : null, title: off ? "more than twice off" : null }, seconds(actual))],
       [outcome(decision)],
@@ -149,10 +155,12 @@ export function showDetail(panel, decision, all, showAll) {
 
 // In a sentence or two.
 function story(decision, ordered, chosen) {
-  const found = SOURCES.filter((source) => chosen.tokens[source] > 0).map(
-    (source) =>
-      `${count(chosen.tokens[source])} ${source === "computed" ? "computed" : `from ${SOURCE_NAMES[source]}`}`,
-  );
+  const found = sourcesOf(chosen.tokens)
+    .filter((source) => chosen.tokens[source] > 0)
+    .map(
+      (source) =>
+        `${count(chosen.tokens[source])} ${source === "computed" ? "computed" : `from ${SOURCE_NAMES[source]}`}`,
+    );
   const text = element("p", { class: "story" }, `${count(decision.prompt_tokens)} tokens: ${found.join(", ")}. `);
   const second = ordered.find((one) => one !== chosen);
   if (second) {
@@ -169,7 +177,10 @@ function story(decision, ordered, chosen) {
   } else {
     text.append("No other worker could serve it. ");
   }
-  if (decision.fetch_chunks) {
+  if (decision.prefilled) {
+    const { id, worker } = decision.prefilled;
+    text.append(`Prefilled on ${nick(worker)}, `, element("a", { class: "mono", href: `?decision=${id}` }, "why"), ".");
+  } else if (decision.fetch_chunks) {
     const held = new Map();
     for (const [target, chunks] of decision.targets) held.set(target, (held.get(target) || 0) + chunks);
     const names = [...held].map(([target, chunks]) => `${count(chunks)} from ${target}`).join(", ");

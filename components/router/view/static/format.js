@@ -5,7 +5,9 @@ const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 
 export const SOURCES = ["hbm", "dram", "store", "computed"];
-export const SOURCE_NAMES = { hbm: "HBM", dram: "DRAM", store: "store", computed: "computed" };
+export const SOURCE_NAMES = { hbm: "HBM", dram: "DRAM", store: "store", computed: "computed", handover: "prefill worker" };
+// Of a decode worker some tokens come from a prefill worker, where they are counted as one of the others.
+export const sourcesOf = (tokens) => ("handover" in tokens ? [...SOURCES, "handover"] : SOURCES);
 
 export const count = (value) => whole.format(value);
 export const short = (value) => (value < 10_000 ? whole.format(value) : compact.format(value));
@@ -83,15 +85,15 @@ export function stack(parts, scale, label) {
 }
 
 export function sourcesBar(tokens, scale) {
-  const total = SOURCES.reduce((sum, source) => sum + (tokens[source] || 0), 0);
-  const label = SOURCES.map((source) => `${SOURCE_NAMES[source]} ${count(tokens[source] || 0)}`).join(", ");
+  const sources = sourcesOf(tokens);
+  const label = sources.map((source) => `${SOURCE_NAMES[source]} ${count(tokens[source] || 0)}`).join(", ");
   return stack(
-    SOURCES.map((source) => [source, tokens[source] || 0]),
-    scale || total,
+    sources.map((source) => [source, tokens[source] || 0]),
+    scale || sum(tokens),
     label,
   );
 }
 
 export function sum(tokens) {
-  return SOURCES.reduce((total, source) => total + (tokens[source] || 0), 0);
+  return sourcesOf(tokens).reduce((total, source) => total + (tokens[source] || 0), 0);
 }

@@ -42,7 +42,7 @@ export function showWorkers(table, model, filter, choose) {
     return {
       lit: filter.worker === lane.worker,
       cells: [
-        [name],
+        [name, note(lane.role)],
         [sourcesBar(lane.tokens), note(`${short(lane.decisions)} prompts`)],
         [element("span", { class: "flow" }, strong(count(lane.open)), spark(history))],
         [
@@ -65,7 +65,9 @@ export function showWorkers(table, model, filter, choose) {
             ["lost", lost],
           ]),
         ],
-        [mark(silent, lane.heard_seconds === null ? "no report" : age(lane.heard_seconds))],
+        lane.role === "decode"
+          ? ["–"]
+          : [mark(silent, lane.heard_seconds === null ? "no report" : age(lane.heard_seconds))],
       ],
     };
   });
