@@ -1,8 +1,8 @@
 """Prefill and decode on workers of their own.
 
-The router picks a prefill worker and plans what it fetches from the store; the worker computes the rest. The router
-then picks a decode worker, to which NIXL hands the KV. A prompt of which a decode worker lacks little is prefilled
-there. Only prefill workers have the tier.
+The router picks a prefill worker and plans what it fetches from the store; the worker computes and stores the rest. The
+router then picks a decode worker, to which NIXL hands the KV, and which stores the answer's. A prompt of which a decode
+worker and the store lack little is prefilled there.
 """
 
 from graphs import services

@@ -88,7 +88,7 @@ def of_target() -> list[Series]:
 
 def of_router() -> list[Series]:
     decisions = Decisions(16)
-    decisions.registry.register(BusCollector(LiveSpeeds(Speeds(0.0, 1.0, 0.0, 1.0, 1.0, 0.0)), Mirror(), {}))
+    decisions.registry.register(BusCollector([LiveSpeeds(Speeds(0.0, 1.0, 0.0, 1.0, 1.0, 0.0))], Mirror(), {}))
     return list(_registered(decisions.registry))
 
 

@@ -200,7 +200,7 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
 
     processes = []
     place = deployment.place
-    tier = settings.flags.get("tier", mode != "decode")
+    tier = settings.flags.get("tier", True)
     if not isinstance(tier, bool):
         raise ConfigError("tier", tier, "true or false")
     flags, files = _placed(Options, settings.flags, place)

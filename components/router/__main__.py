@@ -188,13 +188,18 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
     mirror = Mirror()
 
     speeds = LiveSpeeds(options.speeds())
+    by_endpoint = {options.endpoint: (workers, speeds)}
 
     async def heard(report: WorkerReport) -> None:
-        if report.endpoint == options.endpoint and speeds.heard_worker(report):
-            workers.heard(report, time.monotonic())
+        if report.endpoint in by_endpoint:
+            its_workers, its_speeds = by_endpoint[report.endpoint]
+            if its_speeds.heard_worker(report):
+                its_workers.heard(report, time.monotonic())
 
     async def heard_target(report: TargetReport) -> None:
-        speeds.heard_target(report, time.monotonic())
+        for _, its_speeds in by_endpoint.values():
+            if not its_speeds.heard_target(report, time.monotonic()):
+                return  # the others would not believe it either
 
     await line.subscribe(messages.subject(namespace, "speed.worker"), WorkerReport, heard)
     await line.subscribe(messages.subject(namespace, "speed.target"), TargetReport, heard_target)
@@ -219,7 +224,8 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
     prefill_pool: Pool | None = None
     if options.decode_endpoint:
         decode_endpoint = runtime.endpoint(options.decode_endpoint)
-        decoders, decode_speeds = Workers(options.decode_endpoint), LiveSpeeds(options.speeds())
+        decoders, decode_speeds = Workers(options.decode_endpoint), LiveSpeeds(options.speeds(), speeds.ignored)
+        by_endpoint[options.decode_endpoint] = decoders, decode_speeds
         decode_cards = FpmEventSubscriber(decode_endpoint)
         decode_cards.start_tracking()
         await _first_card(decode_cards, decoders, options.decode_endpoint, block_tokens)
@@ -227,7 +233,7 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
         handover = Handover(workers, options.handover_gbytes_per_second * 1e9)
         of_decode = Others(f"{own_id:x}", options.decode_endpoint, speeds.ignored)
         decode = _router(
-            decode_endpoint, decoders, Mirror(), decode_speeds, block_tokens, options, own_id, of_decode, handover
+            decode_endpoint, decoders, mirror, decode_speeds, block_tokens, options, own_id, of_decode, handover
         )
         tasks.append(asyncio.create_task(of_decode.share(line, namespace, decode.under_way)))
         handle = Disaggregated(router, decode, options.local_prefill_tokens).handle
@@ -236,7 +242,7 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
         registry.register(ByRole(prefill=router.decisions.registry, decode=decode.decisions.registry))
         every.append(decoders)
         tracked.append(decode_cards)
-    registry.register(BusCollector(speeds, mirror, line.undecoded))
+    registry.register(BusCollector([known for _, known in by_endpoint.values()], mirror, line.undecoded))
     prompts = Prompts(options.model_path or options.model_name)
     questions = {
         "/explain": explain_handler(router, prompts),

@@ -435,7 +435,8 @@ class ByRole(Collector):
 class BusCollector(Collector):
     """What came over the bus, made when asked for."""
 
-    def __init__(self, speeds: LiveSpeeds, mirror: Mirror, undecoded: Mapping[str, int]):
+    def __init__(self, speeds: Sequence[LiveSpeeds], mirror: Mirror, undecoded: Mapping[str, int]):
+        """`speeds` of workers apart, which count what they do not believe together."""
         self._speeds = speeds
         self._mirror = mirror
         self._undecoded = undecoded
@@ -444,7 +445,7 @@ class BusCollector(Collector):
         ignored = CounterMetricFamily(
             "kvtier_router_rejected_heartbeats", "Heartbeats rejected by validation, by reason", labels=["reason"]
         )
-        for reason, count in self._speeds.ignored.items():
+        for reason, count in self._speeds[0].ignored.items():
             ignored.add_metric([reason], count)
         yield ignored
         undecoded = CounterMetricFamily(
@@ -458,7 +459,7 @@ class BusCollector(Collector):
             "Chunks that workers requested from targets, by outcome, from their heartbeats. A miss is a false hit",
             labels=["worker", "outcome"],
         )
-        for worker, outcomes in self._speeds.fetched_chunks.items():
+        for worker, outcomes in itertools.chain.from_iterable(one.fetched_chunks.items() for one in self._speeds):
             for outcome, count in outcomes.items():
                 fetched.add_metric([format(worker, "x"), outcome], count)
         yield fetched

@@ -79,13 +79,14 @@ class TargetSpeed:
 
 
 class LiveSpeeds:
-    """Speeds by worker and target, `prior` where nothing was measured."""
+    """Speeds by worker and target, `prior` where nothing was measured. `ignored` counts reports that are not believed,
+    by reason."""
 
-    def __init__(self, prior: Speeds):
+    def __init__(self, prior: Speeds, ignored: Counter[str] | None = None):
         self._prior = prior
         self._workers: dict[int, _Worker] = {}
         self._targets: dict[str, tuple[TargetReport, float, int]] = {}  # when it was heard, older ones since
-        self.ignored: Counter[str] = Counter()  # reports, by reason
+        self.ignored = Counter() if ignored is None else ignored
 
     def heard_worker(self, report: WorkerReport) -> bool:
         """Take in what a worker says; False if it is not to be believed, as a whole."""

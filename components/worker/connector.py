@@ -47,6 +47,9 @@ from components.worker.remote_tier import TIER_TYPE, RemoteTier
 from components.worker.step_clock import StepClock, prefilled
 from kvstore.bus.plan import FIELD, HINT_TYPE
 
+# With what a prefill worker hands over, in vLLM's kv_transfer_params: the digest of what it computes KV with, in
+# hexadecimal. Absent where it does not know, or has KV of something else in its own cache.
+_PREFILLED_WITH = f"{FIELD}.prefilled_with"
 # Of an answer, what is stored at once while it grows. A worker that dies loses as much of it.
 ANSWER_PIECE_TOKENS = 128
 
@@ -93,6 +96,8 @@ class KvtierConnector(OffloadingConnector):
         self._loading: dict[str, _Loading] = {}
         self._drop = False  # whether what is in DRAM is not valid any more
         self._sources: dict[str, dict[str, int]] = {}  # of requests that run: cached tokens of the prompt by tier
+        # Requests whose prompt another connector brings from a prefill worker, which has stored it.
+        self._handed_over: set[str] = set()
         # Requests whose fetch has not all begun: without a plan, the store has yet to say what it holds; and there may
         # be no row free. In order of arrival, which is that of scheduling.
         self._arriving: dict[str, RequestOffloadState] = {}
@@ -121,6 +126,8 @@ class KvtierConnector(OffloadingConnector):
 
     def on_new_request(self, request: Request) -> None:
         _hand_over_plan(request)
+        if (request.kv_transfer_params or {}).get("do_remote_prefill"):
+            self._handed_over.add(request.request_id)
         super().on_new_request(request)
         status = self.connector_scheduler._req_status[request.request_id]
         status.update_offload_keys()
@@ -136,6 +143,8 @@ class KvtierConnector(OffloadingConnector):
             return
         if not self._tier.identify(request.request_id, identity) or request.skip_reading_prefix_cache:
             return
+        if request.request_id in self._handed_over:
+            return  # it is to be stored, and nothing of it to be loaded
         keys = [key for state in status.group_states for key in state.offload_keys]
         self._tier.ask(request.request_id, sorted(keys, key=status.req_context.get_offload_key_position))
         self._manager.expect(request.request_id)
@@ -153,6 +162,9 @@ class KvtierConnector(OffloadingConnector):
             return None, False  # for a step or two
         self._begin(request)
         self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
+        if request.request_id in self._handed_over:
+            prefilled_with = (request.kv_transfer_params or {}).get(_PREFILLED_WITH)
+            return 0 if self._known.admit(request, handed_over=str(prefilled_with)) else None, False
         if self._known.identity(request.request_id) is None:
             self._known.admit(request)
             return 0, False
@@ -242,6 +254,10 @@ class KvtierConnector(OffloadingConnector):
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         speed = self._clock.dram_bytes_per_second
         self._loads.allocated(request, blocks, num_external_tokens, speed, super().update_state_after_alloc)
+        if request.request_id in self._handed_over:
+            states = self.connector_scheduler._req_status[request.request_id].group_states
+            for group, state in zip(self._groups, states, strict=True):
+                state.next_stored_chunk_idx = request.num_prompt_tokens // group.tokens_per_chunk
         self._note_sources(request, num_external_tokens)
         self._known.runs(request)
         self._loading.pop(request.request_id, None)
@@ -337,12 +353,18 @@ class KvtierConnector(OffloadingConnector):
         return super().request_finished_all_groups(request, block_ids)[0], sources
 
     def _leave(self, request: Request) -> dict[str, object] | None:
-        """What the answer says beside its text, in vLLM's kv_transfer_params: where cached tokens came from."""
+        """What the answer says beside its text, in vLLM's kv_transfer_params: where cached tokens came from, and for a
+        decode worker what they were computed with."""
         self._arriving.pop(request.request_id, None)
         self._loading.pop(request.request_id, None)
+        self._handed_over.discard(request.request_id)
         self._tier.cancel(request.request_id)
         sources = self._sources.pop(request.request_id, None)
-        return {FIELD: sources} if sources is not None else None
+        said: dict[str, object] = {FIELD: sources} if sources is not None else {}
+        transfer = request.kv_transfer_params or {}
+        if transfer.get("do_remote_decode") and (digest := self._known.computed_with(request)) is not None:
+            said[_PREFILLED_WITH] = digest.hex()
+        return said or None
 
     def _prefetch(self, status: RequestOffloadState) -> None:
         """Look up what is not in HBM, which makes the manager promote what the tier holds, up to the first miss."""

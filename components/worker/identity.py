@@ -221,9 +221,10 @@ class KnownRequests:
             self._confirm(adapter)
         self._take(request)
 
-    def admit(self, request: Request) -> bool:
+    def admit(self, request: Request, *, handed_over: str | None = None) -> bool:
         """The scheduler is about to give the request what was found of it, or to compute it. Whether what it was looked
-        up with is what it is computed with; if not, it has to be looked up again."""
+        up with is what it is computed with; if not, it has to be looked up again. `handed_over`: its prompt comes from
+        another worker, which computed it with what has this digest, in hexadecimal."""
         adapter, looked_up = request.lora_request, self.identity(request.request_id)
         if adapter is not None:
             self._confirm(adapter)
@@ -232,16 +233,24 @@ class KnownRequests:
             self._requests.pop(request.request_id, None)
             return False
         # What the engine's own cache holds was computed with, if not all of it with this.
+        if handed_over is not None and (digest is None or handed_over != digest.hex()):
+            self._served[_owner(adapter)] = b""
         clean = self._served.setdefault(_owner(adapter), digest or b"") == digest
         if digest is not None and request.request_id in self._requests:
             self._requests[request.request_id] = _Known(digest, adapter, clean)
         if digest is not None and not clean and self._warned != digest:
             self._warned = digest
             logger.warning(
-                "kvtier: the engine's prefix cache holds KV of weights or of an adapter that were replaced: nothing is "
-                "stored until it is reset (POST /reset_prefix_cache, or Dynamo's flush_cache)"
+                "kvtier: the engine's prefix cache holds KV of weights or of an adapter that were replaced, or that a "
+                "prefill worker without kvtier, or with others, handed over: nothing is stored until it is reset (POST "
+                "/reset_prefix_cache, or Dynamo's flush_cache)"
             )
         return True
+
+    def computed_with(self, request: Request) -> bytes | None:
+        """What the request's KV was computed with, what is in the engine's own cache, too; None if not known."""
+        digest = self._identity.known(request.lora_request)
+        return digest if self._served.get(_owner(request.lora_request)) == digest else None
 
     def identity(self, req_id: str) -> bytes | None:
         known = self._requests.get(req_id)

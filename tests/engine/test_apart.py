@@ -6,6 +6,7 @@ A cluster of its own, and so the first file by name: it is gone when the one tha
 import asyncio
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 PREFILL, DECODE = "PrefillWorker-0", "DecodeWorker-0"
 TOKEN_BYTES = 4096  # of KV, in the small model
+ANSWER_TOKENS = BLOCK_TOKENS + 16  # more than a chunk
+# A prompt whose decode worker hangs is given up in this time.
+DEADLINES = ["--Router.first-token-floor-seconds=6", "--Router.first-token-max-seconds=20"]
 
 
 async def test_prefill_takes_from_the_store_and_decode_goes_on(tmp_path: Path) -> None:
@@ -29,19 +33,25 @@ async def test_prefill_takes_from_the_store_and_decode_goes_on(tmp_path: Path) -
         tmp_path,
         print,
         # Until it has learnt better, a fetch has time on a busy machine.
-        ["--Router.prefill-tokens-per-second=500", "--Router.local-prefill-tokens=0"],
+        ["--Router.prefill-tokens-per-second=500", "--Router.local-prefill-tokens=0", *DEADLINES],
         config=CONFIG.with_name("disagg_quickstart.yaml"),
         graph="graphs.disagg_router:Frontend",
         tiered="PrefillWorker",
     )
     async with cluster as trial:
-        first = await trial.say_next(OPENING)
+        first = await trial.say_next(OPENING, max_tokens=ANSWER_TOKENS)
         assert first.sources.computed == first.answer.prompt_tokens
-        assert first.answer.equals(await trial.reference())
+        assert first.answer.equals(await trial.reference(max_tokens=ANSWER_TOKENS))
         assert await handed_over(trial) >= first.answer.prompt_tokens * TOKEN_BYTES
         assert (await trial.sources(DECODE)).computed == 0
+        await shown_once(trial, first.answer.prompt_tokens)
 
-        await trial.until_stored()
+        # The decode worker has stored what it computed, and nothing else.
+        conversation = trial.chunk_hashes(trial.messages, answered=True)
+        await trial.until(lambda: located(trial, conversation), "the store has announced the answer, too", 20)
+        answered = len(conversation) - first.answer.prompt_tokens // BLOCK_TOKENS
+        assert answered > 0
+        assert (await trial.metrics(DECODE))["vllm:kvtier_stored_chunks_total", "stored"] == answered
         await trial.kill(PREFILL)
         decoded = await trial.sources(DECODE)
         await trial.until(lambda: trial.ask(trial.messages), "a decode worker prefills", 30)
@@ -57,14 +67,44 @@ async def test_prefill_takes_from_the_store_and_decode_goes_on(tmp_path: Path) -
         await trial.until(lambda: trial.ask(trial.messages[:1], max_tokens=1), "the prompt is answered again", 30)
         async with trial.http.get(f"{trial.page_url}decisions?limit=1") as reply:
             (decision,) = await reply.json()
-        assert (decision["prompt_tokens"], decision["fetch_chunks"]) == (first.answer.prompt_tokens, whole - 2)
+        assert decision["prompt_tokens"] == first.answer.prompt_tokens
+        assert decision["prefilled"]["fetch_chunks"] == whole - 2
         assert (await trial.sources(PREFILL)).store == (whole - 1) * BLOCK_TOKENS
 
         before = await handed_over(trial)
         second = await trial.say_next("And what else? " * 20)
-        assert second.sources.store + second.sources.hbm >= whole * BLOCK_TOKENS
+        assert second.sources.store + second.sources.hbm >= len(conversation) * BLOCK_TOKENS  # with the first answer
         assert second.answer.equals(await trial.reference())
         assert await handed_over(trial) > before  # what the decode worker did not hold still
+
+        trial.child(DECODE).signal(signal.SIGSTOP)
+        with pytest.raises(RuntimeError, match="HTTP 503"):
+            await trial.ask(trial.messages)
+        trial.child(DECODE).signal(signal.SIGCONT)
+        await trial.until(lambda: trial.ask(trial.messages), "the decode worker answers again", 30)
+        third = await trial.say_next("And then?")
+        assert third.answer.equals(await trial.reference())
+
+
+async def located(trial: Trial, hashes: list[int]) -> bool:
+    return all(trial.located(hashes))
+
+
+async def shown_once(trial: Trial, prompt_tokens: int) -> None:
+    """A prompt that two workers served, on the page and in the metrics."""
+    prefill, decode = [format(await trial.worker_id(name), "x") for name in (PREFILL, DECODE)]
+    async with trial.http.get(f"{trial.page_url}state") as reply:
+        state = await reply.json()
+    assert {(lane["worker"], lane["role"]) for lane in state["workers"]} == {(prefill, "prefill"), (decode, "decode")}
+    assert (state["decisions"], state["tokens"]["computed"]) == (1, prompt_tokens)
+    async with trial.http.get(f"{trial.page_url}decisions") as reply:
+        (decision,) = await reply.json()
+    assert (decision["chosen"], decision["prefilled"]["worker"]) == (decode, prefill)
+    assert decision["ttft_seconds"] > decision["prefilled"]["ttft_seconds"] > 0
+    async with trial.http.get(f"{trial.page_url}metrics") as reply:
+        metrics = await reply.text()
+    assert f'kvtier_router_prompt_tokens_total{{role="prefill",source="computed"}} {prompt_tokens}.0' in metrics
+    assert f'kvtier_router_decisions_total{{role="decode",worker="{decode}"}} 1.0' in metrics
 
 
 async def would_fetch(trial: Trial, chunks: int) -> bool:

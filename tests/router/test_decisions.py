@@ -71,7 +71,7 @@ def test_of_a_prompt_that_two_workers_served_tokens_count_once_and_times_add_up(
 
 def test_what_came_over_the_bus_is_shown() -> None:
     decisions, live, mirror = Decisions(16), LiveSpeeds(SPEEDS), Mirror()
-    decisions.registry.register(BusCollector(live, mirror, {"Residency": 3}))
+    decisions.registry.register(BusCollector([live], mirror, {"Residency": 3}))
     live.heard_worker(WorkerReport("26", "d.b.g", 7, 16, 1, 1000, 0, fetched_chunks={"hit": 5, "miss": 2}))
     live.heard_worker(WorkerReport("x", "d.b.g", 7, 16, 1, 1000, 0))
     mirror.apply(Residency("t:1", 5, 1, 0, 0, [], [], 0), time.monotonic())

@@ -123,9 +123,13 @@ class Known:
 
     look = arrived
 
-    def admit(self, request: Any) -> bool:
+    def admit(self, request: Any, *, handed_over: str | None = None) -> bool:
         self.admitted.append(request.request_id)
+        self.handed_over = handed_over
         return True
+
+    def computed_with(self, request: Any) -> bytes | None:
+        return self.identity(request.request_id)
 
     def identity(self, req_id: str) -> bytes | None:
         return None if req_id in self.unknown else IDENTITY
@@ -195,7 +199,7 @@ def connector(rows: int, requests: dict[str, int]) -> tuple[Any, Tier, Manager]:
     )
     one._loads = Loads(one.connector_scheduler, 1)
     one._known, one._identity, one._drop = Known(), SimpleNamespace(base=IDENTITY, stale=False), False
-    one._loading, one._drop, one._sources = {}, False, {}
+    one._loading, one._drop, one._sources, one._handed_over = {}, False, {}, set()
     one._arriving = {
         name: SimpleNamespace(
             req=SimpleNamespace(request_id=name, block_hashes=[]),
@@ -468,6 +472,38 @@ def test_an_answer_says_where_its_prompts_tokens_were_found() -> None:
     assert not one._sources
     aborted = engine_request("queued")
     assert one.request_finished(aborted, []) == (False, None)
+
+
+def test_a_prefill_worker_says_what_it_computes_with() -> None:
+    one, _, _ = connector(1, {})
+    one.connector_scheduler.request_finished = lambda request: (False, None)
+    request = engine_request()
+    request.kv_transfer_params = {"do_remote_decode": True}
+    prefilled_with = {f"{FIELD}.prefilled_with": IDENTITY.hex()}
+    assert one.request_finished(request, []) == (False, prefilled_with)
+    one._known.unknown.add("r")
+    assert one.request_finished(request, []) == (False, None)
+
+
+def test_of_a_prompt_that_is_handed_over_nothing_is_loaded_and_the_answer_is_stored() -> None:
+    one, tier, _ = connector(1, {})
+    one.connector_scheduler = offloading(HoldingTieringManager(primary(), [StockTier()]))
+    one._loads.allocated = lambda *_: None
+    request = engine_request(prompt_tokens=15)
+    request.kv_transfer_params = {"do_remote_prefill": True, f"{FIELD}.prefilled_with": IDENTITY.hex()}
+    one.on_new_request(request)
+    assert tier.identities == {"r": IDENTITY}  # of what it will store
+    assert not tier.asked
+    assert not one._arriving
+    assert one.get_num_new_matched_tokens(request, 0) == (0, False)
+    assert one._known.handed_over == IDENTITY.hex()
+    request.kv_transfer_params["do_remote_prefill"] = False  # by NIXL, whose turn comes first
+    one.update_state_after_alloc(request, None, 0)
+    (state,) = one.connector_scheduler._req_status["r"].group_states
+    assert state.next_stored_chunk_idx == 15 // one._groups[0].tokens_per_chunk > 0
+    one.connector_scheduler.request_finished = lambda request: (False, None)
+    one.request_finished(request, [])
+    assert not one._handed_over
 
 
 @pytest.mark.parametrize("group", [0, 1])

@@ -450,6 +450,21 @@ def test_after_its_cache_was_thrown_away_ranks_are_asked(engine: Requests) -> No
     assert engine.notes[-1] == ({"a", "1", "2", "x"}, "changed")
 
 
+def test_what_a_worker_of_other_weights_hands_over_ends_stores_until_the_cache_is_reset(engine: Requests) -> None:
+    """Answers are computed with it, and prompts that find it in the engine's own cache. Each adapter has a cache."""
+    digest = engine.admit("prompt")
+    assert digest is not None
+    assert engine.known.computed_with(request("prompt")) == digest
+    # The second is a prefill worker's that does not know its weights, or is without kvtier.
+    for handed_over, stores in ((digest.hex(), True), ("None", False), (digest.hex(), False)):
+        assert engine.known.admit(request("prompt"), handed_over=handed_over)
+        assert engine.stores("prompt") == [stores]
+    assert engine.known.computed_with(request("prompt")) is None
+    engine.reset()
+    assert engine.admit("prompt") == digest
+    assert engine.stores("prompt") == [True]
+
+
 def test_an_engine_without_a_cache_of_its_own_is_served(engine: Requests) -> None:
     engine.cache = None  # type: ignore[assignment]
     assert engine.admit("a") == engine.admit("b") == engine.identity.base
@@ -694,7 +709,13 @@ class Loading:
         self.freed: list[str] = []
         self.connector._kv_cache_manager = SimpleNamespace(free=lambda request: self.freed.append(request.request_id))
         self.requests = {
-            name: SimpleNamespace(request_id=name, num_computed_tokens=8, lora_request=None, prefill_stats=None)
+            name: SimpleNamespace(
+                request_id=name,
+                num_computed_tokens=8,
+                lora_request=None,
+                prefill_stats=None,
+                kv_transfer_params=None,
+            )
             for name in names
         }
         for number, request in enumerate(self.requests.values()):

@@ -65,7 +65,7 @@ export function showWorkers(table, model, filter, choose) {
             ["lost", lost],
           ]),
         ],
-        lane.role === "decode"
+        lane.role === "decode" && lane.heard_seconds === null
           ? ["–"]
           : [mark(silent, lane.heard_seconds === null ? "no report" : age(lane.heard_seconds))],
       ],
