@@ -318,7 +318,12 @@ def _router(workers: str, decode_workers: str, settings: Settings, deployment: D
     inherited = {key: worker[key] for key in ("endpoint", "namespace", "deadline-ms") if key in worker}
     apart: dict[str, Setting] = {}
     if decode_workers:
-        decode_endpoint = deployment.of(decode_workers).flags.get("endpoint", DEFAULT_ENDPOINT)
+        theirs = deployment.of(decode_workers).flags
+        namespaces = [flags.get("namespace", "default") for flags in (theirs, worker)]
+        if theirs.get("tier", True) and namespaces[0] != namespaces[1]:
+            expected = f"{workers}'s '{namespaces[1]}', so that either finds what the other stores"
+            raise ConfigError(f"{decode_workers}.namespace", namespaces[0], expected)
+        decode_endpoint = theirs.get("endpoint", DEFAULT_ENDPOINT)
         apart = {"endpoint": _PREFILL_ENDPOINT, "worker-type": "prefill", "decode-endpoint": decode_endpoint}
     flags: dict[str, Setting] = {
         "model-name": model_name(deployment),

@@ -250,19 +250,19 @@ def test_the_graph_without_a_router_shows_its_workers(tmp_path: Path) -> None:
     assert list(worker.command[-2:]) == ["--endpoint-types", "chat,completions"]
 
 
-def test_prefill_workers_have_the_tier_beside_nixl(tmp_path: Path) -> None:
+def test_prefill_and_decode_workers_have_the_tier_beside_nixl(tmp_path: Path) -> None:
     deployment = load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", [], tmp_path)
     processes = {process.name: process for process in deployment.processes()}
     prefill, decode = processes["PrefillWorker-0"], processes["DecodeWorker-0"]
-    transfer = json.loads(prefill.command[-1])
-    nixl, ours = transfer["kv_connector_extra_config"]["connectors"]
-    names = [one["kv_connector"] for one in (transfer, nixl, ours)]
-    assert names == ["MultiConnector", "NixlConnector", "KvtierConnector"]
-    assert ours["kv_connector_extra_config"]["kv_cache_layout"] is None  # NIXL asks for one, and they must agree
+    for worker in (prefill, decode):
+        transfer = json.loads(worker.command[-1])
+        nixl, ours = transfer["kv_connector_extra_config"]["connectors"]
+        names = [one["kv_connector"] for one in (transfer, nixl, ours)]
+        assert names == ["MultiConnector", "NixlConnector", "KvtierConnector"]  # what is handed over comes by NIXL
+        assert ours["kv_connector_extra_config"]["kv_cache_layout"] is None  # NIXL asks for one, and they must agree
     assert " --endpoint dynamo.prefill.generate" in " ".join(prefill.command)
     ports = [process.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] for process in (prefill, decode)]
     assert len(set(ports)) == 2
-    assert not any("Kvtier" in word for word in decode.command)
     assert (prefill.env["CUDA_VISIBLE_DEVICES"], decode.env["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
 
 
@@ -276,7 +276,8 @@ def test_cpu_workers_that_hand_over_by_nixl_reach_every_core(tmp_path: Path) -> 
 
 
 def test_prefill_and_decode_workers_are_found_by_their_router_alone(tmp_path: Path) -> None:
-    overrides = ["--PrefillWorker.endpoint=dynamo.readers.generate", "--PrefillWorker.namespace=ours"]
+    namespaces = [f"--{name}.namespace=ours" for name in ("PrefillWorker", "DecodeWorker")]
+    overrides = ["--PrefillWorker.endpoint=dynamo.readers.generate", *namespaces]
     deployment = load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", overrides, tmp_path)
     shown = {process.name: " ".join(process.command) for process in deployment.processes()}
     names = ["Nats", "Store-0", "PrefillWorker-0", "DecodeWorker-0", "Router-0", "Frontend-0"]
@@ -287,8 +288,17 @@ def test_prefill_and_decode_workers_are_found_by_their_router_alone(tmp_path: Pa
     assert f"{both} --namespace ours" in router
     assert "--served-model-name llama-8b-prefill" in shown["PrefillWorker-0"]
     assert "--served-model-name llama-8b-decode " in shown["DecodeWorker-0"]
-    assert "--endpoint-types none --kv-events-config" in shown["DecodeWorker-0"]
+    assert "-m components.worker " in shown["DecodeWorker-0"]
     assert "--router-mode" not in shown["Frontend-0"]
+    stock = load_deployment(
+        "graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", ["--DecodeWorker.tier=false"], tmp_path
+    )
+    (decode,) = [" ".join(process.command) for process in stock.processes() if process.name == "DecodeWorker-0"]
+    assert "-m dynamo.vllm " in decode
+    assert "--endpoint-types none --kv-events-config" in decode
+    assert "Kvtier" not in decode
+    with pytest.raises(ConfigError, match=r"DecodeWorker.namespace: 'default' .* PrefillWorker's 'ours'"):
+        load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", overrides[:2], tmp_path).processes()
 
 
 def test_gpus_are_taken_from_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
