@@ -1,5 +1,4 @@
-"""What an operator asks of a target: how it is doing, whether what it holds is sound, how many workers it feeds, and
-chunks for another store."""
+"""Commands for operators of targets: status, integrity check, benchmark, and export and import of chunks."""
 
 import os
 import sys
@@ -20,6 +19,6 @@ def run(command: str, argv: list[str]) -> int:
     """Run one of COMMANDS; its exit code."""
     try:
         return COMMANDS[command](argv)
-    except BrokenPipeError:  # whoever reads has seen enough, as `| head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at exit
         return 0

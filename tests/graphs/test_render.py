@@ -528,9 +528,9 @@ def test_values_reach_the_process_as_they_are_written(target: str) -> None:
         (["--Store.addresses=127.0.0.1:7600"], r"Store\.addresses: '127.0.0.1:7600' given, expected an address at"),
         (
             ["--Store.durability=memory", "--Store.hot=0"],
-            r"Store\.durability: 'memory' given, expected --hot beside it",
+            r"Store\.durability: 'memory' given, expected also --hot",
         ),
-        (["--Store.tls-cert=c.pem"], r"Store\.tls-key: missing, expected a file, beside --tls-cert"),
+        (["--Store.tls-cert=c.pem"], r"Store\.tls-key: missing, expected a file, together with --tls-cert"),
         (["--Store.ServiceArgs.resources.memory=1XB"], r"memory: '1XB' given, expected a size such as 500G"),
         (["--Containers.tag=1.0"], r"Containers\.tag: '1.0' given, expected a text, in quotes"),
         (["--Containers.tag=-a"], r"Containers\.tag: '-a' given, expected at most 128 letters"),

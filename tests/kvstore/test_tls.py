@@ -519,8 +519,8 @@ def test_wrong_files_are_named(made: Certificates, tmp_path: Path, names: certif
     locked.write_bytes(encrypted)
     for files, name, expected in (
         (Files(cert, str(readable), ca), names.key, "a file that only its owner can read, not with mode 0644"),
-        (Files(cert, "", ca), names.key, "a file, beside --"),
-        (Files("", key, ca), names.cert, "a file, beside --"),
+        (Files(cert, "", ca), names.key, "a file, together with --"),
+        (Files("", key, ca), names.cert, "a file, together with --"),
         (Files(cert, made.client.key, ca), names.key, f"the private key of the first certificate in {cert}"),
         (Files(cert, str(locked), ca), names.key, "a private key in PEM, without a passphrase"),
         (Files(cert, ended.key, key), names.ca, "certificates in PEM"),
@@ -539,7 +539,7 @@ def test_a_target_with_a_wrong_file_changes_nothing(made: Certificates, tmp_path
     options = ["--dir", str(tmp_path / "store"), "--capacity", "64MiB", "--nats", "", "--tls-cert", made.target.cert]
     command = [sys.executable, "-m", "kvstore", *options]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    said = "kvstore: error: tls-key: missing, expected a file, beside --tls-cert\n"
+    said = "kvstore: error: tls-key: missing, expected a file, together with --tls-cert\n"
     assert (ended.returncode, ended.stderr) == (2, said)
     assert not (tmp_path / "store").exists()
 
