@@ -1,6 +1,6 @@
-"""What the router shows of its decisions: a log line each, Prometheus series, and the last thousand in full.
+"""Decisions for the operator: a log line each, Prometheus series, and the last thousand in full.
 
-Worker ids are shown in hexadecimal, as Dynamo's own metrics do.
+Worker ids are in hexadecimal, as in Dynamo's own metrics.
 """
 
 import collections
@@ -23,13 +23,13 @@ from kvstore.bus.residency import CONFLICTING, Mirror
 logger = logging.getLogger(__name__)
 
 KEPT = 1000  # 30 MB with 64 workers
-# The cheapest that a log line names: all of a large cluster would take longer to write than the decision took.
+# Candidates in a log line, the cheapest first: in a large cluster, to log all takes longer than the decision.
 LOGGED = 8
-# Prompts under way: those that are forgotten for the bound are still served, and what became of them is not shown.
+# Limit of running prompts that are tracked. Beyond it the oldest are still served, but their outcome is not shown.
 _OPEN_MAX = 20_000
-# Answered prompts that nobody has looked at yet.
+# Limit of answered prompts between two ticks of the page.
 _ANSWERED_MAX = 4096
-# Of the actual over the predicted time to first token.
+# Buckets of actual over predicted TTFT.
 _RATIOS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
 _STAGE_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5)
@@ -37,19 +37,19 @@ _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 class Considered(msgspec.Struct):
-    """A worker, what it would have found, and what that would have cost. The terms of `price` add up to it."""
+    """A candidate: the tokens that it had cached, and the cost. `price_seconds` is the sum of the terms of `price`."""
 
     worker: str
-    tokens: dict[str, int]  # by where they come from: hbm, dram, store, computed
-    seconds: dict[str, float]  # wait, fetch, copy, prefill and ttft, which begins with the longer of wait and fetch
+    tokens: dict[str, int]  # by source: hbm, dram, store, computed
+    seconds: dict[str, float]  # wait, fetch, copy, prefill, ttft; wait and fetch overlap in the ttft
     price: dict[str, float]
     price_seconds: float
-    queued_tokens: int = 0  # prefill of others, ahead of it
+    queued_tokens: int = 0  # tokens to prefill in the queue ahead of it
     memory_used: float = 0.0  # share of the KV memory
 
 
 class Decision(msgspec.Struct):
-    """A prompt, where it went and why, and what came of it."""
+    """A prompt: the chosen worker, the reasons, and the outcome."""
 
     id: str
     time: float  # seconds since 1970
@@ -57,14 +57,14 @@ class Decision(msgspec.Struct):
     chosen: str
     candidates: list[Considered]
     fetch_chunks: int
-    targets: list[tuple[str, int]]  # where the fetched chunks lie: runs of target and number
+    targets: list[tuple[str, int]]  # of the fetched chunks: runs of target and number of chunks
     predicted_ttft_seconds: float
     ttft_seconds: float | None = None
     outcome: str = "open"  # finished, failed or cancelled
     output_tokens: int = 0
     tpot_seconds: float | None = None  # time per output token after the first
-    other_ttft_seconds: float | None = None  # predicted, of the best other worker
-    # Predicted, had the chosen worker computed what it was to load from the store.
+    other_ttft_seconds: float | None = None  # lowest prediction for another worker
+    # Predictions for the chosen worker if it recomputed the chunks from the store.
     without_store_ttft_seconds: float = 0.0
     without_store_prefill_seconds: float = 0.0
 
@@ -77,9 +77,9 @@ class Totals(msgspec.Struct):
     blocks: dict[str, dict[str, int]]  # of prompts, by worker and tier
     outcomes: dict[str, int]
     fallbacks: dict[str, int]  # by what was missing
-    retries: dict[str, int]  # by the worker that failed
+    retries: dict[str, int]  # by failed worker
     output_tokens: int
-    decision_seconds: float  # taken by all decisions together
+    decision_seconds: float  # total time of all decisions
     open: int  # prompts that have not ended
 
 
@@ -96,19 +96,20 @@ class Decisions:
         )
         self._chosen_blocks = Counter(
             "kvtier_router_chosen_blocks",
-            "Blocks of the prompts sent to this worker by where it was to find them: hbm, dram, store, missing",
+            "Predicted blocks of the prompts sent to this worker, by tier: hbm, dram, store, missing",
             ["worker", "tier"],
             registry=self.registry,
         )
         self._last: OrderedDict[str, Decision] = OrderedDict()
-        # Of decisions that nobody has looked at yet: what their candidates and targets will be made of.
+        # For decisions that were not viewed yet: the input from which candidates and targets are built on the first
+        # view.
         self._unseen: dict[str, tuple[Choice, Choices]] = {}
         self._latest: Sequence[Choice] = ()
         self.registry.register(_CandidatesCollector(self))
         self._open: OrderedDict[str, Decision] = OrderedDict()
         self._tokens = Counter(
             "kvtier_router_prompt_tokens",
-            "Prompt tokens by where the chosen worker was to find them: hbm, dram, store, computed",
+            "Predicted prompt tokens by source on the chosen worker: hbm, dram, store, computed",
             ["source"],
             registry=self.registry,
         )
@@ -125,15 +126,15 @@ class Decisions:
             ["missing"],
             registry=self.registry,
         )
-        # Prometheus sees no growth in a series that appears with its first count.
+        # Created at 0: Prometheus sees no increase in a series that starts at 1.
         for outcome in ("finished", "failed", "cancelled"):
             self._outcomes.labels(outcome)
         for missing in ("overlap_query", "worker_report"):
             self._fallbacks.labels(missing)
         self._missed = Counter(
             "kvtier_router_missed_deadlines",
-            "Deadlines missed: first_token (the worker is suspect), next_token and request (no worker had a first "
-            "token). With the last two the client gets an error",
+            "Missed deadlines: first_token (the worker becomes suspect), next_token, request (no worker produced a "
+            "first token). In the last two cases the client gets an error",
             ["deadline"],
             registry=self.registry,
         )
@@ -141,12 +142,13 @@ class Decisions:
             self._missed.labels(deadline)
         self.suspects = Gauge(
             "kvtier_router_suspect_workers",
-            "Workers that failed or missed a deadline: for a while they get a prompt only if all are suspect",
+            "Workers with an open circuit breaker, after a failure or a missed deadline: they get prompts only if all "
+            "workers are suspect",
             registry=self.registry,
         )
         self._error = Histogram(
             "kvtier_router_ttft_actual_to_predicted_ratio",
-            "Actual TTFT over predicted TTFT: 1 is a right prediction",
+            "Actual TTFT divided by predicted TTFT: 1 is a correct prediction",
             buckets=_RATIOS,
             registry=self.registry,
         )
@@ -181,9 +183,7 @@ class Decisions:
             buckets=_TOKEN_SECONDS,
             registry=self.registry,
         )
-        self._output = Counter(
-            "kvtier_router_output_tokens", "Tokens of answers that were finished", registry=self.registry
-        )
+        self._output = Counter("kvtier_router_output_tokens", "Tokens of finished answers", registry=self.registry)
         self._actual = Histogram(
             "kvtier_router_ttft_seconds",
             "Actual TTFT, from the decision to the first token",
@@ -192,7 +192,7 @@ class Decisions:
         )
 
     def decided(self, decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices) -> None:
-        """Count a decision, log it, and keep what each worker would have found and cost."""
+        """Count a decision, log it, and keep it with all candidates."""
         worker = label(chosen)
         self._chosen.labels(worker).inc()
         for tier, blocks in self._tiers(chosen).items():
@@ -206,17 +206,17 @@ class Decisions:
             others = [choice for choice in cheapest if choice.candidate is not chosen.candidate]
             lines = [self._line(choice) for choice in [chosen, *others][:LOGGED]]
             if len(choices) > LOGGED:
-                lines.append(f"{len(choices) - LOGGED} dearer ones")
+                lines.append(f"{len(choices) - LOGGED} more expensive")
             logger.info(
                 "decision %s: %d tokens -> worker %s | %s", decision_id, prompt_tokens, worker, " | ".join(lines)
             )
 
     def watch(self, speeds: LiveSpeeds, mirror: Mirror, undecoded: Mapping[str, int]) -> None:
-        """Show what came over the bus, too."""
+        """Also export the series about messages of the bus."""
         self.registry.register(_BusCollector(speeds, mirror, undecoded))
 
     def took(self, stages: Mapping[str, float]) -> None:
-        """Seconds by stage."""
+        """Observe the duration of each stage in seconds."""
         for stage, seconds in stages.items():
             self._stages.labels(stage).observe(seconds)
 
@@ -233,7 +233,7 @@ class Decisions:
                 self._regret.observe(max(0.0, seconds - decision.other_ttft_seconds))
 
     def answered(self, decision_id: str, first_tokens: int, tokens: int, seconds: float) -> None:
-        """An answer came to its end: `tokens` in `seconds` after the first output, which had `first_tokens`."""
+        """Note a finished answer: `tokens` in `seconds` after the first output, which had `first_tokens`."""
         self._output.inc(first_tokens + tokens)
         if tokens:
             self._tpot.observe(seconds / tokens)
@@ -249,16 +249,16 @@ class Decisions:
                 self.answered_lately.append(decision)
 
     def last(self, limit: int = KEPT, worker: str = "") -> list[Decision]:
-        """The latest first; with `worker` only those that went there."""
+        """The latest first; with `worker` only those of this worker."""
         chosen = (one for one in reversed(self._last.values()) if worker in ("", one.chosen))
         return [self._seen(decision) for decision in itertools.islice(chosen, limit)]
 
     def newest(self, limit: int) -> list[Decision]:
-        """The latest first, each with the candidate that was chosen alone."""
+        """The latest first, each with only the chosen candidate."""
         return list(itertools.islice(reversed(self._last.values()), limit))
 
     def totals(self) -> Totals:
-        """The same numbers that Prometheus gets."""
+        """The same numbers as in Prometheus."""
         blocks: dict[str, dict[str, int]] = {}
         for labels, value in _values(self._chosen_blocks):
             blocks.setdefault(labels["worker"], {})[labels["tier"]] = value
@@ -287,10 +287,10 @@ class Decisions:
         return None if decision is None else self._seen(decision)
 
     def candidate_series(self) -> Iterator[Metric]:
-        """The latest decision, for Prometheus."""
+        """Series of the latest decision, for Prometheus."""
         blocks = GaugeMetricFamily(
             "kvtier_router_candidate_blocks",
-            "Blocks of the last prompt by where this worker would find them: hbm, dram, store, missing",
+            "Predicted blocks of the last prompt on this worker, by tier: hbm, dram, store, missing",
             labels=["worker", "tier"],
         )
         seconds = GaugeMetricFamily(
@@ -320,7 +320,8 @@ class Decisions:
             self._open.popitem(last=False)
 
     def _seen(self, decision: Decision) -> Decision:
-        """With all candidates and targets: for each prompt that would take longer than to decide."""
+        """The decision with all candidates and targets. Built on the first view: for every prompt, it would take longer
+        than the decision itself."""
         if (priced := self._unseen.pop(decision.id, None)) is not None:
             full = explained(decision.id, decision.prompt_tokens, *priced)
             decision.candidates, decision.targets = full.candidates, full.targets
@@ -333,7 +334,7 @@ class Decisions:
         self._retries.labels(label(failed)).inc()
 
     def _tiers(self, choice: Choice) -> dict[str, int]:
-        """Blocks by tier; a block that is not whole counts as missing."""
+        """Blocks by tier; a partial block counts as missing."""
         hbm = choice.hbm_tokens // self.block_tokens
         local = (choice.hbm_tokens + choice.dram_tokens) // self.block_tokens
         loaded = (choice.hbm_tokens + choice.dram_tokens + choice.store_tokens) // self.block_tokens
@@ -348,7 +349,7 @@ class Decisions:
 
 
 class _CandidatesCollector(Collector):
-    """Made when asked for, so that workers that are gone leave no series behind."""
+    """Builds the series on each scrape, so that workers that are gone leave no series behind."""
 
     def __init__(self, decisions: Decisions):
         self._decisions = decisions
@@ -358,7 +359,7 @@ class _CandidatesCollector(Collector):
 
 
 class _BusCollector(Collector):
-    """Made when asked for."""
+    """Builds the series on each scrape."""
 
     def __init__(self, speeds: LiveSpeeds, mirror: Mirror, undecoded: Mapping[str, int]):
         self._speeds = speeds
@@ -390,12 +391,12 @@ class _BusCollector(Collector):
         disbelieved = CounterMetricFamily(
             "kvtier_router_rejected_announcements", "Announcements rejected by validation, by reason", labels=["reason"]
         )
-        # Its alert asks for what came since the last scrape, so the series is there before.
+        # Created at 0: its alert needs the increase since the last scrape.
         for reason, count in {CONFLICTING: 0, **self._mirror.ignored}.items():
             disbelieved.add_metric([reason], count)
         yield disbelieved
         yield CounterMetricFamily(
-            "kvtier_router_mirror_resyncs", "Snapshots of targets taken in", value=self._mirror.resyncs
+            "kvtier_router_mirror_resyncs", "Snapshots of targets applied to the mirror", value=self._mirror.resyncs
         )
         yield CounterMetricFamily(
             "kvtier_router_mirror_replays",
@@ -412,7 +413,7 @@ class _BusCollector(Collector):
             ages.add_metric([target], age)
         yield ages
         chunks = GaugeMetricFamily(
-            "kvtier_router_mirror_chunks", "Chunks known on each target that is heard", labels=["target"]
+            "kvtier_router_mirror_chunks", "Chunks in the mirror, for each live target", labels=["target"]
         )
         for target, known in self._mirror.counts(now).items():
             chunks.add_metric([target], known)
@@ -420,7 +421,7 @@ class _BusCollector(Collector):
 
 
 def explained(decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices) -> Decision:
-    """A decision in full, as of now."""
+    """A decision with all candidates and targets."""
     decision = _decision(decision_id, prompt_tokens, chosen, choices)
     fetched = chosen.targets[chosen.first_chunk :]
     decision.targets = [(target or "", sum(1 for _ in same)) for target, same in groupby(fetched)]
@@ -467,7 +468,7 @@ def _parts(choice: Choice) -> dict[str, float]:
 
 
 def sources(choice: Choice) -> dict[str, int]:
-    """Tokens of the prompt by where they are taken from."""
+    """Tokens of the prompt by source."""
     return {
         "hbm": choice.hbm_tokens,
         "dram": choice.dram_tokens,
@@ -480,7 +481,7 @@ def _considered(choice: Choice) -> Considered:
     start = max(choice.wait_seconds, choice.fetch_seconds)
     price = {
         "wait": choice.wait_seconds,
-        "fetch": start - choice.wait_seconds,  # what the wait does not hide
+        "fetch": start - choice.wait_seconds,  # the part that does not overlap with the wait
         "copy": choice.copy_seconds,
         "prefill": choice.prefill_seconds,
         "gpu": choice.gpu_seconds,
