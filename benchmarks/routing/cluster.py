@@ -186,7 +186,7 @@ class Cluster:
                 Process(
                     f"SimulatedWorker-{replica}",
                     "SimulatedWorker",
-                    [deployment.place.python, "-m", "benchmarks.routing.sim_worker", *as_flags(flags)],
+                    [deployment.environment.python, "-m", "benchmarks.routing.sim_worker", *as_flags(flags)],
                     {**services.runtime_env(deployment), "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0"},
                     ready_line="benchmarks.routing.sim_worker: ready",
                 )

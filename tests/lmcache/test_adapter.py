@@ -170,7 +170,7 @@ def test_another_identity_is_not_found_and_none_is_warned_of(
     made.write(key(1))
     for identity in ("weights b", ""):
         assert server(target.address, identity=identity).read(key(1)) == [False]
-    assert "no identity is set. LMCache names a model by its name alone" in caplog.text
+    assert "no identity is set. LMCache identifies a model only by its name" in caplog.text
     assert server(target.address, identity="weights a").read(key(1)) == [True]
 
 

@@ -294,5 +294,5 @@ def test_the_page_of_configuration_works_as_written(cache: Make, start_target: S
 
 def test_other_pools_than_that_of_kv_are_refused(cache: Make) -> None:
     made = cache("127.0.0.1:1")
-    with pytest.raises(Exception, match="host pool: 'mamba' given, expected kv alone"):
+    with pytest.raises(Exception, match="host pool: 'mamba' given, expected only kv"):
         made.backend.register_mem_host_pool_v2(made.pool, PoolName.MAMBA.value)
