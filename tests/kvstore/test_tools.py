@@ -425,7 +425,7 @@ def test_bench_measures_a_running_target(busy: RunningTarget, run: Callable[...,
     assert ended.code == 0
     assert "A short benchmark: chunks of 64.0 KiB, 5 runs of 0.01 s each" in ended.said
     assert "store put" in ended.said
-    assert "as fast as store get" in ended.said
+    assert "The bottleneck is: store get" in ended.said
     assert "your model" in ended.said
     assert "Llama" not in ended.said
     ended = run("bench", "--store", busy.address, "--size", "8MiB", "--seconds", "0.05")  # more than a segment holds
