@@ -522,9 +522,9 @@ def test_values_reach_the_process_as_they_are_written(target: str) -> None:
         (["--Router.page=127.0.0.1:3000"], "grafana: port 3000 is taken by router-0, expected another port"),
         (["--Router.page=127.0.0.1:9200"], "Router-0: port 9200 is taken"),
         (["--Store.dir=/dev/nvme1n1"], r"Store\.dir: '/dev/nvme1n1.*' given, expected a folder"),
-        (["--Nats.ServiceArgs.workers=0"], r":10: Nats\.listen: '127.0.0.1:4222' given, expected an address at which"),
-        (["--Nats.servers=localhost:4222"], r"Nats\.servers: 'localhost:4222' given, expected an address at which"),
-        (["--Etcd.servers='[::1]:2379'"], r"Etcd\.servers: '\[::1\]:2379' given, expected an address at which"),
+        (["--Nats.ServiceArgs.workers=0"], r":10: Nats\.listen: '127.0.0.1:4222' given, expected an address that"),
+        (["--Nats.servers=localhost:4222"], r"Nats\.servers: 'localhost:4222' given, expected an address that"),
+        (["--Etcd.servers='[::1]:2379'"], r"Etcd\.servers: '\[::1\]:2379' given, expected an address that"),
         (["--Store.addresses=127.0.0.1:7600"], r"Store\.addresses: '127.0.0.1:7600' given, expected an address at"),
         (
             ["--Store.durability=memory", "--Store.hot=0"],
