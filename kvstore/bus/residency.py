@@ -546,16 +546,16 @@ class _View:
 
     epoch: int = -1
     seq: int = -1
-    former: deque[int] = field(default_factory=lambda: deque(maxlen=_FORMER_MAX))  # epochs that came before
-    older: int = 0  # messages of one of those, in a row
+    former: deque[int] = field(default_factory=lambda: deque(maxlen=_FORMER_MAX))  # earlier epochs
+    older: int = 0  # consecutive messages of an earlier epoch
     caught_up_seq: int = -1  # of the last snapshot or replay
     sound: bool = False  # what is known was right at (epoch, seq)
     heard: float = 0.0  # time.monotonic() of the last announcement
-    complete: bool = False  # False until a snapshot has been taken in, and after a gap
-    number: int = 0  # the target's in every table; 0 until a snapshot has been taken in
+    complete: bool = False  # False until a snapshot has been applied, and after a gap
+    number: int = 0  # the target's number in every table; 0 until a snapshot has been applied
     resident: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # fingerprint -> chunks
-    waiting: deque[Residency] = field(default_factory=deque)  # announced while a snapshot is under way
-    joining: bool = False  # a snapshot is being taken in
+    waiting: deque[Residency] = field(default_factory=deque)  # queued announcements, during a snapshot
+    joining: bool = False  # whether a snapshot is being applied
 
 
 class Mirror:
