@@ -391,8 +391,8 @@ def _find_lines(node: yaml.Node | None, name: str, source: Source) -> None:
             below = f"{name}.{own}" if name else own
             line = key.start_mark.line + 1
             if below in source.lines:
-                expected = f"once: see line {source.lines[below]}"
-                raise ConfigError.saying(f"{source.file}:{line}: {below}", "given twice", expected)
+                expected = f"once; first defined on line {source.lines[below]}"
+                raise ConfigError.saying(f"{source.file}:{line}: {below}", "duplicate key", expected)
             source.lines[below] = line
             _find_lines(value, below, source)
 

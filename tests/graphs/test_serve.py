@@ -239,7 +239,7 @@ BROKEN = [
     ),
     (
         "Router:\n  model-name: m\nRouter:\n  page: 127.0.0.1:8300",
-        "my.yaml:3: Router: given twice, expected once: see line 1",
+        "my.yaml:3: Router: duplicate key, expected once; first defined on line 1",
     ),
     ("Store:\n  capacity: lots", "my.yaml:2: Store.capacity: 'lots' given, expected a size such as 500G or 1.5TiB"),
     (
@@ -324,7 +324,7 @@ def test_a_broken_configuration_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         ("Nats: {env: {A: [1]}}", "my.yaml:1: Nats.env.A: '[1]' given, expected a text"),
         (
             "Store: {hot_cache: 1G, hot-cache: 2G}",
-            "my.yaml:1: Store.hot-cache: given twice, expected once: see line 1",
+            "my.yaml:1: Store.hot-cache: duplicate key, expected once; first defined on line 1",
         ),
         ("Containers: {registri: a}", "my.yaml:1: Containers.registri: unknown, expected one of registry, tag, "),
         ("Containers: {monitoring: prometheus}", "my.yaml:1: Containers.monitoring: 'prometheus' given, expected a"),
