@@ -298,7 +298,7 @@ class Device:
         return [one.stamp for one in (header, trailer) if one is not None and one.stamp.store in stores]
 
     def _left_behind(self) -> list[str]:
-        """Names of whom something is there."""
+        """The namespaces that have values there."""
         stores = set(self._owners.values())
         return [name for name in names(self._block) if self.store_id(name) in stores]
 

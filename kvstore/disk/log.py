@@ -442,8 +442,8 @@ class Log:
         return self._append(values, Queue.PROBATION)
 
     def close(self) -> bool:
-        """Wait for reads and writes under way, seal what is being written, and give the space back. False if the device
-        does not answer (`close_all`)."""
+        """Wait for running reads and writes, seal the open segments, and give the space back. False if the device does
+        not answer (`close_all`)."""
         return not close_all([self])
 
     def _close(self) -> None:
@@ -730,8 +730,8 @@ class Log:
             self._clear(*victim)
 
     def _choose(self) -> tuple[_Segment, list[int]] | None:
-        """The segment to empty next, and which of its entries to keep. With the lock held, in which whoever asks has
-        seen that it is needed: a reader's end may change that."""
+        """The segment to empty next, and which of its entries to keep. Precondition: the lock is held since the caller
+        saw that a slot is needed, because the end of a read may change that."""
         slot = self._eviction.choose()
         if slot is None:
             return None
