@@ -525,7 +525,7 @@ def test_values_reach_the_process_as_they_are_written(target: str) -> None:
         (["--Nats.ServiceArgs.workers=0"], r":10: Nats\.listen: '127.0.0.1:4222' given, expected an address that"),
         (["--Nats.servers=localhost:4222"], r"Nats\.servers: 'localhost:4222' given, expected an address that"),
         (["--Etcd.servers='[::1]:2379'"], r"Etcd\.servers: '\[::1\]:2379' given, expected an address that"),
-        (["--Store.addresses=127.0.0.1:7600"], r"Store\.addresses: '127.0.0.1:7600' given, expected an address at"),
+        (["--Store.addresses=127.0.0.1:7600"], r"Store\.addresses: '127.0.0.1:7600' given, expected an address that"),
         (
             ["--Store.durability=memory", "--Store.hot=0"],
             r"Store\.durability: 'memory' given, expected also --hot",
