@@ -403,14 +403,14 @@ def _override(content: dict[str, Any], text: str, source: Source) -> None:
     names = [_dashed(name, depth) for depth, name in enumerate(path.split("."))]
     if not equals or len(names) < 2 or not all(names):
         raise ConfigError("override", text, "--Service.key=value")
-    environment = content
+    section = content
     for name in names[:-1]:
-        if not isinstance(environment.setdefault(name, {}), dict):
+        if not isinstance(section.setdefault(name, {}), dict):
             raise ConfigError("override", text, f"a setting of a mapping, which {name} is not")
-        environment = environment[name]
+        section = section[name]
     is_variable = names[1] == "env" and len(names) == 3
     try:
-        environment[names[-1]] = value if is_variable else yaml.safe_load(value)
+        section[names[-1]] = value if is_variable else yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError("override", text, "a value that YAML can read") from None
     source.lines.pop(".".join(names), None)
