@@ -225,7 +225,7 @@ def sizes(options: Options) -> Sizes:
     prefill, is_measured = _prefill(options, card, weights)
     blocks = max(1, -(-CHUNK_BYTES[0] // (BLOCK_TOKENS * per_token)))
     reused = max(0, options.prompt_tokens - options.new_tokens)
-    # DRAM for the prompts that arrive while one fetches, and for waiting writes; four times as much for bursts.
+    # DRAM for the prompts that arrive while one fetches, and for waiting writes, times four.
     in_flight = max(4.0, 4 * options.requests_per_second / options.workers)
     read = options.requests_per_second * reused * per_token
     write = options.requests_per_second * options.new_tokens * per_token

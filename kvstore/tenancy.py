@@ -172,7 +172,7 @@ class Tenancy:
         try:
             await asyncio.to_thread(replicate, served.target, peers, name, tls, credential=credential)
         except UnavailableError as error:
-            logger.error("namespace %s: replication is off until the next reload: %s", name, error)
+            logger.error("namespace %s: cannot start replication, the next reload retries: %s", name, error)
         else:
             served.replicates_as = credential
 
