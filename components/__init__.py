@@ -1,1 +1,1 @@
-"""What runs in a Dynamo deployment: the offload tier inside the worker, and the router in front of it."""
+"""Components of a Dynamo deployment: the offload tier inside the worker, and the router in front of workers."""

@@ -1,4 +1,4 @@
-"""What the command lines of the worker and the router have in common."""
+"""The command-line options that the worker and the router share."""
 
 import argparse
 
@@ -11,7 +11,7 @@ DEFAULT_ENDPOINT = "dynamo.backend.generate"  # of the workers, as in stock Dyna
 
 
 class CommonOptions(BaseModel):
-    """Where things are; checked."""
+    """The shared options, checked."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -29,8 +29,8 @@ class CommonOptions(BaseModel):
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, nats: str = DEFAULT_URLS) -> None:
-    """`nats` is the default that the help names; empty: none."""
+    """Add the shared options. `nats` is the default that the help shows; "" for none."""
     parser.add_argument("--endpoint", help=f"the workers' Dynamo endpoint; default {DEFAULT_ENDPOINT}")
     parser.add_argument("--namespace", help="the store's namespace; default 'default'")
     parser.add_argument("--nats", help=f"NATS servers of store, workers and routers; default {masked(nats) or 'none'}")
-    parser.add_argument("--deadline-ms", help="longest that a request may wait for the store; default 2000")
+    parser.add_argument("--deadline-ms", help="upper bound of a request's deadline for the store; default 2000")

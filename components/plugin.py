@@ -1,4 +1,4 @@
-"""What plug-ins of other engines (sglang/, lmcache/) have in common: their settings, and a client of the store."""
+"""Common code of the plug-ins for other engines (sglang/, lmcache/): their settings, and a client of the store."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from kvstore.seal import Seal, announce, open_seal
 
 
 class Secrets(NamedTuple):
-    """What the files that settings name hold."""
+    """The content of the secret files that the settings name."""
 
     credential: Credential | None
     seal: Seal | None
@@ -63,7 +63,8 @@ class PluginOptions(ClientOptions):
         )
 
     def open_client(self, name: str, secrets: Secrets) -> StoreClient:
-        """Raises ConfigError and UnavailableError. Logs whom a client without seals trusts."""
+        """A client of the store. Logs a warning about trust if values are not sealed. Raises ConfigError and
+        UnavailableError."""
         client = StoreClient(
             open_membership(self.store, self.namespace, isolated=True),
             namespace=self.namespace,

@@ -1,4 +1,4 @@
-"""What `dynamo serve` shows: one line a process, kept up to date on a terminal; elsewhere a line for each change."""
+"""The output of `dynamo serve`: on a terminal one updated line per process; elsewhere one line per change."""
 
 import asyncio
 import re
@@ -15,7 +15,7 @@ _REDRAW_SECONDS = 0.5
 
 
 class Board:
-    """For one event loop. `verbose` shows everything that processes print, in place of the table."""
+    """The status board. For one event loop. `verbose` shows all output of the processes instead of the table."""
 
     def __init__(self, names: Sequence[str], *, verbose: bool = False, out: TextIO | None = None):
         self._out = out or sys.stdout
@@ -28,7 +28,7 @@ class Board:
         self._last = dict.fromkeys(names, "")  # line that the process printed
 
     def status(self, name: str, text: str) -> None:
-        """What has become of a process."""
+        """Show a process's new state."""
         self._states[name], self._since[name] = text, time.monotonic()
         if self._table:
             self._draw()
@@ -42,13 +42,13 @@ class Board:
             self._print(name, line)
 
     async def keep_drawing(self) -> None:
-        """Count the seconds of those that start, until cancelled."""
+        """Update the seconds of starting processes, until cancelled."""
         while self._table:
             self._draw()
             await asyncio.sleep(_REDRAW_SECONDS)
 
     def settle(self) -> None:
-        """Leave the table as it is: from now on, a line for each change."""
+        """Stop updating the table; from now on print one line per change."""
         if self._table:
             self._draw()
         self._table = False

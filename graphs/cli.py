@@ -1,6 +1,6 @@
 """The console script, under two names: `kvtier serve|render|store|connector|top|...` and `dynamo serve|render`.
 
-Each command imports what it needs when it is called. Only serve and render need Dynamo.
+Each command imports its modules when it is called. Only serve and render need Dynamo.
 """
 
 import argparse
@@ -20,17 +20,17 @@ from kvstore.errors import USAGE, ConfigError, UnavailableError, fail, run_comma
 
 HELP = """
   serve    start a graph of services:   dynamo serve graphs.agg_router:Frontend -f config.yaml
-  render   write it for containers:     dynamo render compose graphs.agg_router:Frontend -f config.yaml
+  render   render it for containers:    dynamo render compose graphs.agg_router:Frontend -f config.yaml
                                         dynamo render k8s graphs.agg_router:Frontend -f config.yaml
                                         dynamo render prometheus graphs.agg_router:Frontend -f config.yaml
-  store    run a target by itself:      kvtier store --dir /nvme0 --capacity 3T   (the same as python -m kvstore)
+  store    run a target:                kvtier store --dir /nvme0 --capacity 3T   (the same as python -m kvstore)
   connector
            the tier for vllm serve:     vllm serve MODEL --kv-transfer-config "$(kvtier connector --store HOST:7600)"
-  top      look at it, on a terminal:   kvtier top --url http://127.0.0.1:8300   (the router's --page)
-  explain  why a prompt went there:     kvtier explain [DECISION] --url http://127.0.0.1:8300   (the router's --page)
-           where one would go:          kvtier explain --prompt TEXT
-  try      see a cache hit:             kvtier try   (the same prompt twice, at a cluster that has a page)
-  size     how large and how fast:      kvtier size --model llama-3.1-70b --gpu h200 --requests-per-second 3
+  top      watch a running cluster:     kvtier top --url http://127.0.0.1:8300   (the router's --page)
+  explain  explain a decision:          kvtier explain [DECISION] --url http://127.0.0.1:8300   (the router's --page)
+           predict one for a prompt:    kvtier explain --prompt TEXT
+  try      show a cache hit:            kvtier try   (sends a prompt twice; needs the router's --page)
+  size     plan capacity and bandwidth: kvtier size --model llama-3.1-70b --gpu h200 --requests-per-second 3
 
 'COMMAND --help' says more; --version names kvtier, Python, Dynamo and vLLM.
 """
@@ -82,7 +82,7 @@ def _run(command: str, argv: list[str]) -> None:
 
 
 def _versions() -> str:
-    """One line, read from what is installed, without importing it."""
+    """One line with the installed versions, read without importing the packages."""
     beside = [f"{what} {_version(*names)}" for what, names in _BESIDE.items()]
     return ", ".join([f"kvtier {_version('kvtier')}", f"Python {platform.python_version()}", *beside])
 
@@ -100,11 +100,12 @@ def _program() -> str:
 
 
 def _stand_aside() -> None:
-    """Where ai-dynamo has a command `dynamo` of its own, as before 0.4, become it, and say what ours is called."""
+    """If ai-dynamo installs a command `dynamo` itself, as before 0.4, run that one, and tell the user to call
+    kvtier."""
     for script in entry_points(group="console_scripts", name="dynamo"):
         if script.dist is not None and script.dist.name != "kvtier":
             owner = f"{script.dist.name} {script.dist.version}"
-            print(f"dynamo: this is the command of {owner}; that of kvtier is kvtier serve", file=sys.stderr)
+            print(f"dynamo: this is the command of {owner}; use `kvtier serve` for kvtier", file=sys.stderr)
             sys.exit(script.load()())
 
 
@@ -124,9 +125,9 @@ def _serve(argv: list[str]) -> None:
     parser.add_argument(
         "--state-dir", type=Path, default=serve.DEFAULT_STATE_DIR, help="for logs, discovery and, by default, the store"
     )
-    parser.add_argument("--log-dir", type=Path, help="for a file a process; default: logs in the state folder")
-    parser.add_argument("--dry-run", action="store_true", help="show the commands and do not run them")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show all that the processes print, too")
+    parser.add_argument("--log-dir", type=Path, help="folder for one log file per process; default: STATE_DIR/logs")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands without running them")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also show the output of all processes")
     options, overrides = parser.parse_known_args(argv)
     deployment = load_deployment(options.graph, options.file, overrides, options.state_dir)
     if options.dry_run:
@@ -140,9 +141,9 @@ def _serve(argv: list[str]) -> None:
         if url and page:
             where += f"\n\nor see a cache hit\n\n  {_own_program()} try --frontend {url} --url {page}"
         if url and has_random_weights(str(model_of(deployment))):
-            where += "\n\nthe model's weights are random: what it says makes no sense"
+            where += "\n\nthe model's weights are random: its answers are meaningless"
         if page:
-            where += f"\n\nwhat goes where, and why: {page}"
+            where += f"\n\nrouting decisions, explained: {page}"
         print(f"\n{where}\n\nlogs are in {logs}; ctrl-C stops everything\n", flush=True)
 
     asyncio.run(serve.serve(deployment, announce, logs, verbose=options.verbose))
@@ -153,7 +154,7 @@ def _render(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(
         prog=f"{_program()} render",
-        description="Write a graph as a compose file, as the configuration of that file's Prometheus, or as manifests "
+        description="Render a graph as a compose file, as the configuration of that file's Prometheus, or as manifests "
         "for Dynamo's Kubernetes operator.",
         epilog="Any setting can be given as --Service.key=value, as with dynamo serve.",
     )
@@ -177,7 +178,7 @@ def _render(argv: list[str]) -> None:
 
 
 def _own_program() -> str:
-    """`kvtier`, as a shell finds it."""
+    """`kvtier`, or the path by which a shell can run it."""
     return "kvtier" if shutil.which("kvtier") else str(Path(sys.executable).with_name("kvtier"))
 
 

@@ -83,12 +83,14 @@ def cluster() -> dashboard.Dashboard:
     return _dashboard(
         "cluster",
         "kvtier: cluster overview",
-        "Where the tokens come from, whether the tier pays, and what is wrong.",
+        "Token sources, gain of the tier, and alerts.",
         {
             "": [
-                number("Alerts", "Firing now.", "none", 'sum(ALERTS{alertstate="firing"}) or vector(0)', worst=1),
-                number("Processes down", "Of those that Prometheus scrapes.", "none", "sum(1 - up)", worst=1),
-                number("Requests", "That frontends finished.", "reqps", _rate("dynamo_frontend_requests_total")),
+                number("Alerts", "Firing alerts.", "none", 'sum(ALERTS{alertstate="firing"}) or vector(0)', worst=1),
+                number(
+                    "Processes down", "Scrape targets of Prometheus that do not answer.", "none", "sum(1 - up)", worst=1
+                ),
+                number("Requests", "Requests finished by frontends.", "reqps", _rate("dynamo_frontend_requests_total")),
                 number(
                     "Cache hit rate",
                     "Share of prompt tokens found in HBM, DRAM or the store.",
@@ -101,39 +103,39 @@ def cluster() -> dashboard.Dashboard:
                     "percentunit",
                     "sum(kvtier_target_stored_bytes) / sum(kvtier_target_capacity_bytes)",
                 ),
-                number("Chunks", "In the store, each counted where it lies.", "short", "sum(kvtier_target_chunks)"),
+                number("Chunks", "In the store; replicas count.", "short", "sum(kvtier_target_chunks)"),
             ],
             "Requests": [
                 graph(
                     "Prompt tokens by source",
-                    "Where the chosen workers were to find them. Computed is what the tiers did not save.",
+                    "Predicted source on the chosen worker. Computed: not found in any tier.",
                     "short",
                     (_rate("kvtier_router_prompt_tokens_total", by="source"), "{{source}}"),
                     stacked=True,
                 ),
                 graph(
                     "Time to first token",
-                    "As frontends see it.",
+                    "Measured by frontends.",
                     "s",
                     (_quantile(0.5, ttft, "", "model"), "{{model}} median"),
                     (_quantile(0.95, ttft, "", "model"), "{{model}} p95"),
                 ),
                 graph(
                     "Inter-token latency",
-                    "As frontends see it.",
+                    "Measured by frontends.",
                     "s",
                     (_quantile(0.5, gap, "", "model"), "{{model}} median"),
                     (_quantile(0.95, gap, "", "model"), "{{model}} p95"),
                 ),
                 graph(
                     "Requests by status",
-                    "Finished a second.",
+                    "Finished requests per second.",
                     "reqps",
                     (_rate("dynamo_frontend_requests_total", by="model, status"), "{{model}} {{status}}"),
                 ),
                 graph(
                     "Requests in flight",
-                    "And of these, those whose first token is still to come.",
+                    "In all, and those without a first token.",
                     "short",
                     ("sum by (model) (dynamo_frontend_inflight_requests)", "{{model}} in flight"),
                     ("sum by (model) (dynamo_frontend_queued_requests)", "{{model}} queued"),
@@ -157,26 +159,26 @@ def router() -> dashboard.Dashboard:
     return _dashboard(
         "router",
         "kvtier: router scoring",
-        "Why prompts go where they go, and whether the predictions hold.",
+        "Reasons for routing decisions, and accuracy of the predictions.",
         {
             "Decisions": [
                 graph(
                     "Prompts by worker",
-                    "Where they were sent.",
+                    "Prompts sent to each worker.",
                     "reqps",
                     (_rate("kvtier_router_decisions_total", mine, "worker"), "{{worker}}"),
                     stacked=True,
                 ),
                 graph(
                     "Blocks by tier",
-                    "Where the chosen worker was to find them. Missing: computed. Handover: from a prefill worker.",
+                    "Predicted tier on the chosen worker. Missing: computed. Handover: from a prefill worker.",
                     "short",
                     (_rate("kvtier_router_chosen_blocks_total", mine, "tier"), "{{tier}}"),
                     stacked=True,
                 ),
                 graph(
                     "Price of the last prompt",
-                    "For every worker: the cheapest was chosen.",
+                    "By worker; the cheapest is chosen.",
                     "s",
                     (f'kvtier_router_candidate_seconds{{{mine},part="price"}}', "{{worker}}"),
                 ),
@@ -195,7 +197,7 @@ def router() -> dashboard.Dashboard:
                 ),
                 graph(
                     "Degraded decisions and retries",
-                    "Decisions with an input missing. Retries: prompts sent on because a worker failed.",
+                    "Degraded: an input was missing. Retries: prompts sent to another worker after a failure.",
                     "reqps",
                     (_rate("kvtier_router_degraded_decisions_total", mine, "missing"), "no {{missing}}"),
                     (f"{_rate('kvtier_router_retries_total', mine)} or vector(0)", "retries"),
@@ -219,20 +221,20 @@ def router() -> dashboard.Dashboard:
                 ),
                 heat(
                     "Actual over predicted, all prompts",
-                    "How many prompts were off by how much.",
+                    "Distribution over all prompts.",
                     "none",
                     f"sum by (le) (increase({ratio}_bucket{{{whole}}}{_RATE}))",
                 ),
                 graph(
                     "Regret",
-                    "Time to first token beyond what the best other worker was predicted to take.",
+                    "Actual TTFT minus the lowest TTFT predicted for another worker, at least 0.",
                     "s",
                     (_quantile(0.5, "kvtier_router_regret_seconds", mine), "median"),
                     (_quantile(0.95, "kvtier_router_regret_seconds", mine), "p95"),
                 ),
                 graph(
                     "Time per output token",
-                    "After the first, of whole answers.",
+                    "Mean of a finished answer, without its first token.",
                     "s",
                     (_quantile(0.5, "kvtier_router_tpot_seconds", whole), "median"),
                     (_quantile(0.95, "kvtier_router_tpot_seconds", whole), "p95"),
@@ -248,7 +250,7 @@ def router() -> dashboard.Dashboard:
                 ),
                 graph(
                     "Chunks mirrored",
-                    "By target, as far as it is heard.",
+                    "By live target.",
                     "short",
                     (f"kvtier_router_mirror_chunks{{{mine}}}", "{{target}}"),
                 ),
@@ -278,7 +280,7 @@ def store() -> dashboard.Dashboard:
     return _dashboard(
         "store",
         "kvtier: store targets",
-        "What each target holds, how fast it answers, what it gives up, and how its device wears.",
+        "Content, latency, eviction and device wear of each target.",
         {
             "Content": [
                 graph(
@@ -291,7 +293,7 @@ def store() -> dashboard.Dashboard:
                 graph("Chunks", "Held.", "short", (f"kvtier_target_chunks{{{mine}}}", "{{instance}}")),
                 graph(
                     "Hot cache",
-                    "Payload held in memory.",
+                    "Payload in the hot cache.",
                     "bytes",
                     (f"kvtier_target_hot_bytes{{{mine}}}", "{{instance}}"),
                 ),
@@ -299,13 +301,13 @@ def store() -> dashboard.Dashboard:
             "Traffic": [
                 graph(
                     "Gets",
-                    "Chunks asked for a second, by outcome.",
+                    "Chunks requested per second, by outcome.",
                     "short",
                     (_rate(operations, f'{mine},operation="get"', "outcome"), "{{outcome}}"),
                 ),
                 graph(
                     "Puts",
-                    "Chunks offered a second, by outcome.",
+                    "Chunks offered per second, by outcome.",
                     "short",
                     (_rate(operations, f'{mine},operation="put"', "outcome"), "{{outcome}}"),
                 ),
@@ -324,7 +326,7 @@ def store() -> dashboard.Dashboard:
                     (_quantile(0.99, "kvtier_target_get_seconds", mine, "medium"), "{{medium}} p99"),
                 ),
                 graph(
-                    "Chunks sent, by where they were",
+                    "Chunks sent, by medium",
                     "Memory is several times faster than the device.",
                     "short",
                     (_rate("kvtier_target_hot_hits_total", mine), "memory"),
@@ -333,7 +335,7 @@ def store() -> dashboard.Dashboard:
                 ),
                 graph(
                     "Queues",
-                    "Payload that waits for the device.",
+                    "Payload queued for the device.",
                     "bytes",
                     (f"kvtier_target_read_queue_bytes{{{mine}}}", "{{instance}} to read"),
                     (f"kvtier_target_write_queue_bytes{{{mine}}}", "{{instance}} to write"),
@@ -355,7 +357,7 @@ def store() -> dashboard.Dashboard:
                 ),
                 graph(
                     "Writes to the device",
-                    "Payload accepted, bytes written for it, and of these what was kept by writing it again.",
+                    "Accepted payload, bytes written to the device, and payload that eviction rewrote.",
                     "Bps",
                     (_rate("kvtier_target_accepted_bytes_total", mine), "accepted"),
                     (_rate("kvtier_target_device_written_bytes_total", mine), "written"),
@@ -363,19 +365,19 @@ def store() -> dashboard.Dashboard:
                 ),
                 graph(
                     "Write amplification",
-                    "Bytes written for each accepted, over an hour. Built to stay below 1.1.",
+                    "Bytes written per accepted byte, over an hour. By design below 1.1.",
                     "none",
                     (f"kvtier:write_amplification:ratio1h{{{mine}}}", "{{instance}}"),
                 ),
                 graph(
                     "Capacity written a day",
-                    "How often, at the rate of the last six hours.",
+                    "Drive writes per day, at the rate of the last six hours.",
                     "none",
                     (f"kvtier:capacity_writes_per_day:rate6h{{{mine}}}", "{{instance}}"),
                 ),
                 graph(
                     "Faults",
-                    "Chunks found corrupt, and writes refused by the device, in all.",
+                    "Corrupt chunks, and failed writes, since the start.",
                     "short",
                     (f"kvtier_target_corrupt_chunks_total{{{mine}}}", "{{instance}} corrupt"),
                     (f"kvtier_target_failed_writes_total{{{mine}}}", "{{instance}} not written"),
@@ -393,12 +395,12 @@ def workers() -> dashboard.Dashboard:
     return _dashboard(
         "workers",
         "kvtier: worker tiers",
-        "What each worker finds in HBM, DRAM and the store, and what it costs to bring it.",
+        "Hits of each worker in HBM, DRAM and the store, and the cost of loading them.",
         {
             "Engine": [
                 graph(
                     "Prompt tokens by source",
-                    "As the engine counts them: external is what came from DRAM and the store.",
+                    "Counted by the engine; external: from DRAM or the store.",
                     "short",
                     (_rate("vllm:prompt_tokens_by_source_total", mine, "source"), "{{source}}"),
                     stacked=True,
@@ -412,7 +414,7 @@ def workers() -> dashboard.Dashboard:
                 ),
                 graph(
                     "Memory used",
-                    "Share of the KV cache in HBM, and of the DRAM tier, that is in use now.",
+                    "Used share of the KV cache in HBM, and of the DRAM tier.",
                     "percentunit",
                     (f"vllm:kv_cache_usage_perc{{{mine}}}", "{{instance}} HBM"),
                     (f"vllm:kv_offload_cpu_cache_usage_perc{{{mine}}}", "{{instance}} DRAM"),
@@ -420,21 +422,21 @@ def workers() -> dashboard.Dashboard:
                 ),
                 graph(
                     "Time to first token",
-                    "In the engine.",
+                    "Measured by the engine.",
                     "s",
                     (_quantile(0.5, ttft, mine, "instance"), "{{instance}} median"),
                     (_quantile(0.95, ttft, mine, "instance"), "{{instance}} p95"),
                 ),
                 graph(
                     "Inter-token latency",
-                    "In the engine.",
+                    "Measured by the engine.",
                     "s",
                     (_quantile(0.5, gap, mine, "instance"), "{{instance}} median"),
                     (_quantile(0.95, gap, mine, "instance"), "{{instance}} p95"),
                 ),
                 graph(
                     "Preemptions",
-                    "Requests evicted from HBM for others.",
+                    "Requests preempted because HBM was full.",
                     "short",
                     (_rate("vllm:num_preemptions_total", mine, "instance"), "{{instance}}"),
                 ),
@@ -442,7 +444,7 @@ def workers() -> dashboard.Dashboard:
             "DRAM": [
                 graph(
                     "DRAM to HBM",
-                    "Bytes a second while copying.",
+                    "Bytes per second while copying.",
                     "Bps",
                     (
                         f"{_rate(f'{load}_bytes_total', mine, 'instance')}"
@@ -452,7 +454,7 @@ def workers() -> dashboard.Dashboard:
                 ),
                 graph(
                     "HBM to DRAM",
-                    "Bytes a second while copying.",
+                    "Bytes per second while copying.",
                     "Bps",
                     (
                         f"{_rate(f'{store}_bytes_total', mine, 'instance')}"
@@ -462,7 +464,7 @@ def workers() -> dashboard.Dashboard:
                 ),
                 graph(
                     "Copied",
-                    "Bytes a second in all.",
+                    "Bytes per second in all.",
                     "Bps",
                     (_rate(f"{load}_bytes_total", mine), "DRAM to HBM"),
                     (_rate(f"{store}_bytes_total", mine), "HBM to DRAM"),
@@ -471,20 +473,20 @@ def workers() -> dashboard.Dashboard:
             "Store": [
                 graph(
                     "Chunks fetched",
-                    "By outcome: all but hits are computed.",
+                    "By outcome; all but hits are recomputed.",
                     "short",
                     (_rate("vllm:kvtier_fetched_chunks_total", mine, "outcome"), "{{outcome}}"),
                     stacked=True,
                 ),
                 graph(
                     "Values rejected",
-                    "Their seal was invalid, by reason. Any at all: see the runbook.",
+                    "Values with an invalid seal, by reason. If there are any, see the runbook.",
                     "short",
                     (_rate("vllm:kvtier_rejected_values_total", mine, "reason"), "{{reason}}"),
                 ),
                 graph(
                     "Chunks stored",
-                    "By outcome: known are those that the store had.",
+                    "By outcome; known: already in the store.",
                     "short",
                     (_rate("vllm:kvtier_stored_chunks_total", mine, "outcome"), "{{outcome}}"),
                     stacked=True,
@@ -498,14 +500,14 @@ def workers() -> dashboard.Dashboard:
                 ),
                 graph(
                     "Fetches timed out or abandoned",
-                    "Chunks a second: past their deadline, or cancelled because a prefill is faster.",
+                    "Chunks per second: deadline missed, or cancelled because recompute is faster.",
                     "short",
                     (_rate("vllm:kvtier_fetch_timeout_chunks_total", mine, "instance"), "{{instance}} timed out"),
                     (_rate("vllm:kvtier_fetch_abandoned_chunks_total", mine, "instance"), "{{instance}} abandoned"),
                 ),
                 graph(
                     "False hits",
-                    "Share of the chunks asked for that were not there, over 15 minutes.",
+                    "Share of requested chunks that the target did not have, over 15 minutes.",
                     "percentunit",
                     (f"kvtier:false_hits:ratio15m{{{mine}}}", "{{instance}}"),
                 ),

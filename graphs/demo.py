@@ -1,9 +1,10 @@
-"""The main job, shown: one conversation that outlives a worker, a target, a bit and a few clients.
+"""The demo: one conversation that survives the loss of a worker and a target, a flipped bit, and leaving clients.
 
     python -m graphs.demo [FOLDER]        (make demo)
 
-Every answer is compared, token by token and logprob by logprob, with a worker that has no tier; and once with KV made
-wrong on purpose, where the comparison must notice. Exits 0 only if all of it held. The report is FOLDER/report.json.
+Every answer is compared, token by token and logprob by logprob, with a worker that has no tier. As a control, one
+answer uses forged KV, which the comparison must detect. The exit code is 0 only if everything held. The report is
+FOLDER/report.json.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from graphs.trial import MODEL, Answer, Trial
 from graphs.trial import Turn as Played
 from kvstore.errors import run_command
 
-# Few slots, so that clients queue; little "HBM", so that a conversation can be pushed out of it into DRAM.
+# Few slots, so that clients queue; little "HBM", so that a conversation is evicted from it to DRAM.
 OVERRIDES = (
     "--VllmWorker.max-num-seqs=2",
     "--VllmWorker.max-model-len=4096",
@@ -102,7 +103,7 @@ class Demo:
         say(f"kill -9 and restart of the target; {served.worker} comes back empty, the other's tiers are emptied")
         await trial.kill("Store-0")
         await asyncio.gather(trial.restart("Store-0"), trial.restart(served.worker))
-        # Its first long prompt costs an engine seconds, with a tier or without: no turn is to be told as that slow.
+        # The first long prompt of an engine takes seconds, with or without a tier. It must not count in a turn.
         await trial.ask([{"role": "user", "content": "other things: " + OPENING}], max_tokens=2, worker=served.worker)
         await self.empty_workers()
         await trial.until_stored()
@@ -148,7 +149,7 @@ class Demo:
             await self.trial.clear(worker)
 
     async def flipped_byte(self) -> None:
-        """Bad flash under a chunk of the next prompt: the target's checksum finds it, the worker computes the rest."""
+        """Corrupt a chunk of the next prompt on disk: the target's checksum detects it, the worker recomputes."""
         trial = self.trial
         await trial.until_stored()
         hashes = trial.chunk_hashes(trial.messages, answered=True)
@@ -161,7 +162,7 @@ class Demo:
         say(f"the target counts {self.report.corrupt_detected} corrupt chunk(s)")
 
     async def target_loss(self) -> None:
-        """A target that hangs, and one that is gone: no turn may take longer than recomputing plus the deadline."""
+        """A target that hangs, and one that is killed: no turn may take longer than recompute plus the deadline."""
         trial = self.trial
         await trial.until_stored()
         late = []
@@ -171,7 +172,7 @@ class Demo:
         ):
             await self.empty_workers()
             if "hangs" in name:
-                say("the target is stopped in its tracks: connections stay open, nothing answers")
+                say("the target hangs: connections stay open, it does not answer")
                 trial.child("Store-0").signal(signal.SIGSTOP)
             else:
                 say("the target is killed")
@@ -188,7 +189,7 @@ class Demo:
         await trial.restart("Store-0")
 
     async def disconnects(self) -> None:
-        """Clients that leave while they queue and while they read; then the engines must be idle, alive and right."""
+        """Clients disconnect while they queue and while they read; then the engines must be idle, alive and correct."""
         trial = self.trial
         say("eight clients on four slots; those that still queue leave first, then those that read")
         before = {name: await trial.sources(name) for name in trial.workers}
@@ -212,10 +213,10 @@ class Demo:
         self.report.survived_disconnects = waited_in_vain and alive and self.report.turns[-1].identical
 
     async def control(self) -> None:
-        """Wrong KV under right checksums: if the comparison does not notice this, it proves nothing."""
+        """Forged KV with valid checksums: if the comparison does not detect this, it proves nothing."""
         trial = self.trial
         await trial.until_stored()
-        say("control: the conversation's chunks are made wrong on disk, checksums included")
+        say("control: the conversation's chunks on disk are forged, with valid checksums")
         hashes = trial.chunk_hashes(trial.messages, answered=True)
         await trial.kill("Store-0")
         for router_hash in hashes[: len(hashes) // 2]:
@@ -230,14 +231,14 @@ class Demo:
 
 
 class LeavingClient:
-    """Asks for more than it will wait for."""
+    """A client that disconnects before its response is complete."""
 
     def __init__(self, trial: Trial, number: int):
         self.reads = False
         self._task = asyncio.create_task(self._read(trial, number))
 
     async def leave(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         if self._task.done():
             raise Shortfall(f"a client that should have left got its whole answer: {self._task}")
         self._task.cancel()
@@ -256,7 +257,7 @@ class LeavingClient:
 
 
 class Shortfall(Exception):
-    """The cluster did not do what the demo shows."""
+    """The cluster failed a check of the demo."""
 
 
 def table(turns: Sequence[TurnReport]) -> str:

@@ -1,4 +1,4 @@
-"""Wrong KV under right checksums: the control that a comparison of answers must notice. For tests and benchmarks."""
+"""Forges KV with valid checksums: the control that a comparison of answers must detect. For tests and benchmarks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,8 +35,8 @@ def records(store: Path, namespace: str = "default") -> Iterator[Record]:
 
 
 def forge(one: Record, number_bytes: int) -> None:
-    """Turn the sign of every number of a chunk and make its checksums right, which only a liar can; while no target is
-    running. Numbers are little-endian floats of `number_bytes`."""
+    """Flip the sign of every number of a chunk and fix its checksums. No target may be running. Numbers are
+    little-endian floats of `number_bytes`."""
     path, entry, header, owner = one
     with path.open("r+b") as file:
         file.seek(entry.payload_offset)
@@ -48,5 +48,5 @@ def forge(one: Record, number_bytes: int) -> None:
         file.seek(entry.page * record.PAGE_BYTES)
         file.write(record.pack_record_header(forged, header.stamp, owner))
         file.write(payload)
-        file.seek(header.segment_bytes - record.PAGE_BYTES)  # a footer, if there is one, would tell
+        file.seek(header.segment_bytes - record.PAGE_BYTES)  # remove a footer, which has the old checksum
         file.write(bytes(record.PAGE_BYTES))

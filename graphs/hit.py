@@ -1,9 +1,9 @@
-"""A cache hit, to be seen: the same new prompt, twice, and where its tokens came from.
+"""Show a cache hit: send the same new prompt twice, and print the sources of its tokens.
 
     kvtier try --frontend http://127.0.0.1:8000 --url http://127.0.0.1:8300
 
-Sends chats to the frontend and asks the router's page (`--page`) what it decided. Others' prompts of the same length,
-sent at the same time, would be taken for these.
+Sends chats to the frontend and reads the decisions from the router's page (`--page`). Finds them by prompt length, so
+prompts of other clients with the same length at the same time can be mistaken for these.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from kvstore.tools import words
 
 _WORDS = 400  # more than a few blocks, whatever the tokenizer
 _ANSWER_TOKENS = 8
-_EVENTS_SECONDS = 0.5  # workers tell the router what they hold
+_EVENTS_SECONDS = 0.5  # delay of the workers' KV events
 _TIMEOUT = aiohttp.ClientTimeout(total=120)
 
 
 async def tried(frontend: str, page: str, token: str | None) -> str:
-    """Raises UnavailableError, which says who does not answer."""
+    """The text to print. Raises UnavailableError, which names the service that does not answer."""
     rows = [["prompt", "tokens", *SOURCES, "first token"]]
     async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
         state = await _asked(session, "router", f"{page}/state", headers=bearer(token))
@@ -46,7 +46,9 @@ async def tried(frontend: str, page: str, token: str | None) -> str:
             found = await _asked(session, "router", f"{page}/decisions?limit=1", headers=bearer(token))
             latest = [one for one in msgspec.convert(clean(found), list[Decision]) if one.time >= began - 1]
             if not latest:
-                raise UnavailableError(f"router: {page} did not decide on this prompt: is it the router of {frontend}?")
+                raise UnavailableError(
+                    f"router: {page} has no decision for this prompt: is it the router of {frontend}?"
+                )
             rows.append(_row(name, latest[0]))
             await asyncio.sleep(_EVENTS_SECONDS)
     return words.table(rows)
@@ -75,7 +77,7 @@ async def _asked(
             return msgspec.json.decode(text)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         said = shown(error) or type(error).__name__
-        raise UnavailableError(f"{who}: no answer at {url} ({said}): --frontend and --url say where") from None
+        raise UnavailableError(f"{who}: no answer at {url} ({said}): set --frontend and --url") from None
 
 
 def main(argv: list[str] | None = None) -> None:

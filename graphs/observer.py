@@ -1,6 +1,6 @@
 """What `kvtier top` shows: looks at a cluster again and again, and makes lines and rows of text of what is seen.
 
-Follows the router's page (`--page`) as a browser does, which costs the router next to nothing, and asks the targets
+Follows the router's page (`--page`) as a browser does, at almost no cost for the router. Also asks the targets
 that it knows by the store's own protocol, which tells whether they answer from here. It is in graphs/ because it looks
 at router and targets alike.
 """

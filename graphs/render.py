@@ -1,6 +1,6 @@
-"""Deployments as files for those who run containers: a compose file, and manifests for Dynamo's Kubernetes operator.
+"""Renders deployments for containers: a compose file, and manifests for Dynamo's Kubernetes operator.
 
-Both come from the very processes that `dynamo serve` would start, with other addresses: a setting means the same
+Both are made from the processes that `dynamo serve` would start, with other addresses, so a setting means the same
 everywhere.
 """
 
@@ -19,7 +19,16 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import ByteSize, TypeAdapter
 
-from graphs.service import Containers, Deployment, Place, Process, Service, load_deployment, load_graph, numbered_cores
+from graphs.service import (
+    Containers,
+    Deployment,
+    Environment,
+    Process,
+    Service,
+    load_deployment,
+    load_graph,
+    numbered_cores,
+)
 from graphs.services import HUB_TOKEN, is_folder, page_address, place_model
 from kvstore.errors import ConfigError
 from kvstore.net.target import FLUSH_SECONDS
@@ -32,7 +41,7 @@ PROMETHEUS_IMAGE = "prom/prometheus:v3.5.0"
 GRAFANA_IMAGE = "grafana/grafana:12.3.0"
 IMAGES = {name: f"{name}.Dockerfile" for name in ("store", "router", "worker", "worker-cpu")}
 
-_COMPOSE = Place(
+_COMPOSE = Environment(
     "python",
     {"Nats": "nats", "Etcd": "etcd", "Store": "store-{replica}"},
     is_private=True,
@@ -41,7 +50,7 @@ _COMPOSE = Place(
 PLACES = {
     "compose": _COMPOSE,
     "prometheus": _COMPOSE,
-    "k8s": Place(
+    "k8s": Environment(
         "python",
         {"Nats": "kvtier-nats", "Etcd": "kvtier-etcd", "Store": "kvtier-store-{replica}.kvtier-store"},
         pins_cores=False,
@@ -51,11 +60,11 @@ PLACES = {
 _BROKERS = {"Nats": NATS_IMAGE, "Etcd": ETCD_IMAGE}
 _OTHERS = {"Nats", "Etcd", "Store"}  # not Dynamo's
 _START_SECONDS = 900  # a 70B model loads in minutes
-_STOP_SECONDS = 60  # a stock worker alone needs 10, a target FLUSH_SECONDS beside its requests
+_STOP_SECONDS = 60  # a stock worker needs 10 s, a target FLUSH_SECONDS plus the time of its requests
 _LINE_CHARACTERS_MAX = 10_000  # of a comment
 _POD_NAME = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
 _USER = 1000  # of the images
-# What the Pod Security Standard `restricted` asks for.
+# Required by the Pod Security Standard `restricted`.
 _UNPRIVILEGED_POD = {
     "runAsNonRoot": True,
     "runAsUser": _USER,
@@ -70,21 +79,21 @@ _JOB = "kvtier/job"  # label of pods: their job in Prometheus, as docker/prometh
 _DASHBOARD = {"grafana_dashboard": "1"}  # label by which the sidecar of Grafana's chart finds dashboards
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent
-# The package as installed has what containers mount, but no Dockerfiles, and no sources that these could copy.
+# An installed package contains the files that containers mount, but no Dockerfiles, and no sources for them to copy.
 _IS_CHECKOUT = (_ROOT / "docker" / IMAGES["store"]).is_file()
 _DOCKER = (_ROOT if _IS_CHECKOUT else _HERE) / "docker"
 _PROVISIONED = ("provisioning/datasources", "provisioning/dashboards", "dashboards")  # below docker/grafana
 
 
 def render(target: str, reference: str, config: Path | None, overrides: Sequence[str], folder: Path) -> str:
-    """A graph as a compose file for `folder`, as the configuration of the Prometheus in that, or as Kubernetes
+    """Render a graph as a compose file for `folder`, as the configuration of that file's Prometheus, or as Kubernetes
     manifests. Raises ConfigError."""
     if target not in PLACES:
         raise ConfigError("render", target, " or ".join(PLACES))
     names = {service.name for service in load_graph(reference)}
     forced = []
     if target != "k8s" and {"Frontend", "Etcd"} <= names:
-        forced = ["--Etcd.ServiceArgs.workers=1"]  # the folder through which Dynamo's processes meet is one machine's
+        forced = ["--Etcd.ServiceArgs.workers=1"]  # discovery through a folder works on only one machine
     deployment = load_deployment(reference, config, [*overrides, *forced], Path("/data"), PLACES[target])
     source = ["-f", config.name] if config else []
     command = ["dynamo", "render", target, reference, *source, *map(_without_secret, overrides)]
@@ -99,7 +108,7 @@ def render(target: str, reference: str, config: Path | None, overrides: Sequence
 
 
 def _comment(text: str) -> str:
-    """A line of YAML. What is not printable is escaped, or a line end would end the comment."""
+    """A comment line of YAML. Non-printable characters are escaped: a line end would end the comment."""
     return f"# {shown(text, _LINE_CHARACTERS_MAX)}\n"
 
 
@@ -109,7 +118,7 @@ def _without_secret(override: str) -> str:
 
 
 def _wanted_secrets(deployment: Deployment) -> str:
-    """As a comment, how to make the Secret that the manifests name, if they need it."""
+    """A comment with the command that creates the manifests' Secret, if they need one."""
     wanted: dict[str, str] = {}
     for process in deployment.processes():
         for name, path in process.files.items():
@@ -122,14 +131,14 @@ def _wanted_secrets(deployment: Deployment) -> str:
 
 
 def _wanted_folders(deployment: Deployment) -> str:
-    """As a comment, how to make the folders in which targets of a compose file keep their chunks."""
+    """A comment with the command that creates the data folders of a compose file's targets."""
     replicas = range(deployment.of("Store").args.workers if deployment.runs("Store") else 0)
     wanted = [str(folder) for replica in replicas if (folder := _target_folder(deployment, replica))]
     return _comment(f"It needs: install -d -o {_USER} -g {_USER} {shlex.join(wanted)}") if wanted else ""
 
 
 def _ways_in(deployment: Deployment) -> str:
-    """As a comment, how to reach what has no way in from outside the cluster."""
+    """A comment with the commands that forward ports into the cluster."""
     ways = ["svc/kvtier-frontend 8000"] if deployment.runs("Frontend") else []
     if page := page_address(deployment):
         pod = f"$(kubectl get pods -o name -l {_JOB}=router | head -n 1)"
@@ -138,7 +147,7 @@ def _ways_in(deployment: Deployment) -> str:
 
 
 def image_of(process: Process) -> str:
-    """Which of this project's images a process runs in."""
+    """The project image that a process runs in."""
     if "dynamo.vllm" in process.command or "components.worker" in process.command:
         return "worker" if process.gpus else "worker-cpu"
     return "store" if process.service == "Store" else "router"
@@ -151,13 +160,13 @@ def _tag(deployment: Deployment, image: str) -> str:
 
 
 def _dynamo_version() -> str:
-    """The Dynamo in the images, which is not always the one beside this program, if there is any."""
+    """The Dynamo version in the images, which may differ from an installed one."""
     pins = [line.partition(";")[0].partition("==") for line in requires("kvtier") or []]
     return next(pinned.strip() for name, _, pinned in pins if name == "ai-dynamo")
 
 
 def health_check(process: Process) -> list[str]:
-    """The command that tells, inside the container, whether the process is well."""
+    """The command that checks the process's health inside the container."""
     if process.service == "Nats":
         return ["wget", "-q", "-O", "/dev/null", "http://127.0.0.1:8222/healthz"]
     if process.service == "Etcd":
@@ -167,7 +176,7 @@ def health_check(process: Process) -> list[str]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a value again where it comes up again: nobody reads anchors."""
+    """Repeats equal values instead of writing anchors, which are hard to read."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -183,19 +192,19 @@ def _size(text: Any) -> int:
 
 
 def _stop_seconds(deployment: Deployment, name: str) -> int:
-    """How long a service may take to stop. A target that may flush longer than by default has as much more."""
+    """Timeout for a service to stop; extended for a target by as much as its --flush exceeds the default."""
     flush = float(deployment.of(name).flags.get("flush", FLUSH_SECONDS)) if name == "Store" else FLUSH_SECONDS
     return _STOP_SECONDS + max(0, math.ceil(flush - FLUSH_SECONDS))
 
 
 def _shm_bytes(deployment: Deployment, process: Process) -> int:
-    """What a worker needs in /dev/shm: its DRAM tier, and room for what the engine's own processes share."""
+    """A worker's size of /dev/shm: its DRAM tier, and room for the engine's own processes."""
     has_tier = "components.worker" in process.command
     return (_size(deployment.of(process.service).flags.get("dram", "8GiB")) if has_tier else 0) + (1 << 30)
 
 
 def _model(deployment: Deployment, service: str) -> Path | None:
-    """The folder of the model that a service reads, if it lies in one."""
+    """The folder of a service's model; None if it comes from a hub."""
     names = [service] if service in deployment.settings else []
     for name in [*names, "VllmWorker", "DecodeWorker"]:
         model = str(deployment.of(name).flags.get("model", ""))
@@ -247,10 +256,10 @@ def _compose_service(
         if _IS_CHECKOUT:
             root = _escaped(os.path.relpath(_ROOT, folder.resolve()))
             content["build"] = {"context": root, "dockerfile": f"docker/{IMAGES[image]}"}
-        # On SIGTERM, which init passes on, workers end their requests and targets seal.
+        # init forwards SIGTERM; then workers finish their requests and targets seal their segments.
         content |= {"init": True, "stop_grace_period": f"{_stop_seconds(deployment, name)}s"}
     content["command"] = [_escaped(word) for word in process.command]
-    # A variable without a value has that of whoever calls compose, or of .env beside the file.
+    # A variable without a value takes it from compose's environment, or from .env next to the file.
     environment: dict[str, str | None] = dict.fromkeys(process.passed)
     environment |= {key: None if is_secret(key) else _escaped(value) for key, value in process.env.items()}
     if environment:
@@ -290,17 +299,17 @@ def _compose_service(
         if process.gpus:
             content["ulimits"] = {"memlock": -1}
     else:
-        # An engine compiles kernels and keeps them in its home; nothing else writes beside its volume and /tmp.
+        # Except engines, which store compiled kernels in their home, processes write only to their volume and to /tmp.
         content["read_only"] = True
         content["tmpfs"] = ["/tmp", "/data"] if name == "Etcd" else ["/tmp"]
     if memory := settings.args.resources.memory:
         content["mem_limit"] = int(memory)
-    # On a CPU engine vLLM's NIXL connector moves to the machine's last core, which must not be out of its reach.
+    # On a CPU engine vLLM's NIXL connector moves to the machine's last core, so its affinity must include that.
     moves = not process.gpus and any('"NixlConnector"' in word for word in process.command)
     if settings.args.resources.cpu and name not in _BROKERS and not moves:
         cpu = settings.args.resources.cpu
         first = deployment.taken_before(name)[1] + replica * cpu
-        content["cpuset"] = numbered_cores(first, cpu, deployment.place)
+        content["cpuset"] = numbered_cores(first, cpu, deployment.environment)
     if process.gpus:
         device = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in process.gpus], "capabilities": ["gpu"]}
         content["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
@@ -309,7 +318,7 @@ def _compose_service(
 
 
 def _secret(process: Process, name: str) -> str:
-    """A mounted file's name among those of all services."""
+    """A mounted file's name, unique over all services."""
     return f"{process.service.lower()}-{name}"
 
 
@@ -317,12 +326,12 @@ def _published(setting: str, host: str, port: int, replica: int) -> str:
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
-        raise ConfigError(setting, host, "an IP address: Compose publishes ports at those alone") from None
+        raise ConfigError(setting, host, "an IP address: Compose publishes ports only on these") from None
     return f"{join_address(str(address), port + replica)}:{port}"
 
 
 def _check_published(services: Mapping[str, Any]) -> None:
-    """Raises ConfigError if two services are to have the same port of the machine."""
+    """Raises ConfigError if two services publish the same port of the machine."""
     taken: dict[str, str] = {}
     for name, service in services.items():
         for published in service.get("ports", []):
@@ -333,7 +342,7 @@ def _check_published(services: Mapping[str, Any]) -> None:
 
 
 def _target_folder(deployment: Deployment, replica: int) -> Path | None:
-    """The host's folder for a target, as `dynamo serve` would take it. None if the settings name none: a volume."""
+    """The host's folder for a target, as for `dynamo serve`; None, for a volume, if the settings name none."""
     settings = deployment.of("Store")
     if "dir" not in settings.flags:
         return None
@@ -344,7 +353,7 @@ def _target_folder(deployment: Deployment, replica: int) -> Path | None:
 
 
 def _mounted(source: str, target: str, mode: str = "ro") -> dict[str, Any]:
-    """A file or folder of the host. It must be there: Docker would make a folder of root's in its place."""
+    """A mount of a file or folder of the host. It must exist, else Docker would create a folder owned by root."""
     return {
         "type": "bind",
         "source": _escaped(source),
@@ -355,7 +364,7 @@ def _mounted(source: str, target: str, mode: str = "ro") -> dict[str, Any]:
 
 
 def _needs(deployment: Deployment, name: str) -> set[str]:
-    """The services that one waits for."""
+    """The services that a service waits for."""
     return {needed.name for service in deployment.services if service.name == name for needed in service.links}
 
 
@@ -364,7 +373,7 @@ def _escaped(text: str) -> str:
 
 
 def _beside(path: Path, folder: Path) -> str:
-    """A path as a file in `folder` would write it; compose takes what has no ./ for a volume's name."""
+    """A path relative to `folder`, with ./, because compose reads a path without it as a volume's name."""
     if path.is_absolute():
         return str(path)
     relative = os.path.relpath(path.absolute(), folder.resolve())
@@ -372,15 +381,15 @@ def _beside(path: Path, folder: Path) -> str:
 
 
 def _project(deployment: Deployment) -> str:
-    """The name that sets this cluster's containers, volumes and networks apart from those of others on the machine."""
+    """The prefix of this cluster's containers, volumes and networks, unique on the machine."""
     file = deployment.source.file
     ours = f"kvtier-{re.sub('[^a-z0-9_-]+', '-', file.stem.lower())}" if file else "kvtier"
     return deployment.containers.project or ours
 
 
 def _watching(containers: Containers, folder: Path) -> dict[str, Any]:
-    """Prometheus, which asks every process, and Grafana, which asks Prometheus and shows the dashboards of docker/."""
-    # In a checkout the file may move with it; an installed package stays where it is.
+    """Prometheus, which scrapes every process, and Grafana with the dashboards of docker/."""
+    # In a checkout the paths are relative, so that both can move together; an installed package does not move.
     docker = _beside(Path(os.path.relpath(_DOCKER)) if _IS_CHECKOUT else _DOCKER, folder)
     common = {
         "cap_drop": ["ALL"],
@@ -443,7 +452,7 @@ def _prometheus(processes: Sequence[Process]) -> str:
 
 
 def scrape_config(hosts: Iterable[tuple[Process, str]]) -> dict[str, Any]:
-    """Prometheus's configuration: a job a service, every process at its host."""
+    """Prometheus's configuration: one job per service, with all its processes."""
     jobs: dict[str, list[str]] = {}
     for process, host in hosts:
         if process.metrics_port:
@@ -489,16 +498,16 @@ def _k8s(deployment: Deployment) -> str:
 
 
 def _unwatched_by_the_operator(deployment: Deployment) -> dict[str, Any]:
-    """Where there is a PodMonitor of ours: those of Dynamo's operator would count the same series once more."""
+    """With this project's PodMonitor, disable those of Dynamo's operator, which would scrape the same series twice."""
     is_watched = deployment.containers.monitoring is not None
     return {"annotations": {"nvidia.com/enable-metrics": "false"}} if is_watched else {}
 
 
 def _monitoring(labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What Prometheus's operator and the sidecar of Grafana's chart look for."""
+    """Objects for Prometheus's operator and for the sidecar of Grafana's chart."""
     group = "monitoring.coreos.com/v1"
     metadata = {"name": "kvtier", **({"labels": dict(labels)} if labels else {})}
-    # Targets, Dynamo's processes, frontends: these names of ports are ours, and the operator's.
+    # Port names of targets (ours), of Dynamo's processes and of frontends (the operator's).
     endpoints = [{"port": port, "interval": "5s"} for port in ("metrics", "system", "http")]
     selector = {"matchExpressions": [{"key": _JOB, "operator": "Exists"}]}
     monitor = {"jobLabel": _JOB, "selector": selector, "podMetricsEndpoints": endpoints}
@@ -524,7 +533,7 @@ def _monitoring(labels: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _pod(deployment: Deployment, name: str, containers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The spec of a service's pods, of this project's images."""
+    """The pod spec of a service with this project's images."""
     secrets = [{"name": name} for name in deployment.containers.pull_secrets]
     return {
         **({"imagePullSecrets": secrets} if secrets else {}),
@@ -536,14 +545,14 @@ def _pod(deployment: Deployment, name: str, containers: Sequence[dict[str, Any]]
 
 
 def _placed(deployment: Deployment, name: str) -> dict[str, Any]:
-    """On which nodes a service's pods run."""
+    """Node selection and tolerations of a service's pods."""
     nodes = deployment.containers.nodes.get(name)
     tolerated = [one.model_dump(exclude_none=True) for one in deployment.containers.tolerations.get(name, [])]
     return {**({"nodeSelector": nodes} if nodes else {}), **({"tolerations": tolerated} if tolerated else {})}
 
 
 def _resources(deployment: Deployment, name: str, request: int = 0, limit: int = 0) -> dict[str, Any]:
-    """Of a container; `request` and `limit` are its memory, unless the settings say it."""
+    """A container's resources. `request` and `limit` are its memory, unless the settings give it."""
     wanted = deployment.of(name).args.resources
     requests, limits = {}, {}
     if wanted.cpu:
@@ -557,7 +566,7 @@ def _resources(deployment: Deployment, name: str, request: int = 0, limit: int =
 
 
 def _environment(process: Process, env: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Variables of a container. Secrets are in Secrets: what the settings give must be there, the others may be."""
+    """A container's variables. Secrets come from Secrets: required if the settings use them, otherwise optional."""
     secrets = {**dict.fromkeys(process.passed, True), **{key: False for key in env if is_secret(key)}}
     return [
         *({"name": key, "valueFrom": {"secretKeyRef": _reference(key, may_miss)}} for key, may_miss in secrets.items()),
@@ -566,22 +575,22 @@ def _environment(process: Process, env: Mapping[str, str]) -> list[dict[str, Any
 
 
 def _literal(text: str) -> str:
-    """In a manifest $(NAME) is a variable of the container's, and $$ a $."""
+    """Escape a text: in a manifest, $(NAME) is a variable of the container, and $$ is a $."""
     return text.replace("$", "$$")
 
 
 def _reference(variable: str, may_miss: bool) -> dict[str, Any]:
-    # Dynamo's own recipes call the first one so.
+    # The first name is that of Dynamo's own recipes.
     name = "hf-token-secret" if variable == HUB_TOKEN else _SECRETS
     return {"name": name, "key": variable, **({"optional": True} if may_miss else {})}
 
 
 def _mount_files(process: Process, pod: dict[str, Any], container: dict[str, Any]) -> None:
-    """Give a container the files that its settings name, out of the Secret kvtier-secrets."""
+    """Mount the files that a container's settings name from the Secret kvtier-secrets."""
     if not process.files:
         return
     items = [{"key": _secret(process, name), "path": name} for name in process.files]
-    # Root's, and readable to the pod's group: kvstore/private.py takes that for private.
+    # Owned by root and readable by the pod's group, which kvstore/private.py accepts as private.
     volume = {"name": "files", "secret": {"secretName": _SECRETS, "items": items, "defaultMode": 0o440}}
     mount = {"name": "files", "mountPath": PLACES["k8s"].files, "readOnly": True}
     pod.setdefault("volumes", []).append(volume)
@@ -589,8 +598,8 @@ def _mount_files(process: Process, pod: dict[str, Any], container: dict[str, Any
 
 
 def _guard(name: str, port: int, metrics_port: int = 0, replicas: int = 1) -> list[dict[str, Any]]:
-    """What keeps a workload reachable for its own namespace alone, but for its metrics, and up while nodes are
-    drained."""
+    """A NetworkPolicy that allows only the workload's own namespace, except for metrics; with several replicas also a
+    PodDisruptionBudget."""
     labels = {"matchLabels": {"app.kubernetes.io/name": name}}
     policy = {
         "apiVersion": "networking.k8s.io/v1",
@@ -656,7 +665,7 @@ def _broker(deployment: Deployment, process: Process) -> list[dict[str, Any]]:
 
 
 def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[str, Any]]:
-    """Targets keep their names and their disks when they move, so they are a StatefulSet and no part of the graph."""
+    """Targets as a StatefulSet, outside Dynamo's graph, because they keep their names and disks when they move."""
     name = "kvtier-store"
     labels = {"app.kubernetes.io/name": name}
     first = replicas[0]
@@ -688,7 +697,7 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
         "volumes": [{"name": "tmp", "emptyDir": {}}],
     }
     _mount_files(first, pod, container)
-    # What a file system keeps for itself, and for the super-user, is not in the capacity.
+    # The capacity does not include the file system's overhead and root's reserve.
     disk = math.ceil(_size(settings.get("capacity", "4GiB")) * 1.1 / (1 << 30))
     claim = {
         "metadata": {"name": "data"},
@@ -723,13 +732,13 @@ def _targets(deployment: Deployment, replicas: Sequence[Process]) -> list[dict[s
 
 
 def _apart(labels: Mapping[str, str]) -> dict[str, Any]:
-    """On nodes of their own, as far as there are enough."""
+    """Anti-affinity: on different nodes, if there are enough."""
     term = {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": "kubernetes.io/hostname"}
     return {"weight": 100, "podAffinityTerm": term}
 
 
 def _component(deployment: Deployment, service: Service, replicas: Sequence[Process]) -> dict[str, Any]:
-    """A service of the DynamoGraphDeployment. Ports and probes of frontends and workers are the operator's own."""
+    """A service of the DynamoGraphDeployment. The operator sets ports and probes of frontends and workers."""
     first = replicas[0]
     alike = [_same(process, "") for process in replicas]
     _must_be_alike(service.name, alike)
@@ -765,7 +774,8 @@ def _component(deployment: Deployment, service: Service, replicas: Sequence[Proc
         pod["volumes"] = [{"name": "cache", "persistentVolumeClaim": {"claimName": cache}}]
     _mount_files(first, pod, main)
     parts = [part for part in ("prefill", "decode") if part in command]
-    # A router has no type: as a worker it would be in the workers' hash, and a new flag of it would restart them all.
+    # A router has no type: as a worker it would be part of the workers' hash, and a changed flag would restart them
+    # all.
     kind = {"Frontend": "frontend", "Router": ""}.get(service.name, parts[0] if parts else "worker")
     content: dict[str, Any] = {
         "name": service.name,
@@ -780,7 +790,7 @@ def _component(deployment: Deployment, service: Service, replicas: Sequence[Proc
 
 
 def _same(process: Process, own_name: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment, with the pod's name in place of this replica's."""
+    """Command and environment, with the pod's name instead of this replica's."""
     words = list(map(_literal, process.command))
     if own_name:
         words = [word.replace(own_name, "$(POD_NAME).") for word in words]
@@ -789,7 +799,9 @@ def _same(process: Process, own_name: str) -> tuple[list[str], dict[str, str]]:
 
 def _must_be_alike(name: str, replicas: Sequence[tuple[list[str], dict[str, str]]]) -> None:
     if any(replica != replicas[0] for replica in replicas):
-        raise ConfigError(f"{name}.env", json.dumps(replicas[-1][1]), "no {replica}: pods of a service are all alike")
+        raise ConfigError(
+            f"{name}.env", json.dumps(replicas[-1][1]), "no {replica}: all pods of a service are identical"
+        )
 
 
 def _mebi(size: int) -> str:

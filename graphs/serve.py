@@ -1,4 +1,5 @@
-"""The supervisor behind `dynamo serve`: starts a deployment in order, shows its output, and takes it down again."""
+"""The supervisor behind `dynamo serve`: starts a deployment in order, shows its output, restarts what dies, stops
+it."""
 
 import asyncio
 import contextlib
@@ -26,33 +27,33 @@ from kvstore.errors import FailedError, UnavailableError
 from kvstore.net.transport import split_address
 from kvstore.text import masked_variable
 
-# A 70B model loads in minutes; a worker that says nothing for longer will not come.
+# Timeout for a process to become ready. A 70B model loads in minutes.
 READY_SECONDS = 900.0
-# Of a process's log file; the one before is kept beside it.
+# Size at which a process's log file is rotated; one older file is kept.
 LOG_BYTES_MAX = 64 << 20
-# dynamo.vllm lets requests finish before it leaves.
+# Timeout for a graceful stop: dynamo.vllm lets running requests finish.
 STOP_SECONDS = 20.0
-# A process that dies is started again after this long, twice as long each time, up to the second figure.
+# Exponential backoff for restarts of a process that dies, from the first figure to the second.
 RESTART_SECONDS = (1.0, 60.0)
-# Those who import etcd3 set it for themselves; it would slow down the engines.
+# Processes that import etcd3 set it themselves; in engines it would cost speed.
 _NOT_INHERITED = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"}
-# Resource trackers end when nobody holds their pipe any more.
+# Timeout for Python's resource trackers, which end when no process holds their pipe.
 TRACKERS_SECONDS = 5.0
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's loopback
 _COLORS = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _TAIL_LINES = 30
 _POLL_SECONDS = 0.2
-_DEATH_POLL_SECONDS = 0.05  # a service that is gone goes on getting requests until this is noticed
+_DEATH_POLL_SECONDS = 0.05  # requests to a dead service fail until this is noticed
 DEFAULT_STATE_DIR = Path(".kvtier")
 
 
 @dataclass(eq=False)
 class Child:
-    """A process of the deployment, as it runs."""
+    """A running process of the deployment."""
 
     process: Process
     running: asyncio.subprocess.Process
-    sockets: str  # folder for the engine's own, which outlive it
+    sockets: str  # folder for the engine's sockets, which survive a kill
     started: float = field(default_factory=time.monotonic)
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
     saw_ready_line: bool = False
@@ -68,8 +69,8 @@ class Child:
         return self.running.returncode is None
 
     def signal(self, number: int, *, trackers: bool = True) -> None:
-        """To the child and everything it started: each child leads a process group of its own. Without `trackers`,
-        Python's resource trackers are left to clean up shared memory behind those that were killed."""
+        """Signal the child and everything it started: each child leads a process group. Without `trackers`, Python's
+        resource trackers are spared, so that they clean up the shared memory of killed processes."""
         for pid in self.group():
             with contextlib.suppress(OSError):
                 if trackers or b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -88,8 +89,8 @@ class Child:
 
 
 class Supervisor:
-    """Runs the processes of a deployment. `show` gets every line of output, with the process's name, and `status` what
-    becomes of it; without `status` it all goes to `show`."""
+    """Runs the processes of a deployment. `show` gets every line of output with the process's name; `status` gets
+    changes of its state. Without `status`, both go to `show`."""
 
     def __init__(
         self,
@@ -110,8 +111,8 @@ class Supervisor:
         self._watchers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Start everything, each service when those it needs are ready. Raises UnavailableError if one does not come
-        up; what had started is stopped first."""
+        """Start each service once its dependencies are ready. If one does not become ready, stops the others and raises
+        UnavailableError."""
         processes = self.deployment.processes()
         up = {service.name: asyncio.Event() for service in self.deployment.services}
 
@@ -135,7 +136,7 @@ class Supervisor:
             self.watch()
 
     def watch(self) -> None:
-        """From now on, start again what dies."""
+        """From now on, restart processes that die."""
         self._watchers = [asyncio.create_task(self._watch(name)) for name in self.children]
 
     def unwatch(self) -> None:
@@ -161,7 +162,7 @@ class Supervisor:
         return child
 
     async def stop(self) -> None:
-        """Take everything down, those first that need others; what does not leave in time is killed."""
+        """Stop everything, dependents first. Processes that exceed the timeout are killed."""
         self.unwatch()
         registered = {child.process.env.get("DYN_FILE_KV", "") for child in self.children.values()} - {""}
         for service in reversed(self.deployment.services):
@@ -178,9 +179,9 @@ class Supervisor:
         self._status(name, f"stopped after {time.monotonic() - began:.1f} s")
 
     async def end(self, child: Child, number: int = signal.SIGTERM) -> None:
-        """Signal a child, and see that it and all it started are gone."""
+        """Signal a child, and wait until it and everything it started are gone; kill the rest."""
         if number != signal.SIGKILL and child.alive:
-            child.running.send_signal(number)  # it tells its own
+            child.running.send_signal(number)  # it signals its own children
             await _emptied(child, STOP_SECONDS)
         await _clear(child)
         await child.running.wait()
@@ -189,7 +190,7 @@ class Supervisor:
         self.children.pop(child.process.name, None)
 
     async def wait(self) -> None:
-        """Until cancelled."""
+        """Wait until cancelled."""
         await asyncio.Event().wait()
 
     async def _spawn(self, process: Process) -> Child:
@@ -216,7 +217,8 @@ class Supervisor:
         return child
 
     async def _pump(self, child: Child) -> None:
-        """Carry the child's output to the log file and to `show`, until it and all that share its output are gone."""
+        """Copy the child's output to the log file and to `show`, until every process that holds its output has
+        ended."""
         assert child.running.stdout is not None
         path = self._log_of(child.process)
         with contextlib.ExitStack() as stack:
@@ -252,15 +254,15 @@ class Supervisor:
         return await asyncio.to_thread(_answers, process.ready_url, process.ready_text)
 
     async def _watch(self, name: str) -> None:
-        """Start the process again whenever it dies."""
+        """Restart the process whenever it dies."""
         shortest, longest = RESTART_SECONDS
         pause = shortest
         while True:
             child = self.children[name]
-            while child.alive:  # asyncio's own wait would wait for all that the process started, too
+            while child.alive:  # asyncio's wait would also wait for everything that the process started
                 await asyncio.sleep(_DEATH_POLL_SECONDS)
             code = child.running.returncode
-            await _clear(child)  # of what it may have left behind
+            await _clear(child)  # remove leftovers
             if folder := child.process.env.get("DYN_FILE_KV"):
                 await asyncio.to_thread(forget_dead, Path(folder))
             if time.monotonic() - child.started > longest:
@@ -279,7 +281,7 @@ class Supervisor:
 async def serve(
     deployment: Deployment, announce: Callable[[], None], logs: Path | None = None, *, verbose: bool = False
 ) -> None:
-    """Run a deployment until SIGINT or SIGTERM; `announce` is called when it is up."""
+    """Run a deployment until SIGINT or SIGTERM; calls `announce` when everything is ready."""
     board = Board([process.name for process in deployment.processes()], verbose=verbose)
     supervisor = Supervisor(deployment, board.output, status=board.status, logs=logs)
     running = asyncio.current_task()
@@ -304,8 +306,8 @@ async def serve(
 
 
 def _no_proxy(environment: Mapping[str, str], process: Process) -> dict[str, str]:
-    """Lets a process reach its neighbours where there is a proxy for the world beyond: Dynamo's frontend asks workers
-    for their models' files over HTTP."""
+    """Exclude the deployment's own hosts from an HTTP proxy: Dynamo's frontend gets models' files from workers over
+    HTTP."""
     spared = environment.get("NO_PROXY") or environment.get("no_proxy") or ""
     hosts = {split_address(address)[0] for address in process.listens} | {"127.0.0.1", "::1", "localhost"}
     if host := process.env.get("DYN_SYSTEM_HOST"):
@@ -315,15 +317,15 @@ def _no_proxy(environment: Mapping[str, str], process: Process) -> dict[str, str
 
 
 async def _emptied(child: Child, seconds: float) -> None:
-    """Wait until the child and all it started are gone, but no longer."""
+    """Wait until the child and everything it started are gone, at most for `seconds`."""
     deadline = time.monotonic() + seconds
     while child.group() and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
 
 
 async def _clear(child: Child) -> None:
-    """Kill the child and all it started, and delete what they leave: shared memory, which is up to Python's resource
-    trackers, and sockets."""
+    """Kill the child and everything it started, and delete their leftovers: shared memory (by Python's resource
+    trackers) and sockets."""
     child.signal(signal.SIGKILL, trackers=False)
     await _emptied(child, TRACKERS_SECONDS)
     child.signal(signal.SIGKILL)
@@ -339,7 +341,7 @@ def _answers(url: str, text: str) -> bool:
 
 
 def _last_words(child: Child, log: Path) -> str:
-    """Its own error message, if it gave one; otherwise the end of its output."""
+    """The process's error message, if it printed one; otherwise the end of its output."""
     errors = [line for line in child.tail if ": error: " in line]
     if errors:
         return errors[-1]
@@ -348,8 +350,8 @@ def _last_words(child: Child, log: Path) -> str:
 
 
 def dry_run(deployment: Deployment) -> Sequence[str]:
-    """The processes that would be started, for a shell: a setting a line, so that two of them can be compared. Secrets
-    are hidden."""
+    """The commands of all processes for a shell, with one setting per line, so that they can be diffed. Secrets are
+    hidden."""
     shown = []
     for process in deployment.processes():
         lines = [f"{key}={shlex.quote(masked_variable(key, value))}" for key, value in process.env.items()]
@@ -361,7 +363,7 @@ def dry_run(deployment: Deployment) -> Sequence[str]:
 
 
 def _check_free(process: Process) -> None:
-    """Raises UnavailableError if somebody listens where the process wants to."""
+    """Raises UnavailableError if an address that the process listens on is in use."""
     for address in process.listens:
         host, port = split_address(address)
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:

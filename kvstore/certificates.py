@@ -1,6 +1,6 @@
-"""TLS contexts made of PEM files: a certificate chain with its key, and the CAs that the other side's must lead to.
+"""TLS contexts from PEM files: a certificate chain with its private key, and the CAs for the peer's certificate.
 
-TLS 1.3 alone. A key must be readable for its owner alone (private.py).
+TLS 1.3 only. A private key must be readable only by its owner (private.py).
 """
 
 import argparse
@@ -28,7 +28,7 @@ _BYTES_MAX = 1 << 20  # of certificates
 
 
 class Files(NamedTuple):
-    """Paths, each "" if it was not given. `ca` signs the certificates of the other side."""
+    """Paths, each "" if not given. `ca` signs the peer's certificates."""
 
     cert: str = ""
     key: str = ""
@@ -36,7 +36,7 @@ class Files(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The options that gave the files, for errors."""
+    """The names of the options for the files, for errors."""
 
     cert: str
     key: str
@@ -53,7 +53,7 @@ class Loaded(NamedTuple):
 
 
 class ClientOptions(BaseModel):
-    """What clients of the store are given, on a command line or in a file."""
+    """The TLS options of clients of the store, from a command line or a file."""
 
     store_tls_ca: Path | None = None
     store_tls_cert: Path | None = None
@@ -76,8 +76,8 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def checked(files: Files, names: Names) -> bool:
-    """Whether there is to be TLS. A server needs a certificate, a client CAs, a certificate its key. Raises ConfigError
-    if one is missing."""
+    """Whether TLS is configured. A server needs a certificate, a client needs CAs, and a certificate needs its key.
+    Raises ConfigError if one is missing."""
     missing = {
         names.cert: not files.cert and (names is SERVER or bool(files.key)),
         names.key: not files.key and bool(files.cert),
@@ -85,7 +85,7 @@ def checked(files: Files, names: Names) -> bool:
     }
     for name in (name for name, is_missing in missing.items() if is_missing and any(files)):
         given = ", ".join(f"--{given}" for given, path in zip(names, files, strict=True) if path)
-        raise ConfigError(name, "", f"a file, beside {given}")
+        raise ConfigError(name, "", f"a file, together with {given}")
     return any(files)
 
 
@@ -94,7 +94,7 @@ def load(files: Files, names: Names) -> Loaded:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if names is SERVER else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if names is SERVER:
-        context.num_tickets = 0  # a session that is resumed would outlive a CA that was replaced
+        context.num_tickets = 0  # no resumption: a resumed session would outlive the removal of its CA
     if files.ca:
         authorities = _certificates(names.ca, Path(files.ca))
         context.load_verify_locations(cadata=b"".join(one.public_bytes(Encoding.DER) for one in authorities))
@@ -117,14 +117,14 @@ def _load_chain(context: ssl.SSLContext, cert: Path, key: Path, names: Names) ->
     form = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
     if private_key.public_key().public_bytes(*form) != chain[0].public_key().public_bytes(*form):
         raise ConfigError(names.key, key, f"the private key of the first certificate in {cert}")
-    # ssl reads names of files alone. This one is what was checked, whatever becomes of the others.
+    # `ssl` accepts only file names. This file holds the checked content, even if the originals change.
     with os.fdopen(os.memfd_create("kvtier-tls"), "wb") as file:
         file.write(b"".join([*(one.public_bytes(Encoding.PEM) for one in chain), pem]))
         file.flush()
         try:
             context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
         except ssl.SSLError as error:
-            raise ConfigError(names.cert, cert, f"a certificate that OpenSSL takes ({error.reason})") from None
+            raise ConfigError(names.cert, cert, f"a certificate that OpenSSL accepts ({error.reason})") from None
     return ends
 
 

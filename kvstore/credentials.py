@@ -1,7 +1,7 @@
-"""What proves that somebody belongs to a namespace: a secret that is shared by the namespace's clients and its targets.
+"""The credential of a namespace: a secret that its clients and its targets share.
 
-It comes from a file or from the environment, never from a command line, and is shown nowhere: not in errors, not by
-`repr`. It does not travel either: each side signs what both have said (net/wire.py, `transcript`).
+It comes from a file or from the environment, never from a command line. Errors and `repr` never show it. It is never
+sent: each side signs the handshake with it (`transcript` in net/wire.py).
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from kvstore.errors import ConfigError
 
 VARIABLE = "KVTIER_CREDENTIAL"
-# Whoever hears a greeting may try secrets on it for as long as he likes: it must not be one that can be guessed.
+# An eavesdropper on a handshake can test guesses offline, so the secret must be too long to guess.
 BYTES_MIN = 16
 BYTES_MAX = 4096
 EXPECTED = f"a secret of {BYTES_MIN} to {BYTES_MAX} bytes, such as `openssl rand -hex 32` makes"
@@ -32,18 +32,18 @@ class Credential:
 
     @classmethod
     def random(cls) -> "Credential":
-        """One that nobody knows."""
+        """A random credential."""
         return cls(secrets.token_bytes(32))
 
     def sign(self, fields: Sequence[bytes]) -> bytes:
-        """HMAC-SHA256 over the fields, each behind its length: no two lists of fields are signed alike."""
+        """HMAC-SHA256 over the fields, each preceded by its length, so that different lists give different input."""
         signature = hmac.new(self._secret, digestmod=hashlib.sha256)
         for field in fields:
             signature.update(len(field).to_bytes(4, "little") + field)
         return signature.digest()
 
     def signed(self, proof: bytes, fields: Sequence[bytes]) -> bool:
-        """Whether `proof` is this credential's, in the same time whatever it is."""
+        """Whether `proof` is this credential's signature; in constant time."""
         return hmac.compare_digest(self.sign(fields), proof)
 
     def __eq__(self, other: object) -> bool:
@@ -59,15 +59,15 @@ class Credential:
 
 
 def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Credential | None:
-    """The credential that a client was given: a file's content, otherwise the environment's KVTIER_CREDENTIAL; None if
-    there is neither. Raises ConfigError."""
+    """A client's credential: the file's content, otherwise the variable KVTIER_CREDENTIAL; None if neither is given.
+    Raises ConfigError."""
     if path is not None:
         return from_file("credential-file", path)
     return from_variable(VARIABLE, VARIABLE, environ) if environ.get(VARIABLE) else None
 
 
 def from_file(field: str, path: Path) -> Credential:
-    """White space at the end of the file does not count."""
+    """The credential in a file; surrounding white space is ignored. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             secret = file.read(BYTES_MAX + 64)
@@ -81,8 +81,8 @@ def from_variable(field: str, name: str, environ: Mapping[str, str] = os.environ
 
 
 def checked(field: str, source: object, secret: bytes) -> Credential:
-    """The credential; an error names where it came from, not what it is."""
+    """The credential. Raises ConfigError, which names the source, never the secret."""
     try:
         return Credential(secret)
     except ValueError:
-        raise ConfigError(field, source, f"{EXPECTED}; there are {len(secret)}") from None
+        raise ConfigError(field, source, f"{EXPECTED}, not {len(secret)}") from None

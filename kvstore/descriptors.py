@@ -1,4 +1,4 @@
-"""How many files this process may have open: segments, two of each connection, and the rest."""
+"""Fits the connection limits to the limit of open files: segments, two descriptors per connection, and the rest."""
 
 import logging
 import resource
@@ -10,14 +10,14 @@ from kvstore.scrape import CONNECTIONS_MAX
 
 logger = logging.getLogger(__name__)
 
-_OF_CONNECTION = 2  # one thread receives, another one sends
+_OF_CONNECTION = 2  # one for the receiving thread, one for the sending thread
 _OTHERS = GREETINGS_MAX + HANDSHAKES_MAX + CONNECTIONS_MAX + 64  # the last: libraries, listeners, NATS, etcd
 
 
 def fit(option: str, asked: int, unasked: int, default: int, segments: int) -> int:
-    """Raise the soft limit to the hard one. How many connections each of `unasked` gets that asked for none: `default`,
-    or as many as fit beside the `asked` and the open files of `segments`. Raises ConfigError, which names `option`, if
-    the asked do not fit, or nothing is left for the others."""
+    """Raise the soft limit to the hard one, and return a connection limit for each of the `unasked` tenants, which set
+    none. It is `default`, or lower if the `asked` connections and the open files of `segments` leave less. Raises
+    ConfigError, which names `option`, if the `asked` do not fit, or none is left for the others."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard == resource.RLIM_INFINITY:

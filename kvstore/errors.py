@@ -1,6 +1,6 @@
-"""Errors that a person reads: what was given, what was wanted; and how a command ends with one.
+"""Errors for the operator: the field, the value given, the value expected; and the exit code of a command.
 
-What is in their text of others' is escaped, and passwords of URLs are hidden.
+In their text, strings from other processes are escaped and passwords in URLs are hidden.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from kvstore.text import masked, shown
 
-# In place of pydantic's words, where those say how it parses and not what to write.
+# Replaces pydantic's text where that describes its parsing instead of the expected input.
 _EXPECTED = {
     "byte_size": "a size such as 500G or 1.5TiB",
     "byte_size_unit": "a size such as 500G or 1.5TiB",
@@ -27,7 +27,7 @@ _EXPECTED = {
 Model = TypeVar("Model", bound=BaseModel)
 
 _LINE_CHARACTERS_MAX = 10_000
-USAGE = 2  # exit code of a command that was asked for something it cannot do
+USAGE = 2  # exit code for bad input
 
 
 def _line(text: str) -> str:
@@ -35,7 +35,7 @@ def _line(text: str) -> str:
 
 
 class ConfigError(Exception):
-    """Bad input, in one line: the field, the value given, and what was expected. None or no text is a missing value."""
+    """Bad input, in one line: the field, the value given, the value expected. None or "" is a missing value."""
 
     def __init__(self, name: str, value: object, expected: str):
         problem = "missing" if value in (None, "") else f"{str(value)!r} given"
@@ -43,26 +43,26 @@ class ConfigError(Exception):
 
     @classmethod
     def saying(cls, name: str, problem: str, expected: str) -> Self:
-        """Of a field whose value is not at fault: it is unknown, duplicate or in conflict."""
+        """For a field whose value is not the problem: the field is unknown, duplicate or in conflict."""
         error = cls(name, None, expected)
         error.args = (_line(f"{name}: {problem}, expected {expected}"),)
         return error
 
     @classmethod
     def unknown(cls, name: str, known: Collection[str], of: str = "one of") -> Self:
-        """Of a field, the last part of `name`, that is none of the `known`. Its value is hidden: it may be a secret."""
+        """For a field (the last part of `name`) that is not among the `known`. Hides its value, which may be secret."""
         meant = difflib.get_close_matches(name.rpartition(".")[2], known, 1)
         hint = f"; did you mean {meant[0]}?" if meant and len(known) > 1 else ""
         return cls.saying(name, "unknown", f"{of} {', '.join(known)}{hint}")
 
     def within(self, where: str) -> "ConfigError":
-        """The same of a field that is a part of `where`."""
+        """The same error, with the field's name prefixed by `where`."""
         self.args = (f"{where}.{self.args[0]}",)
         return self
 
 
 class UnavailableError(Exception):
-    """Something that must answer at start does not, in one line: what, where, and what to do."""
+    """A service that must answer at start does not. One line: which, where, and what to do."""
 
     exit_code = USAGE
 
@@ -71,8 +71,8 @@ class UnavailableError(Exception):
 
 
 class FailedError(UnavailableError):
-    """A process that was started did not come up: nothing is wrong with the command itself. Its last words may have
-    several lines."""
+    """A valid command failed while it ran, for example because a process that it started did not come up. The text may
+    have several lines, such as the end of a log."""
 
     exit_code = 1
 
@@ -81,7 +81,7 @@ class FailedError(UnavailableError):
 
 
 def readable(field: str, path: str) -> str:
-    """The path of a file that somebody else opens. Raises ConfigError if it cannot be opened."""
+    """The path of a file that another library will open. Raises ConfigError if it cannot be opened."""
     try:
         Path(path).open("rb").close()
     except OSError as error:
@@ -90,15 +90,16 @@ def readable(field: str, path: str) -> str:
 
 
 def without_userinfo(field: str, url: str, instead: str) -> str:
-    """The URL or URLs. Raises ConfigError, which says what to do `instead`, if there is a user or a password in one: it
-    would stand in a process's arguments, which every user of the machine can read."""
+    """The URL or URLs. Raises ConfigError, with the advice `instead`, if one contains a user or a password: every user
+    of the machine can read a process's arguments."""
     if "@" in url:
-        raise ConfigError(field, url, f"no user and no password in it: {instead}")
+        raise ConfigError(field, url, f"a URL without user and password: {instead}")
     return url
 
 
 def validated(model: type[Model], values: dict[str, object]) -> Model:
-    """Build `model` from `values`; the first thing wrong becomes a ConfigError that names it as on the command line."""
+    """Build `model` from `values`. The first problem is raised as a ConfigError, which names the field as on the
+    command line."""
     try:
         return model.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
@@ -111,7 +112,7 @@ def validated(model: type[Model], values: dict[str, object]) -> Model:
 
 
 def _settings(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """What can be set in the part of a model at `path`, as on the command line."""
+    """The names of the settings in the part of a model at `path`, as on the command line."""
     kind: Any = model
     for name in path:
         inside = get_args(kind)  # of a list or a mapping
@@ -125,8 +126,8 @@ def fail(program: str, error: Exception) -> NoReturn:
 
 
 def run_command(program: str, main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's main function; ConfigError and UnavailableError end it with one line and exit code 2,
-    FailedError with 1. A reader of its output that leaves early, as `head` does, ends it without a word."""
+    """Run a command's main function. ConfigError and UnavailableError end it with one line and exit code 2, FailedError
+    with 1. If the reader of its output closes the pipe, as `head` does, it ends silently."""
     try:
         code = main() or 0
         print(end="", flush=True)
@@ -136,7 +137,7 @@ def run_command(program: str, main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         if not _has_lost_its_reader(sys.stdout.fileno()):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at exit
         sys.exit(141)  # as a shell reports SIGPIPE
     except KeyboardInterrupt:
         sys.exit(130)

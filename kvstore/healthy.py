@@ -1,8 +1,8 @@
 """The health check of a container: `python -m kvstore.healthy ADDRESS [PATH TEXT]`.
 
-Exit code 0 if something listens at ADDRESS and, with a PATH, if its HTTP answer there has TEXT in it; otherwise 1.
-It runs every few seconds, so it imports nothing but sockets. A target with TLS takes a connection that says nothing for
-a probe, and not for a failed handshake.
+Exit code 0 if ADDRESS accepts a connection and, with a PATH, if the HTTP response there contains TEXT; otherwise 1.
+It runs every few seconds, so it imports only sockets. A target with TLS counts a silent connection as a probe, not as a
+failed handshake.
 """
 
 import socket

@@ -18,8 +18,8 @@ import numpy as np
 import xxhash
 
 KEY_BYTES = 16
-# How keys are made; stored with each value. 1: names made from samples of weight files, before release 0.2. 2: from the
-# content that engines have loaded.
+# Version of the key derivation; stored with each value. 1, before release 0.2: the model's identity is sampled from its
+# weight files. 2: it is computed from the content that engines have loaded.
 KEY_VERSION = 2
 _U64 = (1 << 64) - 1
 # Dynamo's constant (lib/tokens, XXH3_SEED); LoRA name and cache namespace are folded into it, not into the tokens.

@@ -1,4 +1,4 @@
-"""How much memory this process may have: the machine's, or less if a control group says so."""
+"""The memory limit of this process: the machine's memory, or the limit of a control group."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ _V1_FILE, _V2_FILE = "memory.limit_in_bytes", "memory.max"
 
 
 def limit_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """The lowest of the machine's memory and the limits of the process's control groups, of version 1 and 2."""
+    """The lowest of the machine's memory and the limits of the process's control groups (versions 1 and 2)."""
     found = re.search(r"^MemTotal:\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE)
     limits = [int(found.group(1)) << 10] if found else []
     try:
@@ -22,13 +22,13 @@ def limit_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"
             continue
         root, name = (groups / "memory", _V1_FILE) if controllers else (groups, _V2_FILE)
         inner = Path(path.lstrip("/"))
-        # Limits of all groups above hold, too. In a container its own group may be the root.
+        # The limits of all parent groups apply, too. In a container, its own group may be the root.
         limits += [_limit(root / group / name) for group in (inner, *inner.parents)]
     return min(limit for limit in limits if limit)
 
 
 def check(wanted: dict[str, int]) -> None:
-    """Raises ConfigError if these options together ask for more than there is; the largest is named."""
+    """Raises ConfigError, which names the largest, if these options together exceed the memory limit."""
     limit, total = limit_bytes(), sum(wanted.values())
     if total > limit:
         name = max(wanted, key=lambda option: wanted[option])
@@ -39,7 +39,7 @@ def check(wanted: dict[str, int]) -> None:
 
 
 def _limit(path: Path) -> int:
-    """0: none."""
+    """The limit in a file; 0: none."""
     try:
         text = path.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Files with secrets: read only where nobody else can read them, and looked at again when they change."""
+"""Reads files with secrets, only if no other user can read them, and detects changes to them."""
 
 import os
 import stat
@@ -10,8 +10,8 @@ _BYTES_MAX = 64 << 10
 
 
 def read(field: str, path: Path) -> bytes:
-    """The content of a file that nobody else may read. Checks the file that is open, not what its name points to a
-    moment before. Raises ConfigError, which quotes nothing of the content."""
+    """The content of a private file. Checks the opened file, not its path, so that no race can swap it. Raises
+    ConfigError, which quotes nothing of the content."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -32,14 +32,14 @@ def read(field: str, path: Path) -> bytes:
 
 
 def is_private(facts: os.stat_result) -> bool:
-    """Whether nobody but a file's owner can read it, or nobody but this process's group and root, who owns it. The
-    latter is a secret that Kubernetes mounts in a pod with an fsGroup: it cannot be given to the process's user."""
+    """Whether only a file's owner can read it, or, if root owns it, only root and a group of this process. The latter
+    is a secret that Kubernetes mounts in a pod with an fsGroup, where the process's user cannot own it."""
     is_lent = facts.st_uid == 0 != os.geteuid() and facts.st_gid in (os.getegid(), *os.getgroups())
     return not facts.st_mode & (0o037 if is_lent else 0o077)
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """Changes when the file does; () while there is none."""
+    """A value that changes when the file changes; () while it does not exist."""
     try:
         facts = path.stat()
     except OSError:

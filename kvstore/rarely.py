@@ -1,14 +1,14 @@
-"""How often something is logged that others can cause as often as they like."""
+"""A rate limit for log lines that other processes can trigger."""
 
 import time
 
-# Of clients that a target turns away.
+# Interval for refused clients.
 COMPLAIN_SECONDS = 1.0
 
 
 class Rarely:
-    """True, and then False for so many seconds: whoever makes us log a line does not fill a disk with it. For one
-    thread, or under its caller's lock."""
+    """True at most once per `seconds`, so that no other process can fill a disk with log lines. For one thread, or
+    under its caller's lock."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds

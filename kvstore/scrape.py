@@ -1,6 +1,6 @@
-"""Prometheus's view of a target over HTTP, for strangers: heads, times, connections and readers have bounds.
+"""A target's metrics over HTTP, without authentication: header size, duration and connections have bounds.
 
-One answer a connection, whatever the path. Series are collected on a thread, so that the event loop goes on.
+One response per connection, whatever the path. A thread collects the series, so the event loop is not blocked.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from kvstore.net import transport
 
 CONNECTIONS_MAX = 32
 CONNECTIONS_OF_PEER_MAX = 8
-SECONDS_MAX = 10.0  # for a head to come, and for an answer to be taken
+SECONDS_MAX = 10.0  # timeout of a request's header, and of sending the response
 _HEAD_BYTES_MAX = 16 << 10
 
 

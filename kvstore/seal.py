@@ -6,17 +6,17 @@ A sealed value is the payload (`mac`) or its ciphertext (`encrypt`), then a trai
 
 The tag is AES-256-GCM's. Its associated data is the trailer before the tag, the store key, the payload's length as u64
 and, in mode `mac`, the payload. So a value opens only under the key, the length and the seal key it was sealed with. A
-replay of an older value under the same store key opens, and may: a store key names its content.
+replay of an older value under the same store key opens, which is harmless: a store key names its content.
 
-**Nonces.** Each value has a data key of its own, BLAKE2b of the trailer before the tag under the seal key, and GCM runs
-once under it, with a nonce of zeros. A data key repeats only if 24 random bytes of the operating system do. There is no
-counter and no state, so forks, restarts and snapshots of machines cannot repeat one. 10,000 workers that each seal
-10,000 values a second for ten years under one key make 2^55 values: two with the same nonce have a probability of
-2^-83. A forgery of 64 MiB succeeds with a probability of 2^-105 an attempt.
+**Nonces.** Each value has a data key of its own: BLAKE2b of the trailer before the tag, keyed with the seal key. GCM
+runs once under it, with a nonce of zeros. A data key repeats only if 24 random bytes of the operating system do. There
+is no counter and no state, so forks, restarts and snapshots of machines cannot repeat one. 10,000 workers that each
+seal 10,000 values a second for ten years under one key make 2^55 values: two of them share a nonce with a probability
+of 2^-83. A forgery of 64 MiB succeeds with a probability of 2^-105 an attempt.
 
-**Names.** A sealed value is filed under a name that depends on the seal key (`SealKey.name`), so workers without that
-key never ask for it, and a worker that retires a key never asks for what was sealed with it. Otherwise such a value,
-which a target has and nobody can open, would block its chunk until it is evicted.
+**Names.** A sealed value is stored under a name that depends on the seal key (`SealKey.name`). So workers without that
+key never ask for it, and a worker that retires a key stops asking for values sealed with it. Otherwise a value that no
+worker can open would block its chunk until it is evicted.
 
 Knows keys, bytes and files; nothing of sockets.
 """
@@ -53,14 +53,14 @@ VERSION = 1
 SECRET_BYTES = 32
 NONCE_BYTES = 24
 TAG_BYTES = 16
-KEYS_MAX = 16  # in a file: each one more is a further question for every chunk that is missing
+KEYS_MAX = 16  # in a file: every missing chunk is looked up once per key
 _HEAD = struct.Struct(f"<4sBB2xI{NONCE_BYTES}s")
 _CONTEXT = struct.Struct(f"<{_HEAD.size}s{KEY_BYTES}sQ")
 TRAILER_BYTES = _HEAD.size + TAG_BYTES
 _GCM_NONCE = bytes(12)
 _NAME, _DATA = b"kvtier-seal-name", b"kvtier-seal-data"  # BLAKE2b's personalization
-# Decryption goes through a buffer of this size, which stays in the processor's cache. That `update_into` may write over
-# what it reads is documented nowhere; writing in place would bring 10.5 GB/s in place of 8.4.
+# Decryption goes through a buffer of this size, which stays in the CPU's cache. In place it would reach 10.5 GB/s
+# instead of 8.4, but it is not documented that `update_into` may overwrite its input.
 _PIECE_BYTES = 256 << 10
 _FIELD = "seal-key"
 # A changed file is noticed within this time.
@@ -74,17 +74,17 @@ class Mode(enum.IntEnum):
 
 
 class Reason(enum.StrEnum):
-    """Why a value was not believed."""
+    """Why a value was rejected."""
 
-    LENGTH = "length"  # not as long as the payload and a trailer
-    UNSEALED = "unsealed"  # what should be a trailer does not begin like one
+    LENGTH = "length"  # not the length of the payload plus a trailer
+    UNSEALED = "unsealed"  # the trailer has no magic
     FORMAT = "format"  # a version or mode that this release does not know
-    OTHER_KEY = "other_key"  # sealed with another key than the one its name was made with
-    ALTERED = "altered"  # the tag does not fit key, length and content
+    OTHER_KEY = "other_key"  # sealed with another key than its name
+    ALTERED = "altered"  # the tag does not match key, length and content
 
 
 class SealKey:
-    """One key of a file. Its secret is in no repr, message or pickle."""
+    """One key of a file. Its secret never appears in a repr, message or pickle."""
 
     __slots__ = ("_domain", "_secret", "id")
 
@@ -102,11 +102,11 @@ class SealKey:
         raise TypeError("a seal key is not pickled")
 
     def name(self, key: bytes) -> bytes:
-        """The store key under which the value of `key` is filed when it is sealed with this one."""
+        """The store key of the value of `key` when it is sealed with this seal key."""
         return hashlib.blake2b(key, key=self._domain, digest_size=KEY_BYTES, person=_NAME).digest()
 
     def seal(self, name: bytes, payload: memoryview, mode: Mode) -> tuple[memoryview, bytes]:
-        """What to store under `name`: the payload itself or its ciphertext, and the trailer."""
+        """The value to store under `name`: the payload itself or its ciphertext, and the trailer."""
         head = _HEAD.pack(MAGIC, VERSION, mode, self.id, os.urandom(NONCE_BYTES))
         encryptor = Cipher(self._data_key(head), GCM(_GCM_NONCE)).encryptor()
         encryptor.authenticate_additional_data(_CONTEXT.pack(head, name, len(payload)))
@@ -120,8 +120,8 @@ class SealKey:
         return content, head + encryptor.tag
 
     def open(self, name: bytes, content: memoryview, trailer: bytes | bytearray) -> Reason | None:
-        """Check the content of the value `name`, and decrypt it where it lies. None: it is what was sealed; otherwise
-        the content is undefined."""
+        """Check the content of the value `name`, and decrypt it in place. None: it is authentic. Otherwise the content
+        is undefined."""
         if len(trailer) != TRAILER_BYTES:
             return Reason.LENGTH
         head, tag = bytes(trailer[: _HEAD.size]), bytes(trailer[_HEAD.size :])
@@ -153,7 +153,7 @@ class SealKey:
 
 
 class Seal:
-    """The keys of a group of workers: the first seals, any of them opens. Thread-safe."""
+    """The keys of a group of workers: the first one seals, each of them opens. Thread-safe."""
 
     def __init__(self, keys: Sequence[SealKey], mode: Mode = Mode.MAC):
         self._keys = tuple(keys)
@@ -171,25 +171,28 @@ class Seal:
 
     @property
     def rejected(self) -> dict[str, int]:
-        """Values that were not believed, by reason."""
+        """Counts of rejected values, by reason."""
         with self._lock:
             return dict(self._rejected)
 
     def reject(self, target: str, reason: Reason) -> None:
-        """Count a value of `target`, and log it unless that was done a moment ago."""
+        """Count a rejected value of `target`, and log it, rate-limited."""
         with self._lock:
             self._rejected[reason] += 1
             if not self._complains():
                 return
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self._rejected.items()))
         logger.warning(
-            "%s: a value whose seal does not hold (%s); rejected since the start: %s", shown(target), reason, counts
+            "%s: rejected a value, its seal is invalid (%s); rejected since the start: %s",
+            shown(target),
+            reason,
+            counts,
         )
 
 
 class SealFile(Seal):
-    """Keys that are read from a file, and read again when it changes. One that cannot be read any more, or makes no
-    sense, is logged, and the keys before it stay."""
+    """Keys from a file, reloaded when it changes. If the file becomes unreadable or invalid, that is logged, and the
+    old keys stay."""
 
     def __init__(self, path: Path, mode: Mode = Mode.MAC):
         """Raises ConfigError."""
@@ -215,40 +218,40 @@ class SealFile(Seal):
         try:
             self._keys = read_keys(self._path)
         except ConfigError as error:
-            logger.error("the seal keys stay as they were: %s", error)
+            logger.error("keeping the old seal keys: %s", error)
             return
         logger.info("%s: seals with key %d, opens with %s", self._path, self._keys[0].id, ids(self._keys))
 
 
 def _room(size: int) -> memoryview:
-    """Memory that is about to be written to. A bytearray would fill it with zeros first, with the interpreter held."""
+    """Uninitialized memory. A bytearray would fill it with zeros first, under the interpreter's lock."""
     return np.empty(size, np.uint8).data
 
 
 def seal_mode(path: str, mode: str) -> str:
-    """`mac`, where a key is given and nothing else is said."""
+    """The mode; by default `mac` with a key, `off` without."""
     return mode or ("mac" if path else "off")
 
 
 def open_seal(path: str, mode: str) -> SealFile | None:
-    """The seal of a worker that was given `--seal-key` and `--seal`, each "" if it was not; None where values are not
-    sealed. Raises ConfigError."""
+    """The seal for a worker's `--seal-key` and `--seal`, each "" if not given; None if values are not sealed. Raises
+    ConfigError."""
     mode = seal_mode(path, mode)
     if mode == "off":
         return None
     if mode not in (known.name.lower() for known in Mode):
         raise ConfigError("seal", mode, "mac, encrypt or off")
     if not path:
-        raise ConfigError("seal", mode, "off where no seal-key is given")
+        raise ConfigError("seal", mode, "off, or a seal-key")
     return SealFile(Path(path), Mode[mode.upper()])
 
 
 def announce(seal: Seal | None, store: str) -> None:
-    """Log whom this process trusts."""
+    """Log whether values are sealed, and so which processes this one trusts."""
     if seal is None:
         logger.info(
-            "values are not sealed: what a target of %s returns is believed, as is whatever else can answer, store or "
-            "register in its place. --seal-key ends that (docs/security.md)",
+            "values are not sealed: this process trusts the targets of %s, and every process that can answer or "
+            "register in their place or store to them. Set --seal-key to change that (docs/security.md)",
             store,
         )
     else:
@@ -275,13 +278,13 @@ def read_keys(path: Path) -> tuple[SealKey, ...]:
         raise _wrong(path, f"a list of 1 to {KEYS_MAX} keys, the one that seals first")
     keys = tuple(_key(path, number, entry) for number, entry in enumerate(listed, 1))
     if len({key.id for key in keys}) < len(keys):
-        raise _wrong(path, "another id for each key")
+        raise _wrong(path, "a different id for each key")
     return keys
 
 
 def _key(path: Path, number: int, entry: object) -> SealKey:
     if not isinstance(entry, dict) or set(entry) != {"id", "key"}:
-        raise _wrong(path, f"id and key, and nothing else, in key number {number}")
+        raise _wrong(path, f"only the fields id and key in key number {number}")
     id, text = entry["id"], entry["key"]
     if type(id) is not int or not 0 < id < 1 << 32:
         raise _wrong(path, f"a whole number from 1 to 4294967295 as id of key number {number}")

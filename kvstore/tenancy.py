@@ -1,5 +1,5 @@
-"""The namespaces of one target: for each a shelf within its quota, buffers, queues, announcements; and how they change
-when the namespaces file does."""
+"""The namespaces of one target: each has a shelf within its quota, buffers, queues and announcements. Also applies
+changes of the namespaces file."""
 
 import asyncio
 import contextlib
@@ -29,18 +29,18 @@ from kvstore.net.wire import Outcome
 
 logger = logging.getLogger(__name__)
 
-# Of --buffers, --hot and --dirty each namespace has the share that its quota has of the capacity, but of buffers at
-# least this: below, a few chunks of some MiB on their way would be all.
+# Each namespace gets the share of --buffers, --hot and --dirty that its quota has of the capacity, but at least this
+# much of --buffers: less would hold only a few chunks of some MiB in flight.
 BUFFER_BYTES_MIN = 32 << 20
-# Messages that ask for prompts to be warmed are answered one after the other, each after a walk through the target's
-# entries: some 0.1 s a million, in which GETs go on. What comes faster is dropped.
+# Queue limit for warm-up requests; more are dropped. They are answered one after the other. Each walks the target's
+# entries, about 0.1 s per million, while GETs continue.
 _WARMS_WAITING_MAX = 8
-_WALK_ENTRIES = 4096  # looked at in one go: 0.1 ms
+_WALK_ENTRIES = 4096  # per step of the walk: 0.1 ms
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all namespaces of a target have in common."""
+    """Settings that all namespaces of a target share."""
 
     name: str
     capacity_bytes: int
@@ -53,7 +53,7 @@ class Settings:
     etcd: str | None
     unix_uids: frozenset[int] | None
     tls: ServerTls | None
-    peers: str | None  # as workers name the targets: what is read is held by two of them
+    peers: str | None  # the targets for replication, as in workers' --store; None: no replication
     peers_tls: ClientTls | None
 
 
@@ -66,7 +66,7 @@ class _Served:
 
 
 class Tenancy:
-    """Serves the namespaces of a file. For one event loop; `rack` is this object's to close."""
+    """Serves the namespaces of a file. For one event loop. Owns `rack`: `stop` closes it."""
 
     def __init__(self, path: Path, rack: Rack, settings: Settings, line: Bus | None):
         self.lobby = Lobby(settings.unix_uids, settings.tls)
@@ -83,24 +83,24 @@ class Tenancy:
 
     async def begin(self, grants: Grants) -> None:
         for tenant, credential in grants.values():
-            await self._come(tenant, credential)
+            await self._open(tenant, credential)
 
     async def reload(self) -> None:
-        """Read the file again and do what it says; if it cannot be done, say so and go on as before."""
+        """Read the file again and apply it. An invalid file is logged, and changes nothing."""
         async with self._changing:
             try:
                 grants = await asyncio.to_thread(tenants.load, self._path)
                 self._rack.check(grants.quotas)
                 fit_connections(grants, self._rack)
             except ConfigError as error:
-                logger.error("the namespaces stay as they are: %s", error)
+                logger.error("keeping the old namespaces: %s", error)
                 return
             try:
                 await self._change(grants)
             except (ConfigError, UnavailableError) as error:
-                logger.error("the namespaces are not all as the file says: %s", error)
+                logger.error("the namespaces file was applied only in part: %s", error)
             except Exception:
-                logger.exception("the namespaces are not all as the file says")
+                logger.exception("the namespaces file was applied only in part")
             else:
                 logger.info("serving the namespaces %s", ", ".join(self._served))
 
@@ -117,11 +117,11 @@ class Tenancy:
 
     async def _change(self, grants: Grants) -> None:
         for name in [name for name in self._served if name not in grants]:
-            await self._go(name)
+            await self._close(name)
         await asyncio.to_thread(self._rack.change, grants.quotas)
         for name, (tenant, credential) in grants.items():
             if name not in self._served:
-                await self._come(tenant, credential)
+                await self._open(tenant, credential)
                 continue
             target = self._served[name].target
             target.connections_max = tenant.connections
@@ -129,7 +129,7 @@ class Tenancy:
             self.lobby.admit(name, target, credential)
             await self._replicate(name, credential)
 
-    async def _come(self, tenant: Tenant, credential: Credential) -> None:
+    async def _open(self, tenant: Tenant, credential: Credential) -> None:
         settings, shelf = self._settings, self._rack.shelves[tenant.name]
         registration = None
         if settings.etcd:
@@ -164,18 +164,19 @@ class Tenancy:
         await self._replicate(tenant.name, credential)
 
     async def _replicate(self, name: str, credential: Credential) -> None:
-        """With this credential. If that cannot be now, the next reload tries again: clients are served either way."""
+        """Start replication with this credential. If that fails, clients are served without it, and the next reload
+        retries."""
         peers, tls, served = self._settings.peers, self._settings.peers_tls, self._served[name]
         if not peers or served.replicates_as == credential:
             return
         try:
             await asyncio.to_thread(replicate, served.target, peers, name, tls, credential=credential)
         except UnavailableError as error:
-            logger.error("%s: its chunks have no replicas as yet: %s", name, error)
+            logger.error("namespace %s: cannot start replication, the next reload retries: %s", name, error)
         else:
             served.replicates_as = credential
 
-    async def _go(self, name: str) -> None:
+    async def _close(self, name: str) -> None:
         served = self._served.pop(name)
         if served.registration:
             await asyncio.to_thread(served.registration.close)
@@ -187,8 +188,8 @@ class Tenancy:
 
 
 def fit_connections(grants: Grants, rack: Rack) -> None:
-    """Give those tenants fewer connections that did not ask for a number, if there are not descriptors enough. Raises
-    ConfigError if that does not help."""
+    """If there are too few descriptors, lower the connections of the tenants that set no number. Raises ConfigError if
+    that is not enough."""
     asked = sum(tenant.connections for tenant, _ in grants.values() if "connections" in tenant.model_fields_set)
     others = [name for name, (tenant, _) in grants.items() if "connections" not in tenant.model_fields_set]
     each = descriptors.fit("namespaces: connections", asked, len(others), tenants.CONNECTIONS, rack.open_files)
@@ -204,7 +205,7 @@ def _rights(tenant: Tenant) -> tuple[bool, bool]:
 def replicate(
     target: Target, peers: str, namespace: str, tls: ClientTls | None, *, credential: Credential | None = None
 ) -> None:
-    """Have what is read be held by two of `peers`. Raises UnavailableError if etcd does not answer."""
+    """Start replication of the chunks that are read to `peers`. Raises UnavailableError if etcd does not answer."""
     targets = open_membership(peers, namespace)
     client = StoreClient(
         targets, namespace=namespace, name="replicas", connections_per_target=1, credential=credential, tls=tls
@@ -213,7 +214,8 @@ def replicate(
 
 
 async def warm(target: Target, line: Bus, namespace: str) -> None:
-    """Read ahead what routers ask for, until cancelled. To bounds they are one peer, since nobody signs on the bus."""
+    """Prefetch what routers request, until cancelled. All routers share one peer's limits, because the bus does not
+    authenticate them."""
 
     async def asked(request: Warm) -> Warmed:
         return await asyncio.to_thread(_warmed, target, request)
@@ -240,7 +242,7 @@ def _warmed(target: Target, request: Warm) -> Warmed:
 
 
 async def report(target: Target, line: Bus, namespace: str) -> None:
-    """Tell the routers once a second how busy the target is, until cancelled."""
+    """Publish the target's load to the routers once a second, until cancelled."""
     before, then = target.status(), time.monotonic()
     while True:
         await asyncio.sleep(messages.HEARTBEAT_SECONDS)

@@ -1,5 +1,5 @@
-"""Text made safe to show: names and messages that somebody else chose, on the bus, the wire, in etcd and over HTTP; and
-secrets that stand in URLs and in variables of the environment."""
+"""Makes text safe to show: escapes names and messages that other processes sent (on the bus, the wire, in etcd, over
+HTTP), and hides secrets in URLs and environment variables."""
 
 import re
 
@@ -13,20 +13,20 @@ _SECRET_VARIABLE = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|NKEY|
 
 
 def shown(text: object, characters_max: int = TEXT_CHARACTERS_MAX) -> str:
-    """`str(text)` for a log, a terminal or an error message. What is not printable is escaped as in Python: control
-    characters, terminal escapes, line ends, marks that turn the direction of writing. A long text is cut."""
+    """`str(text)` for a log, a terminal or an error message. Non-printable characters are escaped as in Python: control
+    characters, terminal escapes, line ends, bidirectional marks. A long text is truncated."""
     whole = str(text)
     safe = "".join(one if one.isprintable() else _escaped(one) for one in whole[:characters_max])
     return safe if len(whole) <= characters_max else f"{safe}... ({len(whole)} characters)"
 
 
 def is_plain(name: str, characters_max: int) -> bool:
-    """Whether a name has 1 to `characters_max` characters of printable ASCII, as every address and id has."""
+    """Whether a name has 1 to `characters_max` characters of printable ASCII, as every valid address and id does."""
     return 0 < len(name) <= characters_max and name.isascii() and name.isprintable()
 
 
 def clean(value: object) -> object:
-    """Plain data, as JSON has it, with every text in it as `shown` has it."""
+    """JSON-like data with `shown` applied to every string in it."""
     if isinstance(value, str):
         return shown(value)
     if isinstance(value, dict):
@@ -35,7 +35,7 @@ def clean(value: object) -> object:
 
 
 def masked(text: str) -> str:
-    """The text with what stands before the @ of URLs hidden."""
+    """The text with user and password of URLs hidden."""
     return _USERINFO.sub(f"{HIDDEN}@", text)
 
 
@@ -45,7 +45,7 @@ def is_secret(variable: str) -> bool:
 
 
 def masked_variable(name: str, value: str) -> str:
-    """The value of an environment variable, hidden if the name is a secret's."""
+    """The value of an environment variable, hidden if its name is that of a secret."""
     return HIDDEN if value and is_secret(name) else masked(value)
 
 

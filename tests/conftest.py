@@ -110,8 +110,8 @@ class RunningTarget:
     def lent(self) -> list[Buffer]:
         """Will have what a carrier fetches from now on."""
         lent: list[Buffer] = []
-        place = self.target._lender.place
-        self.target._lender.place = lambda buffer: (lent.append(buffer), place(buffer))[1]
+        place = self.target._lender.remote_buffer
+        self.target._lender.remote_buffer = lambda buffer: (lent.append(buffer), place(buffer))[1]
         return lent
 
     def stop(self) -> None:

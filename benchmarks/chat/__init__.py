@@ -1,1 +1,1 @@
-"""One engine, or a served cluster, under multi-turn chat, and what the tier adds to it."""
+"""Benchmarks of multi-turn chat on one engine or a served cluster, with and without the tier."""

@@ -1,28 +1,30 @@
-"""Multi-turn chat against one engine: what a tier under its KV cache gives, beside the engine without and its own.
+"""Multi-turn chat against one engine: with kvtier, with vLLM's own tiers, and with no tier.
 
     python -m benchmarks.chat --model DIR --hbm-tokens N --dram SIZE --dir DIR --json FILE [--plot FILE.svg]
     python -m benchmarks.chat --url http://HOST:PORT --model NAME --json FILE
 
-Closed loop: N clients each play a turn of one conversation after the other, from a pool whose KV exceeds HBM several
-times; a conversation's next turn comes when all others have had one. Before a mode is measured, every conversation is
-played once, which fills its tiers. Each mode is a fresh engine with the same HBM, DRAM and pool:
+Closed loop: N clients play turns of the conversations of a pool, round-robin. The pool's KV exceeds HBM several times.
+Before a mode is measured, every conversation is played once, which fills its tiers. Each mode is a fresh engine with
+the same HBM, DRAM and pool:
 
-    plain      vLLM's prefix cache alone
+    plain      only vLLM's prefix cache
     dram       vLLM's own offloading to DRAM
     files      vLLM's own file tier under that DRAM
     store      this project: that DRAM, and a target on the same disk, without a hot cache
-    store-hot  the same engine, and the target started again with a hot cache (--hot; as large as the pool's KV)
+    store-hot  the same engine, and the target restarted with a hot cache (--hot; as large as the pool's KV)
     store-mac, store-encrypt  as store-hot, with an engine and a store of their own, whose values are sealed
 
-With --rounds N all of it is done N times, every other time in the opposite order, and figures are medians over rounds.
-What the store holds stays for the rounds that follow. --over names the mode that others are compared with, round by
-round. --with FILE counts in the points of an earlier run's --json, made on the same machine. With --fresh N each engine
-also has N prompts that nobody goes on with, the same for all: what the tier costs where it cannot help. With
---first-token N prompts of that length are asked for one at a time, from each place where they can be.
-With --timeline SECONDS the last number of clients then also goes on for so long, told every 5 s (--seconds 0 for
-nothing else); with --kill target the store's target is killed at a third of it, and started again at two thirds. Where
-there are GPUs, what they draw is counted, too, and how much of it they draw idle.
-With --url a server that runs already is measured.
+--rounds N      repeat everything N times, every other time in the opposite order; figures are medians over rounds. The
+                store keeps its content for later rounds
+--over MODE     the mode that others are compared with, round by round
+--with FILE     include the points of an earlier run's --json on the same machine
+--fresh N       also N uncached prompts per engine, the same for all: the cost of the tier where it cannot help
+--first-token N also single prompts of that length, from each tier that can hold them
+--timeline S    also run the last number of clients for S seconds, reported every 5 s (--seconds 0 for only this); with
+                --kill target the target is killed at a third of it, and restarted at two thirds
+--url URL       measure a running server
+
+With GPUs, their power is reported, too, and their idle power.
 """
 
 import argparse

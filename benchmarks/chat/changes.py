@@ -3,14 +3,18 @@
     python -m benchmarks.chat.changes --requests 1000 --seed 1 [--dir DIR] [--json FILE]
 
 Two engines with the tier over one store, and one without, each in a process of its own; a small model with random
-weights. Between requests, drawn from the seed, an engine is given other weights (by its own reload, or by a function
-that writes them in place), or another adapter under a name and path that it had before; it sleeps and wakes up; its
-caches are emptied; each with requests in flight or without. Or it is restarted, also between the new files and the
-reload. There are more adapters than an engine holds. Requests share few prompts, so that most find KV in HBM, DRAM or
-the store. After each change the engine's own cache is reset, as docs/identity.md says. Every answer is compared with
-the one that the engine without the tier gives with the same weights and adapter: tokens, and logprobs up to rounding.
-That KV of other weights or adapters would be noticed is checked first: answers of all versions must differ by many
-times that.
+weights. Between requests a change is drawn from the seed, with or without requests in flight:
+
+- other weights, by the engine's reload or by a function that writes them in place;
+- another adapter under a name and path that was used before;
+- sleep and wake-up, or empty caches;
+- a restart, also between the new files and the reload.
+
+There are more adapters than an engine holds. Requests share few prompts, so that most find KV in HBM, DRAM or the
+store. After each change the engine's own cache is reset, as docs/identity.md says. Every answer is compared with that
+of the engine without the tier with the same weights and adapter: tokens, and logprobs up to rounding. A control runs
+first: answers of all versions must differ by many times the rounding, so that KV of other weights or adapters is
+detected.
 """
 
 import argparse

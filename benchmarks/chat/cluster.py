@@ -4,13 +4,13 @@
         --clients 16,32 --hbm-tokens N --dram SIZE --hot SIZE --capacity SIZE --dir DIR --json FILE [--plot FILE.svg]
 
 A mode is a file in benchmarks/chat/clusters/; all have the same workers, HBM and DRAM, NATS, and files for discovery.
-With 1p1d half of the workers prefill and half decode. A cluster's pool is asked for until its tiers store nothing more,
---fills times at most. kvtier-memory and kvtier-disk, if both are asked for, share one cluster and its filled pool: the
-target is started anew, without its cache, once it has written everything.
+With 1p1d half of the workers prefill and half decode. The pool is played until the tiers store nothing more, at most
+--fills times. kvtier-memory and kvtier-disk share one cluster and its filled pool: the target is restarted without its
+cache once it has written everything.
 
-Stock frontends give no token ids back: answers are taken for other tokens of that number, and only prompts are reused.
---kill names a process, such as Store-0, VllmWorker-0 or Router-0; modes without it are left in peace. SIGTERM and
-SIGINT take the cluster down, which needs up to a minute; --json has what was measured by then.
+Stock frontends return no token ids. So only the prompts of earlier turns are reused, and answers are replaced by other
+tokens of the same number. --kill names a process, such as Store-0, VllmWorker-0 or Router-0; it has no effect on modes
+without that process. SIGTERM and SIGINT stop the cluster, which takes up to a minute; --json has the results so far.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a copy between HBM and DRAM costs by how the KV of a block lies in HBM. On a GPU; no model.
+"""The cost of copies between HBM and DRAM for two KV layouts in HBM. On a GPU; no model.
 
     python -m benchmarks.chat.copies [--layers 80] [--kv-heads 8] [--head-bytes 128] [--blocks 137] [--json FILE]
 

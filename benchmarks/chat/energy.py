@@ -1,4 +1,4 @@
-"""What GPUs draw, by their own counters of energy: the whole card, and nothing of the host."""
+"""Energy of GPUs, from their own counters: the whole card, without the host."""
 
 import asyncio
 import contextlib

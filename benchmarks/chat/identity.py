@@ -5,13 +5,15 @@
     python -m benchmarks.chat.identity --dir DIR --tensor-parallel 2,1     # and one rank reads what two have written
     python -m benchmarks.chat.identity --dir DIR --kind mixed              # another kind of model: graphs/tiny_kinds.py
 
-A small model with random weights of enough spread is served by an engine without and by one with the tier. Each prompt
-is asked for cold, from HBM, from DRAM and from the store. Cold answers must be equal between the engines, and so must
-all that come from a cache (a cold prefill and one that goes on from a cache add up in another order). Then the chunks
-on disk are made wrong under right checksums: a comparison that does not notice proves nothing.
+A small model with random weights is served by an engine without the tier and by one with it. Each prompt is sent cold,
+from HBM, from DRAM and from the store. Cold answers must be equal between the engines. All answers from a cache must be
+equal, too; they may differ from cold ones, because a prefill that continues from a cache adds in a different order. As
+a control, the chunks on disk are then forged with valid checksums: a comparison that does not detect this proves
+nothing.
 
-Engines of other tensor parallelism read from the store what the first one wrote. Their sums are rounded otherwise: an
-answer's first logprob may be as far from that of their own KV as a few times what the engines' own answers differ by.
+Engines of other tensor parallelism read the first engine's chunks from the store. They round differently, so an
+answer's first logprob may differ from that with their own KV by a few times the difference between the engines' own
+answers.
 """
 
 import argparse

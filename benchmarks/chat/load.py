@@ -1,7 +1,7 @@
-"""The load of the multi-turn benchmark: conversations, the clients that play them, and what a measurement says.
+"""The load of the multi-turn benchmark: conversations, the clients that play them, and the measurements.
 
-Token ids in, token ids out: a turn's prompt is the last one's, its answer and the next question, so that what a cache
-holds of the last turn is a prefix of this one, to the token. One event loop.
+Token ids in, token ids out: a turn's prompt is the previous prompt, its answer and the next question. So the cached
+tokens of the previous turn are exactly a prefix of this one. One event loop.
 """
 
 import asyncio

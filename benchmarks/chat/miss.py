@@ -2,9 +2,8 @@
 
     python -m benchmarks.chat.miss --json FILE [--pairs N] [--tokens N]
 
-Each pair is one prompt that nobody has seen, sent to a worker with the tier (through the router, with the store
-running and empty of it) and to one without (stock, straight from the frontend), in turn first and second. The figure
-is the ratio of their times to first token, pair by pair.
+Each pair is one uncached prompt. It is sent to a worker with the tier, through the router with a running store, and to
+a stock worker directly from the frontend; the order alternates. The figure is the ratio of their TTFTs, pair by pair.
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""What the tier costs the engine's scheduler, in microseconds, for prompts that nobody has seen: no model, no GPU.
+"""The tier's cost in the engine's scheduler, in microseconds per uncached prompt: no model, no GPU.
 
     python -m benchmarks.chat.scheduler [--prompt-tokens 2200] [--running 16] [--requests 64] [--rounds 7] [--json FILE]
 
-vLLM's own scheduler runs at a GPU's block size; what stands in for the model answers every step at once with one token
-a request, and reports copies between HBM and DRAM as done a step later. Its ranks say that they all have one model
-loaded. What is timed is the scheduler's thread: taking requests in, `schedule` and `update_from_output`. Modes: plain
-(no connector), dram (vLLM's own offloading), and store (this project, with its mover and a target that takes what is
-put). The same requests in every mode, one after the other, in turn first and last; the figures are medians over rounds,
-the ratio is taken round by round.
+vLLM's own scheduler runs at a GPU's block size. A stub replaces the model: it answers every step at once with one token
+per request, and reports copies between HBM and DRAM as done one step later. The timed thread is the scheduler's: adding
+requests, `schedule` and `update_from_output`. Modes: plain (no connector), dram (vLLM's own offloading), and store
+(this project, with its mover and a target). Every mode gets the same requests; the order of modes alternates. Figures
+are medians over rounds; ratios are taken within a round.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python -m benchmarks.chat.shared --model DIR [--requests 32] [--shared 8000] [--own 40] [--rounds 5] --dir DIR
     python -m benchmarks.chat.shared --tiny --requests 16 --shared 6000 --block-tokens 128 --dtype float32   # on a CPU
 
-The prefix is in HBM, in the store alone (hot cache), or nowhere. Each request ends in tokens of its own. Every round
-has its own prompts and asks for them in the three ways; a line is the median over rounds of a round's mean and of its
-last first token. A request alone is timed, too.
+The prefix is in HBM, only in the store (hot cache), or uncached. Each request ends with tokens of its own. Every round
+has its own prompts and sends them in the three cases. A line has medians over rounds: of a round's mean TTFT and of its
+last one. A single request is timed, too.
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""What heavy transfers do to the engine's steps: a batch that decodes, with and without prompts coming from the store.
+"""The effect of heavy transfers on the engine's steps: a decoding batch, with and without loads from the store.
 
     python -m benchmarks.chat.steps --model DIR --hbm-tokens N --dram SIZE --dir DIR [--json FILE]
 
-One engine with the tier, in this process. A batch decodes all the time; visitors arrive at a fixed rate, each with a
-prompt that was computed before and one token to come. In quiet windows it is one prompt, in HBM; in heavy windows each
-is another one of a pool beyond HBM and DRAM, so that it comes from the store. Windows alternate. Of each step: what it
-took, and how much of that the scheduler did (`schedule` and `update_from_output`, with the tier in them). Steps that
-compute more than decodes and the end of a prompt are left out: a chunk that is not loaded is computed, and that is
-another cost than the transfers'.
+One engine with the tier, in this process. A batch decodes all the time. Other requests arrive at a fixed rate, each
+with a cached prompt and one token to generate. In quiet windows they share one prompt, in HBM. In heavy windows their
+prompts are from a pool beyond HBM and DRAM, and come from the store. Windows alternate. For each step this reports its
+time, and the scheduler's part of it (`schedule` and `update_from_output`, including the tier). Steps that compute more
+than decodes and the end of a prompt are left out: recomputing a chunk is not a cost of transfers.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How long a request should wait for the store: what patience brings and costs. Everything is simulated.
+"""How long a request should wait for the store: gain and cost of patience. Everything is simulated.
 
     python -m benchmarks.chat.waiting [--gb-per-second 1.05] [--kv-bytes 163840] [--clients 8 16 24] [--seeds N]
 

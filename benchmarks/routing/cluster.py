@@ -4,9 +4,9 @@
 
 Plays multi-turn chat over HTTP through stock dynamo.frontend. What is live: tokenizing, routing, KV events, residency,
 plans and their deadlines. What is simulated: GPUs and links (sim_worker.py). With `dynamo` the frontend's own KV router
-takes this project's place over the same workers. Beside it stands what policy_sim.py says of the same policy,
-hardware and load. On a machine that cannot keep up, --slow N makes every second of the hardware's last N; figures are
-then per second of the hardware's, but for the time of decisions.
+replaces this project's router over the same workers. The report also has the result of policy_sim.py for the same
+policy, hardware and load. On a slow machine, --slow N stretches every second of the simulated hardware to N seconds;
+figures are then per simulated second, except the time of decisions.
 """
 
 import argparse
@@ -186,7 +186,7 @@ class Cluster:
                 Process(
                     f"SimulatedWorker-{replica}",
                     "SimulatedWorker",
-                    [deployment.place.python, "-m", "benchmarks.routing.sim_worker", *as_flags(flags)],
+                    [deployment.environment.python, "-m", "benchmarks.routing.sim_worker", *as_flags(flags)],
                     {**services.runtime_env(deployment), "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0"},
                     ready_line="benchmarks.routing.sim_worker: ready",
                 )

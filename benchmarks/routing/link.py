@@ -1,13 +1,13 @@
-"""Load, load some, or compute: what the router chooses as the link to the store gets slower, beside what it did not.
+"""Load, load a part, or recompute: the router's choice against fixed choices, for links of different speeds.
 
     python -m benchmarks.routing.link --json FILE [--rates 2000,400,...] [--repeats N]
 
-A real cluster on the CPU engine: one worker, the router, and a target behind a link of so many MB/s each way (a proxy
-on loopback with one bucket a direction). Every prompt lies in the store alone. Its time to first token is measured as
-the router decides, and with the choice forced: everything loaded, half of it, nothing. Once with the worker idle and
-once while it computes another prompt, when a part can be fetched for nothing. The router is told nothing of the link:
-it learns from the reports of the worker. Where the link gets faster, it computes until what it learnt of the slow one
-is forgotten; that is waited for.
+A real cluster on the CPU engine: one worker, the router, and a target behind a link with a limited rate each way (a
+proxy on loopback with one token bucket per direction). Every prompt is only in the store. Its TTFT is measured with the
+router's choice, and with a forced one: load all, half, or nothing. Once with an idle worker, and once while the worker
+computes another prompt, which hides a part of the fetch. The router does not know the link: it learns from the worker's
+reports. When the link gets faster, the router recomputes until the old measurement expires; the benchmark waits for
+that.
 """
 
 import argparse

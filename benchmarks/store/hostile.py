@@ -10,9 +10,12 @@ authenticates, to one that encrypts, and, as the control, to one without seals.
 
 Then the adversary is on the bus and in etcd (hostile_bus.py).
 
-The exit code is 1 if a client with seals accepted anything, if an answer was not counted, if an honest answer was no
-hit, if the client without seals accepted nothing, or if a router does not know soon after the last
-forged message what is so.
+The exit code is 1 in any of these cases:
+
+- a client with seals accepted a manipulated answer;
+- an answer was not counted, or an honest answer was not a hit;
+- the client without seals accepted nothing, so the manipulations prove nothing;
+- a router's state is still wrong some time after the last forged message.
 """
 
 import argparse

@@ -4,9 +4,9 @@
 
 Real targets, a real NATS server and mirrors in a process of their own. The stores are made up as those of
 `benchmarks.store.recovery`, with `--chunks` in each. A client gets single chunks from the targets' memory, one after
-the other with a millisecond between them: for some seconds while nobody asks for a snapshot, then while all routers
-start at once. The ratio of p99 is of all rounds together. Targets, mirrors and client share the machine's cores: with
-fewer cores than processes the ratio counts the mirrors' work, too.
+the other with a pause of a millisecond: first without snapshots, then while all routers start at once. The ratio of p99
+is over all rounds together. Targets, mirrors and client share the machine's cores: with fewer cores than processes, the
+ratio includes the mirrors' work.
 """
 
 import argparse

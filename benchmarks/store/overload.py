@@ -1,18 +1,18 @@
-"""A target with more clients than it can serve, and with bad ones: what is still delivered in time.
+"""Goodput and latency of an overloaded target, and of one with misbehaving clients.
 
     python -m benchmarks.store.overload --json FILE [--dir DIRECTORY] [--repeats N] [--seconds N]
 
 The target is a process on a directory, without a hot cache: every hit is a read of the device. Clients are processes,
-with four connections each, over TCP on loopback. Open-loop clients ask at times drawn beforehand, whether or not they
-were answered; a value counts if it came, with its checksum, before its deadline, which counts from the time drawn.
+with four connections each, over TCP on loopback. Open-loop clients send at times drawn beforehand, whether or not
+earlier requests were answered. A value counts if it arrives intact before its deadline, which starts at the drawn time.
 
 (a) goodput: values delivered in time at multiples of the capacity, which closed-loop clients measure just before
 (b) the latency of well-behaved clients, alone and beside a crowd: some that ask for much and read nothing, some that
     read slowly, some that stop in the middle of a PUT; what the crowd asks for at first counts, too
 (c) how soon a REFUSED comes at the highest load
 
-Each repeat does all of it. Figures are medians of the repeats, with the lowest and the highest. Clients and target
-share the machine's cores, and `cpu` says who used them.
+Figures are medians over the repeats, with the lowest and the highest. Clients and target share the machine's cores;
+`cpu` has the share of each.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""What seals and TLS cost: GB/s of one thread and of two, sealing and opening, beside the crc32c without it.
+"""The cost of seals and TLS: GB/s of one thread and of two, sealing and opening, compared with crc32c.
 
     python -m benchmarks.store.seal [--seconds S] [--rounds N] [--json FILE]
 
 A figure is the best of many short windows, as the machine may be shared. `off` is crc32c. Sealing is computed in
-addition to it, since the target checks it; opening in its place. "Lock held" is the longest time for which another
-thread could not run while a value of 512 MiB was sealed or opened, as a share of that: near 1 where the package holds
-the interpreter's lock in one call, near 0 where it releases it.
+addition to it, since the target checks it; opening replaces it. "Lock held" is the longest time that another thread was
+blocked while a value of 512 MiB was sealed or opened, as a share of that operation. It is near 1 if the package holds
+the interpreter's lock during a call, near 0 if it releases it.
 
-Then a client puts new values, and gets them out of the target's hot cache, all at once and one at a time (`hit`), in
-rounds that play all modes in turn: the median over the rounds, and of the ratios to another mode in the same round; and
-what a second of a core moves, of the client's and of the target's. `off`, `mac` and `encrypt` go over a UNIX socket,
-`tcp` and `tls` over TCP on loopback, without seals.
+Then a client puts new values, and gets them from the target's hot cache, all at once and one at a time (`hit`). A round
+plays all modes in turn. Figures are medians over rounds; ratios are to another mode in the same round. Also reported
+are the bytes per CPU second of the client and of the target. `off`, `mac` and `encrypt` use a UNIX socket; `tcp` and
+`tls` use TCP on loopback, without seals.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""SGLang's HiCache on its storage backends, beside each other: pages stored and loaded as SGLang's controller does it.
+"""SGLang's HiCache on several storage backends: pages stored and loaded as by SGLang's controller.
 
     python -m benchmarks.store.sglang [--dir DIR] [--page-tokens 16,64] [--pages N] [--rounds N] [--json FILE]
 
@@ -8,10 +8,14 @@ time where a backend needs them. In each round every side stores new pages, then
 compared with what was stored. A figure is the median over the rounds, beside the quartiles; a ratio is to the file
 backend in the same round.
 
-Memory: `file` is SGLang's HiCacheFile in DIR, which writes to the page cache and reads from it; `kvtier` is a target
-with a hot cache and durability memory; of `mooncake`, Mooncake's store over TCP, another process has the values (left
-out unless mooncake-transfer-engine is in this environment). Disk: `file` with fdatasync of each file in the time, and
-read once they are out of the page cache; a target with durability written, read without a hot cache.
+Memory:
+- `file`: SGLang's HiCacheFile in DIR, which writes to the page cache and reads from it;
+- `kvtier`: a target with a hot cache and durability memory;
+- `mooncake`: Mooncake's store over TCP, with the values in another process (left out unless mooncake-transfer-engine is
+  in this environment).
+
+Disk: `file` with an fdatasync of each file included, and read after the page cache was dropped; a target with
+durability written, read without a hot cache.
 """
 
 import argparse

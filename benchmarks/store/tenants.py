@@ -1,12 +1,12 @@
-"""Whether tenants of one target are apart: what they see, the space they have, and what a flood does to the others.
+"""Isolation of tenants on one target: visibility of chunks, quotas, and the effect of a flood on the others.
 
     python -m benchmarks.store.tenants --operations 100000 --seed 1
 
 Three namespaces put, get and ask for the same keys, each with values of its own, in random order over real connections;
-the target is restarted in between. A crossing is any answer that another namespace's chunks had a part in: wrong bytes,
-a chunk found that was never put here, a count that is not one's own. Then a namespace's hit ratio is measured alone and
-beside one that floods the target with new chunks; the control is the same load without namespaces and quotas. And how
-long EXISTS takes for keys that another namespace has, and for keys that nobody has.
+the target is restarted in between. A crossing is any answer that another namespace's chunks affect: wrong bytes, a hit
+on a chunk that was never put here, a wrong count. Then a namespace's hit rate is measured alone, and while another one
+floods the target with new chunks; the control is the same load without namespaces and quotas. Last, the time of EXISTS
+is compared for keys that another namespace has and for keys that no namespace has.
 
 The exit code is 1 if anything crossed, a quota was passed by more than a segment, or the flood changed the hit ratio by
 more than 5 percent.

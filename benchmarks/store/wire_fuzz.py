@@ -4,8 +4,8 @@
 
 Every frame is decided by the seed. Most go to `decode_header` and `decode_control`, which must return or raise
 ProtocolError. The others go over sockets to a target process. A model of the protocol says what each connection is
-owed: all its answers, or an ERROR, or, where a frame is cut short, a close once the stream ends. A connection on which
-nothing of the kind comes within its bound has failed. Meanwhile an honest client reads what it wrote, and the
+owed: all its answers, or an ERROR, or, for a truncated frame, a close once the stream ends. A connection that gets none
+of these within its bound has failed. Meanwhile an honest client reads what it wrote, and the
 target's memory is watched. The exit code is 1 if anything failed.
 """
 

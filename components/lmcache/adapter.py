@@ -1,13 +1,13 @@
-"""LMCache's L2 adapter over the store: objects go between the L1 memory of its server and targets, without a copy.
+"""LMCache's L2 adapter over the store: moves objects between the L1 memory of its server and targets, without a copy.
 
-LMCache's store and prefetch threads call, and wait for nothing here: a task goes to threads of its kind, under a
-deadline that counts from the call, and its end wakes the caller by an event fd. A store that fails is a miss. Only bad
-input raises, at start.
+LMCache's store and prefetch threads call it, and never block: a task runs on a thread of its kind, with a deadline that
+counts from the call, and its end wakes the caller through an event fd. A failing store is a miss. Only bad input at
+start raises.
 
-LMCache names an object by a hash of its tokens and of those before it, the model's name, world size and rank, object
-group and cache salt. All of it is in the key, and so are shapes, dtypes, the setting `identity` and LMCache's version.
-A large object is several values, its parts; it is found if all of them are. Nothing is locked: targets evict by
-themselves, and a load may find less than its lookup did.
+LMCache names an object by a hash of its tokens and of the tokens before it, the model's name, world size and rank,
+object group and cache salt. The key covers all of these, and also shapes, dtypes, the setting `identity` and LMCache's
+version. A large object is stored as several values (parts), and is found if all of them are. Nothing is locked: targets
+evict by themselves, so a load may find less than its lookup.
 """
 
 import itertools
@@ -42,15 +42,15 @@ logger = logging.getLogger(__name__)
 LOOKUP_THREADS = 2
 LOAD_THREADS = 4
 STORE_THREADS = 2
-# Of an object in one value.
+# Size limit of a part of an object.
 PART_BYTES = 32 << 20
-# Several values go in one put, to spare round trips; if a target is too slow for one, all of it is lost.
+# One put carries several values, to save round trips. If a target is too slow for a put, all of its values are lost.
 PUT_BYTES = 32 << 20
-# Nobody waits for a store, but its objects stay in L1, whose size is what bounds the queue.
+# No request waits for a store, but its objects stay in L1, whose size bounds the queue.
 STORE_SECONDS = 10.0
-# LMCache lets go of the memory that a load writes to after 600 s.
+# LMCache frees the memory that a load writes to after 600 s.
 DEADLINE_MS_MAX = 60_000
-# Python's own hash has 8, begins with a seed of each process, and two prompts may share it.
+# Python's builtin hash has 8 bytes and a seed per process, and two prompts may collide.
 HASH_BYTES_MIN = 16
 COMPLAIN_SECONDS = 10.0
 DIGESTS_MAX = 1024
@@ -58,21 +58,21 @@ DIGESTS_MAX = 1024
 _OBJECTS = Series(
     "kvtier_lmcache_objects", "Objects, by operation (lookup, load, store) and outcome", ["operation", "outcome"]
 )
-_BYTES = Series("kvtier_lmcache_bytes", "Bytes of objects that were found by load, or stored", ["operation"])
+_BYTES = Series("kvtier_lmcache_bytes", "Bytes of objects loaded or stored", ["operation"])
 
 Result = TypeVar("Result")
 
 
 class Options(PluginOptions):
-    """What LMCache's configuration says under `adapter_params`, checked."""
+    """The settings under `adapter_params` of LMCache's configuration, checked."""
 
     identity: str = ""
-    # A request may wait this long for the question what is there, and as long again for the objects.
+    # A request may wait up to this long for a lookup, and again for the objects.
     deadline_ms: int = Field(2000, ge=1, le=DEADLINE_MS_MAX)
 
 
 class _Tasks(Generic[Result]):
-    """Tasks of one kind: threads, results that nobody has taken yet, and the event fd. For any thread."""
+    """Tasks of one kind: threads, results that wait for the caller, and the event fd. Thread-safe."""
 
     def __init__(self, kind: str, threads: int):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"kvtier-{kind}")
@@ -87,7 +87,7 @@ class _Tasks(Generic[Result]):
         return int(self._ended.fileno())
 
     def submit(self, work: Callable[[], Result], failed: Result) -> int:
-        """The number of a task whose result is that of `work`, or `failed` if it raises."""
+        """Start a task; return its number. Its result is that of `work`, or `failed` if `work` raises."""
         number = next(self._numbers)
         self._pool.submit(self._run, number, work, failed)
         return number
@@ -102,7 +102,7 @@ class _Tasks(Generic[Result]):
         return results
 
     def close(self) -> None:
-        """Returns when no thread touches LMCache's memory any more."""
+        """Cancel waiting tasks and wait for running ones: after this, no thread touches LMCache's memory."""
         self._pool.shutdown(cancel_futures=True)
         self._ended.close()
 
@@ -121,9 +121,9 @@ class _Tasks(Generic[Result]):
 
 
 class KvtierL2Adapter(L2AdapterInterface):
-    """See L2AdapterInterface for the contract of each method. What is found is complete and checked, or it is a miss:
-    then the memory meant for it is undefined, and LMCache frees it. LMCache is not told what is stored: it could not be
-    told what targets evict."""
+    """See L2AdapterInterface for the contract of each method. An object that is found is complete and its checksum is
+    valid. After a miss the content of its memory is undefined, and LMCache frees it. LMCache is not notified of stored
+    objects, because it could not be notified of evictions."""
 
     def __init__(self, params: Mapping[str, object], l1_memory_desc: object = None):
         """Raises ConfigError."""
@@ -142,8 +142,8 @@ class KvtierL2Adapter(L2AdapterInterface):
         self._stores = _Tasks[L2StoreResult]("store", STORE_THREADS)
         if not options.identity:
             logger.warning(
-                "kvtier: no identity is set. LMCache names a model by its name alone: whoever gives other weights, or "
-                "another engine, the same name is given this one's KV, and gives it theirs (docs/lmcache.md)"
+                "kvtier: no identity is set. LMCache identifies a model only by its name: other weights or engines "
+                "under the same name would share KV with this one, and give wrong answers (docs/lmcache.md)"
             )
 
     # ---- LMCache's threads
@@ -174,7 +174,7 @@ class KvtierL2Adapter(L2AdapterInterface):
         return self._lookups.take(task_id)
 
     def submit_unlock(self, keys: Sequence[ObjectKey]) -> None:
-        """Nothing was locked."""
+        """Does nothing: lookups lock nothing."""
 
     def submit_load_task(self, keys: Sequence[ObjectKey], objects: Sequence[MemoryObj]) -> int:
         deadline = time.monotonic() + self._deadline_seconds
@@ -184,12 +184,13 @@ class KvtierL2Adapter(L2AdapterInterface):
         return self._loads.take(task_id)
 
     def report_status(self) -> dict[str, Any]:
-        """Healthy even where the store is not: LMCache goes on without it. `objects` counts, as the metrics do."""
+        """Always healthy, even if the store is not: LMCache works without it. `objects` has the same counts as the
+        metrics."""
         with self._counting:
             return {"is_healthy": True, "type": type(self).__name__, "objects": dict(self._counts)}
 
     def close(self) -> None:
-        """Calls under way are misses."""
+        """Running calls end as misses."""
         self._client.close()
         for tasks in (self._lookups, self._loads, self._stores):
             tasks.close()
@@ -213,7 +214,7 @@ class KvtierL2Adapter(L2AdapterInterface):
         return _bitmap(found)
 
     def _store(self, keys: Sequence[ObjectKey], objects: Sequence[MemoryObj], deadline: float) -> L2StoreResult:
-        """Put what the store does not hold yet."""
+        """Put the objects that are not in the store yet."""
         counts, items = self._items(keys, objects)
         outcomes = self._client.exists([item.key for item in items], deadline)
         missing = [index for index, outcome in enumerate(outcomes) if outcome is Outcome.MISS]
@@ -227,13 +228,13 @@ class KvtierL2Adapter(L2AdapterInterface):
     # ---- names and parts
 
     def _items(self, keys: Sequence[ObjectKey], objects: Sequence[MemoryObj]) -> tuple[list[int], list[Item]]:
-        """The parts of all objects, and how many each has: none, if it cannot be kept."""
+        """The number of parts of each object, 0 if it cannot be stored, and the parts of all objects."""
         counts, items = [], []
         for key, memory in zip(keys, objects, strict=True):
             shapes, dtypes = memory.get_shapes(), memory.get_dtypes()
             digest = self._digest(key, shapes, dtypes)
             content = memory.byte_array.cast("B")
-            # One that a `serde` made shorter cannot be asked for by its length.
+            # An object that a `serde` compressed has another length than a lookup would expect.
             names = _names(digest, key, len(content)) if len(content) == _size(shapes, dtypes) else []
             for number, name in enumerate(names):
                 part = content[number * PART_BYTES : (number + 1) * PART_BYTES]
@@ -242,7 +243,7 @@ class KvtierL2Adapter(L2AdapterInterface):
         return counts, items
 
     def _digest(self, key: ObjectKey, shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype]) -> bytes:
-        """Of what decides the meaning of an object's bytes, beside its hash."""
+        """Layout digest: everything that determines an object's bytes, except its hash."""
         named = key.model_name, key.kv_rank, key.object_group_id, key.cache_salt
         return self._digests(*named, tuple(shapes), tuple(str(dtype) for dtype in dtypes))
 
@@ -262,10 +263,10 @@ class KvtierL2Adapter(L2AdapterInterface):
             }
         )
 
-    # ---- what is told of it
+    # ---- metrics and logs
 
     def _count(self, operation: str, counts: Sequence[int], outcomes: Sequence[Outcome]) -> list[bool]:
-        """Whether all parts of each object are there."""
+        """Count outcomes by object; for each object, whether all its parts are there."""
         counted: Counter[str] = Counter()
         objects, left = [], iter(outcomes)
         for count in counts:
@@ -289,7 +290,7 @@ _EXPECTED = ("hit", "miss", "stored")
 
 
 def _names(digest: bytes, key: ObjectKey, size: int) -> list[bytes]:
-    """Of each part of an object in the store; none where its hash does not tell it from others."""
+    """The store keys of an object's parts; none if its hash is too short to be unique."""
     if len(key.chunk_hash) < HASH_BYTES_MIN:
         return []
     return [chunk_key(digest, key.chunk_hash, number) for number in range(-(-size // PART_BYTES))]
@@ -300,7 +301,7 @@ def _size(shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype]) -> int:
 
 
 def _batches(indices: Sequence[int], items: Sequence[Item]) -> Iterator[list[int]]:
-    """Cut into runs of at most PUT_BYTES, or of one item."""
+    """Split into batches of at most PUT_BYTES, or of one item."""
     batch: list[int] = []
     room = PUT_BYTES
     for index in indices:

@@ -1,4 +1,4 @@
-"""The public model of a cluster: `python -m components.router --model-name llama --model-path /models/llama`."""
+"""A router process: `python -m components.router --model-name llama --model-path /models/llama`."""
 
 import argparse
 import asyncio
@@ -36,14 +36,14 @@ from kvstore.errors import ConfigError, UnavailableError, fail, run_command, val
 
 logger = logging.getLogger("components.router")
 
-# Between leaving the registry and refusing new requests: frontends hear of the former within milliseconds.
+# Delay between deregistration and refusing new requests: frontends see the deregistration within milliseconds.
 _UNREGISTERED_SECONDS = 1.0
 
-HELP = """Route prompts to the worker where the first token comes soonest for the least GPU time.
+HELP = """Route each prompt to the worker with the lowest price in TTFT and GPU time.
 
-Registers as the public model: stock dynamo.frontend sends its prompts here. Workers must be started with
---endpoint-types none (python -m components.worker does), or a frontend goes round the router. Speeds given here are
-what it begins with (the defaults are of a 70B model on one H200); workers and targets report theirs as they run.
+Registers as the public model, so that a stock dynamo.frontend sends its prompts here. Start workers with
+--endpoint-types none (python -m components.worker does), or a frontend bypasses the router. The speeds given here are
+initial values (the defaults are those of a 70B model on one H200); workers and targets report theirs as they run.
 """
 
 
@@ -78,7 +78,7 @@ class Options(CommonOptions):
     @model_validator(mode="after")
     def _of_prefill_workers(self) -> Self:
         if self.decode_endpoint and self.worker_type != "prefill":
-            raise ValueError("decode-endpoint with worker-type prefill alone")
+            raise ValueError("decode-endpoint only with worker-type prefill")
         return self
 
     def deadlines(self) -> Deadlines:
@@ -100,7 +100,7 @@ class Options(CommonOptions):
         )
 
     def access(self) -> Access | None:
-        """Of the page, if there is to be one. Raises ConfigError."""
+        """Access rules of the page; None without a page. Raises ConfigError."""
         if not self.page:
             return None
         return page_access(self.page, self.page_token_file, self.page_hosts, is_open=self.page_open)
@@ -115,26 +115,27 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--model-path", help="its folder or hub name, for the tokenizer; default: the model's name")
     parser.add_argument(
         "--worker-type",
-        help="what its workers are: aggregated (the default), or prefill, with decode workers of the same model beside",
+        help="aggregated (default), or prefill: disaggregated serving, with decode workers of the same model",
     )
     parser.add_argument(
         "--decode-endpoint",
-        help="Dynamo endpoint of the decode workers: then the router chooses these, too, and is the public model; "
-        "without, the frontend takes them in turn",
+        help="Dynamo endpoint of the decode workers: the router also chooses the decode worker, and registers as the "
+        "public model; without it, the frontend chooses decode workers round-robin",
     )
-    parser.add_argument("--handover-gbytes-per-second", help="prefill worker's HBM to decode worker's; default 10")
+    parser.add_argument(
+        "--handover-gbytes-per-second", help="speed from a prefill worker's HBM to a decode worker's; default 10"
+    )
     parser.add_argument(
         "--local-prefill-tokens",
-        help="a prompt of which a decode worker lacks at most so many tokens may be prefilled there; default 512; "
-        "0: none is",
+        help="a decode worker may prefill up to this many missing tokens of a prompt itself; default 512; 0: never",
     )
     parser.add_argument("--block-size", help="KV block size in tokens; default: the workers' own")
     parser.add_argument("--prefill-tokens-per-second", help="prefill speed of a worker; default 9000")
-    parser.add_argument("--prefill-base-ms", help="time to first token of a prompt wholly in HBM; default 40")
+    parser.add_argument("--prefill-base-ms", help="TTFT of a prompt that is fully cached in HBM; default 40")
     parser.add_argument("--prefill-quadratic-ns", help="prefill ns per token and token of context; default 0")
-    parser.add_argument("--dram-gbytes-per-second", help="DRAM tier to HBM; default 25")
-    parser.add_argument("--store-gbytes-per-second", help="store to DRAM tier, one worker; default 3")
-    parser.add_argument("--store-latency-ms", help="time until the first byte comes from the store; default 2")
+    parser.add_argument("--dram-gbytes-per-second", help="speed from the DRAM tier to HBM; default 25")
+    parser.add_argument("--store-gbytes-per-second", help="speed from the store to one worker's DRAM tier; default 3")
+    parser.add_argument("--store-latency-ms", help="latency of the first byte from the store; default 2")
     parser.add_argument("--gpu-price", help="price of a GPU second when all are busy, in seconds; default 0.5")
     parser.add_argument(
         "--stall-price",
@@ -142,43 +143,46 @@ def parse(argv: list[str] | None = None) -> Options:
     )
     parser.add_argument(
         "--session-affinity-seconds",
-        help="session affinity TTL: a session stays on its worker until it has been idle so long; default 0: off",
+        help="session affinity TTL: a session stays on its worker until it has been idle this long; default 0: off",
     )
     parser.add_argument(
-        "--page", help="host:port of a page that shows decisions and why, such as 127.0.0.1:8300; default: none"
+        "--page",
+        help="host:port for a web page that shows and explains decisions, for example 127.0.0.1:8300; default: none",
     )
     parser.add_argument(
         "--first-token-multiple",
-        help="a worker is suspect when a first token takes this many times its prediction, and the prompt goes to "
-        "another worker if there is one; default 5",
+        help="deadline of a first token, as a multiple of its prediction: a worker that misses it becomes suspect, and "
+        "the prompt goes to another worker, if there is one; default 5",
     )
     parser.add_argument("--first-token-floor-seconds", help="lower bound of that deadline; default 10")
     parser.add_argument(
         "--first-token-max-seconds",
-        help="longest wait for a first token, on all workers together: then 503; default 300",
+        help="timeout of a first token, on all workers together; then the client gets 503; default 300",
     )
-    parser.add_argument("--next-token-seconds", help="longest wait between two tokens: then an error; default 60")
+    parser.add_argument(
+        "--next-token-seconds", help="timeout between two tokens; then the client gets an error; default 60"
+    )
     parser.add_argument(
         "--page-token-file",
-        help=f"file with the token that the page asks for; default: the variable {VARIABLE}, if set. Required unless "
-        "the page is on loopback",
+        help=f"file with the page's token; default: the variable {VARIABLE}, if set. A page that is not on loopback "
+        "needs one, or --page-open",
     )
     parser.add_argument(
         "--page-hosts",
-        help="hosts, with commas between them, that a page without a token may be asked for beside its own, such as a "
-        "proxy's",
+        help="further allowed values of the Host header for a page without a token, separated by commas; for example a "
+        "proxy's name",
     )
     parser.add_argument(
         "--page-open",
         action="store_true",
-        help="show the page without a token to everybody who can reach it: for closed networks; `explain` and "
-        "`POST /warm` are off then",
+        help="serve the page without a token to everyone on the network; off loopback, `explain` and `POST /warm` are "
+        "then disabled",
     )
     return validated(Options, vars(parser.parse_args(argv)))
 
 
 async def serve(runtime: Any, options: Options, access: Access | None, registered: list[Any]) -> None:
-    """Run the router until the runtime is shut down. `registered` gets the endpoints that others may find."""
+    """Run the router until the runtime is shut down. Adds the endpoints that are in the registry to `registered`."""
     from dynamo.common.utils.prometheus import register_engine_metrics_callback
     from dynamo.llm import FpmEventSubscriber, ModelInput, ModelType, WorkerType, register_model
 
@@ -215,7 +219,7 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
     others = Others(f"{own_id:x}", options.endpoint, speeds.ignored)
     router = _router(worker_endpoint, workers, mirror, speeds, block_tokens, options, own_id, others)
     tasks = [
-        asyncio.create_task(others.share(line, namespace, router.under_way)),
+        asyncio.create_task(others.share(line, namespace, router.load_report)),
         asyncio.create_task(residency.follow(mirror, line, namespace)),
         asyncio.create_task(_watch_cards(cards, workers, speeds, block_tokens)),
     ]
@@ -235,7 +239,7 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
         decode = _router(
             decode_endpoint, decoders, mirror, decode_speeds, block_tokens, options, own_id, of_decode, handover
         )
-        tasks.append(asyncio.create_task(of_decode.share(line, namespace, decode.under_way)))
+        tasks.append(asyncio.create_task(of_decode.share(line, namespace, decode.load_report)))
         handle = Disaggregated(router, decode, options.local_prefill_tokens).handle
         prefill_pool, pool = pool, Pool(decode.decisions, decoders, decode_speeds)
         registry = CollectorRegistry()
@@ -273,8 +277,8 @@ async def serve(runtime: Any, options: Options, access: Access | None, registere
         worker_type=WorkerType.Prefill if prefill else WorkerType.Aggregated,
         needs=[[WorkerType.Decode]] if prefill else None,
     )
-    gc.freeze()  # of all that was imported a full collection takes 10 to 20 ms, in which nothing is decided
-    runtime.set_health_status(True)  # /health of a process that is no engine stays at 503 otherwise
+    gc.freeze()  # else a full collection of all imported objects blocks decisions for 10 to 20 ms
+    runtime.set_health_status(True)  # else /health stays at 503, because this process is not an engine
     print(f"components.router: ready for {options.model_name}, blocks of {block_tokens} tokens", flush=True)
     try:
         await public.serve_endpoint(handle, graceful_shutdown=True)
@@ -303,7 +307,7 @@ def _router(
     from dynamo.llm import KvRouter, KvRouterConfig
 
     return Router(
-        # Of decode workers, Dynamo's router follows the KV events only if it is told of conditional disaggregation.
+        # For decode workers, Dynamo's router follows KV events only with conditional disaggregation.
         KvRouter(endpoint, block_tokens, KvRouterConfig(conditional_disagg_enabled=handover is not None)),
         workers,
         mirror,
@@ -321,8 +325,8 @@ def _router(
 
 
 def _runtime_config(workers: Iterable[Workers]) -> Any:
-    """With it the frontend refuses what is too long for a worker, saying the limit. A worker that comes later and takes
-    less gets shorter prompts only."""
+    """The runtime config by which the frontend refuses prompts over the context length, with the limit in the error. A
+    worker that joins later with a shorter context gets only prompts that fit."""
     from dynamo.common.token_budget import TokenBudget, publish_token_budget
     from dynamo.llm import ModelRuntimeConfig
 
@@ -334,8 +338,8 @@ def _runtime_config(workers: Iterable[Workers]) -> Any:
 
 
 def _leave_on_signals(runtime: Any, registered: list[Any]) -> None:
-    """On SIGTERM or SIGINT, the router is taken off the registry, ends its requests, and leaves; one that nobody can
-    find yet leaves at once. The kernel ignores a signal to PID 1, as in a container, that has no handler."""
+    """On SIGTERM or SIGINT, deregister the router, finish its requests, and exit; before registration, exit at once. A
+    handler is needed because the kernel ignores unhandled signals to PID 1, as in a container."""
     from dynamo.common.utils.graceful_shutdown import graceful_shutdown_with_discovery
 
     serving = asyncio.current_task()
@@ -353,7 +357,7 @@ def _leave_on_signals(runtime: Any, registered: list[Any]) -> None:
 
 
 async def _first_card(cards: Any, workers: Workers, endpoint: str, block_size: int | None) -> int:
-    """The workers' block size, as soon as there is a worker. Raises ConfigError if another one was asked for."""
+    """Wait for the first worker; its block size. Raises ConfigError if --block-size differs."""
     logger.info("waiting for a worker at %s", endpoint)
     while not workers.cards:
         await asyncio.sleep(0.2)
@@ -374,7 +378,7 @@ async def _watch_cards(cards: Any, workers: Workers, speeds: LiveSpeeds, block_t
             if card.block_tokens != block_tokens and worker not in refused:
                 refused.add(worker)
                 logger.error(
-                    "worker %x has blocks of %d tokens, this router's are %d: it gets no prompts; start it with "
+                    "worker %x has blocks of %d tokens, this router %d: the worker gets no prompts; start it with "
                     "--block-size %d",
                     worker,
                     card.block_tokens,

@@ -1,4 +1,4 @@
-"""Which workers a request may go to, by what Dynamo passes with it in `routing`: the candidates are Dynamo's own."""
+"""The constraints of a request, from Dynamo's `routing`: which workers it may go to."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -7,18 +7,19 @@ import msgspec
 
 
 class Constraints(msgspec.Struct, frozen=True):
-    """None where the request does not say. What Dynamo itself decides when it takes a pinned request (an overloaded
-    worker, say) shows as a failure of that worker, and the prompt is decided again without it."""
+    """None: not constrained. Dynamo may still refuse a pinned request, for example for an overloaded worker. That
+    counts as a failure of the worker, and the router decides again without it."""
 
-    worker: int | None  # the client insists on it
+    worker: int | None  # chosen by the client
     dp_rank: int | None
     allowed_workers: frozenset[int] | None
     required_taints: frozenset[str]
 
     @classmethod
     def of(cls, routing: Mapping[str, Any], own_id: int | None = None) -> Self:
-        """To a frontend this router, `own_id`, is a worker: it may say that it chose it, and refuses a client's
-        backend_instance_id that is none of its own. It passes prefill_worker_id on: so a client names a worker."""
+        """For a frontend this router is a worker with the id `own_id`. It may set backend_instance_id to that, and
+        refuses a client's backend_instance_id that it does not know. It does pass prefill_worker_id on, so clients use
+        that to name a worker."""
         allowed = routing.get("allowed_worker_ids")
         constraints = routing.get("routing_constraints") or {}
         return cls(

@@ -1,29 +1,33 @@
-"""How long a token is waited for, and which workers are left out for having kept a prompt waiting or failed it.
+"""Timeouts for tokens, and a circuit breaker for workers that failed a prompt or missed a deadline.
 
 For one event loop; no clock of its own.
 """
 
 from dataclasses import dataclass
 
-# A worker that failed is left out for this long, and twice as long each further time, up to the bound.
+# Exponential backoff: a worker that failed gets no prompts for this long, doubled for each further failure, up to the
+# bound.
 SUSPECT_SECONDS, SUSPECT_SECONDS_MAX = 10.0, 300.0
-# A suspect of whom nothing was heard for so long is forgotten: workers come and go.
+# A suspect is forgotten this long after its backoff: workers come and go.
 _FORGET_SECONDS = 3600.0
-# A worker that has tokens for others may take this many times as long for a prompt's first one.
+# A worker that produces tokens for other requests may take this many times as long for a prompt's first token.
 ALIVE_FACTOR = 4.0
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """In seconds. A worker whose first token takes longer than `first_token_multiple` times its prediction, and than
-    `first_token_floor`, is suspect, and the prompt goes elsewhere if there is another worker. `first_token_max` bounds
-    the wait on all of them together, unless the prediction allows one of them more; `next_token` the wait between two
-    tokens."""
+    """Timeouts in seconds.
+
+    A worker becomes suspect when its first token takes longer than `first_token_multiple` times the prediction and than
+    `first_token_floor`. The prompt then goes to another worker, if there is one. `first_token_max` bounds the wait on
+    all workers together, unless the prediction for one of them allows more. `next_token` bounds the wait between two
+    tokens.
+    """
 
     first_token_floor: float = 10.0  # an engine that compiles kernels for its first prompts takes several seconds
-    first_token_multiple: float = 5.0  # predictions were seen to be 4 times too low where HBM is full
+    first_token_multiple: float = 5.0  # predictions were up to 4 times too low while HBM was full
     first_token_max: float = 300.0
-    next_token: float = 60.0  # a request that is preempted for want of HBM waits for others to end
+    next_token: float = 60.0  # a request that is preempted because HBM is full waits for others to end
 
     def first_token(self, predicted_seconds: float) -> float:
         return max(self.first_token_floor, self.first_token_multiple * predicted_seconds)
@@ -41,14 +45,14 @@ class _Suspicion:
 
 
 class Suspects:
-    """A circuit breaker for each worker: a suspect gets no prompt while another worker could take it. When its time is
-    over, one prompt probes it: a first token makes it trusted again, another failure suspect for longer."""
+    """A circuit breaker per worker: a suspect gets no prompt while another worker could take it. After its backoff one
+    prompt probes it. A first token makes it trusted again; another failure doubles the backoff."""
 
     def __init__(self) -> None:
         self._suspicions: dict[int, _Suspicion] = {}
 
     def add(self, worker: int, now: float) -> None:
-        """The worker failed. Prompts that fail together count once."""
+        """Note a failure of the worker. Prompts that fail together count once."""
         known = self._suspicions.get(worker)
         if known is not None and now < known.until and not known.probed:
             return
@@ -66,20 +70,22 @@ class Suspects:
         return known is None or now >= known.until
 
     def sent(self, worker: int, now: float) -> None:
-        """A prompt goes to the worker: if it is a suspect whose time is over, as the probe."""
+        """Note that a prompt goes to the worker. If that is a suspect whose backoff is over, the prompt is its
+        probe."""
         known = self._suspicions.get(worker)
         if known is not None and now >= known.until:
             known.probed = True
             known.until = now + known.seconds
 
     def clear(self, worker: int) -> None:
-        """The worker had a first token for a prompt."""
+        """Trust the worker again: it produced a first token."""
         self._suspicions.pop(worker, None)
 
     def failures(self, worker: int) -> int:
-        """In a row."""
+        """The number of consecutive failures."""
         known = self._suspicions.get(worker)
         return known.failures if known else 0
 
     def count(self, now: float) -> int:
+        """The number of workers that are suspect now."""
         return sum(now < suspicion.until for suspicion in self._suspicions.values())

@@ -1,6 +1,6 @@
-"""What the router shows of its decisions: a log line each, Prometheus series, and the last thousand in full.
+"""Decisions for the operator: a log line each, Prometheus series, and the last thousand in full.
 
-Worker ids are shown in hexadecimal, as Dynamo's own metrics do.
+Worker ids are in hexadecimal, as in Dynamo's own metrics.
 """
 
 import collections
@@ -23,13 +23,13 @@ from kvstore.bus.residency import CONFLICTING, Mirror
 logger = logging.getLogger(__name__)
 
 KEPT = 1000  # 30 MB with 64 workers
-# The cheapest that a log line names: all of a large cluster would take longer to write than the decision took.
+# Candidates in a log line, the cheapest first: in a large cluster, to log all takes longer than the decision.
 LOGGED = 8
-# Prompts under way: those that are forgotten for the bound are still served, and what became of them is not shown.
+# Limit of running prompts that are tracked. Beyond it the oldest are still served, but their outcome is not shown.
 _OPEN_MAX = 20_000
-# Answered prompts that nobody has looked at yet.
+# Limit of answered prompts between two ticks of the page.
 _ANSWERED_MAX = 4096
-# Of the actual over the predicted time to first token.
+# Buckets of actual over predicted TTFT.
 _RATIOS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
 _STAGE_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5)
@@ -37,14 +37,14 @@ _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 class Considered(msgspec.Struct):
-    """A worker, what it would have found, and what that would have cost. The terms of `price` add up to it."""
+    """A candidate: the tokens that it had cached, and the cost. `price_seconds` is the sum of the terms of `price`."""
 
     worker: str
-    tokens: dict[str, int]  # by where they come from: hbm, dram, store, computed
-    seconds: dict[str, float]  # wait, fetch, copy, prefill and ttft, which begins with the longer of wait and fetch
+    tokens: dict[str, int]  # by source: hbm, dram, store, computed
+    seconds: dict[str, float]  # wait, fetch, copy, prefill, ttft; wait and fetch overlap in the ttft
     price: dict[str, float]
     price_seconds: float
-    queued_tokens: int = 0  # prefill of others, ahead of it
+    queued_tokens: int = 0  # tokens to prefill in the queue ahead of it
     memory_used: float = 0.0  # share of the KV memory
 
 
@@ -63,8 +63,8 @@ class Prefilled(msgspec.Struct):
 
 
 class Decision(msgspec.Struct):
-    """A prompt, where it went and why, and what came of it. Times to the first token, predicted and actual, begin with
-    the decision on the prefill worker, if there was one."""
+    """A prompt: the chosen worker, the reasons, and the outcome. With a prefill worker before it, times to the first
+    token begin with the decision on that one."""
 
     id: str
     time: float  # seconds since 1970
@@ -72,14 +72,14 @@ class Decision(msgspec.Struct):
     chosen: str
     candidates: list[Considered]
     fetch_chunks: int
-    targets: list[tuple[str, int]]  # where the fetched chunks lie: runs of target and number
+    targets: list[tuple[str, int]]  # of the fetched chunks: runs of target and number of chunks
     predicted_ttft_seconds: float
     ttft_seconds: float | None = None
     outcome: str = "open"  # finished, failed or cancelled
     output_tokens: int = 0
     tpot_seconds: float | None = None  # time per output token after the first
-    other_ttft_seconds: float | None = None  # predicted, of the best other worker
-    # Predicted, had the chosen worker computed what it was to load from the store.
+    other_ttft_seconds: float | None = None  # lowest prediction for another worker
+    # Predictions for the chosen worker if it recomputed the chunks from the store.
     without_store_ttft_seconds: float = 0.0
     without_store_prefill_seconds: float = 0.0
     prefilled: Prefilled | None = None  # if the chosen worker took the KV from a prefill worker
@@ -108,9 +108,9 @@ class Totals(msgspec.Struct):
     blocks: dict[str, dict[str, int]]  # of prompts, by worker and tier
     outcomes: dict[str, int]
     fallbacks: dict[str, int]  # by what was missing
-    retries: dict[str, int]  # by the worker that failed
+    retries: dict[str, int]  # by failed worker
     output_tokens: int
-    decision_seconds: float  # taken by all decisions together
+    decision_seconds: float  # total time of all decisions
     open: int  # prompts that have not ended
 
     def add_prefill(self, other: "Totals") -> None:
@@ -137,21 +137,22 @@ class Decisions:
         )
         self._chosen_blocks = Counter(
             "kvtier_router_chosen_blocks",
-            "Blocks of the prompts sent to this worker by where it was to find them: hbm, dram, store, missing; "
-            "on decode workers handover, too (from a prefill worker)",
+            "Predicted blocks of the prompts sent to this worker, by tier: hbm, dram, store, missing; with "
+            "role=decode also handover (from a prefill worker)",
             ["worker", "tier"],
             registry=self.registry,
         )
         self._last: OrderedDict[str, Decision] = OrderedDict()
-        # Of decisions that nobody has looked at yet: what their candidates and targets will be made of.
+        # For decisions that were not viewed yet: the input from which candidates and targets are built on the first
+        # view.
         self._unseen: dict[str, tuple[Choice, Choices]] = {}
         self._latest: Sequence[Choice] = ()
         self.registry.register(_CandidatesCollector(self))
         self._open: OrderedDict[str, Decision] = OrderedDict()
         self._tokens = Counter(
             "kvtier_router_prompt_tokens",
-            "Prompt tokens by where the chosen worker was to find them: hbm, dram, store, computed. What a "
-            "decode worker takes from a prefill worker is counted once, with role=prefill",
+            "Predicted prompt tokens by source on the chosen worker: hbm, dram, store, computed. A prompt "
+            "that a prefill worker hands over counts once, with role=prefill",
             ["source"],
             registry=self.registry,
         )
@@ -168,15 +169,15 @@ class Decisions:
             ["missing"],
             registry=self.registry,
         )
-        # Prometheus sees no growth in a series that appears with its first count.
+        # Created at 0: Prometheus sees no increase in a series that starts at 1.
         for outcome in ("finished", "failed", "cancelled"):
             self._outcomes.labels(outcome)
         for missing in ("overlap_query", "worker_report"):
             self._fallbacks.labels(missing)
         self._missed = Counter(
             "kvtier_router_missed_deadlines",
-            "Deadlines missed: first_token (the worker is suspect), next_token and request (no worker had a first "
-            "token). With the last two the client gets an error",
+            "Missed deadlines: first_token (the worker becomes suspect), next_token, request (no worker produced a "
+            "first token). In the last two cases the client gets an error",
             ["deadline"],
             registry=self.registry,
         )
@@ -184,12 +185,13 @@ class Decisions:
             self._missed.labels(deadline)
         self.suspects = Gauge(
             "kvtier_router_suspect_workers",
-            "Workers that failed or missed a deadline: for a while they get a prompt only if all are suspect",
+            "Workers with an open circuit breaker, after a failure or a missed deadline: they get prompts only if all "
+            "workers are suspect",
             registry=self.registry,
         )
         self._error = Histogram(
             "kvtier_router_ttft_actual_to_predicted_ratio",
-            "Actual TTFT over predicted TTFT: 1 is a right prediction",
+            "Actual TTFT divided by predicted TTFT: 1 is a correct prediction",
             buckets=_RATIOS,
             registry=self.registry,
         )
@@ -224,9 +226,7 @@ class Decisions:
             buckets=_TOKEN_SECONDS,
             registry=self.registry,
         )
-        self._output = Counter(
-            "kvtier_router_output_tokens", "Tokens of answers that were finished", registry=self.registry
-        )
+        self._output = Counter("kvtier_router_output_tokens", "Tokens of finished answers", registry=self.registry)
         self._actual = Histogram(
             "kvtier_router_ttft_seconds",
             "Actual TTFT, from the decision to the first token. With role=decode, prefill is part of it",
@@ -242,7 +242,7 @@ class Decisions:
         choices: Choices,
         prefilled: Prefilled | None = None,
     ) -> Decision:
-        """Count a decision, log it, and keep what each worker would have found and cost."""
+        """Count a decision, log it, and keep it with all candidates."""
         worker = label(chosen)
         self._chosen.labels(worker).inc()
         for tier, blocks in self._tiers(chosen).items():
@@ -257,14 +257,14 @@ class Decisions:
             others = [choice for choice in cheapest if choice.candidate is not chosen.candidate]
             lines = [self._line(choice) for choice in [chosen, *others][:LOGGED]]
             if len(choices) > LOGGED:
-                lines.append(f"{len(choices) - LOGGED} dearer ones")
+                lines.append(f"{len(choices) - LOGGED} more expensive")
             logger.info(
                 "decision %s: %d tokens -> worker %s | %s", decision_id, prompt_tokens, worker, " | ".join(lines)
             )
         return decision
 
     def took(self, stages: Mapping[str, float]) -> None:
-        """Seconds by stage."""
+        """Observe the duration of each stage in seconds."""
         for stage, seconds in stages.items():
             self._stages.labels(stage).observe(seconds)
 
@@ -281,7 +281,7 @@ class Decisions:
             self._error.observe(decision.ttft_seconds / decision.predicted_ttft_seconds)
 
     def answered(self, decision: Decision, first_tokens: int, tokens: int, seconds: float) -> None:
-        """An answer came to its end: `tokens` in `seconds` after the first output, which had `first_tokens`."""
+        """Note a finished answer: `tokens` in `seconds` after the first output, which had `first_tokens`."""
         self._output.inc(first_tokens + tokens)
         if tokens:
             self._tpot.observe(seconds / tokens)
@@ -299,16 +299,16 @@ class Decisions:
         return decision
 
     def last(self, limit: int = KEPT, worker: str = "") -> list[Decision]:
-        """The latest first; with `worker` only those that went there."""
+        """The latest first; with `worker` only those of this worker."""
         chosen = (one for one in reversed(self._last.values()) if worker in ("", one.chosen))
         return [self._seen(decision) for decision in itertools.islice(chosen, limit)]
 
     def newest(self, limit: int) -> list[Decision]:
-        """The latest first, each with the candidate that was chosen alone."""
+        """The latest first, each with only the chosen candidate."""
         return list(itertools.islice(reversed(self._last.values()), limit))
 
     def totals(self) -> Totals:
-        """The same numbers that Prometheus gets."""
+        """The same numbers as in Prometheus."""
         blocks: dict[str, dict[str, int]] = {}
         for labels, value in _values(self._chosen_blocks):
             blocks.setdefault(labels["worker"], {})[labels["tier"]] = value
@@ -337,10 +337,10 @@ class Decisions:
         return None if decision is None else self._seen(decision)
 
     def candidate_series(self) -> Iterator[Metric]:
-        """The latest decision, for Prometheus."""
+        """Series of the latest decision, for Prometheus."""
         blocks = GaugeMetricFamily(
             "kvtier_router_candidate_blocks",
-            "Blocks of the last prompt by where this worker would find them: hbm, dram, store, missing",
+            "Predicted blocks of the last prompt on this worker, by tier: hbm, dram, store, missing",
             labels=["worker", "tier"],
         )
         seconds = GaugeMetricFamily(
@@ -377,7 +377,8 @@ class Decisions:
         return decision
 
     def _seen(self, decision: Decision) -> Decision:
-        """With all candidates and targets: for each prompt that would take longer than to decide."""
+        """The decision with all candidates and targets. Built on the first view: for every prompt, it would take longer
+        than the decision itself."""
         if (priced := self._unseen.pop(decision.id, None)) is not None:
             full = explained(decision.id, decision.prompt_tokens, *priced)
             decision.candidates, decision.targets = full.candidates, full.targets
@@ -390,7 +391,7 @@ class Decisions:
         self._retries.labels(label(failed)).inc()
 
     def _tiers(self, choice: Choice) -> dict[str, int]:
-        """Blocks by tier; a block that is not whole counts as missing, or as handed over."""
+        """Blocks by tier; a partial block counts as missing, or as handed over."""
         hbm = choice.hbm_tokens // self.block_tokens
         local = (choice.hbm_tokens + choice.dram_tokens) // self.block_tokens
         loaded = (choice.hbm_tokens + choice.dram_tokens + choice.store_tokens) // self.block_tokens
@@ -407,7 +408,7 @@ class Decisions:
 
 
 class _CandidatesCollector(Collector):
-    """Made when asked for, so that workers that are gone leave no series behind."""
+    """Builds the series on each scrape, so that workers that are gone leave no series behind."""
 
     def __init__(self, decisions: Decisions):
         self._decisions = decisions
@@ -417,7 +418,7 @@ class _CandidatesCollector(Collector):
 
 
 class ByRole(Collector):
-    """Series of the routers of prefill and of decode workers, with the label `role`."""
+    """Series about prefill and about decode workers, with the label `role`."""
 
     def __init__(self, **registries: CollectorRegistry):
         self._registries = registries
@@ -433,7 +434,7 @@ class ByRole(Collector):
 
 
 class BusCollector(Collector):
-    """What came over the bus, made when asked for."""
+    """Series about messages of the bus, built on each scrape."""
 
     def __init__(self, speeds: Sequence[LiveSpeeds], mirror: Mirror, undecoded: Mapping[str, int]):
         """`speeds` of workers apart, which count what they do not believe together."""
@@ -466,12 +467,12 @@ class BusCollector(Collector):
         disbelieved = CounterMetricFamily(
             "kvtier_router_rejected_announcements", "Announcements rejected by validation, by reason", labels=["reason"]
         )
-        # Its alert asks for what came since the last scrape, so the series is there before.
+        # Created at 0: its alert needs the increase since the last scrape.
         for reason, count in {CONFLICTING: 0, **self._mirror.ignored}.items():
             disbelieved.add_metric([reason], count)
         yield disbelieved
         yield CounterMetricFamily(
-            "kvtier_router_mirror_resyncs", "Snapshots of targets taken in", value=self._mirror.resyncs
+            "kvtier_router_mirror_resyncs", "Snapshots of targets applied to the mirror", value=self._mirror.resyncs
         )
         yield CounterMetricFamily(
             "kvtier_router_mirror_replays",
@@ -488,7 +489,7 @@ class BusCollector(Collector):
             ages.add_metric([target], age)
         yield ages
         chunks = GaugeMetricFamily(
-            "kvtier_router_mirror_chunks", "Chunks known on each target that is heard", labels=["target"]
+            "kvtier_router_mirror_chunks", "Chunks in the mirror, for each live target", labels=["target"]
         )
         for target, known in self._mirror.counts(now).items():
             chunks.add_metric([target], known)
@@ -496,7 +497,7 @@ class BusCollector(Collector):
 
 
 def explained(decision_id: str, prompt_tokens: int, chosen: Choice, choices: Choices) -> Decision:
-    """A decision in full, as of now."""
+    """A decision with all candidates and targets."""
     decision = _decision(decision_id, prompt_tokens, chosen, choices)
     fetched = chosen.targets[chosen.first_chunk :]
     decision.targets = [(target or "", sum(1 for _ in same)) for target, same in groupby(fetched)]
@@ -543,7 +544,7 @@ def _parts(choice: Choice) -> dict[str, float]:
 
 
 def sources(choice: Choice) -> dict[str, int]:
-    """Tokens of the prompt by where they are taken from."""
+    """Tokens of the prompt by source."""
     if choice.candidate.is_handed_over:
         return {"hbm": choice.hbm_tokens, "handover": choice.prompt_tokens - choice.hbm_tokens}
     return {
@@ -558,7 +559,7 @@ def _considered(choice: Choice) -> Considered:
     start = max(choice.wait_seconds, choice.fetch_seconds)
     price = {
         "wait": choice.wait_seconds,
-        "fetch": start - choice.wait_seconds,  # what the wait does not hide
+        "fetch": start - choice.wait_seconds,  # the part that does not overlap with the wait
         "copy": choice.copy_seconds,
         "prefill": choice.prefill_seconds,
         "gpu": choice.gpu_seconds,

@@ -1,29 +1,29 @@
-"""How a request fails: what Dynamo's streams say of it, and what the frontend is told.
+"""The errors of a request: how Dynamo's streams report them, and how the frontend gets them.
 
-An error that a handler raises costs a traceback in the log, whatever it is. An error frame in the stream costs none; it
-carries the class from which the frontend makes a status, and the text that it shows.
+If a handler raises an exception, Dynamo logs a traceback. An error frame in the stream avoids that: it carries the
+error class, which the frontend maps to an HTTP status, and the text for the client.
 """
 
 import json
 from typing import Any
 
-# Dynamo's error classes, with which the text of an error in its streams begins. For these the request itself is to
-# blame: no worker would take it.
+# Dynamo's error classes; the text of an error in its streams begins with one. These mean that the request itself is
+# invalid: no worker would accept it.
 _REFUSALS = ("InvalidRequest", "NotFound", "PayloadTooLarge", "UnsupportedMedia")
 _GONE = ("Unavailable", "DeadlineExceeded")
 
 
 class RequestError(Exception):
-    """A request that gets no answer, or no more of it. `kind` is the error class that the frontend is told: it makes
-    400 of InvalidRequest, 503 of Unavailable and 500 of Internal. With DeadlineExceeded or CannotConnect it would take
-    this router for dead."""
+    """A request that gets no response, or an incomplete one. `kind` is the error class for the frontend, which maps
+    InvalidRequest to 400, Unavailable to 503 and Internal to 500. DeadlineExceeded or CannotConnect must not be used:
+    the frontend would count this router as dead."""
 
     kind = "Unavailable"
     is_public = True  # the text is shown to the client
 
 
 class Refused(RequestError):
-    """The request is to blame."""
+    """The request is invalid."""
 
     def __init__(self, reason: str, kind: str = "InvalidRequest"):
         super().__init__(reason)
@@ -31,11 +31,11 @@ class Refused(RequestError):
 
 
 class NoWorker(RequestError):
-    """There is no worker that the prompt could be sent to."""
+    """No worker can take the prompt."""
 
 
 class Disconnected(RequestError):
-    """The client is gone."""
+    """The client disconnected."""
 
 
 class Late(RequestError):
@@ -43,24 +43,24 @@ class Late(RequestError):
 
 
 class GivenUp(Late):
-    """No worker had a first token within the bound."""
+    """No worker produced a first token within the bound."""
 
 
 class WorkerError(RequestError):
-    """The worker answered with an error of its own."""
+    """The worker returned an error of its own."""
 
     kind = "Internal"
     is_public = False
 
 
 class WorkerGone(RequestError):
-    """The worker is not reached, or ended before its answer did."""
+    """The worker is unreachable, or ended before its response was complete."""
 
     is_public = False
 
 
 def of_dynamo(error: Exception) -> RequestError:
-    """What an exception of Dynamo's stream says. It passes a worker's error on as a ValueError, "CLASS: text"."""
+    """The error for an exception of Dynamo's stream. A worker's error arrives as a ValueError, "CLASS: text"."""
     kind, _, text = str(error).partition(": ")
     if kind in _REFUSALS:
         return Refused(_message(text), kind)
@@ -78,7 +78,7 @@ def frame(error: RequestError) -> dict[str, Any]:
 
 
 def _message(text: str) -> str:
-    """Of a worker's HttpError, which comes as JSON, the message."""
+    """The message of a worker's HttpError, which is JSON; otherwise the text itself."""
     try:
         return str(json.loads(text)["message"])
     except (ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
-"""Prefill and decode on workers of their own: both are chosen here, and whether a prompt needs both.
+"""Disaggregated serving: chooses a prefill worker and a decode worker, and whether a prompt needs both.
 
-A prompt of which a decode worker lacks little is prefilled there, where that is cheaper. Any other goes through the
-router of the prefill workers; what the chosen one hands over goes through the router of the decode workers. While no
+If a decode worker lacks few tokens of a prompt, it prefills them itself where that is cheaper. Any other prompt goes
+through the router of the prefill workers, and then, with the result, through the router of the decode workers. While no
 prefill worker answers, or all are suspect, decode workers prefill.
 """
 
@@ -25,8 +25,8 @@ _PREFILL_HERE = "x-bypass-remote-prefill"
 class Disaggregated:
     """Serves `generate` for one model. For one event loop.
 
-    `prefill` is made with `has_fallback`, `decode` with a Handover. `local_prefill_tokens` is the most that a decode
-    worker prefills while a prefill worker answers; with 0 all is handed over.
+    `prefill` is made with `has_fallback`, `decode` with a Handover. `local_prefill_tokens` limits what a decode worker
+    prefills itself while a prefill worker answers; with 0, prefill workers do all prefill.
     """
 
     def __init__(self, prefill: Router, decode: Router, local_prefill_tokens: int):
@@ -34,7 +34,7 @@ class Disaggregated:
         self._local_prefill_tokens = local_prefill_tokens
 
     def handle(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
-        """Dynamo's handler: `generate`, with an error of the request as the last item of the stream."""
+        """Dynamo's handler: like `generate`, but an error of the request is the last item of the stream."""
         return framed(self.generate(request, context), context)
 
     async def generate(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
@@ -67,15 +67,15 @@ class Disaggregated:
                 return False
             there = await self._prefill.price(to_prefill)
         except RequestError:
-            return False  # raised again by whom the prompt goes to
+            return False  # the router that the prompt goes to raises it again
         handover = self._decode.handover_seconds(here.prompt_tokens - here.hbm_tokens)
-        # The answer decodes on a decode worker in any case, and the prefill worker's price has none of it.
+        # The answer decodes on a decode worker in any case, and the prefill worker's price does not include that.
         return here.price_seconds - here.pressure_seconds <= there.price_seconds - there.pressure_seconds + handover
 
     async def _prefilled(
         self, request: Request, context: Any, finished: Callable[[Decision], None]
     ) -> dict[str, Any] | None:
-        """The prefill worker's last output; None if the client left."""
+        """The prefill worker's last output; None if the client disconnected."""
         prefilled = None
         async with aclosing(self._prefill.generate(request, context, finished=finished)) as outputs:
             async for output in outputs:
@@ -84,12 +84,12 @@ class Disaggregated:
 
 
 def _to_prefill(request: Request) -> Request:
-    """The prompt as a prefill worker takes it, which answers with one token."""
+    """The request for a prefill worker, which generates one token."""
     return {**request, "stop_conditions": {**(request.get("stop_conditions") or {}), "max_tokens": 1}}
 
 
 def _to_decode(request: Request) -> Request:
-    """The prompt as a decode worker prefills it. What a client says of prefill workers does not hold for it."""
+    """The request for a decode worker that prefills it. A client's choice of a prefill worker is removed."""
     routing = dict(request.get("routing") or {})
     for name in ("prefill_worker_id", "prefill_dp_rank", "backend_instance_id", "dp_rank"):
         routing.pop(name, None)
@@ -100,7 +100,8 @@ def _to_decode(request: Request) -> Request:
 
 
 def _handed_over(to_decode: Request, prefilled: dict[str, Any]) -> Request:
-    """With what the prefill worker said, in Dynamo's form. Dynamo's books then count no prefill."""
+    """The request with the prefill worker's result, in Dynamo's form. Dynamo's load accounting counts no prefill for
+    it."""
     usage = prefilled.get("completion_usage") or {}
     return {
         **to_decode,
@@ -114,8 +115,8 @@ def _handed_over(to_decode: Request, prefilled: dict[str, Any]) -> Request:
 
 
 def _told_of_both(output: dict[str, Any], prefilled: dict[str, Any]) -> dict[str, Any]:
-    """A decode worker's output. If it tells the client of its decision: where the prefill worker found the tokens, and
-    the times of both together."""
+    """A decode worker's output. If it carries the decision for the client, that shows where the prefill worker found
+    the tokens, and the sum of both times."""
     of_prefill, of_decode = ((one.get("engine_data") or {}).get(FIELD) for one in (prefilled, output))
     if not of_prefill or not of_decode:
         return output

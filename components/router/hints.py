@@ -1,4 +1,4 @@
-"""What a client says of its request in `nvext.agent_hints`, as Dynamo passes it on in `routing`."""
+"""The hints of a client in `nvext.agent_hints`, as Dynamo passes them on in `routing`."""
 
 import math
 from collections.abc import Mapping
@@ -8,13 +8,15 @@ from components.router.failures import Refused
 
 OUTPUT_TOKENS_MAX = 1 << 20
 PRIORITY_MAX = 1000
-# However high its priority: more would be to ignore all others.
+# Limit for any priority: a higher weight would ignore all other requests.
 WEIGHT_MAX = 10.0
 
 
 class Hints(NamedTuple):
-    """`output_tokens` that the answer is expected to have, 0 where the client does not say; `output_tokens_max`, which
-    it allows; `weight`, what a second of its waiting counts against a second of other requests'."""
+    """- `output_tokens`: expected length of the answer; 0: no hint.
+    - `output_tokens_max`: the client's limit for it.
+    - `weight`: the cost of a second of waiting, relative to other requests.
+    """
 
     output_tokens: int = 0
     output_tokens_max: float = math.inf
@@ -22,8 +24,8 @@ class Hints(NamedTuple):
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> Self:
-        """Priority 0 is everybody's; with 1 a second counts twice, with -1 half, and so on. Of `latency_sensitivity`,
-        which Dynamo still takes for it, the frontend makes `priority_jump`. Raises Refused."""
+        """The default priority is 0. With 1 a second counts twice, with -1 half, and so on. The frontend passes the
+        deprecated `latency_sensitivity` on as `priority_jump`. Raises Refused."""
         routing = request.get("routing") or {}
         most = (request.get("stop_conditions") or {}).get("max_tokens") or math.inf
         expected = _checked("osl", routing.get("expected_output_tokens"), 1, OUTPUT_TOKENS_MAX)
@@ -33,12 +35,12 @@ class Hints(NamedTuple):
         return cls(int(min(expected, most)), most, weight if priority >= 0 else 1 / weight)
 
     def expected(self, usual_tokens: float) -> float:
-        """The answer's tokens, where those of others have so many."""
+        """The expected length of the answer, if answers usually have `usual_tokens`."""
         return self.output_tokens or min(usual_tokens, self.output_tokens_max)
 
 
 def _checked(name: str, value: Any, least: int, most: int) -> float:
-    """0 without a value."""
+    """The value, if it is in range; 0 for None. Raises Refused."""
     if value is None:
         return 0
     if isinstance(value, int | float) and least <= value <= most:

@@ -1,7 +1,7 @@
-"""What other routers of the same workers have sent them, which counts in this one's prices.
+"""Load sharing between routers of the same workers: each counts the others' requests in its prices.
 
-Each says so whenever it has changed, as sums by worker and target; once a second while it hears of no other. For one
-event loop.
+A router publishes its load as sums per worker and target when it changes; once a second while it knows of no other
+router. For one event loop.
 """
 
 import asyncio
@@ -16,36 +16,37 @@ from kvstore.text import is_plain
 
 logger = logging.getLogger(__name__)
 
-# Between two reports: shorter than a prefill. In simulation, four routers that told each other each quarter of a second
-# all sent to the worker that had been idle, and had later first tokens than four that knew nothing of each other.
+# Interval of the reports: shorter than a prefill. In simulation, four routers that reported every 0.25 s all chose the
+# same idle worker, and had a higher TTFT than four routers without reports.
 REPORT_SECONDS = 0.05
-# A router that is silent for so long is gone, and its requests with it.
+# After this long without a report, a router and its load are forgotten.
 SILENT_SECONDS = 3.0
 ROUTERS_MAX = 64
-# More than that of all others together is not counted: deadlines follow predictions, and nobody signs these reports.
-# In the order of Load: a million tokens to prefill are two minutes for a 70B model.
+# Limits for the sum of all other routers, in the order of Load: reports are not authenticated, and deadlines depend on
+# predictions. A million tokens to prefill are two minutes for a 70B model.
 _AMOUNTS_MAX = 1 << 20, 1 << 22, 1 << 12, 1 << 40, 1 << 22
-# And of a target: some seconds of a fast device.
+# The same for a target: some seconds of a fast device.
 _TARGET_BYTES_MAX = 1 << 36
-# Absurd beyond.
+# Reports with larger values are rejected.
 TOKENS_MAX, _REQUESTS_MAX, _BYTES_MAX = 1 << 26, 1 << 16, 1 << 45
 _ROWS_MAX = 1 << 15
 _NAME_CHARACTERS_MAX = 64
 
 
 class Others:
-    """`own_name` is this router's, `endpoint` the workers'. Reports that are left out are counted in `rejected`."""
+    """Loads of the other routers. `own_name` is this router's name, `endpoint` the workers'. Counts invalid reports in
+    `rejected`."""
 
     def __init__(self, own_name: str, endpoint: str, rejected: Counter[str]):
         self.own_name, self.endpoint = own_name, endpoint
         self._rejected = rejected
         self._heard: dict[str, tuple[float, RouterReport]] = {}
-        # Of all reports, kept up as they come: a decision asks for each worker, many times between two reports.
+        # Sums over all reports, updated with each report, since decisions read them far more often.
         self._loads: dict[tuple[int, int], list[int]] = {}
         self._targets: Counter[str] = Counter()
 
     def heard(self, report: RouterReport, now: float) -> bool:
-        """Take in what a router says; False if it is not used."""
+        """Apply another router's report; False if it is ignored or rejected."""
         if report.endpoint != self.endpoint or report.router == self.own_name:
             return False
         self.forget_silent(now)
@@ -66,8 +67,8 @@ class Others:
         for name in [name for name, (heard, _) in self._heard.items() if now - heard > SILENT_SECONDS]:
             self._forget(name)
 
-    async def share(self, bus: Bus, namespace: str, under_way: Callable[[], Awaitable[RouterReport]]) -> None:
-        """Hear the others and tell them what this router has `under_way`; when cancelled, that it has nothing."""
+    async def share(self, bus: Bus, namespace: str, own_load: Callable[[], Awaitable[RouterReport]]) -> None:
+        """Receive the others' reports and publish this router's `own_load`. When cancelled, publish a load of zero."""
 
         async def hear(report: RouterReport) -> None:
             self.heard(report, time.monotonic())
@@ -79,19 +80,19 @@ class Others:
             while True:
                 self.forget_silent(time.monotonic())
                 try:
-                    report = await under_way()
+                    report = await own_load()
                     if report != last or time.monotonic() - told > HEARTBEAT_SECONDS:
                         last, told = report, time.monotonic()
                         await bus.publish(to, report)
                 except Exception as error:
-                    logger.warning("other routers are not told what this one has sent: %r", error)
+                    logger.warning("cannot publish this router's load to the other routers: %r", error)
                     await asyncio.sleep(HEARTBEAT_SECONDS)
                 await asyncio.sleep(REPORT_SECONDS if self._heard else HEARTBEAT_SECONDS)
         finally:
             await bus.publish(to, RouterReport(self.own_name, self.endpoint, [], {}))
 
     def added_to(self, own: Load) -> Load:
-        """What this router has there, with what all others have."""
+        """This router's load of a worker plus that of all other routers."""
         if (theirs := self._loads.get((own.worker, own.dp_rank))) is None:
             return own
         bounded = map(min, theirs, _AMOUNTS_MAX)

@@ -1,8 +1,8 @@
-"""The request path: price every worker, pin the cheapest, attach the fetch plan, pass the answer through.
+"""The request path: price every worker, pin the cheapest, attach the fetch plan, stream the response.
 
-Dynamo's KvRouter says what lies in HBM and DRAM, keeps the books on load, and carries the request; the mirror says what
-lies in the store. A worker that fails before its first token, or keeps it waiting past its deadline, is left out and
-the prompt is decided again.
+Dynamo's KvRouter knows the blocks in HBM and DRAM, accounts the load, and transports the request. The mirror knows the
+chunks in the store. If a worker fails before its first token, or misses the deadline for it, the router decides again
+without that worker.
 """
 
 import asyncio
@@ -46,15 +46,15 @@ from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
 
-# A prompt that fails is tried on this many workers; then the client hears of it. Late workers do not count: time bounds
-# how many there can be.
+# Limit of workers that a failing prompt is tried on before the client gets the error. Workers that miss a deadline do
+# not count: the total timeout bounds them.
 ATTEMPTS = 3
-# Dynamo's router is in this process, and answers within a millisecond.
+# Timeout. Dynamo's router is in this process, and answers within a millisecond.
 _ASK_SECONDS = 1.0
-# While there is no other worker to go to, one is looked for so often.
+# Polling interval for another worker for a prompt that waits on a suspect one.
 _LOOK_SECONDS = 1.0
 
-# The field of a request in which Dynamo passes on what a prefill worker said.
+# The field of a request in which Dynamo passes a prefill worker's result to a decode worker.
 HANDED_OVER = "prefill_result"
 
 Request = dict[str, Any]
@@ -71,7 +71,7 @@ class Decided(NamedTuple):
 
 
 class Handover(NamedTuple):
-    """How the KV of a prompt comes to decode workers: from which workers, and how fast."""
+    """The transfer of a prompt's KV to decode workers: from which workers, and how fast."""
 
     prefill_workers: Workers
     bytes_per_second: float
@@ -81,7 +81,7 @@ _NO_CARD = Card(0, 0, "")
 
 
 class _Located(NamedTuple):
-    """Where the store holds a prompt's chunks, and what a candidate must know of the target that holds most of them."""
+    """The target of each of a prompt's chunks, and the load of the target that holds most of them."""
 
     chunks: Sequence[str | None] = ()
     share: float = 0.0
@@ -95,9 +95,11 @@ _NOWHERE = _Located()
 class Router:
     """Serves `generate` for one model. For one event loop.
 
-    `kv_router` is a dynamo.llm.KvRouter on the workers' endpoint with `block_tokens`; `own_id` is the router's own
-    instance id, as frontends know it. Decode workers have a `handover`, and no tier. `others` knows what other routers
-    have sent. With `has_fallback`, who calls has another way for a prompt that no trusted worker takes.
+    - `kv_router`: a dynamo.llm.KvRouter on the workers' endpoint with `block_tokens`.
+    - `own_id`: the router's own instance id, as frontends know it.
+    - `handover`: only for decode workers, which have no tier.
+    - `others`: the load from other routers.
+    - `has_fallback`: the caller can serve a prompt in another way if no worker is trusted.
     """
 
     def __init__(
@@ -133,27 +135,27 @@ class Router:
         self._has_fallback = has_fallback
         self._clock = clock
         self._suspects = Suspects()
-        # By worker, for prompts whose first token is still to come: what they fetch, which Dynamo's books on load
-        # take for tokens to prefill.
+        # By worker, for prompts without a first token: their fetches, which Dynamo's load accounting counts as tokens
+        # to prefill.
         self._fetching_tokens: defaultdict[int, int] = defaultdict(int)
         self._fetching_bytes: defaultdict[int, int] = defaultdict(int)
-        # KV memory, in tokens, that prompts will need once their fetches have come.
+        # KV memory, in tokens, that prompts will need once their fetches have arrived.
         self._memory_later: defaultdict[int, int] = defaultdict(int)
-        # And by target.
+        # Bytes in flight by target.
         self._target_bytes: defaultdict[str, int] = defaultdict(int)
-        # Prompts in Dynamo's books that have no token yet: the others that it has there decode.
+        # Prompts in Dynamo's accounts without a first token; the others there decode.
         self._prefilling: defaultdict[int, int] = defaultdict(int)
-        # Of prompts in Dynamo's books those whose clients say how long their answers will be, and what they say.
+        # Prompts in Dynamo's accounts with a hint of the answer's length, and the sum of these hints.
         self._hinted: defaultdict[tuple[int, int], int] = defaultdict(int)  # by worker and rank
         self._hinted_tokens: defaultdict[tuple[int, int], int] = defaultdict(int)
-        # And prompts that were decided and are not in Dynamo's books yet: without them, prompts that come together
-        # would all go to the same worker.
+        # Prompts that are decided but not yet in Dynamo's accounts. Without these, prompts that arrive together would
+        # all go to the same worker.
         self._unbooked_tokens: defaultdict[int, int] = defaultdict(int)
         self.decisions = Decisions(block_tokens)
         self.decisions.suspects.set_function(lambda: self._suspects.count(self._clock()))
 
     def booked(self) -> dict[str, int]:
-        """What is counted for prompts under way, over all workers: nothing, once all of them have ended."""
+        """The sums of all accounts of running prompts, over all workers. All are 0 once no prompt runs."""
         return {
             "fetching tokens": sum(self._fetching_tokens.values()),
             "fetching bytes": sum(self._fetching_bytes.values()),
@@ -164,8 +166,8 @@ class Router:
             "hinted": sum(self._hinted.values()) + sum(self._hinted_tokens.values()),
         }
 
-    async def under_way(self) -> RouterReport:
-        """For other routers. Raises whatever Dynamo's router does."""
+    async def load_report(self) -> RouterReport:
+        """This router's load, for other routers. Raises the errors of Dynamo's router."""
         assert self._others is not None
         async with asyncio.timeout(_ASK_SECONDS):
             loads = map(self._own_load, await self._kv_router.get_potential_loads([0]))
@@ -173,7 +175,7 @@ class Router:
         return RouterReport(self._others.own_name, self._others.endpoint, busy, dict(self._target_bytes))
 
     def handle(self, request: Request, context: Any) -> AsyncGenerator[dict[str, Any], None]:
-        """Dynamo's handler: `generate`, with an error of the request as the last item of the stream."""
+        """Dynamo's handler: like `generate`, but an error of the request is the last item of the stream."""
         return framed(self.generate(request, context), context)
 
     async def generate(
@@ -196,14 +198,14 @@ class Router:
             except NoWorker as error:
                 raise last or error from None
             worker, decision_id = decided.chosen.candidate.worker, decided.id
-            started, outcome = False, "cancelled"  # what a caller that drops this generator leaves behind
+            started, outcome = False, "cancelled"  # the outcome if the caller drops this generator
             try:
                 async with aclosing(self._serve(request, context, decided, tried, arrived)) as outputs:
                     async for output in outputs:
                         if not started:
                             started = True
                             self._suspects.clear(worker)
-                            for one in tried:  # this worker can do what they could not
+                            for one in tried:  # this worker can serve what they could not
                                 self._suspects.add(one, self._clock())
                         yield output
                 outcome = "finished"
@@ -217,7 +219,7 @@ class Router:
                 if started or isinstance(error, Refused | GivenUp) or failures == ATTEMPTS:
                     raise
                 logger.warning("decision %s: worker %s failed: %s", decision_id, label(decided.chosen), shown(error))
-                last = error.with_traceback(None)  # which holds Dynamo's stream, and it this
+                last = error.with_traceback(None)  # the traceback would hold Dynamo's stream, and the stream this frame
                 tried.add(worker)
                 if not isinstance(error, WorkerError):
                     self._suspects.add(worker, self._clock())
@@ -231,7 +233,7 @@ class Router:
                     finished(decision)
 
     async def decide(self, request: Request, failed: Collection[int] = ()) -> Decided:
-        """Price the live workers but for those in `failed`, and choose. Raises NoWorker, and Refused for a prompt that
+        """Price the live workers except those in `failed`, and choose. Raises NoWorker, and Refused for a prompt that
         is too long for all of them."""
         chosen, choices, stages = await self._priced(request, failed, self.decisions.fell_back)
         now = self._clock()
@@ -241,25 +243,24 @@ class Router:
         return Decided(uuid.uuid4().hex[:12], len(request["token_ids"]), chosen, choices)
 
     async def price(self, request: Request) -> Choice:
-        """What `decide` would choose now. Nothing is sent, counted or kept. Raises what that does."""
+        """What `decide` would choose now. Sends, counts and keeps nothing. Raises the same errors."""
         return (await self._priced(request, (), lambda missing: None))[0]
 
     def handover_seconds(self, tokens: int) -> float:
-        """For which the KV of so many tokens is on its way to a decode worker; 0 where no prefill worker says how large
-        its blocks are."""
+        """Time to transfer the KV of `tokens` to a decode worker; 0 if no prefill worker reports its block size."""
         if self._handover is None:
             return 0.0
         block_bytes = self._handover.prefill_workers.block_bytes()
         return tokens / self._block_tokens * block_bytes / self._handover.bytes_per_second
 
     async def explain(self, request: Request) -> Decision:
-        """What `decide` would decide now. Nothing is sent, counted or kept. Raises what that does."""
+        """What `decide` would decide now, in full. Sends, counts and keeps nothing. Raises the same errors."""
         chosen, choices, _ = await self._priced(request, (), lambda missing: None)
         return explained("", len(request["token_ids"]), chosen, choices)
 
     def stored(self, request: Request) -> tuple[int, dict[tuple[str, int], list[int]]]:
-        """How many full blocks the prompt has; and by target and fingerprint, the hashes of its chunks that the store
-        has, in their order."""
+        """The number of the prompt's full blocks; and, by target and fingerprint, the hashes of its chunks that are in
+        the store, in order."""
         identity, now = _identity(request), self._clock()
         hashes = sequence_hashes(request["token_ids"], self._block_tokens, **identity)
         reports = (self._workers.report(worker, self._block_tokens, now) for worker in self._workers.cards)
@@ -274,7 +275,7 @@ class Router:
     async def _priced(
         self, request: Request, failed: Collection[int], fell_back: Callable[[str], None]
     ) -> tuple[Choice, Choices, dict[str, float]]:
-        """The choice, the cheapest of each candidate, and the seconds that each stage took."""
+        """The choice, the cheapest option of each candidate, and the duration of each stage in seconds."""
         tokens, hints = request["token_ids"], self._hints(request)
         routing = request.get("routing") or {}
         identity = _identity(request)
@@ -286,7 +287,7 @@ class Router:
                 overlaps, loads = await self._known_to_dynamo(tokens, identity)
         except Exception as error:
             fell_back("overlap_query")
-            logger.warning("Dynamo's router does not say what workers hold: %r", error)
+            logger.warning("overlap query to Dynamo's router failed: %r", error)
             overlaps, loads = self._nothing_known(), []
         asked = time.perf_counter()
         constraints = Constraints.of(routing, self._own_id)
@@ -306,7 +307,7 @@ class Router:
         located = time.perf_counter()
         now = self._clock()
         if not candidates:
-            raise self._nobody(tokens)
+            raise self._no_candidate(tokens)
         trusted = [one for one in candidates if self._suspects.trusts(one.worker, now)]
         if not trusted and self._has_fallback:
             raise NoWorker("every worker is suspect")
@@ -314,8 +315,8 @@ class Router:
             fewest = min(self._suspects.failures(one.worker) for one in candidates)
             trusted = [one for one in candidates if self._suspects.failures(one.worker) == fewest]
         candidates = trusted
-        if place := self._sessions.place(session_of(request), now):
-            candidates = [one for one in candidates if (one.worker, one.dp_rank) == place] or candidates
+        if bound := self._sessions.bound_worker(session_of(request), now):
+            candidates = [one for one in candidates if (one.worker, one.dp_rank) == bound] or candidates
         policy = self._policy_for(hints, candidates)
         chosen, choices = cost.choose(candidates, len(tokens), self._block_tokens, policy)
         stages = {
@@ -327,8 +328,8 @@ class Router:
         return chosen, choices, stages
 
     def _hints(self, request: Request) -> Hints:
-        """No answer is expected to be longer than what a worker has room for: it counts in the prices of others. Raises
-        Refused."""
+        """The request's hints. The expected length is capped at the room that a worker has, because it counts in the
+        prices of other requests. Raises Refused."""
         hints = Hints.of(request)
         if not hints.output_tokens:
             return hints
@@ -347,8 +348,8 @@ class Router:
     async def _known_to_dynamo(
         self, tokens: list[int], identity: dict[str, Any]
     ) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
-        """Overlaps and loads by worker, these beside one token: of a whole prompt they would take as long again as the
-        overlaps, and say no more of the others."""
+        """Overlaps and loads by worker. Loads are asked for with one token of the prompt: with the whole prompt they
+        would double the time of the query, and add nothing about other requests."""
         overlaps, loads = await asyncio.gather(
             self._kv_router.get_overlap_scores(tokens, include_shared=False, **identity),
             self._kv_router.get_potential_loads(tokens[:1]),
@@ -356,19 +357,19 @@ class Router:
         return overlaps["workers"], loads
 
     def _fits(self, card: Card, tokens: int) -> bool:
-        """Whether a worker with this card can take a prompt of so many tokens."""
+        """Whether a worker with this card can take a prompt of this length."""
         return card.block_tokens in (0, self._block_tokens) and not 0 < card.context_tokens <= tokens
 
-    def _nobody(self, tokens: Sequence[int]) -> RequestError:
-        """Why there is no candidate."""
+    def _no_candidate(self, tokens: Sequence[int]) -> RequestError:
+        """The error that says why there is no candidate."""
         context = self._workers.context_tokens()
         if 0 < context <= len(tokens):
             return Refused(f"the prompt has {len(tokens)} tokens, expected less than {context}, the context length")
         return NoWorker("no worker is live that could serve this prompt")
 
     def _nothing_known(self) -> list[dict[str, int]]:
-        """If Dynamo's router fails, its workers are as good as empty: the store still tells them apart from nothing,
-        and prompts are served."""
+        """Overlaps of zero for all workers, if Dynamo's router fails: prompts are still served, and still use the
+        store."""
         empty = {"dp_rank": 0, "device_blocks": 0, "host_pinned_extension_blocks": 0}
         return [{"worker_id": worker, **empty} for worker in self._workers.cards]
 
@@ -387,7 +388,7 @@ class Router:
     ) -> list[Candidate]:
         now = self._clock()
         load_of = {(load["worker_id"], load["dp_rank"]): load for load in loads}
-        stores: dict[tuple[int, int], _Located] = {}  # workers of one layout share the answer
+        stores: dict[tuple[int, int], _Located] = {}  # shared by workers of one layout
         candidates = []
         is_unreported = False
         for row in overlaps:
@@ -417,7 +418,7 @@ class Router:
                     speeds=self._speeds.of_worker(worker),
                     dp_rank=rank,
                     hbm_blocks=hbm,
-                    # The extension fields alone prove a hit: the cumulative ones repeat the tier above.
+                    # Only the extension fields prove a hit: the cumulative ones repeat the tier above.
                     dram_blocks=hbm + row["host_pinned_extension_blocks"],
                     queued_prefill_tokens=load.prefill_tokens,
                     fetching_bytes=load.fetching_bytes,
@@ -435,12 +436,13 @@ class Router:
                     target_bytes_per_second=store.bytes_per_second,
                 )
             )
-        if is_unreported:  # once a decision
+        if is_unreported:  # count once per decision
             fell_back("worker_report")
         return candidates
 
     def _own_load(self, load: dict[str, int]) -> Load:
-        """What this router has on a worker's rank, by Dynamo's books, beside one token, and by its own."""
+        """This router's load on a worker's rank, from Dynamo's accounts (minus the one token of the query) and its
+        own."""
         worker, place = load["worker_id"], (load["worker_id"], load["dp_rank"])
         queued = load.get("potential_prefill_tokens", 1) - 1
         queued += self._unbooked_tokens.get(worker, 0) - self._fetching_tokens.get(worker, 0)
@@ -458,7 +460,8 @@ class Router:
         )
 
     def _handed_over(self, candidate: Candidate, tokens: int, handover: Handover) -> Candidate:
-        """With the whole prompt within reach: what its HBM lacks comes from a prefill worker, as if from DRAM."""
+        """The candidate for a prompt that was prefilled elsewhere: the KV that its HBM lacks comes from a prefill
+        worker, priced as if from DRAM."""
         return msgspec.structs.replace(
             candidate,
             speeds=msgspec.structs.replace(candidate.speeds, dram_bytes_per_second=handover.bytes_per_second),
@@ -470,7 +473,7 @@ class Router:
         )
 
     def _locate(self, fingerprint: int, blocks_per_chunk: int, hashes: list[int], now: float) -> "_Located":
-        if not self._mirror.counts(now):  # without any target there is nothing to say of chunks
+        if not self._mirror.counts(now):  # no live target
             return _NOWHERE
         chunks = self._mirror.locate(fingerprint, hashes[blocks_per_chunk - 1 :: blocks_per_chunk], now)
         held = Counter(chunks)
@@ -484,7 +487,8 @@ class Router:
         return _Located(
             chunks,
             share=count / held.total(),
-            # Its own word is a second old, and has all routers' fetches; ours are known now, and others' nearly so.
+            # The target's report is up to a second old and covers all routers. This router's account is current, and
+            # those of other routers nearly.
             fetching_bytes=max(speed.waiting_bytes, self._fetching_from(str(target))),
             bytes_per_second=speed.bytes_per_second,
         )
@@ -496,10 +500,9 @@ class Router:
     async def _serve(
         self, request: Request, context: Any, decided: Decided, tried: Collection[int], arrived: float
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Send the request to the chosen worker. Dropping Dynamo's stream stops the worker's generation, so whenever
-        the client is gone or a deadline is missed this raises, and the stream goes with it. A response buffer of 0 is
-        what makes that work before the first token, too: a buffered stream notices only when it has something to pass
-        on."""
+        """Send the request to the chosen worker. Dropping Dynamo's stream stops the worker's generation. So if the
+        client disconnects or a deadline is missed, this raises, which drops the stream. That works before the first
+        token only with a response buffer of 0: a buffered stream notices it only when it has an item to deliver."""
         choice, decision_id = decided.chosen, decided.id
         sent = self._clock()
         prepared, hints = self._prepared(request, choice, decision_id), self._hints(request)
@@ -513,8 +516,7 @@ class Router:
             with self._counted(choice, hints), _checked(late):
                 with _added(self._unbooked_tokens, worker, tokens):
                     coming = self._kv_router.generate_from_request(prepared, response_buffer_size=0)
-                    # Which takes its time, now that the prompt is on its way.
-                    decision = self.decisions.decided(*decided)
+                    decision = self.decisions.decided(*decided)  # slow, so only after the prompt was sent
                     outputs = aiter(await client.waits_for(coming))
                 with _added(self._prefilling, worker, 1):
                     first = await client.next_of(outputs)
@@ -525,10 +527,10 @@ class Router:
             if not choice.fetch_chunks and not choice.wait_seconds:
                 self._speeds.observed(worker, choice.ttft_seconds, took)
             begun, tokens = self._clock(), 0
-            # It names the worker. To the frontend that is this router: it would log an error for each answer.
+            # It names the worker. The frontend expects this router's id, and would log an error for each response.
             first.pop("routing_data", None)
             self._workers.progressed(worker, begun)
-            told = _told(choice, took) if _is_asked_for(request) else {}
+            told = _told(choice, took) if _wants_engine_data(request) else {}
             yield _with_engine_data(first, told)
             with _checked(self._next_token_check(client, choice)):
                 while (output := await client.next_of(outputs)) is not None:
@@ -548,9 +550,9 @@ class Router:
         arrived: float,
         sent: float,
     ) -> Callable[[], float | None]:
-        """Looks whether the first token is late. The worker is suspect if it has no token for anyone meanwhile, or
-        some for others and none for this prompt for much longer. The prompt leaves it only for another worker: where
-        none is trusted, the prompt keeps its place."""
+        """A check whether the first token is late. The worker becomes suspect if it produces no token for any request
+        until then, or none for this prompt for several times as long. The prompt moves only if another worker is
+        trusted; otherwise it keeps its place."""
         worker = choice.candidate.worker
         patience = self._deadlines.first_token(choice.ttft_seconds)
         last = max(arrived + self._deadlines.first_token_max, sent + patience)
@@ -561,7 +563,7 @@ class Router:
             now = self._clock()
             if now >= last:
                 self.decisions.missed("request")
-                client.interrupt(GivenUp(f"no worker had a first token within {now - arrived:.0f} s"))
+                client.interrupt(GivenUp(f"no worker produced a first token within {now - arrived:.0f} s"))
                 return None
             silent_until = max(sent, self._workers.last_progress(worker)) + patience
             due = min(silent_until, sent + ALIVE_FACTOR * patience, last)
@@ -572,7 +574,7 @@ class Router:
                 self._suspects.add(worker, now)
                 self.decisions.missed("first_token")
                 logger.warning(
-                    "worker %s: no first token after %.1f s, %.1f predicted: it is suspect",
+                    "worker %s: no first token after %.1f s, predicted %.1f s: marked suspect",
                     label(choice),
                     now - sent,
                     choice.ttft_seconds,
@@ -585,7 +587,7 @@ class Router:
         return check
 
     def _next_token_check(self, client: "_Client", choice: Choice) -> Callable[[], float | None]:
-        """Looks whether the next token is late. The time in which the client does not read does not count."""
+        """A check whether the next token is late. Time in which the client does not read does not count."""
         bound = self._deadlines.next_token
 
         def check() -> float | None:
@@ -601,7 +603,7 @@ class Router:
         return check
 
     def _another(self, request: Request, tried: Collection[int], now: float) -> bool:
-        """Whether there is a trusted worker that this prompt was not tried on."""
+        """Whether there is a trusted worker that has not tried this prompt."""
         constraints = Constraints.of(request.get("routing") or {}, self._own_id)
         tokens = len(request["token_ids"])
         return any(
@@ -614,7 +616,7 @@ class Router:
 
     @contextmanager
     def _counted(self, choice: Choice, hints: Hints) -> Iterator[None]:
-        """Count what the prompt fetches for as long as it has no token."""
+        """Account for the prompt's fetches until its first token."""
         candidate = choice.candidate
         fetched = candidate.located[choice.first_chunk : choice.first_chunk + choice.fetch_chunks]
         by_target = Counter(target for target in fetched if target is not None)
@@ -624,7 +626,7 @@ class Router:
             book(_added(self._fetching_bytes, candidate.worker, choice.fetch_chunks * candidate.chunk_bytes))
             if fetched:
                 answer_tokens = round(hints.expected(self._speeds.answers(candidate.worker).tokens))
-                later = book(ExitStack())  # closed sooner, when the fetch should have come
+                later = book(ExitStack())  # closed earlier, when the fetch is predicted to have arrived
                 later.enter_context(_added(self._memory_later, candidate.worker, choice.prompt_tokens + answer_tokens))
                 timer = asyncio.get_running_loop().call_later(choice.fetch_seconds, later.close)
                 booked.callback(timer.cancel)
@@ -633,11 +635,11 @@ class Router:
             yield
 
     def _prepared(self, request: Request, choice: Choice, decision_id: str) -> Request:
-        """The request with the worker pinned and the plan where the stock worker passes it on to the engine."""
+        """The request with the worker pinned, and with the plan in a field that a stock worker passes to the engine."""
         candidate = choice.candidate
         routing = dict(request.get("routing") or {})
         routing["backend_instance_id"] = candidate.worker
-        routing["dp_rank"] = candidate.dp_rank  # a worker with several ranks is refused without
+        routing["dp_rank"] = candidate.dp_rank  # required for a worker with several ranks
         extra_args = dict(request.get("extra_args") or {})
         options = dict(extra_args.get("sampling_options") or {})
         engine_args = dict(options.get("extra_args") or {})
@@ -647,8 +649,8 @@ class Router:
         return {**request, "routing": routing, "extra_args": extra_args}
 
     def _plan(self, choice: Choice, decision_id: str) -> Plan:
-        """Wait for the store as long as the request waits anyway, and then as long as computing what is fetched would
-        take: a store that fails at the worst moment costs the time of one recomputation, never more."""
+        """The fetch plan. Its deadline is the time that the request queues anyway plus the time to recompute what is
+        fetched. So a store that fails at the worst moment costs the time of one recomputation at most."""
         candidate = choice.candidate
         context = choice.hbm_tokens + choice.dram_tokens
         recompute = candidate.speeds.prefill.seconds(choice.store_tokens, context)
@@ -664,7 +666,7 @@ class Router:
 
 
 async def framed(answers: AsyncGenerator[dict[str, Any], None], context: Any) -> AsyncGenerator[dict[str, Any], None]:
-    """The answers, and an error of the request as the last item of the stream."""
+    """Pass the answers through; an error of the request becomes the last item of the stream."""
     try:
         async with aclosing(answers) as outputs:
             async for output in outputs:
@@ -688,7 +690,7 @@ def _added(amounts: defaultdict[Key, int], key: Key, amount: int) -> Iterator[No
 
 @contextmanager
 def _checked(check: Callable[[], float | None]) -> Iterator[None]:
-    """Call `check` now and then: each time, it returns the seconds until the next, or None for never."""
+    """While the body runs, call `check` repeatedly. It returns the seconds until the next call, or None to stop."""
     loop = asyncio.get_running_loop()
     timer: asyncio.TimerHandle | None = None
 
@@ -705,41 +707,42 @@ def _checked(check: Callable[[], float | None]) -> Iterator[None]:
             timer.cancel()
 
 
-def _is_asked_for(request: Request) -> bool:
-    """Whether the client has engine_data in `nvext.extra_fields`: otherwise the frontend shows it none."""
+def _wants_engine_data(request: Request) -> bool:
+    """Whether the client lists engine_data in `nvext.extra_fields`; otherwise the frontend does not pass it on."""
     nvext = (request.get("extra_args") or {}).get("nvext") or {}
     return "engine_data" in (nvext.get("extra_fields") or ())
 
 
 def _told(choice: Choice, took: float) -> dict[str, Any]:
-    """What a client hears of a decision: where the tokens of its prompt were expected, and both times in seconds."""
+    """The decision as shown to the client: predicted tokens by source, predicted and actual TTFT in seconds."""
     times = {"predicted_ttft_seconds": choice.ttft_seconds, "ttft_seconds": took}
     return {"predicted_tokens": sources(choice), **times}
 
 
 def _with_engine_data(output: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    """With what is told, if it is the last output, and where the worker found the tokens, if it says so."""
+    """The output; if it is the last one, with the decision and, if the worker reports them, the actual tokens by
+    source."""
     if not told or not (output.get("finish_reason") or output.get("disaggregated_params")):
         return output
     found: dict[str, Any] = {}
     engine_data = output.get("engine_data") or {}
     for holder in (engine_data, output.get("disaggregated_params") or {}):
         if cached := (holder.get("kv_transfer_params") or {}).get(FIELD):
-            # Of images the engine knows more tokens than the router.
+            # At least 0: with images, the engine counts more tokens than the router.
             computed = max(0, sum(told["predicted_tokens"].values()) - sum(cached.values()))
             found = {"tokens": {**cached, "computed": computed}}
     return {**output, "engine_data": {**engine_data, FIELD: {**found, **told}}}
 
 
 def _identity(request: Request) -> dict[str, Any]:
-    """What else than its tokens tells a prompt's KV from another one's."""
+    """The part of a prompt's identity that is not in its tokens."""
     routing = request.get("routing") or {}
     return {"lora_name": routing.get("lora_name"), "cache_namespace": routing.get("cache_salt")}
 
 
 def _layout(report: WorkerReport, adapter: str | None) -> tuple[int, int]:
-    """Fingerprint of a worker's chunks, and blocks in each."""
-    # An adapter of one name may be another one on another worker; 0, of no chunk, where none is known.
+    """The fingerprint of a worker's chunks, and the blocks per chunk."""
+    # Workers may have different adapters under one name. 0, which no chunk has, for an unknown adapter.
     return report.adapters.get(adapter, 0) if adapter else report.fingerprint, report.blocks_per_chunk
 
 
@@ -748,7 +751,7 @@ def _tokens(output: dict[str, Any]) -> int:
 
 
 class _Client:
-    """Who waits for the answer, until it has left or waited for too long: then whatever is awaited is cancelled."""
+    """The client of a response. If it disconnects or a deadline passes, the pending await is cancelled."""
 
     def __init__(self, context: Any, clock: Callable[[], float]):
         self._gone = asyncio.ensure_future(context.async_killed_or_stopped())
@@ -757,7 +760,7 @@ class _Client:
         self._awaited: asyncio.Future[Any] | None = None
         self._since = 0.0
         self._error: RequestError | None = None
-        self.heard = 0.0  # when what was awaited last had come
+        self.heard = 0.0  # when the last await ended
 
     def __enter__(self) -> Self:
         return self
@@ -767,7 +770,7 @@ class _Client:
 
     @property
     def waited(self) -> float:
-        """Seconds, up to now, for what is awaited; 0 if nothing is."""
+        """Seconds since the pending await began; 0 if there is none."""
         return self._clock() - self._since if self._awaited else 0.0
 
     def _left(self, gone: asyncio.Future[Any]) -> None:
@@ -775,29 +778,29 @@ class _Client:
             self.interrupt(Disconnected())
 
     def interrupt(self, error: RequestError) -> None:
-        """Raise the error where something is awaited, now or next."""
+        """Raise the error in the pending await, or in the next one."""
         self._error = self._error or error
         if self._awaited is not None:
             self._awaited.cancel()
 
-    def _forgotten(self) -> RequestError:
-        """The error, kept here no more: once raised, it holds Dynamo's stream by its traceback, and this would hold
-        both until the garbage collector runs."""
+    def _take_error(self) -> RequestError:
+        """Remove and return the error. Once raised, its traceback references Dynamo's stream; a reference from here
+        would keep both alive until the garbage collector runs."""
         error, self._error = self._error, None
         assert error is not None
         return error
 
     async def next_of(self, outputs: AsyncIterator[dict[str, Any]]) -> dict[str, Any] | None:
-        """None at the end. Raises RequestError."""
+        """The next output; None at the end. Raises RequestError."""
         try:
-            # Not anext(): of Dynamo's stream this is a future already, which needs no task around it for each token.
+            # Not anext(): Dynamo's stream returns a future here, which saves a task per token.
             return await self.waits_for(outputs.__anext__())
         except StopAsyncIteration:
             return None
 
     async def waits_for(self, result: Awaitable[Result]) -> Result:
-        """The result. Raises RequestError: Disconnected as soon as the client is gone, since no output need come that
-        would show it."""
+        """Await the result. Raises RequestError; Disconnected as soon as the client is gone, without waiting for an
+        output."""
         self._awaited = asyncio.ensure_future(result)
         self._since = self._clock()
         if self._error is not None:
@@ -807,7 +810,7 @@ class _Client:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._error is not None and not (task and task.cancelling()):
-                raise self._forgotten() from None
+                raise self._take_error() from None
             raise
         except StopAsyncIteration:
             raise

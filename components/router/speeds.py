@@ -1,8 +1,8 @@
-"""How fast each worker and each target is now: what they report, checked, over what the command line says.
+"""Current speeds of workers and targets: validated reports, with the command line's values as the prior.
 
-Plain state with one writer, the router's event loop; no I/O, no clock of its own. A speed is used once three reports
-agree on it roughly, and then as the median of the last few, so that one bad sample decides nothing. A report that is
-absurd is left out and counted: the bus is shared, and nobody signs what is said there.
+Plain state with one writer, the router's event loop; no I/O, no clock of its own. A speed is used once there are three
+reports of it, and then as the median of the last few, so that a single bad sample has no effect. An implausible report
+is rejected and counted, because the bus is shared and its messages are not authenticated.
 """
 
 import math
@@ -21,18 +21,18 @@ from kvstore.text import NAME_CHARACTERS_MAX, is_plain
 
 SAMPLES_MIN = 3
 _SAMPLES = 7
-# A rate that nothing has confirmed for so long is forgotten. Otherwise a store that was slow once would never be tried
-# again: prompts that are computed measure nothing.
+# TTL of a rate without a new measurement. Otherwise a store that was slow once would never be tried again: prompts that
+# are recomputed measure nothing.
 FORGET_MS = 30_000
-# How far from what the command line says a report may be and still be believed.
+# A report is plausible within this factor of the command line's value.
 _FACTOR_MAX = 1000.0
-# Of the observed over the predicted time to first token; more is something that the model knows nothing of.
+# Correction factor: observed over predicted TTFT. A larger deviation has a cause outside the model.
 _PACE_SAMPLES, _PACE_SAMPLES_MIN, _PACE_MAX = 32, 8, 3.0
-# A target's report says nothing of now after so many heartbeats.
+# A target's report is too old after this time (five heartbeats).
 TARGET_SECONDS = 5.0
 TARGETS_MAX = 4096
 WORKERS_MAX = 16_384
-# So many reports in a row that are older than one before: that one's clock was wrong, not theirs.
+# After this many consecutive reports with an older timestamp, the earlier, newer timestamp counts as the wrong one.
 OLDER_MAX = 5
 _CHUNK_BYTES_MAX = 1 << 30
 _BLOCKS_PER_CHUNK_MAX = 1 << 16
@@ -51,14 +51,14 @@ _RATES = ("dram_bytes_per_second", "store_bytes_per_second")
 @dataclass
 class _Worker:
     last_ms: int = -1
-    older: int = 0  # reports in a row
+    older: int = 0  # consecutive reports with an older timestamp
     prefill: deque[Prefill] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     rates: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=_SAMPLES) for name in _RATES})
     rated_ms: dict[str, int] = field(default_factory=dict)  # when each rate was last reported
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=_PACE_SAMPLES))
     answers: Answers = field(default_factory=Answers)
     fetched_chunks: dict[str, int] = field(default_factory=dict)
-    speeds: Speeds | None = None  # that follow from these, at hand for decisions
+    speeds: Speeds | None = None  # derived from these, cached for decisions
 
     @property
     def pace(self) -> float:
@@ -72,24 +72,23 @@ _NO_ANSWERS = Answers()
 
 @dataclass(frozen=True)
 class TargetSpeed:
-    """A target's devices: bytes a second, and bytes that wait to be read."""
+    """Throughput of a target's devices, and bytes in its read queue."""
 
     bytes_per_second: float
     waiting_bytes: int
 
 
 class LiveSpeeds:
-    """Speeds by worker and target, `prior` where nothing was measured. `ignored` counts reports that are not believed,
-    by reason."""
+    """Speeds by worker and target; `prior` until there are measurements. `ignored` counts rejected reports."""
 
     def __init__(self, prior: Speeds, ignored: Counter[str] | None = None):
         self._prior = prior
         self._workers: dict[int, _Worker] = {}
-        self._targets: dict[str, tuple[TargetReport, float, int]] = {}  # when it was heard, older ones since
+        self._targets: dict[str, tuple[TargetReport, float, int]] = {}  # with arrival time, older reports since
         self.ignored = Counter() if ignored is None else ignored
 
     def heard_worker(self, report: WorkerReport) -> bool:
-        """Take in what a worker says; False if it is not to be believed, as a whole."""
+        """Apply a worker's report; False if it is rejected, as a whole."""
         if not (report.worker.isascii() and report.worker.isdigit() and len(report.worker) <= 20):
             return self._ignore("invalid_worker_id")
         prefill = Prefill(*(getattr(report, name) for name in _PREFILL))
@@ -106,7 +105,7 @@ class LiveSpeeds:
             return self._ignore("too_many_adapters")
         if len(report.fetched_chunks) > _OUTCOMES_MAX or any(count < 0 for count in report.fetched_chunks.values()):
             return self._ignore("invalid_count")
-        # 1,000 tokens: a coefficient alone says little, the others may take its place.
+        # Compare the time for 1,000 tokens: single coefficients of equal models may differ.
         if any(prefill) and not self._plausible(_thousand(prefill), _thousand(self._prior.prefill)):
             return self._ignore("implausible_prefill")
         rates = {name: getattr(report, name) for name in _RATES}
@@ -153,14 +152,14 @@ class LiveSpeeds:
         return True
 
     def of_worker(self, worker: int) -> Speeds:
-        """What a prompt on this worker is priced with."""
+        """The speeds for pricing a prompt on this worker."""
         known = self._workers.get(worker)
         return known.speeds or self._prior if known else self._prior
 
     def _derived(self, known: _Worker) -> Speeds:
         speeds = self._prior
         if len(known.prefill) >= SAMPLES_MIN:
-            # The median model: of all, the one that takes neither long nor short.
+            # The model with the median time for 1,000 tokens.
             model = sorted(known.prefill, key=_thousand)[len(known.prefill) // 2]
             speeds = replace(speeds, **dict(zip(_PREFILL, model, strict=True)))
         for name, rates in known.rates.items():
@@ -170,23 +169,23 @@ class LiveSpeeds:
         return replace(speeds, **{name: pace * getattr(speeds, name) for name in _PREFILL})
 
     def of_target(self, target: str, now: float) -> TargetSpeed | None:
-        """None where nothing is known of now."""
+        """The target's current speed; None if it is unknown or too old."""
         report, heard, _ = self._targets.get(target, (None, 0.0, 0))
         if report is None or now - heard > TARGET_SECONDS or report.device_bytes_per_second <= 0:
             return None
         return TargetSpeed(report.device_bytes_per_second, report.waiting_read_bytes)
 
     def targets(self, now: float) -> dict[str, tuple[TargetReport, float]]:
-        """What each target said last, and seconds since."""
+        """The last report of each target, and its age in seconds."""
         return {name: (report, now - heard) for name, (report, heard, _) in self._targets.items()}
 
     @property
     def fetched_chunks(self) -> dict[int, dict[str, int]]:
-        """Asked of the stores by each worker since its start, by outcome."""
+        """Chunks that each worker requested from targets since its start, by outcome."""
         return {worker: known.fetched_chunks for worker, known in self._workers.items()}
 
     def observed(self, worker: int, predicted_seconds: float, actual_seconds: float) -> None:
-        """A prompt's first token came that fetched nothing and found no queue, so that the time was the GPU's."""
+        """Note the TTFT of a prompt that neither fetched nor queued, so that it measures the GPU alone."""
         if predicted_seconds <= 0 or actual_seconds <= 0:
             return
         known = self._workers.setdefault(worker, _Worker())
@@ -194,7 +193,7 @@ class LiveSpeeds:
         known.speeds = self._derived(known)
 
     def answered(self, worker: int, tokens: int, seconds: float) -> None:
-        """An answer came to its end, so many seconds after its first token."""
+        """Note a finished answer; `seconds` count from its first token."""
         self._workers.setdefault(worker, _Worker()).answers.add(tokens, seconds)
 
     def answers(self, worker: int) -> Answers:
@@ -215,7 +214,7 @@ class LiveSpeeds:
 
 
 def prefill_tokens_per_second(speeds: Speeds) -> float:
-    """Of a prompt of 1,000 tokens."""
+    """Prefill speed for a prompt of 1,000 tokens."""
     return 1000 / _thousand(speeds.prefill)
 
 

@@ -1,4 +1,4 @@
-"""Warm: targets read the chunks of a prompt that is about to come from disk into their memory."""
+"""Warm-up: asks targets to prefetch the chunks of an imminent prompt from disk into memory."""
 
 import asyncio
 
@@ -8,20 +8,20 @@ from components.router.router import Request, Router
 from kvstore.bus import messages
 from kvstore.bus.messages import WARM_HASHES_MAX, Bus, Warm, Warmed
 
-# Walking through its entries takes a target a second for ten million.
+# Timeout. A target walks its entries for it: one second per ten million.
 _ANSWER_SECONDS = 5.0
 
 
 class TargetWarmed(msgspec.Struct, frozen=True):
-    """What a target says of the chunks that it was asked for, the first 4,096 of those that it holds."""
+    """A target's result for the requested chunks: the first 4,096 of those that it holds."""
 
     target: str
-    chunks: int  # that it holds, as far as the router knows
-    answered: bool = False  # otherwise the figures below say nothing: the target is gone, or of an earlier release
+    chunks: int  # held by the target, according to the router's mirror
+    answered: bool = False  # if False, ignore the rest: the target is gone, or of an earlier release
     memory: int = 0  # chunks that were in its memory already
-    reading: int = 0  # that it reads now, if there is room for them
-    refused: int = 0  # that stay on disk: it has no hot cache, or was asked for too much lately
-    absent: int = 0  # that it does not have any more
+    reading: int = 0  # chunks that it reads now, if there is room
+    refused: int = 0  # chunks that stay on disk: it has no hot cache, or the share of prefetches is used up
+    absent: int = 0  # chunks that it no longer has
 
 
 class Warming(msgspec.Struct, frozen=True):
@@ -41,8 +41,8 @@ class Warmer:
         self._namespace = namespace
 
     async def warm(self, request: Request) -> Warming:
-        """`request` has `token_ids`, and maybe `routing`, as one that is served. Never fails: a target that does not
-        answer is said."""
+        """Warm up for `request`, which has `token_ids` and optionally `routing`. Never fails: a target that does not
+        answer is marked in the result."""
         blocks, stored = self._router.stored(request)
         asked = (self._ask(target, fingerprint, chunks) for (target, fingerprint), chunks in stored.items())
         return Warming(len(request["token_ids"]), blocks, await asyncio.gather(*asked))

@@ -1,4 +1,4 @@
-"""What the router knows of the workers from their own announcements: model cards and tier reports.
+"""The router's state of the workers: their model cards and tier reports.
 
 Plain state, filled from Dynamo's discovery and from the bus; no I/O of its own.
 """
@@ -18,13 +18,13 @@ REPORT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Card:
-    """What matters here of a worker's model deployment card."""
+    """The relevant fields of a worker's model deployment card."""
 
     block_tokens: int
     total_blocks: int
     model: str
-    taints: frozenset[str] = frozenset()  # its topology's, too: dynamo.topology/zone=a
-    context_tokens: int = 0  # prompt and answer together, where the engine refuses more; 0 where it does not say
+    taints: frozenset[str] = frozenset()  # including its topology: dynamo.topology/zone=a
+    context_tokens: int = 0  # limit of prompt plus answer, if the engine enforces one; 0: unknown
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ class Workers:
         self._cards: dict[int, Card] = {}
         self._parsed: dict[str, Card | None] = {}
         self._reports: dict[int, _Report] = {}
-        self._progress: dict[int, float] = {}  # when each was last seen to get on
+        self._progress: dict[int, float] = {}  # time of each worker's last progress
 
     @property
     def cards(self) -> dict[int, Card]:
         return self._cards
 
     def set_cards(self, cards: dict[str, str]) -> None:
-        """Take in the model cards (JSON) that discovery holds now, by worker id."""
+        """Replace the cards by the current model cards (JSON) of discovery, by worker id."""
         self._parsed = {text: self._parsed.get(text) or parse_card(text) for text in cards.values()}
         parsed = {int(worker): self._parsed[text] for worker, text in cards.items()}
         self._cards = {worker: card for worker, card in parsed.items() if card is not None}
         self._progress = {worker: when for worker, when in self._progress.items() if worker in self._cards}
 
     def context_tokens(self, least: bool = False) -> int:
-        """The longest context of a worker, or the shortest; 0 if none says how long its is."""
+        """The longest context of a worker, or the shortest (`least`); 0 if no worker reports one."""
         lengths = [card.context_tokens for card in self._cards.values() if card.context_tokens]
         return (min if least else max)(lengths, default=0)
 
@@ -69,21 +69,21 @@ class Workers:
         self._reports[worker] = _Report(report, now)
 
     def progressed(self, worker: int, now: float) -> None:
-        """The worker's engine did something, for whichever request."""
+        """Note progress of the worker's engine, for any request."""
         self._progress[worker] = now
 
     def last_progress(self, worker: int) -> float:
         return self._progress.get(worker, -math.inf)
 
     def report(self, worker: int, block_tokens: int, now: float) -> WorkerReport | None:
-        """The worker's tier, or None if it has none that the router can use."""
+        """The report of the worker's tier; None if it is too old, or has another block size."""
         known = self._reports.get(worker)
         if known is None or now - known.heard > REPORT_SECONDS:
             return None
         return known.report if known.report.block_tokens == block_tokens else None
 
     def reports(self, now: float) -> dict[int, tuple[WorkerReport, float]]:
-        """What each worker's tier said last, and seconds since."""
+        """The last report of each worker's tier, and its age in seconds."""
         return {worker: (known.report, now - known.heard) for worker, known in self._reports.items()}
 
     def block_bytes(self) -> int:
@@ -98,7 +98,8 @@ class Workers:
 
 
 def _of_engine(report: WorkerReport) -> tuple[float, ...]:
-    """What is the engine's own in a report, which comes from a process beside it: it changes as the engine works."""
+    """The fields of a report that change as the engine works. Another process sends the report, even if the engine
+    hangs."""
     return (
         report.queue,
         report.prefill_base_seconds,
@@ -109,7 +110,7 @@ def _of_engine(report: WorkerReport) -> tuple[float, ...]:
 
 
 def parse_card(text: str) -> Card | None:
-    """A model deployment card, or None if it says nothing of a KV cache."""
+    """A parsed model deployment card; None if it has no KV cache."""
     try:
         card = json.loads(text)
         runtime = card.get("runtime_config") or {}

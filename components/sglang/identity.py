@@ -1,11 +1,13 @@
-"""Which model SGLang's scheduler process has loaded, and that it may have changed since.
+"""The identity of the model that SGLang's scheduler process has loaded, and whether it may have changed since.
 
-SGLang tells a storage backend a model's name. A name is not content, so the loaded weights are read where they lie: the
-backend is made in the process of the scheduler, after its model is loaded. What tensor parallelism divides is read in
-parts, one on each rank, and every rank's key covers the parts of all: a layer's KV depends on the layers before it.
+SGLang gives a storage backend only the model's name. A name does not identify content, so this module reads the loaded
+weights in place: the scheduler's process creates the backend after it has loaded the model. With tensor parallelism
+each rank reads its shard, and every rank's key covers the shards of all ranks: a layer's KV depends on the layers
+before it.
 
-SGLang tells a backend of no change either. `watch` has its weight updater and its sleep say that they were called. From
-then on, the process has no identity: which KV in HBM and host DRAM is of which weights cannot be told from here.
+SGLang does not notify a backend of a change either. `watch` wraps its weight updater and its sleep to detect calls.
+After such a call the process has no identity, because it is unknown which KV in HBM and host DRAM belongs to which
+weights.
 """
 
 import gc
@@ -29,42 +31,42 @@ from kvstore.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# At once, on its way from a GPU.
+# Bytes per copy from a GPU.
 _PIECE_BYTES = 64 << 20
-# Of WeightUpdater's public methods, those that leave weights alone.
+# The public methods of WeightUpdater that do not change weights.
 _HARMLESS = ("init_weights_update_group", "destroy_weights_update_group")
 
-_changes: list[str] = []  # calls after which weights may be others; no more than one is kept
+_changes: list[str] = []  # the first call that may have changed weights
 
 
 def watch() -> None:
-    """Hear of each call that may change the weights of a model in this process. Raises ConfigError if one was made, or
-    may have been made unheard: once a scheduler takes requests."""
+    """Detect every later call that may change the weights of a model in this process. Raises ConfigError if there was
+    one, or may have been one undetected: once a scheduler takes requests."""
     watched = getattr(WeightUpdater, "kvtier_watched", False)
     if _changes or (not watched and _instances(SchedulerWeightUpdaterManager)):
         raise ConfigError(
             "hicache-storage-backend",
             f"attached after {_changes[0]}" if _changes else "attached to an engine that serves",
-            "it when the engine starts: KV of other weights may be left in its caches",
+            "it at the engine's start: its caches may hold KV of other weights",
         )
     if watched:
         return
     for name, method in list(vars(WeightUpdater).items()):
         if callable(method) and not name.startswith("_") and name not in _HARMLESS:
-            setattr(WeightUpdater, name, _heard(name, method))
+            setattr(WeightUpdater, name, _watched(name, method))
     sleep = SchedulerWeightUpdaterManager.release_memory_occupation
-    SchedulerWeightUpdaterManager.release_memory_occupation = _heard("release_memory_occupation", sleep)
+    SchedulerWeightUpdaterManager.release_memory_occupation = _watched("release_memory_occupation", sleep)
     WeightUpdater.kvtier_watched = True
 
 
 def changed() -> str:
-    """The first call that may have changed weights; "" while there was none. From any thread."""
+    """The first call that may have changed weights; "" if there was none. Thread-safe."""
     return _changes[0] if _changes else ""
 
 
 def loaded_model() -> dict[str, object]:
-    """What decides the KV of a token sequence, as far as it is the model's: weights, configuration, attention backend.
-    Collective: every rank of the engine calls it, or none. Raises ConfigError where that cannot be told."""
+    """The model's part of what determines the KV of a token sequence: weights, configuration, attention backend.
+    Collective: either every rank of the engine calls it, or none. Raises ConfigError if it cannot be determined."""
     runner = _runner()
     mine, problem = "", ""
     try:
@@ -78,9 +80,10 @@ def loaded_model() -> dict[str, object]:
         torch.distributed.all_gather_object(answers, (mine, problem), group=world.cpu_group)
     for rank, (_, wrong) in enumerate(answers):
         if wrong:
-            raise ConfigError("model-path", runner.model_config.model_path, f"another model; rank {rank} says: {wrong}")
+            expected = f"a model that can be identified; rank {rank}: {wrong}"
+            raise ConfigError("model-path", runner.model_config.model_path, expected)
     config = runner.model_config.hf_config.to_dict()
-    config.pop("_name_or_path", None)  # of one checkpoint in two folders
+    config.pop("_name_or_path", None)  # the same checkpoint may be in different folders
     return {
         "weights": [digest for digest, _ in answers],
         "config": json.loads(json.dumps(config, sort_keys=True, default=str)),
@@ -90,8 +93,8 @@ def loaded_model() -> dict[str, object]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Of the parameters and buffers of a model, positional encoding among them, and of the numbers and switches of its
-    layers. Raises ConfigError where there are weights that cannot be read."""
+    """Digest of a model's parameters and buffers (including positional encoding), and of the numeric and boolean
+    attributes of its layers. Raises ConfigError if weights cannot be read."""
     hasher = hashlib.blake2b(digest_size=16)
     for name, module in model.named_modules():
         plain = {field: value for field, value in vars(module).items() if isinstance(value, float | bool)}
@@ -100,7 +103,7 @@ def weights_digest(model: nn.Module) -> str:
         for field, tensor in sorted(tensors.items()):
             if tensor.is_meta or (field == "weight" and not tensor.numel()):
                 raise ConfigError(f"{name}.{field}", tuple(tensor.shape), "weights that are in memory")
-            order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)  # as it lies there
+            order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)  # as laid out in memory
             hasher.update(repr((field, str(tensor.dtype), tuple(tensor.shape), order)).encode())
             hasher.update(_content(tensor.detach().permute(order)))
     return hasher.hexdigest()
@@ -115,18 +118,18 @@ def _content(tensor: torch.Tensor) -> bytes:
 
 
 def _runner() -> Any:
-    """The engine's own model runner. Raises ConfigError where KV depends on more than it and tokens say."""
+    """The engine's model runner. Raises ConfigError if KV depends on more than the model and the tokens."""
     if get_lora().enable_lora:
-        # An adapter of --lora-paths is known to SGLang's hashes by its name and path, not by its content.
+        # SGLang's hashes identify an adapter of --lora-paths by name and path, not by content.
         raise ConfigError("enable-lora", True, "no LoRA with this backend: adapters cannot be identified")
     if get_spec().speculative_algorithm:
-        # Its draft model's KV lies in the same pages.
+        # The draft model's KV is in the same pages.
         raise ConfigError("speculative-algorithm", get_spec().speculative_algorithm, "none with this backend")
     runners = _instances(ModelRunner)
     if len(runners) != 1:
         raise ConfigError("hicache-storage-backend", f"{len(runners)} models in this process", "one")
     if runners[0].model_config.is_multimodal:
-        raise ConfigError("model-path", runners[0].model_config.model_path, "a model of text alone with this backend")
+        raise ConfigError("model-path", runners[0].model_config.model_path, "a text-only model with this backend")
     return runners[0]
 
 
@@ -134,12 +137,12 @@ def _instances(kind: type) -> list[Any]:
     return [one for one in gc.get_objects() if issubclass(type(one), kind)]
 
 
-def _heard(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(*args: Any, **options: Any) -> Any:
         if not _changes:
             _changes.append(name)
-            logger.warning("kvtier: %s: the store is neither read nor written until this engine starts again", name)
+            logger.warning("kvtier: %s was called: the store is off until this engine restarts", name)
         return method(*args, **options)
 
     return call

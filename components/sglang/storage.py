@@ -1,12 +1,12 @@
-"""SGLang's HiCache storage backend over the store: pages go between its host pool and targets, without a copy.
+"""SGLang's HiCache storage backend over the store: moves pages between its host pool and targets, without a copy.
 
-In the process of each rank's scheduler. SGLang calls from threads of its own: one asks what is there, one prefetches,
-one backs up. Each call ends by a deadline, and a store that fails is a miss. Only bad input raises, at start.
+Runs in the scheduler's process of each rank. SGLang calls from threads of its own, for lookups, prefetches and backups.
+Every call has a deadline, and a failing store is a miss. Only bad input at start raises.
 
-SGLang names a page by a hash of its tokens, of those before it, and of its request's cache salt and extra key. Whatever
-else decides its bytes is in the layout digest: the model (identity.py), the host pool, the rank. A page is several
-values, one for each run of memory that it has in the pool: a `layer_first` page has one for each layer, so it is copied
-into one instead. It is found if all of its values are.
+SGLang names a page by a hash of its tokens, of the tokens before it, and of the request's cache salt and extra key. The
+layout digest covers everything else that determines its bytes: the model (identity.py), the host pool, the rank. A page
+is stored as one value per contiguous run of memory in the pool. A `layer_first` page has one run per layer, so it is
+copied into a single value instead. A page is found if all its values are.
 """
 
 import ctypes
@@ -35,27 +35,27 @@ from kvstore.seal import TRAILER_BYTES
 
 logger = logging.getLogger(__name__)
 
-# SGLang's own settings in the same JSON.
+# SGLang's settings in the same JSON.
 _SGLANG_SETTINGS = ("backend_name", "module_path", "class_name", "interface_v1")
-# Several pages go in one put, to spare round trips; if a target is too slow for one, all of it is lost.
+# One put carries several pages, to save round trips. If a target is too slow for a put, all of its pages are lost.
 PUT_BYTES = 32 << 20
-# A backup holds pages of the host pool. SGLang waits 10 s for its thread when it detaches a backend.
+# A backup pins pages of the host pool. When SGLang detaches a backend, it waits 10 s for its thread.
 PUT_SECONDS = 5.0
 DEADLINE_MS_MAX = 9000
 COMPLAIN_SECONDS = 10.0
-# Batches that SGLang's metrics have not taken yet.
+# Limit of batches that SGLang's metrics have not read yet.
 BATCHES_MAX = 1024
 
 _PAGES = Series(
     "kvtier_sglang_pages", "HiCache pages, by operation (exists, get, put) and outcome", ["operation", "outcome"]
 )
-_BYTES = Series("kvtier_sglang_bytes", "Bytes of pages that were found by get, or stored by put", ["operation"])
+_BYTES = Series("kvtier_sglang_bytes", "Bytes of pages read by get or stored by put", ["operation"])
 
 
 class Options(PluginOptions):
-    """What `--hicache-storage-backend-extra-config` says beside SGLang's own settings, checked."""
+    """kvtier's settings in `--hicache-storage-backend-extra-config`, checked."""
 
-    # SGLang waits this long for the question what is there, and as long again for each batch of 128 pages.
+    # SGLang waits up to this long for a lookup, and again for each batch of 128 pages.
     deadline_ms: int = Field(2000, ge=1, le=DEADLINE_MS_MAX)
 
 
@@ -66,15 +66,15 @@ class _Batch(NamedTuple):
 
 
 class KvtierStorage(HiCacheStorage):
-    """See HiCacheStorage for the contract of each method. What is found is complete and checked, or it is a miss: then
-    the memory meant for it is undefined, and SGLang frees it."""
+    """See HiCacheStorage for the contract of each method. A page that is found is complete and its checksum is valid.
+    After a miss the content of its memory is undefined, and SGLang frees it."""
 
     def __init__(self, config: HiCacheStorageConfig, _: Mapping[str, object] | None = None):
         """Collective, as in `identity.loaded_model`. Raises ConfigError."""
         extra = config.extra_config or {}
         options = read_options(extra)
         if config.tp_lcm_size:
-            raise ConfigError("tp_lcm_size", config.tp_lcm_size, "none: a page is of one tensor parallelism")
+            raise ConfigError("tp_lcm_size", config.tp_lcm_size, "none: pages depend on the tensor parallelism")
         secrets = options.open_secrets()
         identity.watch()
         self._model = identity.loaded_model()
@@ -91,18 +91,18 @@ class KvtierStorage(HiCacheStorage):
     # ---- at start, on the scheduler's thread
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
-        """Raises ConfigError for a pool whose pages cannot be kept."""
+        """Raises ConfigError for a pool whose pages cannot be stored."""
         super().register_mem_pool_host(mem_pool_host)
         pool, page_bytes = mem_pool_host, mem_pool_host.size_per_token * mem_pool_host.page_size
         expected = "layer_first, page_first or page_first_direct, with interface_v1 set"
         try:
             self._sizes = self._value_sizes()
-        except (ValueError, NotImplementedError) as error:  # by SGLang's pools, of layouts in which they give no pages
+        except (ValueError, NotImplementedError) as error:  # from SGLang's pools, for layouts without page access
             raise ConfigError("hicache-mem-layout", pool.layout, f"{expected} (SGLang: {error})") from error
         if sum(self._sizes) != page_bytes:
             raise ConfigError("hicache-mem-layout", pool.layout, expected)
         if max(self._sizes) + self._trailer_bytes > VALUE_BYTES_MAX:
-            expected = f"pages in values of at most {VALUE_BYTES_MAX} bytes, these have {max(self._sizes)}"
+            expected = f"a size whose values have at most {VALUE_BYTES_MAX} bytes, not {max(self._sizes)}"
             raise ConfigError("page-size", pool.page_size, expected)
         self._digest = layout_digest(self._describe())
         logger.info(
@@ -110,14 +110,14 @@ class KvtierStorage(HiCacheStorage):
         )
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: str) -> None:
-        """Raises ConfigError for a pool beside that of KV."""
+        """Raises ConfigError for any pool other than KV."""
         if host_pool_name != PoolName.KV:
             raise ConfigError(
-                "host pool", host_pool_name, "kv alone: no hybrid, sliding-window or sparse model with this backend"
+                "host pool", host_pool_name, "only kv: no hybrid, sliding-window or sparse model with this backend"
             )
 
     def _value_sizes(self) -> list[int]:
-        """The lengths of a page's values, in their order. Raises what the pool does if it cannot give such pages."""
+        """The lengths of a page's values, in order. Raises the pool's errors if it cannot provide such pages."""
         pool = self.mem_pool_host
         if not self._interface_v1 or pool.layout == "layer_first":
             copied_bytes = pool.get_dummy_flat_data_page().nbytes
@@ -126,7 +126,7 @@ class KvtierStorage(HiCacheStorage):
         return [int(size) for size in pool.get_page_buffer_meta(torch.arange(pool.page_size))[1]]
 
     def _describe(self) -> dict[str, object]:
-        """What decides the meaning of a page's bytes, beside what its hash says."""
+        """Everything that determines a page's bytes, except what its hash covers."""
         pool, config = self.mem_pool_host, self._config
         return {
             "engine": f"sglang {sglang.__version__}",
@@ -134,7 +134,7 @@ class KvtierStorage(HiCacheStorage):
             "model": self._model,
             "pool": [type(pool).__name__, pool.layout, pool.storage_format_tag, self._interface_v1],
             "page": [str(pool.dtype), pool.page_size, pool.layer_num, pool.start_layer, pool.end_layer, self._sizes],
-            # MLA's pages are alike on all ranks.
+            # MLA's pages are identical on all ranks.
             "tensor": "any" if config.is_mla_model else [config.tp_rank, config.tp_size],
             "pipeline": [config.pp_rank, config.pp_size],
             "context": [config.attn_cp_rank, config.attn_cp_size],
@@ -143,7 +143,7 @@ class KvtierStorage(HiCacheStorage):
     # ---- SGLang's threads
 
     def batch_exists(self, keys: Sequence[str], extra_info: object = None) -> int:
-        """How many pages are there before the first that is not. None is pinned: a get may find fewer."""
+        """The number of leading pages that are in the store. They are not pinned: a get may find fewer."""
         if identity.changed():
             return 0
         outcomes = self._client.exists(self._names(keys), time.monotonic() + self._deadline_seconds)
@@ -193,11 +193,11 @@ class KvtierStorage(HiCacheStorage):
         return self.batch_exists([key]) == 1
 
     def clear(self) -> None:
-        """Clears nothing: other engines use the store, too, and targets evict by themselves."""
-        logger.warning("kvtier: the store is not cleared; a page is found by those alone who computed the same")
+        """Does nothing: other engines share the store, and targets evict by themselves."""
+        logger.warning("kvtier: clear ignored: other engines share the store, and stale pages cannot be hit")
 
     def get_stats(self) -> StorageMetrics:
-        """What SGLang's own metrics say of a storage backend, since the last call."""
+        """Figures for SGLang's own metrics of a storage backend, since the last call."""
         metrics = StorageMetrics()
         while self._batches:
             operation, pages, speed = self._batches.popleft()
@@ -206,7 +206,7 @@ class KvtierStorage(HiCacheStorage):
         return metrics
 
     def close(self) -> None:
-        """Calls under way end as misses."""
+        """Running calls end as misses."""
         self._client.close()
 
     # ---- values of pages
@@ -221,7 +221,7 @@ class KvtierStorage(HiCacheStorage):
         return [False] * len(keys) if identity.changed() else found
 
     def _put(self, keys: Sequence[str], values: Sequence[memoryview]) -> list[bool]:
-        """Put what the store does not hold yet."""
+        """Put the pages that are not in the store yet."""
         if identity.changed():
             return [False] * len(keys)
         begun = time.monotonic()
@@ -244,7 +244,7 @@ class KvtierStorage(HiCacheStorage):
         return [chunk_key(self._digest, key.encode(), number) for key in keys for number in range(len(self._sizes))]
 
     def _values(self, host_indices: torch.Tensor) -> list[memoryview]:
-        """Where the values of these pages lie in the host pool."""
+        """Views of the values of these pages in the host pool."""
         pointers, sizes = self.mem_pool_host.get_page_buffer_meta(host_indices)
         return [
             memoryview((ctypes.c_char * size).from_address(pointer)).cast("B")
@@ -252,21 +252,21 @@ class KvtierStorage(HiCacheStorage):
         ]
 
     def _cut(self, pages: Sequence[torch.Tensor]) -> list[memoryview]:
-        """The same of pages that are tensors."""
+        """Views of the values of pages that are tensors."""
         values = []
         for page in pages:
             content = page.view(-1).view(torch.uint8).numpy().data
             if len(content) != sum(self._sizes):
-                raise ValueError(f"a page of {len(content)} bytes where pages have {sum(self._sizes)}")
+                raise ValueError(f"a page of {len(content)} bytes, expected {sum(self._sizes)}")
             for size in self._sizes:
                 values.append(content[:size])
                 content = content[size:]
         return values
 
-    # ---- what is told of it
+    # ---- metrics and logs
 
     def _count(self, operation: str, outcomes: Sequence[Outcome]) -> list[bool]:
-        """Whether all values of each page are there."""
+        """Count outcomes by page; for each page, whether all its values are there."""
         counts: Counter[Outcome] = Counter()
         pages = []
         for first in range(0, len(outcomes), len(self._sizes)):

@@ -1,1 +1,1 @@
-"""What is said about values: messages, who holds what, and what a router tells a worker."""
+"""Control messages about values: announcements of residency, reports, and fetch plans."""

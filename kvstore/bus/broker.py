@@ -1,11 +1,11 @@
-"""How a NATS server is reached: its URLs from the command line, secrets and certificates from the environment.
+"""Connection options for NATS: URLs from the command line, secrets and certificates from the environment.
 
-The variables are those that Dynamo reads, so that one environment serves both:
+The variables are Dynamo's, so one environment serves both:
 
-    NATS_SERVER                              where no command line names one
+    NATS_SERVER                              default for the command line
     NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD   or NATS_AUTH_TOKEN, or NATS_AUTH_NKEY (a seed),
-    or NATS_AUTH_CREDENTIALS_FILE            a .creds file; both of the last need the package nkeys
-    NATS_TLS_CA_CERT_PATH                    who signed the server's certificate; default: whom the system trusts
+    or NATS_AUTH_CREDENTIALS_FILE            a .creds file; the last two need the package nkeys
+    NATS_TLS_CA_CERT_PATH                    CA of the server's certificate; default: the system's CAs
     NATS_TLS_CLIENT_CERT_PATH, NATS_TLS_CLIENT_KEY_PATH
 
 With a `tls://` URL or one of the NATS_TLS_ variables, a server without TLS is refused before anything is sent to it.
@@ -31,7 +31,7 @@ _INSTEAD = "give NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD in the environment"
 
 
 def checked_urls(field: str, urls: str) -> str:
-    """The URLs, if they are such: "" for none. Raises ConfigError."""
+    """The URLs, checked; "" for none. Raises ConfigError."""
     without_userinfo(field, urls, _INSTEAD)
     for url in split(urls):
         try:
@@ -78,7 +78,7 @@ def client_and_options(urls: str) -> tuple[SecureClient, dict[str, Any]]:
 
 
 def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """The first that there is, as in Dynamo."""
+    """The first secret that is set, in Dynamo's order."""
     user, password = environ.get("NATS_AUTH_USERNAME"), environ.get("NATS_AUTH_PASSWORD")
     if user or password:
         if not (user and password):

@@ -1,7 +1,7 @@
-"""The bus: what targets, workers and routers tell each other over NATS Core, and the connection that carries it.
+"""The bus: the messages between targets, workers and routers over NATS Core, and their connection.
 
-Everything here is a hint. A message lost costs speed until the next heartbeat or snapshot; without NATS the store goes
-on serving and routers fall back to what they know by themselves.
+Every message is a hint. A lost message costs speed until the next heartbeat or snapshot. Without NATS the store still
+serves, and routers work without its residency.
 """
 
 import asyncio
@@ -41,9 +41,9 @@ RouterHash = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Residency(msgspec.Struct, array_like=True, frozen=True):
-    """Chunks that became visible on a target or went, since the message before. Published on `residency.<target>`,
-    at least once a heartbeat; a gap in `seq` or a new `epoch`, a random number of each start, means that something was
-    missed."""
+    """Chunks that became readable on a target or were removed since the previous message. Published on
+    `residency.<target>`, at least once per heartbeat. A gap in `seq`, or a new `epoch` (a random number of each start),
+    means that messages were missed."""
 
     target: str
     epoch: int
@@ -56,15 +56,16 @@ class Residency(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SnapshotRequest(msgspec.Struct, array_like=True, frozen=True):
-    """Asks `snapshot.<target>` for a page; token 0 begins a new snapshot, later pages repeat the token given."""
+    """Requests a page from `snapshot.<target>`. Token 0 starts a new snapshot; later pages repeat the returned
+    token."""
 
     token: int
     page: int
 
 
 class SnapshotPage(msgspec.Struct, array_like=True, frozen=True):
-    """A part of everything that was resident at (epoch, seq). `pages` is 0 if the token is no longer known, and with
-    token 0 if the snapshot is being made: ask again soon."""
+    """A page of the chunks resident at (epoch, seq). `pages` is 0 if the token has expired; with token 0 it means that
+    the snapshot is still being made, and the request must be repeated soon."""
 
     target: str
     epoch: int
@@ -76,29 +77,29 @@ class SnapshotPage(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ReplayRequest(msgspec.Struct, array_like=True, frozen=True):
-    """Asks `replay.<target>` for the announcements from number `seq` of `epoch` on."""
+    """Requests the announcements from number `seq` of `epoch` on, from `replay.<target>`."""
 
     epoch: int
     seq: int
 
 
 class Replay(msgspec.Struct, array_like=True, frozen=True):
-    """Announcements once more, in order, from the one asked for on: as many as fit, none if it is not kept any more.
-    `seq` is the number of the last one there is."""
+    """Repeated announcements in order, from the requested one on: as many as fit; none if the target no longer keeps
+    that one. `seq` is the number of the latest announcement."""
 
     seq: int
     messages: list[Residency]
 
 
 class Warm(msgspec.Struct, array_like=True, frozen=True):
-    """Asks `warm.<target>` to read a prompt's chunks, in their order, into memory: the prompt is about to come."""
+    """Requests a prefetch of an imminent prompt's chunks, in their order, from `warm.<target>`."""
 
     fingerprint: int
     hashes: Annotated[list[RouterHash], msgspec.Meta(min_length=1, max_length=WARM_HASHES_MAX)]
 
 
 class Warmed(msgspec.Struct, array_like=True, frozen=True):
-    """Of the chunks asked for, how many are in memory already, are being read, stay on disk, and are not there."""
+    """How many of the requested chunks are in memory already, are being read, stay on disk, and are absent."""
 
     target: str
     memory: int
@@ -108,7 +109,7 @@ class Warmed(msgspec.Struct, array_like=True, frozen=True):
 
 
 class WorkerReport(msgspec.Struct, frozen=True):
-    """What a router must know of a worker's tier, published on `speed.worker.<id>` once a heartbeat."""
+    """State and speeds of a worker's tier, published on `speed.worker.<id>` once per heartbeat."""
 
     worker: str  # Dynamo's instance id, as a decimal number; "" outside Dynamo
     endpoint: str  # namespace.component.endpoint under which Dynamo knows the worker
@@ -117,7 +118,7 @@ class WorkerReport(msgspec.Struct, frozen=True):
     blocks_per_chunk: int
     chunk_bytes: int
     ts_ms: int
-    # Measured here; 0 where nothing was yet. Computing m tokens that follow c takes
+    # Measured by the worker; 0 before the first measurement. Prefill of m tokens after a context of c tokens takes
     # base + per_token * m + per_token_squared * m * (c + m / 2) seconds.
     prefill_base_seconds: float = 0.0
     prefill_seconds_per_token: float = 0.0
@@ -125,12 +126,12 @@ class WorkerReport(msgspec.Struct, frozen=True):
     dram_bytes_per_second: float = 0.0  # DRAM -> HBM
     store_bytes_per_second: float = 0.0  # store -> DRAM
     bytes_in_flight: int = 0  # from the store
-    queue: int = 0  # requests that the engine has not begun with
+    queue: int = 0  # requests that wait in the engine
     bytes_per_token: int = 0
-    fetched_chunks: dict[str, int] = {}  # asked of the store since the start, by outcome
-    prefill_share: float = 0.0  # of the engine's time of late, in which it computed prompts
+    fetched_chunks: dict[str, int] = {}  # requested from the store since the start, by outcome
+    prefill_share: float = 0.0  # share of the engine's recent time that was prefill
     adapters: dict[str, int] = {}  # LoRA adapter by name -> fingerprint of the chunks of requests with it
-    # What a prompt can hit there, and the room for it; 0 where that is not known.
+    # Cached blocks and chunks, and their capacity; 0: unknown.
     hbm_blocks: int = 0
     hbm_blocks_max: int = 0
     dram_chunks: int = 0
@@ -138,41 +139,41 @@ class WorkerReport(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, array_like=True, frozen=True):
-    """What a router has under way on a worker's data-parallel rank."""
+    """A router's load on a worker's data-parallel rank."""
 
     worker: int
     dp_rank: int
     prefill_tokens: int = 0  # to be computed, for prompts without a token
-    memory_tokens: int = 0  # of KV, expected answers with them
+    memory_tokens: int = 0  # of KV, including expected answers
     decoding: int = 0  # requests
     fetching_bytes: int = 0
     fetching_memory_tokens: int = 0  # of memory_tokens, for prompts that still fetch
 
 
 class RouterReport(msgspec.Struct, frozen=True):
-    """What a router has sent and has not ended, for other routers of the same workers. Published on `load.<router>`."""
+    """A router's running requests, for other routers of the same workers. Published on `load.<router>`."""
 
     router: str
     endpoint: str  # of the workers
-    loads: list[Load]  # but for ranks that have nothing
-    targets: dict[str, int]  # bytes that are being fetched from each
+    loads: list[Load]  # without idle ranks
+    targets: dict[str, int]  # bytes in flight by target
 
 
 class TargetReport(msgspec.Struct, frozen=True):
-    """How busy a target is, published on `speed.target.<target>` once a heartbeat."""
+    """A target's load and capacity, published on `speed.target.<target>` once per heartbeat."""
 
     target: str
     epoch: int
     sent_bytes_per_second: float  # of payload, since the report before
     received_bytes_per_second: float
-    device_bytes_per_second: float  # what its devices read together when kept busy; 0: not lately
+    device_bytes_per_second: float  # read throughput of all devices while busy; 0: not busy lately
     waiting_read_bytes: int
     waiting_write_bytes: int
     capacity_bytes: int
     payload_bytes: int
     connections: int
     ts_ms: int
-    evicted_age_seconds: float = 0.0  # of the segment evicted last; 0: none was
+    evicted_age_seconds: float = 0.0  # of the segment evicted last; 0: no eviction yet
     corrupt_chunks: int = 0  # found since the start
     failed_writes: int = 0
 

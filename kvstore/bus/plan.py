@@ -1,8 +1,8 @@
 """The fetch plan that a router attaches to a request, and that a worker treats as a hint.
 
-It says where the prompt's leading chunks lie in the store, run-length coded from chunk 0: those that the worker should
-hold already, and those that the router decided to load. A worker that has lost some of the former fetches them, too;
-what is not in the plan it computes. An absent, stale or nonsensical plan changes speed only.
+It names the targets of the prompt's leading chunks, run-length coded from chunk 0: first the chunks that the worker
+should hold already, then those that the router decided to load. If the worker has lost some of the former, it fetches
+them, too. It computes the chunks that are not in the plan. An absent, stale or invalid plan costs only speed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,16 @@ from typing import Annotated
 import msgspec
 
 VERSION = 1
-# Of a request's sampling_params.extra_args. A stock prefill worker writes its own kv_transfer_params, and leaves the
-# other keys.
+# Key in a request's sampling_params.extra_args. A stock prefill worker overwrites kv_transfer_params there, and keeps
+# the other keys.
 FIELD = "kvtier"
-# A kv_hint action of this type carries a plan as its payload: how a router that is not this project's plans.
+# A kv_hint action of this type carries a plan as its payload, from a router outside this project.
 HINT_TYPE = "kvtier.plan"
 
 
 class Run(msgspec.Struct, array_like=True, frozen=True):
-    """`chunks` consecutive chunks on one target; None: the worker should have them, and no target does, so that it may
-    offer them to the store."""
+    """`chunks` consecutive chunks on one target. None: the worker should have them, and no target does, so the worker
+    may offer them to the store."""
 
     target: str | None
     chunks: Annotated[int, msgspec.Meta(gt=0, le=1 << 20)]
@@ -31,8 +31,8 @@ class Plan(msgspec.Struct, frozen=True):
     v: int
     runs: Annotated[list[Run], msgspec.Meta(max_length=1 << 16)]
     fetch: Annotated[int, msgspec.Meta(ge=0)]  # how many of the chunks the router expects to be fetched
-    deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=600_000)]  # for fetching so many, from the request's arrival
-    chunk_ms: Annotated[float, msgspec.Meta(ge=0, le=600_000)]  # more for each chunk beyond: what computing it takes
+    deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=600_000)]  # for `fetch` chunks, from the request's arrival
+    chunk_ms: Annotated[float, msgspec.Meta(ge=0, le=600_000)]  # added per further chunk: the time to compute it
     decision_id: str
 
     def wait_seconds(self, chunks: int) -> float:
@@ -53,7 +53,7 @@ def make_plan(
 
 
 def read_plan(fields: Mapping[str, object] | None) -> Plan | None:
-    """The plan in what has one under FIELD, or None if there is none that this version understands."""
+    """The plan under FIELD; None if there is none, or none that this version understands."""
     if not fields or FIELD not in fields:
         return None
     try:

@@ -1,9 +1,8 @@
-"""Which chunks are where: a target announces it, a mirror keeps up with it.
+"""Residency of chunks: targets announce it, a router's mirror replicates it.
 
-Announcements carry an epoch (a random number of one start of a target, compared for equality alone) and a sequence
-number. A mirror that missed some asks for them again, as long as the target keeps them; else for a snapshot, page by
-page, and for what was announced since. All of it is plain data; `announce` and `follow` are the only parts that talk to
-the bus.
+Announcements carry an epoch (a random number of one start of a target, compared only for equality) and a sequence
+number. A mirror that missed some requests a replay, as long as the target keeps them. Otherwise it requests a snapshot,
+page by page, and the announcements since. All of it is plain data; only `announce` and `follow` use the bus.
 """
 
 import asyncio
@@ -44,25 +43,25 @@ logger = logging.getLogger(__name__)
 PAGE_HASHES = 32_768
 # Router hashes in one announcement: 9 bytes each in msgpack.
 MESSAGE_HASHES = 32_768
-# With NATS away, changes collect; beyond this the announcer forgets them and lets mirrors find the gap.
+# Limit of changes that are queued while NATS is down. Beyond it the announcer drops them, and mirrors detect the gap.
 PENDING_MAX = 1_000_000
-# Announcements that a target keeps to say them again: 50 a second at most, and 44 bytes a hash in memory.
+# Announcements that a target keeps for replays: 50 per second at most, and 44 bytes per hash in memory.
 REPLAY_MESSAGES = 4096
 REPLAY_HASHES = 200_000
 _REPLAY_ANSWER = 256  # announcements in one answer, of at most as many hashes as one has
-# A snapshot is handed to all who ask within this time; its later pages for as long as somebody takes some.
+# A snapshot is shared by all requests within this time; its later pages stay available while they are requested.
 _SNAPSHOT_SECONDS = 5.0
 _SNAPSHOT_IDLE_SECONDS = 30.0
 _SNAPSHOTS_KEPT = 2
 # Entries looked at in one go: 0.2 ms in which no other thread runs. A GET waits for one at a time, with these pauses.
 _WALK_ENTRIES = 1024
 _WALK_SECONDS, _WALK_PAUSE_SECONDS = 0.0005, 0.001
-# A snapshot that takes longer to make is asked for again.
+# Polling interval and timeout of a mirror for a snapshot that is still being made.
 _MAKING_ASK_SECONDS, _MAKING_SECONDS_MAX = 0.25, 120.0
-_INTERVAL_SECONDS = 0.02  # changes wait so long for others to share their message
-_SNAPSHOTS_AT_ONCE = 8  # that a mirror takes in
-# A mirror's bounds. A message of twice an announcement's hashes was made by nobody we know; the changes kept while
-# snapshots are under way, as Python's numbers, take 150 MB at most.
+_INTERVAL_SECONDS = 0.02  # changes are batched for this long into one message
+_SNAPSHOTS_AT_ONCE = 8  # concurrent snapshots of a mirror
+# A mirror's bounds. No valid message has more than twice an announcement's hashes. The changes that are kept during
+# snapshots take 150 MB at most, as Python integers.
 _CHANGES_MAX = 2 * MESSAGE_HASHES
 WAITING_HASHES = 4_000_000
 _WAITING_MESSAGES = 10_000  # of one target
@@ -70,23 +69,24 @@ _TARGETS_MAX = 1024
 _NUMBERS = 2 * _TARGETS_MAX  # of targets, from 1 on: those that are being cleared keep theirs
 _LAYOUTS_MAX = 64
 _PAGES_MAX = 4096  # of a snapshot: over 100 million chunks
-# Snapshots of one target are this far apart, however often it seems that something was missed. For so long after one, a
-# second answer is waited for.
+# Minimal interval between snapshots of one target, whatever the number of gaps. After a snapshot, the mirror also waits
+# this long for a second, conflicting answer.
 RESYNC_SECONDS = 1.0
 _DOUBT_SECONDS = 5.0
 _COMPLAIN_SECONDS = 60.0
 FORMER, CONFLICTING = "former_start", "conflicting_snapshots"  # why something is ignored
-# So many messages in a row of a former start of a target: the start that is known was wrong, not theirs.
+# After this many consecutive messages with an earlier epoch of a target, the epoch that is known counts as the wrong
+# one.
 _OLDER_MAX = 5
 _FORMER_MAX = 16  # starts of a target that are remembered
 _SLOTS_MIN = 1024
-# Fuller, and a miss takes more than four looks; emptier, and an entry takes more memory.
+# A fuller table needs more than four probes for a miss; an emptier one needs more memory per entry.
 _LOAD_MAX = 0.75
 _LOAD_FRESH = 0.6  # of a new table: in the room between the two, each entry added moves some slots of the old one
 _LOAD_NEXT = 0.65  # the new table's memory is touched from here on: the system clears it then, 2 MiB at a time
 _TOUCHED_PER_ENTRY = 24  # more than 2 / (_LOAD_MAX - _LOAD_NEXT): all of it, before it is used
 _MOVED_PER_ENTRY = 8  # more than 1 / (_LOAD_MAX - _LOAD_FRESH): the old table is empty before the new one is full
-# Entries, or slots, in one step: some milliseconds, between which the event loop does other things.
+# Entries, or slots, per step of some milliseconds; the event loop runs between steps.
 _STEP_ENTRIES, _STEP_SLOTS = 2048, 32_768
 _RELEASED_BYTES = 4 << 20
 _U64 = (1 << 64) - 1
@@ -99,7 +99,7 @@ Lanes: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.uint16]]"
 
 
 class _Snapshot:
-    """Everything visible at `seq`, as pages of one layout each."""
+    """All readable chunks at `seq`, as pages of one layout each."""
 
     def __init__(self, seq: int, pages: list[tuple[int, bytes]]):
         self.seq = seq
@@ -109,7 +109,7 @@ class _Snapshot:
 
 
 class Announcer:
-    """A target's side: notes what the log says, and turns it into announcements and snapshots. Thread-safe.
+    """A target's side: collects the changes of the log, and makes announcements and snapshots of them. Thread-safe.
 
     `announced` returns everything visible now, in parts of at most so many; it is called without the announcer's lock.
     """
@@ -138,12 +138,12 @@ class Announcer:
         return self._pending_count > 0
 
     def announcements(self) -> list[Residency]:
-        """What changed since the last call, at least one message: an empty one is the heartbeat."""
+        """The changes since the last call, in at least one message; an empty one is the heartbeat."""
         with self._lock:
             changes, self._pending = self._pending, defaultdict(dict)
             lost, self._pending_count = self._pending_count > PENDING_MAX, 0
             if lost:
-                self._seq += 1  # the gap that sends mirrors to the snapshot
+                self._seq += 1  # a gap, which makes mirrors request a snapshot
                 changes.clear()
                 self._said.clear()
                 self._said_hashes = 0
@@ -179,7 +179,7 @@ class Announcer:
         return SnapshotPage(self.target, self._epoch, 0, 0, 0, 0, b"")
 
     def make_snapshot(self) -> None:
-        """Takes long, and little of any second: other threads come first. For one thread at a time."""
+        """Make a new snapshot. Takes long, because it yields to other threads. For one thread at a time."""
         with self._lock:
             seq = self._seq
         pages = list(itertools.islice(_paged(unhurried(self._announced(_WALK_ENTRIES))), _PAGES_MAX))
@@ -202,7 +202,7 @@ class Announcer:
             return Replay(self._seq, messages)
 
     def _keep(self, said: list[Residency]) -> None:
-        """For those who miss them. And let go what nobody takes any more. With the lock held."""
+        """Keep announcements for replays, and drop expired snapshots. With the lock held."""
         self._said.extend(said)
         self._said_hashes += sum(map(_hashes_in, said))
         while len(self._said) > REPLAY_MESSAGES or self._said_hashes > REPLAY_HASHES:
@@ -231,7 +231,7 @@ def _hashes_in(message: Residency) -> int:
 
 
 def unhurried(parts: Iterable[Part]) -> Iterator[Part]:
-    """The parts, with pauses in which other threads run: what is done with a part keeps the interpreter busy."""
+    """The parts, with pauses for other threads in between, because the work on a part holds the interpreter's lock."""
     begun = time.monotonic()
     for part in parts:
         yield part
@@ -319,8 +319,7 @@ class _Slots:
         self._touched = min(self._touched + slots, at + len(self))
 
     def release(self) -> bool:
-        """Give back some of the memory of a table that is not in use any more: all at once takes long. False at the
-        end."""
+        """Free some of the memory of an unused table; freeing all at once takes long. False at the end."""
         start, whole = 8 * self._released, 8 * len(self)
         if start >= whole:
             return False
@@ -334,7 +333,7 @@ class _Slots:
         return int(self._hashes.nbytes + self.holders.nbytes)
 
     def held(self, part: slice) -> tuple[Hashes, Hashes]:
-        """Hashes and holders in these slots, of what somebody holds."""
+        """Hashes and holders of the slots in `part` that have a holder."""
         holders = self.holders[part]
         there = np.flatnonzero(holders)
         return self._hashes[part][there], holders[there]
@@ -377,7 +376,7 @@ class _Slots:
             there = self._hashes[at]
             free = there == 0
             if free.any():
-                self._hashes[at[free]] = wanted[free]  # of several that want a slot one gets it
+                self._hashes[at[free]] = wanted[free]  # if several hashes want a slot, one gets it
                 now = self._hashes[at]
                 self.used += int(np.count_nonzero(free & (now == wanted)))
                 there = now
@@ -389,12 +388,12 @@ class _Slots:
 
 class _Table:
     """Which targets hold which chunks of one layout: up to four of each chunk, by number. 16 bytes a slot and 21 to 53
-    an entry; whole batches are looked up and changed at once. The place of a hash depends on a number that nobody else
-    knows, so that nobody can make up hashes that collide.
+    an entry; whole batches are looked up and changed at once. A secret random number salts the slot of a hash, against
+    forged hashes that collide.
 
-    No call takes longer the more there is. A full table moves to a new one incrementally, some slots for each entry
-    that is added; a hash has holders in one of the two. The number of a target that is gone is cleared incrementally,
-    too.
+    The time of a call does not depend on the table's size. A full table moves to a new one incrementally, some slots
+    for each added entry; a hash has its holders in one of the two. The number of a removed target is cleared
+    incrementally, too.
     """
 
     def __init__(self) -> None:
@@ -465,7 +464,7 @@ class _Table:
         return removed
 
     def forget(self, number: int) -> None:
-        """Remove the target from all hashes, by and by: until `stale` is empty the number must not be used again."""
+        """Remove the target from all hashes, incrementally. The number must not be reused before `stale` is empty."""
         self.stale.add(number)
         self._is_stale[number] = True
         self._cleared = 0
@@ -477,7 +476,7 @@ class _Table:
         return lanes
 
     def release(self) -> bool:
-        """Give some of the memory back, of a table that is in use no more; False at the end."""
+        """Free some of the memory of a table that is no longer used; False at the end."""
         return any(one.release() for one in (self._before, self._now, self._next, self._gone) if one is not None)
 
     def _reserve(self, entries: int) -> None:
@@ -543,32 +542,32 @@ def _lanes(holders: Hashes) -> Lanes:
 
 @dataclass
 class _View:
-    """What a mirror knows of one target."""
+    """A mirror's state of one target."""
 
     epoch: int = -1
     seq: int = -1
-    former: deque[int] = field(default_factory=lambda: deque(maxlen=_FORMER_MAX))  # epochs that came before
-    older: int = 0  # messages of one of those, in a row
+    former: deque[int] = field(default_factory=lambda: deque(maxlen=_FORMER_MAX))  # earlier epochs
+    older: int = 0  # consecutive messages of an earlier epoch
     caught_up_seq: int = -1  # of the last snapshot or replay
     sound: bool = False  # what is known was right at (epoch, seq)
     heard: float = 0.0  # time.monotonic() of the last announcement
-    complete: bool = False  # False until a snapshot has been taken in, and after a gap
-    number: int = 0  # the target's in every table; 0 until a snapshot has been taken in
+    complete: bool = False  # False until a snapshot has been applied, and after a gap
+    number: int = 0  # the target's number in every table; 0 until a snapshot has been applied
     resident: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # fingerprint -> chunks
-    waiting: deque[Residency] = field(default_factory=deque)  # announced while a snapshot is under way
-    joining: bool = False  # a snapshot is being taken in
+    waiting: deque[Residency] = field(default_factory=deque)  # queued announcements, during a snapshot
+    joining: bool = False  # whether a snapshot is being applied
 
 
 class Mirror:
-    """A router's copy of what every target holds. For one thread; no I/O.
+    """A router's copy of the residency of all targets. For one thread; no I/O.
 
-    What takes long comes as a generator of steps of a few milliseconds: `applying` and `joining`, which `apply` and
-    `apply_snapshot` run to their end, and `work`, to be called now and then.
+    Long operations are generators of steps of a few milliseconds: `applying` and `joining`, which `apply` and
+    `apply_snapshot` run to their end. `work` must be called regularly.
 
-    A target that has been silent for `max_age_seconds` is left out of answers until it is heard again. Beyond
-    `max_entries` (chunk on a target) nothing more is taken in: what is not known is computed anew. `ignored` counts,
-    by reason, messages that cannot be right and entries there was no room for; `resyncs` counts snapshots taken in,
-    and `replays` gaps that took none.
+    A target that has been silent for `max_age_seconds` is left out of answers until its next announcement. Beyond
+    `max_entries` (pairs of chunk and target), further entries are dropped, and their chunks are recomputed. `ignored`
+    counts invalid messages and dropped entries by reason. `resyncs` counts applied snapshots, `replays` counts gaps
+    that were filled without one.
     """
 
     def __init__(self, *, max_age_seconds: float = 10.0, max_entries: int = 50_000_000):
@@ -584,7 +583,7 @@ class Mirror:
         self._waiting_hashes = 0  # of all targets
 
     def apply(self, message: Residency, now: float) -> bool:
-        """Take in an announcement; True if the target must be asked for a snapshot now."""
+        """Apply an announcement; True if the mirror must now request a snapshot of the target."""
         return _all_of(self.applying(message, now))
 
     def applying(self, message: Residency, now: float) -> Steps:
@@ -608,7 +607,7 @@ class Mirror:
         if view.complete and message.epoch == view.epoch and message.seq <= view.seq:
             if message.seq <= view.caught_up_seq:
                 return False  # the snapshot has it
-            self.ignored["duplicate_number"] += 1  # by somebody else, and only a snapshot tells what is so
+            self.ignored["duplicate_number"] += 1  # from another sender; only a snapshot can decide
             view.sound = False
         begin = not view.joining and (view.complete or not view.waiting)
         if begin or len(view.waiting) >= _WAITING_MESSAGES or self._waiting_hashes >= WAITING_HASHES:
@@ -619,7 +618,7 @@ class Mirror:
         return begin
 
     def _wrong(self, message: Residency, view: _View | None) -> str | None:
-        """Why the message cannot be right, or None. Its hashes are looked at when they are taken in."""
+        """The reason why the message is invalid, or None. Its hashes are checked later, when they are applied."""
         numbers = message.epoch, message.seq, message.fingerprint, message.blocks_per_chunk
         if not all(0 <= number <= _U64 for number in numbers):
             return "number_out_of_range"
@@ -634,12 +633,12 @@ class Mirror:
         return None
 
     def missing(self, target: str) -> ReplayRequest | None:
-        """The announcements that the mirror lacks; None if only a snapshot helps."""
+        """The request for the missing announcements; None if only a snapshot helps."""
         view = self._views.get(target)
         return ReplayRequest(view.epoch, view.seq + 1) if view is not None and view.sound else None
 
     def replaying(self, target: str, replayed: Sequence[Residency]) -> Steps:
-        """Take in announcements that were missed, and what was announced since; False if they do not join up."""
+        """Apply missed announcements and those since; False if a gap remains."""
         view = self._views.get(target)
         if view is None or view.joining or not view.sound:
             return False
@@ -648,12 +647,12 @@ class Mirror:
         return view.complete
 
     def apply_snapshot(self, pages: Sequence[SnapshotPage], replayed: Sequence[Residency] = ()) -> bool:
-        """Take in a whole snapshot and what was announced since; False if it does not join up with that."""
+        """Apply a whole snapshot and the announcements since; False if there is a gap between them."""
         return _all_of(self.joining(pages, replayed))
 
     def joining(self, pages: Sequence[SnapshotPage], replayed: Sequence[Residency] = ()) -> Steps:
-        """`apply_snapshot`, in steps. What is announced meanwhile waits for its turn. `replayed` are announcements that
-        were asked for again, in order."""
+        """`apply_snapshot`, in steps. Announcements that arrive meanwhile are queued. `replayed` are repeated
+        announcements, in order."""
         first = pages[0]
         view = self._views.get(first.target)
         if view is None or view.joining:
@@ -695,7 +694,8 @@ class Mirror:
         return view.complete
 
     def _catching_up(self, target: str, view: _View, replayed: Sequence[Residency]) -> Iterator[None]:
-        """Take in `replayed`, then what waits, as far as there is no gap. What is announced meanwhile waits, too."""
+        """Apply `replayed`, then the queued announcements, up to the first gap. Those that arrive meanwhile are queued,
+        too."""
         view.joining = True
         try:
             for message in replayed:
@@ -719,7 +719,8 @@ class Mirror:
             view.joining = False
 
     def locate(self, fingerprint: int, router_hashes: list[int], now: float) -> list[str | None]:
-        """For each chunk a target that holds it, or None. Of several one by the chunk's hash: they share the reads."""
+        """For each chunk a target that holds it, or None. With several holders the chunk's hash decides, so that they
+        share the reads."""
         targets = {
             view.number: target
             for target, view in self._views.items()
@@ -737,7 +738,7 @@ class Mirror:
         return list(map(targets.get, holders[np.arange(len(holders)), lanes].tolist()))
 
     def counts(self, now: float) -> dict[str, int]:
-        """Chunks known on each target that is heard."""
+        """The number of known chunks on each live target."""
         return {
             target: sum(view.resident.values()) if view.complete else 0
             for target, view in self._views.items()
@@ -745,7 +746,7 @@ class Mirror:
         }
 
     def ages(self, now: float) -> dict[str, float]:
-        """Seconds since each target was last heard."""
+        """Seconds since each target's last accepted announcement."""
         return {target: now - view.heard for target, view in self._views.items()}
 
     @property
@@ -754,24 +755,24 @@ class Mirror:
         return sum(table.size_bytes for table in self._tables.values())
 
     def forget_silent(self, now: float, after_seconds: float = 60.0) -> None:
-        """Free what is known of targets that have been gone for long."""
+        """Drop the state of targets that have been silent for `after_seconds`."""
         for target in [target for target, view in self._views.items() if now - view.heard > after_seconds]:
             self._drop(target)
         wanted = {fingerprint for view in self._views.values() for fingerprint in view.resident}
         self._gone += [self._tables.pop(fingerprint) for fingerprint in self._tables.keys() - wanted]
 
     def work(self) -> bool:
-        """One step of what is left to do in the tables; False if nothing is."""
+        """One step of the tables' pending work; False if there is none."""
         if self._gone and not self._gone[-1].release():
             self._gone.pop()
         return bool(self._gone) or any(table.work(_STEP_SLOTS) for table in self._tables.values())
 
     def distrust(self, target: str) -> None:
-        """A snapshot had two answers. What is known of the target is not used until there is a new one."""
+        """Note that a snapshot had two answers. The target's state is not used until there is a new snapshot."""
         self.ignored[CONFLICTING] += 1
         if self._complains():
             logger.warning(
-                "target %s: two answer for it: two targets have that address, or somebody forges", shown(target)
+                "target %s: conflicting answers: two targets have that address, or one is forged", shown(target)
             )
         if view := self._views.get(target):
             view.complete = view.sound = False

@@ -1,1 +1,1 @@
-"""Values on a device."""
+"""Storage of values on devices: the log, its on-disk format, eviction and buffers."""

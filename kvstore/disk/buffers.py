@@ -1,12 +1,12 @@
-"""Memory for values on their way between disk and socket, which is also the cache of what was there last.
+"""Memory for values in flight between disk and socket, which is also the hot cache (LRU).
 
-A buffer holds a record as it lies on disk (record.py): a page for the header, then the payload. One that still holds a
-value when it is given back stays findable under its key until its memory is wanted: the hot cache costs no copy. A
-dirty value, which is not on disk yet, is findable, too, and never evicted.
+A buffer holds a record in its on-disk form (record.py): a page for the header, then the payload. If a buffer holds a
+value when it is given back, the value stays findable under its key until the memory is needed. So the hot cache costs
+no copy. A dirty value, which is not on disk yet, is findable, too, and is never evicted.
 
-All buffers are cut from one arena, in huge pages; a shared one only where the system has them for shared memory. The
-first touch of a page costs more than filling it (0.3 to 1.5 GB/s against 6), so that a thread touches the arena ahead
-of use.
+All buffers are allocated from one arena of huge pages; a shared arena only if the system has huge pages for shared
+memory. The first touch of a page costs more than filling it (0.3 to 1.5 GB/s against 6), so a thread touches the arena
+ahead of use.
 """
 
 import bisect
@@ -23,8 +23,7 @@ from collections.abc import Sequence
 from kvstore.disk.record import PAGE_BYTES, record_bytes
 
 _TOUCH_BYTES = 8 << 20
-# As much as is left when two dozen clients take nothing any more (net/queues.py): what holds more is worth a closer
-# look.
+# Memory is short below this share: as much as two dozen stalled clients leave free (net/queues.py).
 _SHORT = 1 / 4
 _F_SEAL_FUTURE_WRITE = 0x10  # since Linux 5.1; not in fcntl
 
@@ -41,8 +40,8 @@ class Buffer:
         self.holders = 1
         self.key = b""  # of the value it is kept for
         self.crc = 0
-        self.used_at = 0.0  # when the value was kept, or asked for last
-        self.is_ahead = False  # read before it was asked for, and not asked for yet
+        self.used_at = 0.0  # when the value was kept or last requested
+        self.is_ahead = False  # prefetched, and not requested yet
 
     @property
     def record(self) -> memoryview:
@@ -55,16 +54,15 @@ class Buffer:
 
 
 def aligned(length: int) -> Buffer:
-    """A buffer of no pool."""
+    """A buffer outside any pool."""
     return Buffer(memoryview(mmap.mmap(-1, record_bytes(length))), 0, length)
 
 
 class Arena:
     """One piece of memory, cut into extents that are joined again when they come back. Not thread-safe.
 
-    Extents are pages; the first that is long enough is taken. With chunks of one model all have one length, and nothing
-    is ever split. A shared one lies in a file without a name, `descriptor`, which nobody can write to but by this
-    object, and nobody can cut short.
+    Allocation is first fit, in pages. Chunks of one model have one length, so there is no fragmentation. A shared arena
+    is an unnamed file, `descriptor`, sealed so that others can neither write to it nor truncate it.
     """
 
     def __init__(self, total_bytes: int, *, shared: bool = False):
@@ -124,13 +122,13 @@ class BufferPool:
         self._kept_bytes = 0
         self._held_bytes = 0  # by those who are filling or sending it
         self.is_growing = True  # not all of the arena is touched yet
-        self.ahead_used = 0  # values that were read ahead, and then asked for
+        self.ahead_used = 0  # prefetched values that were requested later
         self._returned = threading.Condition()
         threading.Thread(target=self._touch, name="kvtier-touch", daemon=True).start()
 
     @property
     def available_bytes(self) -> int:
-        """What nobody holds: free, or kept as cache. Dirty values are neither."""
+        """Bytes that no one holds: free, or cached and evictable. Dirty values do not count."""
         return self.arena.total_bytes - self._dirty_bytes - self._held_bytes
 
     @property
@@ -143,7 +141,7 @@ class BufferPool:
 
     @property
     def kept(self) -> tuple[int, int]:
-        """How many values are findable, and their bytes."""
+        """The number of findable values, and their bytes."""
         return len(self._values) + len(self._dirty), self._kept_bytes
 
     def take(self, length: int, deadline: float) -> Buffer | None:
@@ -168,8 +166,9 @@ class BufferPool:
         return Buffer(self.arena[offset : offset + size], offset, length)
 
     def take_unused(self, length: int, since: float) -> Buffer | None:
-        """The same out of memory that is free, or of values that nobody asked for after `since` (time.monotonic());
-        None if that is not enough. What it drops may lie apart, so that it drops no more than twice as much."""
+        """The same, but only from free memory and from values that were not requested after `since`
+        (time.monotonic()); None if that is not enough. Dropped values may not be adjacent, so it drops up to twice the
+        length."""
         size = record_bytes(length)
         with self._returned:
             least = self._kept_bytes - 2 * size
@@ -180,7 +179,7 @@ class BufferPool:
             return Buffer(self.arena[offset : offset + size], offset, length)
 
     def touch(self, key: bytes) -> None:
-        """A value that is there will be asked for."""
+        """Mark a value as recently used, because it will be requested."""
         with self._returned:
             if key in self._values:
                 self._use(key, self._values[key])
@@ -209,7 +208,7 @@ class BufferPool:
             return buffer
 
     def keep(self, key: bytes, buffer: Buffer, crc: int, *, is_ahead: bool = False) -> None:
-        """From now on `buffer`, which the caller holds and nobody may write to any more, is found under `key`."""
+        """Make `buffer` findable under `key`. The caller holds it, and no one may write to it after this."""
         if not self._keeps_values:
             return
         with self._returned:
@@ -220,8 +219,8 @@ class BufferPool:
                 self._kept_bytes += buffer.length
 
     def keep_dirty(self, key: bytes, buffer: Buffer, crc: int) -> None:
-        """The same of a value that is not on disk: it stays until `clean` or `discard`, and until then the caller holds
-        `buffer`."""
+        """The same for a value that is not on disk. It stays until `clean` or `discard`; until then the caller must
+        hold `buffer`."""
         with self._returned:
             self._forget(key)
             buffer.key, buffer.crc = key, crc
@@ -231,13 +230,13 @@ class BufferPool:
             self._kept_bytes += buffer.length
 
     def clean(self, key: bytes) -> None:
-        """The dirty value is on disk now: from now on it is one like the others."""
+        """Note that a dirty value is on disk now, and may be evicted."""
         with self._returned:
             self._values[key] = self._no_more_dirty(key)
             self._use(key, self._values[key])
 
     def discard(self, key: bytes) -> None:
-        """The dirty value is not to be found any more. Those that are sending it hold its buffer still."""
+        """Remove a dirty value. Its buffer stays valid for those that are sending it."""
         with self._returned:
             buffer = self._no_more_dirty(key)
             buffer.key = b""
@@ -270,8 +269,7 @@ class BufferPool:
             self._returned.notify_all()  # who comes first may want more than this, another one less
 
     def _drop_oldest(self, since: float = math.inf) -> bool:
-        """Forget the value that was not asked for for the longest time, unless that was after `since`. Those that
-        somebody holds are passed over."""
+        """Evict the least recently used value, unless it was used after `since`. Skips values that are held."""
         for key, buffer in self._values.items():
             if buffer.used_at > since:
                 return False

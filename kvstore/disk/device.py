@@ -1,9 +1,9 @@
-"""A directory or block device that the logs of several namespaces share: whose a slot is, and which slots are free.
+"""A directory or block device that the logs of several namespaces share: owners of slots, and free slots.
 
-Every namespace has a store id of its own, and every header on disk repeats the store id of whoever wrote it
-(record.py). So a segment says which namespace it belongs to, and to a log the segments of all others look like those
-of a foreign store: they cannot be served by mistake. The ids are derived from the superblock's random id and the
-namespace's name; the superblock lists the names.
+Every namespace has a store id of its own, and every header on disk contains the store id of its writer (record.py). So
+the namespace of a segment is known, and for a log the segments of all others look like those of a foreign store: they
+cannot be served by mistake. The ids are derived from the superblock's random id and the namespace's name; the
+superblock lists the names.
 """
 
 import hashlib
@@ -34,20 +34,20 @@ logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 SEGMENT_PAGES_MAX = 1 << 24  # the log's index has so many bits for a place in a segment
-SLOTS_FEWEST = 2  # of a log: one is written while one is emptied
+SLOTS_FEWEST = 2  # per log: one is written while one is emptied
 _THREADS = 8
 # How long a device that was busy counts as busy.
 BUSY_SECONDS = 0.005
 
 
 def default_segment_bytes(capacity_bytes: int) -> int:
-    """256 MiB, as flash likes to be written; 64 MiB in small stores, where eviction by segment would be coarse."""
+    """256 MiB, which suits flash; 64 MiB in small stores, where eviction by segment would be too coarse."""
     return 256 << 20 if capacity_bytes >= 200 * GIB else 64 << 20
 
 
 def store_id(block: Superblock, namespace: str) -> int:
-    """What stamps a namespace's headers. The store's first namespace has the superblock's own id, which releases before
-    0.2 stamped on everything."""
+    """The store id in a namespace's headers. The store's first namespace has the superblock's id, which releases before
+    0.2 used for everything."""
     if namespace == block.namespace:
         return block.store
     digest = hashlib.blake2b(namespace.encode(), digest_size=8, key=block.store.to_bytes(8, "little")).digest()
@@ -60,7 +60,7 @@ def names(block: Superblock) -> list[str]:
 
 
 class Device:
-    """Opened in two steps: the constructor locks and checks, and changes nothing on disk; `begin` counts the epoch up.
+    """Opened in two steps: the constructor locks and checks, and changes nothing on disk; `begin` increments the epoch.
 
     Without `segment_bytes` a store keeps its own segment size.
 
@@ -83,7 +83,7 @@ class Device:
         self.files = files or Files()
         self.segment_bytes = int(segment_bytes or stored_segment_bytes(path) or default_segment_bytes(capacity_bytes))
         self.shared = shared
-        # Whether those who read and write here have something to do. Who may wait for that looks at `is_busy`.
+        # Callbacks of the device's users: whether they have reads or writes. Low-priority work checks `is_busy`.
         self.users: list[Callable[[], bool]] = []
         self._busy_until = 0.0
         self._closed = False
@@ -111,7 +111,7 @@ class Device:
 
     @property
     def is_busy(self) -> bool:
-        """Of a device that is busy, the answer holds for BUSY_SECONDS: all namespaces' read-aheads ask."""
+        """Whether any user has reads or writes. True is cached for BUSY_SECONDS, because all prefetches ask for it."""
         if time.monotonic() < self._busy_until:
             return True
         if not any(is_busy() for is_busy in self.users.copy()):
@@ -149,7 +149,7 @@ class Device:
             return False
 
     def add(self, namespace: str) -> None:
-        """From now on there is this namespace, too; with a new epoch, also if it was there before."""
+        """Add a namespace, with a new epoch even if it existed before."""
         new = namespace not in names(self._block)
         if new:
             self._block.namespaces.append(namespace)
@@ -182,7 +182,7 @@ class Device:
             return self._generation
 
     def saw_generation(self, generation: int) -> None:
-        """It was used: it may have left something."""
+        """Note a generation that was used, so that it is never reused."""
         with self._lock:
             self._generation = max(self._generation, generation)
 
@@ -197,7 +197,7 @@ class Device:
             return [self._free.popleft() for _ in range(min(count, len(self._free)))]
 
     def release(self, empty: Iterable[int], left: Iterable[int] = (), namespace: str = "") -> None:
-        """Give slots back: empty ones, and those with what `namespace` has left there."""
+        """Give slots back: empty ones, and those that still hold values of `namespace`."""
         with self._lock:
             for slot in empty:
                 self._owners.pop(slot, None)
@@ -214,7 +214,7 @@ class Device:
     # ---- whose store it is
 
     def _checked_block(self, namespaces: Sequence[str]) -> Superblock:
-        """The superblock as it is to be written: this start's, with these namespaces in it."""
+        """The superblock to write for this start, with these namespaces."""
         block = self.space.superblock() or self.space.new_superblock("" if self.shared else namespaces[0])
         if not names(block) and block.epoch:
             self._name(block, namespaces)
@@ -240,7 +240,7 @@ class Device:
             expected = f"the one whose values are in {self.path}: another wrote them. Take its name, or empty the store"
             raise ConfigError("namespace", namespaces[0], expected)
         elif found:
-            logger.warning("%s: what is in it belongs to no namespace of the file, and is not served", self.path)
+            logger.warning("%s: its values belong to no namespace of the file, and are not served", self.path)
 
     def _namespace_ids(self, store: int) -> set[int]:
         """Whose values are in a store: of each segment the first record says it, or one that its footer names."""
@@ -287,7 +287,7 @@ class Device:
             if last is not None:
                 self._generation = max(self._generation, last[0])
                 self._owners[slot] = last[1]
-        # What belongs to nobody is used first, so that a namespace that comes back may find its values.
+        # Slots without an owner are used first, so that a namespace that comes back may find its values.
         self._free = deque(sorted(self._free, key=lambda slot: (slot in self._owners, slot)))
 
     def _stamps(self, place: Place, stores: Collection[int]) -> list[Stamp]:
@@ -298,7 +298,7 @@ class Device:
         return [one.stamp for one in (header, trailer) if one is not None and one.stamp.store in stores]
 
     def _left_behind(self) -> list[str]:
-        """Names of whom something is there."""
+        """The namespaces that have values there."""
         stores = set(self._owners.values())
         return [name for name in names(self._block) if self.store_id(name) in stores]
 

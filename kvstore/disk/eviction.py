@@ -1,15 +1,15 @@
 """Which segment is emptied next, and which of its values are worth writing again.
 
-Of S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023) this keeps lazy promotion: values
-are only counted when they are asked for, and what was asked for is kept when its turn to be evicted comes. A log gives
-space back by the segment, so it is a whole segment that gets another turn, without a write; if too few of its values
-were asked for, those few are written again, as far as the budget goes. New values and those written again fill
-segments of their own (Queue), so that what outlived a turn lies together; both kinds wait in one line.
+From S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023) this keeps lazy promotion: a
+hit only increments a counter, and a value that was hit is kept when its turn to be evicted comes. A log frees space by
+the segment. So a whole segment gets another turn, without a write. If too few of its values were hit, those few are
+rewritten, as far as the budget goes. New and rewritten values fill segments of their own (Queue), so that values that
+outlived a turn are together; both kinds of segments are in one FIFO.
 
-S3-FIFO's other half, a small queue that new values must prove themselves in, is left out, and with it the ghosts: here
-a value is asked for again when its user has read and typed, and a tenth of a store may not last that long. In
-`python -m benchmarks.store.eviction` that queue costs up to 18 percent of the possible hits on long documents, and
-gains at most 1.6 where a fifth of the prompts are one-shot.
+S3-FIFO's other half is left out: a small probationary queue for new values, and its ghosts. Here a value is requested
+again after its user has read and typed, and a tenth of a store may not last that long. In
+`python -m benchmarks.store.eviction` that queue costs up to 18 percent of the possible hits on long documents. It gains
+at most 1.6 percent where a fifth of the prompts are one-shot.
 
 This module knows nothing of files and keys. It is not thread-safe: the log calls it under its lock.
 """

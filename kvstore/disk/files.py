@@ -1,7 +1,7 @@
-"""The file layer under the log: whole reads and writes at an offset. Tests put a fault-injecting one in its place.
+"""The file layer under the log: whole reads and writes at an offset. Tests replace it with a fault-injecting one.
 
-Everything is page-aligned: offsets, lengths and the memory itself (buffers.py), so that the page cache can be left out
-(O_DIRECT). It would keep a second copy of what the hot cache holds, and costs half of a fast device's speed.
+Everything is page-aligned: offsets, lengths and the memory itself (buffers.py), as O_DIRECT requires. The page cache
+would duplicate the hot cache, and costs half of a fast device's speed.
 """
 
 import errno

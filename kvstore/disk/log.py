@@ -55,14 +55,15 @@ _PIECE_BYTES = 1 << 20  # of what recovery reads at once
 _TAIL_BYTES = 32 << 10  # of a segment: the footer of up to 595 entries
 # Evicted keys that are remembered: 100 bytes each.
 _GHOSTS_MAX = 100_000
-# How long a log that is closed waits for its device. A footer and the sync of two segments take a second of a disk.
+# Timeout of `close` for a device. A footer and the sync of two segments take a second on a disk.
 CLOSE_SECONDS = 10.0
-# A reader holds a place for one read of a device. Whoever waits longer for one is refused.
+# A reader pins a segment for one read of the device. A writer that waits longer for it is refused.
 _READERS_SECONDS = 10.0
 
 
 class Ledger(Protocol):
-    """Who is told what becomes visible and what goes; called with the log's lock held, so it must only take notes."""
+    """Observer of residency: notified when a chunk becomes readable and when it is unpublished. Called under the log's
+    lock: must not block, do I/O, or call the log."""
 
     def stored(self, entry: Entry) -> None: ...
     def removed(self, entry: Entry) -> None: ...
@@ -91,7 +92,8 @@ class Value(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a read found. If it is not intact, it was forgotten, and the buffer's content means nothing."""
+    """The result of a read. If it is not intact, the log has dropped the chunk, and the buffer's content is
+    undefined."""
 
     entry: Entry
     intact: bool
@@ -212,7 +214,7 @@ class Log:
 
     @property
     def device(self) -> Device:
-        """Where it lies, maybe with other logs."""
+        """The log's device, which other logs may share."""
         return self._device
 
     @property
@@ -221,8 +223,8 @@ class Log:
         return len(self._held) * self.segment_bytes
 
     def settle(self, capacity_bytes: int | None = None) -> None:
-        """Take free slots of the device up to the log's share, or empty segments and give back what is beyond it. With
-        a capacity, that is the share from now on."""
+        """Take free slots of the device up to the log's share, or empty segments beyond it and give them back. A given
+        capacity becomes the new share."""
         with self._rolling:
             if self._closed.is_set():
                 return
@@ -380,11 +382,11 @@ class Log:
         return where if found == length else None
 
     def was_evicted(self, key: bytes) -> bool:
-        """Whether the chunk was here not long ago."""
+        """Whether the chunk was evicted recently (a ghost)."""
         return key in self._ghosts
 
     def used(self, key: bytes) -> None:
-        """The chunk was asked for, and served from elsewhere: it is as useful as one that is read."""
+        """Note that the chunk was requested and served from memory: for eviction it counts like a read."""
         with self._changed:
             where = self._index.get(key)
             if where is not None:
@@ -428,7 +430,7 @@ class Log:
             return True
 
     def withdraw(self, keys: Iterable[bytes]) -> None:
-        """Dirty chunks are not visible any more, and the ledger was told: their memory is free to be used."""
+        """Unpublish dirty chunks and notify the ledger. After this their memory may be reused."""
         with self._changed:
             for key in keys:
                 entry = self._no_more_dirty(key)
@@ -440,8 +442,8 @@ class Log:
         return self._append(values, Queue.PROBATION)
 
     def close(self) -> bool:
-        """Wait for reads and writes under way, seal what is being written, and give the space back. False if the device
-        does not answer (`close_all`)."""
+        """Wait for running reads and writes, seal the open segments, and give the space back. False if the device does
+        not answer (`close_all`)."""
         return not close_all([self])
 
     def _close(self) -> None:
@@ -461,12 +463,12 @@ class Log:
         self._close_files()
 
     def _is_in_use(self) -> bool:
-        """Whether somebody writes, or reads what will be closed. With the lock held."""
+        """Whether there are writes, or reads of files that will be closed. With the lock held."""
         segments = self._segments.values()
         return any(segment.writers or (segment.readers and self._owns_device) for segment in segments)
 
     def _leave(self) -> None:
-        """Let others have the slots; those that somebody still reads or writes, only after the next start."""
+        """Release the slots to other logs, except those with running reads or writes: these only after a restart."""
         with self._changed:
             self._index.clear()
             self._dirty.clear()
@@ -478,7 +480,7 @@ class Log:
     # ---- reading
 
     def _pin(self, key: bytes, length: int, is_used: bool) -> tuple[_Segment, Entry] | None:
-        """Keep the chunk's place from being reused until `readers` is counted down."""
+        """Pin the chunk's segment, so that it is not reused until `readers` is decremented."""
         where = self._index.get(key)
         if where is None:
             return None
@@ -501,7 +503,7 @@ class Log:
         except OSError as error:
             logger.error("%s, segment %d: %s", self.path, segment.slot, error)
             failed = True
-        if failed and len(run) > 1:  # one bad page must not cost its neighbours
+        if failed and len(run) > 1:  # retry one by one: a bad page must not fail its neighbours
             for one in run:
                 self._read_run([one], buffers, found)
             return
@@ -728,8 +730,8 @@ class Log:
             self._clear(*victim)
 
     def _choose(self) -> tuple[_Segment, list[int]] | None:
-        """The segment to empty next, and which of its entries to keep. With the lock held, in which whoever asks has
-        seen that it is needed: a reader's end may change that."""
+        """The segment to empty next, and which of its entries to keep. Precondition: the lock is held since the caller
+        saw that a slot is needed, because the end of a read may change that."""
         slot = self._eviction.choose()
         if slot is None:
             return None

@@ -1,5 +1,5 @@
-"""Several logs as one: a target with more than one directory or device. A key lies on one of them, by its hash, so that
-losing a device loses its share alone. And several such shelves side by side, one a namespace, on the same devices."""
+"""Several logs as one: a target with more than one directory or device. The hash of a key chooses the log, so losing a
+device loses only its share. Also several such shelves on the same devices, one per namespace."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +59,7 @@ class Shelf:
         return entries, (number + 1, 0, 0) if after is None else (number, *after)
 
     def tell(self, ledger: Ledger) -> None:
-        """From now on `ledger` hears of what comes and goes."""
+        """Notify `ledger` of all later changes."""
         for log in self.logs:
             log.ledger = ledger
 
@@ -102,8 +102,8 @@ class Rack:
 
     Opened in two steps: the constructor locks and checks, and changes nothing on disk; `begin` makes the shelves.
 
-    Quotas together are at most the capacity: a namespace that fills up evicts its own values, and nobody else's. One
-    thread at a time may call its methods. Raises ConfigError if the devices cannot hold this.
+    The sum of quotas is at most the capacity: a full namespace evicts only its own values. One thread at a time may
+    call its methods. Raises ConfigError if the devices cannot hold this.
     """
 
     def __init__(
@@ -164,8 +164,8 @@ class Rack:
                 raise ConfigError("namespaces: the sum of all quotas", sum(quotas.values()), expected)
 
     def change(self, quotas: Mapping[str, int]) -> None:
-        """Make these the namespaces. The space of those that are not named any more is free: their values are not to be
-        had, and are written over when others need it."""
+        """Make these the namespaces. The space of removed ones becomes free: their values are not served, and are
+        overwritten when others need the space."""
         self.check(quotas)
         for name in [name for name in self.shelves if name not in quotas]:
             self._hung.update(log.path for log in self.shelves.pop(name).close())
@@ -174,7 +174,7 @@ class Rack:
             for device in self._devices:
                 device.add(name)
             self._open(name, quotas[name])
-        for grows in (False, True):  # what some give back is there for the others
+        for grows in (False, True):  # first shrink some, so that others can grow
             for name, shelf in self.shelves.items():
                 if (quotas[name] > shelf.held_bytes) == grows:
                     shelf.settle(quotas[name])

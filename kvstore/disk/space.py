@@ -1,6 +1,6 @@
-"""Where segments lie: in files of a directory, or side by side on a block device or in one preallocated file.
+"""The location of segments: files of a directory, or adjacent extents of a block device or of one preallocated file.
 
-A space also keeps the superblock, which says what must not change while it holds a store, and keeps others out.
+A space also keeps the superblock, with the properties that must not change while it holds a store, and a lock.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from kvstore.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Of a device, before its first segment: two superblocks, of which the later sound one counts.
+# At the start of a device, before the first segment: two superblocks, of which the newest valid one counts.
 _RESERVED_BYTES = 1 << 20
 # Of a superblock that names several namespaces. Releases before 0.2 would mix up their values: they must refuse.
 SHARED_VERSION = 2
@@ -52,7 +52,7 @@ class Superblock(msgspec.Struct):
 
 
 class Place(NamedTuple):
-    """A segment's own: a file and where in it the segment begins."""
+    """The extent of a segment: its file, and its offset there."""
 
     fd: int
     offset: int
@@ -253,7 +253,8 @@ class _DeviceSpace(Space):
         return block
 
     def _is_blank(self) -> bool:
-        """Whether nobody's data is here: most file systems and partition tables leave the first bytes free."""
+        """Whether the device is unused: its first MiB is zeros. Most file systems and partition tables leave only the
+        very first bytes free."""
         content = aligned(_RESERVED_BYTES - PAGE_BYTES).view
         self.files.read(self._fd, [content], 0)
         return not any(content)
@@ -276,7 +277,7 @@ class _DeviceSpace(Space):
 
 
 class StoppedStore:
-    """A store that no target is using, to be looked at: nothing here writes, and until `close` no target starts on it.
+    """A store that no target uses, opened for reading: nothing here writes, and no target starts on it before `close`.
 
     Raises ConfigError if there is none, or if it is in use.
     """
@@ -440,7 +441,7 @@ def _locked(space: Path, path: Path) -> int:
 
 
 def _kept_from_targets(space: Path, path: Path) -> int | None:
-    """A descriptor of `path` with a lock that whoever else looks may share; None if there is nothing to lock."""
+    """A descriptor of `path` with a shared lock, which excludes targets; None if there is nothing to lock."""
     try:
         guard = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -1,1 +1,1 @@
-"""Values between machines."""
+"""Transfer of values between machines: the protocol, the client and the target's server."""

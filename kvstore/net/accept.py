@@ -1,4 +1,4 @@
-"""How connections come in, for whoever serves them: a target, or the lobby of several."""
+"""Accepts connections for a server: one target, or the lobby of several."""
 
 import contextlib
 import logging
@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 class Acceptor(ABC):
-    """Listens. Only users of `unix_uids` are let in on a UNIX socket; None: all who can open it. With `tls` nobody is
-    over TCP without it."""
+    """Listens. A UNIX socket admits only processes of users in `unix_uids`; None admits every process that can open
+    it. With `tls`, every TCP connection must use TLS."""
 
     def __init__(self, unix_uids: Collection[int] | None = None, tls: ServerTls | None = None):
         self._unix_uids = unix_uids
@@ -39,8 +39,8 @@ class Acceptor(ABC):
 
     @abstractmethod
     def _admit(self, stream: Stream) -> None:
-        """Take a connection in, without waiting for its client. From the accepting thread, or from one of the
-        connection's own."""
+        """Start to serve a connection. Called from the accepting thread or from the connection's own; must not wait for
+        the client."""
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._stopping:
@@ -48,7 +48,7 @@ class Acceptor(ABC):
                 sock, _ = listener.accept()
             except OSError:
                 if not self._stopping:
-                    time.sleep(0.1)  # out of descriptors, most likely: others will close theirs
+                    time.sleep(0.1)  # most likely out of descriptors: wait until other connections close
                 continue
             try:
                 if not transport.is_permitted(sock, self._unix_uids):
@@ -57,6 +57,6 @@ class Acceptor(ABC):
                     self._tls.accept(sock, self._admit)
                 else:
                     self._admit(Stream(sock))
-            except (OSError, RuntimeError) as error:  # the client is gone, or no descriptor or thread to be had
-                logger.error("a client cannot be served: %s", error)
+            except (OSError, RuntimeError) as error:  # the client is gone, or no descriptor or thread is left
+                logger.error("cannot serve a client: %s", error)
                 sock.close()

@@ -1,8 +1,8 @@
-"""Read-ahead: chunks that come from disk into the hot cache before they are asked for, by PREFETCH or over the bus.
+"""Prefetch: reads chunks from disk into the hot cache ahead of their GET. Requested by PREFETCH or over the bus.
 
-It has the lowest priority. A batch is begun only while the device has nothing to read or write for anybody, of any
-namespace. It takes memory that is free, or of values that nobody asked for lately; what finds none is dropped, with all
-that follows it in its prompt.
+It has the lowest priority. A batch starts only while the device has no other reads or writes, of any namespace. It
+takes free memory, or that of values that no client asked for lately. A chunk that finds no memory is dropped, together
+with the rest of its prompt.
 """
 
 import logging
@@ -22,19 +22,20 @@ from kvstore.net.wire import Outcome
 
 logger = logging.getLogger(__name__)
 
-# What is granted within AHEAD_SECONDS is at most a share of the pool. A peer may have as much as it leaves to the
-# others: alone, half of it, an eighth of the pool.
+# All grants within AHEAD_SECONDS together are at most this share of the pool. A peer may have half of what the others
+# leave of it: alone, an eighth of the pool.
 _SHARE = 1 / 4
-# What was not read after so long is dropped: its prompt has come, or was not so near.
+# TTL of a request: after it, the prompt has either arrived or was not imminent.
 AHEAD_SECONDS = 30.0
-# A value that was asked for, or written, in this time is more useful than one that may be asked for. Where the hot
-# cache changes hands faster, a chunk that is read ahead would be gone when its prompt comes.
+# Values that were read or written within this time are not evicted for a prefetch: they are more useful. Where the hot
+# cache turns over faster than this, a prefetched chunk would be evicted before its prompt arrives.
 UNUSED_SECONDS = 10.0
-# Chunks that may wait; each is some hundred bytes of memory.
+# Queue limit; a waiting chunk takes about a hundred bytes of memory.
 _CHUNKS_MAX = 65_536
-# How long a thread is waited for when the target stops; a device that does not answer is the shelf's to report.
+# Timeout for joining a thread when the target stops. A device that does not answer is reported by the shelf.
 _STOP_SECONDS = 1.0
-# What became of a chunk: at once, or once it had been accepted; `used` of those that were read.
+# Outcomes of a chunk. On submit: memory, absent, refused. Once accepted: read, expired, no_room, failed, or memory. Of
+# those that were read, `used` counts the ones that a client then asked for.
 OUTCOMES = ("memory", "absent", "refused", "read", "expired", "no_room", "failed", "used")
 
 
@@ -45,23 +46,23 @@ class _Want(NamedTuple):
 
 @dataclass
 class _Share:
-    """What a peer was granted."""
+    """Bytes granted to a peer."""
 
-    until: float  # time.monotonic(); then it counts no more
+    until: float  # time.monotonic(); the grant expires then
     size_bytes: int = 0
 
 
 @dataclass
 class _Chain:
-    """What one request wants of one log, in the order of its prompt."""
+    """The chunks that one request wants from one log, in the order of its prompt."""
 
     wants: deque[_Want]
     until: float  # time.monotonic()
 
 
 class ReadAhead:
-    """Of the logs of a shelf, into a pool that keeps values. Thread-safe. One batch of up to `batch_bytes` is read at a
-    time from each log; peers take turns."""
+    """Prefetches from the logs of a shelf into a pool that keeps values. Thread-safe. Each log reads one batch of up to
+    `batch_bytes` at a time, round-robin over peers."""
 
     def __init__(self, shelf: Shelf, pool: BufferPool, batch_bytes: int):
         self._shelf = shelf
@@ -86,9 +87,8 @@ class ReadAhead:
         return {name: self._counts[name] for name in OUTCOMES} | {"used": self._pool.ahead_used}
 
     def submit(self, keys: Sequence[bytes], peer: str) -> list[Outcome]:
-        """HIT for each chunk that is in memory, STORED for each on disk that will be read, MISS for those that are not
-        there. From the first on that is more than the peer's share, those on disk are REFUSED. `keys` are in the order
-        of their prompt."""
+        """HIT for each chunk in memory, STORED for each chunk on disk that will be read, MISS for the others. Once the
+        peer's share is used up, chunks on disk are REFUSED. `keys` must be in the order of their prompt."""
         now, is_full, outcomes = time.monotonic(), False, []
         wanted: dict[Log, deque[_Want]] = {}
         with self._changed:
@@ -124,7 +124,7 @@ class ReadAhead:
         return outcomes
 
     def stop(self) -> None:
-        """Nothing is read for it any more."""
+        """End the threads. Waiting chunks are not read."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -132,7 +132,7 @@ class ReadAhead:
             thread.join(_STOP_SECONDS)
 
     def _share(self, peer: str, now: float) -> tuple[_Share, int]:
-        """The peer's share, and for how many bytes more it may ask. With the lock held."""
+        """The peer's share, and how many more bytes it may request. With the lock held."""
         self._shares = {name: share for name, share in self._shares.items() if now < share.until}
         own = self._shares.setdefault(peer, _Share(now + AHEAD_SECONDS))
         granted = own.size_bytes + sum(share.size_bytes for share in self._shares.values())
@@ -154,10 +154,10 @@ class ReadAhead:
             try:
                 self._read(log, chain, batch)
             except Exception:
-                logger.exception("a read ahead failed in an unforeseen way")
+                logger.exception("unexpected error: a prefetch failed")
 
     def _first(self, log: Log) -> _Chain | None:
-        """The next chain of the peer whose turn it is; what has expired is dropped. With the lock held."""
+        """The next chain, round-robin over peers. Drops expired chains. With the lock held."""
         peers, now = self._chains[log], time.monotonic()
         for peer in list(peers):
             chains = peers[peer]
@@ -170,12 +170,12 @@ class ReadAhead:
         return None
 
     def _batch(self, chain: _Chain) -> Iterator[_Want]:
-        """The next chunks that are not in memory, at least one if there is any. With the lock held."""
+        """The next chunks that are not in memory; at least one, if any is left. With the lock held."""
         size = 0
         while chain.wants and (not size or size + chain.wants[0].length <= self._batch_bytes):
             want = chain.wants.popleft()
             self._waiting_chunks -= 1
-            if want.key in self._pool:  # somebody asked for it meanwhile
+            if want.key in self._pool:  # a client asked for it in the meantime
                 self._counts["memory"] += 1
                 continue
             size += want.length
@@ -188,7 +188,8 @@ class ReadAhead:
         chain.wants.clear()
 
     def _read(self, log: Log, chain: _Chain, batch: Sequence[_Want]) -> None:
-        """Read into memory that there is to be had."""
+        """Read the chunks of a batch for which the pool has memory. Put the others back if the pool is still growing;
+        otherwise drop the chain."""
         unused_since = time.monotonic() - UNUSED_SECONDS
         buffers: list[Buffer] = []
         for want in batch:

@@ -1,10 +1,12 @@
-"""Chunks that wait to be written, and which of them are dropped when more come than fit: admission control.
+"""Admission control of writes: the chunks that wait to be written, and which of them to drop when they do not fit.
 
-A chunk is of use only with all chunks before it in its prompt. So of a prompt the end is dropped first: a chunk's
-benefit counts for no more than that of the chunk before it, and of equal benefits the chunk at the higher position in
-its prompt is dropped. A chunk that follows a dropped one is refused, for a while.
+A chunk is useful only with all chunks before it in its prompt, so the end of a prompt is dropped first:
 
-This module knows no lock and no I/O. It is not thread-safe: the write queue calls it under its lock.
+- A chunk ranks no higher than the chunk before it in its prompt.
+- Of two chunks with equal benefit, the one at the higher position is dropped first.
+- A chunk whose predecessor was dropped within the last minute is refused.
+
+This module has no lock and no I/O. It is not thread-safe: the write queue calls it under its lock.
 """
 
 import heapq
@@ -17,16 +19,16 @@ from typing import NamedTuple
 from kvstore.disk.log import Value
 from kvstore.net.wire import Outcome
 
-# A prompt's chunks come within this time of each other. Later a chunk that follows a dropped one may be of use: its
-# worker may hold that one in DRAM, or compute it again.
+# The chunks of a prompt arrive within this time. After it, a successor of a dropped chunk may be useful again: its
+# worker may hold the dropped chunk in DRAM, or compute it again.
 _DROPPED_SECONDS = 60.0
 _DROPPED_MAX = 100_000  # 260 bytes each
-# Beyond half of the heap so many of its entries may be of writes that wait no more.
+# The heap is rebuilt when it has more stale entries (of writes that left the queue) than live ones plus this many.
 _STALE_MIN = 64
 
 
 class Standing(NamedTuple):
-    """What decides whether a chunk stays."""
+    """What a chunk's rank is computed from."""
 
     benefit: float  # expected seconds saved per byte
     position: int = 0  # in its prompt, counted in chunks
@@ -51,7 +53,8 @@ class Standing(NamedTuple):
 
 @dataclass(eq=False)
 class Write:
-    """A chunk to store. `done` is called once for everybody who offered it, and must not block."""
+    """A chunk to store. Every callback in `done` (one for each client that offered the chunk) is called once, and must
+    not block."""
 
     value: Value
     standing: Standing
@@ -64,15 +67,15 @@ class Write:
 
 
 class Backlog:
-    """Waiting writes, in the order of their coming. Of a chunk for which `is_used` is true, and of those before it in
-    its prompt, none is dropped."""
+    """Waiting writes in order of arrival. A chunk for which `is_used` is true is never dropped, nor are those before it
+    in its prompt."""
 
     def __init__(self, is_used: Callable[[bytes], bool]):
         self.size_bytes = 0
         self._is_used = is_used
         self._writes: OrderedDict[bytes, Write] = OrderedDict()
         self._of_chunk: dict[tuple[int, int], Write] = {}
-        self._ranks: list[tuple[tuple[float, int], int, Write]] = []  # a heap, with entries that wait no more
+        self._ranks: list[tuple[tuple[float, int], int, Write]] = []  # a heap; may contain stale entries
         self._count = 0
         self._dropped: OrderedDict[tuple[int, int], float] = OrderedDict()  # chunk -> since when
 
@@ -87,24 +90,24 @@ class Backlog:
             self._of_chunk[write.standing.chunk] = write
             self._dropped.pop(write.standing.chunk, None)
         self._count += 1
-        heapq.heappush(self._ranks, (write.standing.rank, -self._count, write))  # of equals the last goes first
+        heapq.heappush(self._ranks, (write.standing.rank, -self._count, write))  # of equals, drop the newest first
         if len(self._ranks) > 2 * len(self._writes) + _STALE_MIN:
             self._ranks = [entry for entry in self._ranks if self._waits(entry[-1])]
             heapq.heapify(self._ranks)
 
     def take(self, size: int) -> list[Write]:
-        """The first, off the line, until they have at least `size` bytes together."""
+        """Remove and return the oldest writes, at least `size` bytes together."""
         taken: list[Write] = []
         while self._writes and size > 0:
             write = next(iter(self._writes.values()))
-            self._take_off(write)
+            self._remove(write)
             taken.append(write)
             size -= write.size_bytes
         return taken
 
     def drop_below(self, standing: Standing, size: int) -> list[Write] | None:
-        """Drop chunks of a lower rank than `standing`, lowest first, that have at least `size` bytes; None, and none is
-        dropped, if they have less."""
+        """Drop at least `size` bytes of chunks that rank below `standing`, lowest first. If there are fewer such bytes,
+        drop nothing and return None."""
         rank = self._within_prompt(standing).rank
         chosen: list[tuple[tuple[float, int], int, Write]] = []
         while size > 0 and self._ranks and self._ranks[0][0] < rank:
@@ -120,12 +123,12 @@ class Backlog:
             return None
         dropped = [write for *_, write in chosen]
         for write in dropped:
-            self._take_off(write)
+            self._remove(write)
         self.note_dropped(write.standing for write in dropped)
         return dropped
 
     def note_dropped(self, standings: Iterable[Standing]) -> None:
-        """These chunks are not stored: those that follow them are of no use now."""
+        """Remember chunks that were not stored: their successors are of no use now."""
         now = time.monotonic()
         for standing in standings:
             if standing.router_hash:
@@ -139,10 +142,10 @@ class Backlog:
         return time.monotonic() - self._dropped.get(standing.before, -_DROPPED_SECONDS) < _DROPPED_SECONDS
 
     def clear(self) -> list[Write]:
-        """All, off the line."""
+        """Remove and return all."""
         return self.take(self.size_bytes)
 
-    def _take_off(self, write: Write) -> None:
+    def _remove(self, write: Write) -> None:
         del self._writes[write.value.key]
         self.size_bytes -= write.size_bytes
         if self._of_chunk.get(write.standing.chunk) is write:
@@ -160,7 +163,7 @@ class Backlog:
         return standing._replace(benefit=benefit, position=max(standing.position, before.standing.position + 1))
 
     def _is_kept(self, write: Write) -> bool:
-        """Whether it was asked for, or one after it was."""
+        """Whether a client asked for this chunk, or for a later one of its prompt."""
         if self._is_used(write.value.key):
             before: Write | None = write
             while before is not None and not before.kept:

@@ -1,12 +1,15 @@
-"""Another way for payloads than the stream that carries the frames: the client fetches them from the target's memory.
+"""Carriers: the client fetches payloads from the target's memory, instead of receiving them on the stream of frames.
 
-A target that lends a payload says where it lies (PLACED), keeps it there until the client has TAKEN it or is gone, and
-never writes to a client's memory. A client copies it into memory of its own first, so that nothing can arrive at a
-destination after the call that named it has returned; the checksum tells if the target's memory was reused meanwhile.
+The target describes where a payload lies (PLACED), and keeps it there until the client sends TAKEN or disconnects. It
+never writes to a client's memory. Invariant: after a call has returned, nothing arrives at its destinations; `nixl`
+therefore reads into staging memory first. The checksum detects a target that reused its memory too early.
 
-`memory`: on the target's host, the client maps the target's memory and copies from it, once instead of twice through a
-socket. `nixl`: by UCX, RDMA where there is a device for it, shared memory and TCP elsewhere; slower than the stream
-without RDMA (`python -m benchmarks.store`). Nobody uses either without asking.
+- `memory`: on the target's host, the client maps the target's memory and copies from it once, not twice as over a
+  socket.
+- `nixl`: by UCX, with RDMA where there is a device for it, else shared memory or TCP. Without RDMA it is slower than
+  the stream (`python -m benchmarks.store`).
+
+Both are off by default.
 """
 
 import contextlib
@@ -32,7 +35,7 @@ from kvstore.net.transport import Cancelled
 
 MEMORY = "memory"
 NAMES = (MEMORY, "nixl")
-_PLACE = struct.Struct("<QQ")  # address, or place in the memory, and length
+_REMOTE_BUFFER = struct.Struct("<QQ")  # address, or offset in the mapped memory; length
 _MAP_BYTES = 16 << 20
 _MADV_POPULATE_READ = 22  # since Linux 5.14; not in mmap
 _POLL_SECONDS = 50e-6
@@ -43,13 +46,13 @@ class Lender(Protocol):
     """A target's side. Thread-safe; must not block for long."""
 
     name: str
-    descriptor: int | None  # of a file that a client gets after the greeting; None: it needs none
+    descriptor: int | None  # of a file that a client gets after the WELCOME; None: it needs none
 
     def greeting(self) -> bytes:
-        """What a client needs to reach this target's memory; another one after each start."""
+        """What a client needs to reach this target's memory. Differs after each start of the target."""
 
-    def place(self, buffer: Buffer) -> bytes:
-        """Where the payload lies that `buffer` holds."""
+    def remote_buffer(self, buffer: Buffer) -> bytes:
+        """The descriptor of the payload in `buffer`, for the client's `fetch`."""
 
 
 class Borrower(Protocol):
@@ -59,23 +62,23 @@ class Borrower(Protocol):
     needs_descriptor: bool
 
     def connect(self, greeting: bytes, descriptor: int | None) -> Any:
-        """How the target that greets so is reached: what `fetch` needs. The descriptor stays the caller's. Raises
-        ConnectionError."""
+        """Connect to the target with this greeting. Returns the `target` for `fetch`. The caller closes `descriptor`.
+        Raises ConnectionError."""
 
     def fetch(
         self,
         target: Any,
-        place: bytes,
+        remote_buffer: bytes,
         into: Sequence[memoryview],
         deadline: float,
         cancelled: Callable[[], bool] | None,
     ) -> None:
-        """Fill the parts of `into`, one after the other. Raises TimeoutError, Cancelled and ConnectionError; then
-        nothing arrives in them any more."""
+        """Fill the parts of `into`, one after the other. Raises TimeoutError, Cancelled and ConnectionError; nothing is
+        written to the parts after that."""
 
 
 class MemoryLender:
-    """Lends the arena of a target's buffers, which is shared."""
+    """Lends the arena of a target's buffers, which is shared memory."""
 
     name = MEMORY
 
@@ -86,12 +89,12 @@ class MemoryLender:
     def greeting(self) -> bytes:
         return self._greeting
 
-    def place(self, buffer: Buffer) -> bytes:
-        return _PLACE.pack(buffer.offset + PAGE_BYTES, buffer.length)
+    def remote_buffer(self, buffer: Buffer) -> bytes:
+        return _REMOTE_BUFFER.pack(buffer.offset + PAGE_BYTES, buffer.length)
 
 
 class MemoryBorrower:
-    """Copies out of targets' memory, mapped to be read alone."""
+    """Copies out of targets' memory, which is mapped read-only."""
 
     name = MEMORY
     needs_descriptor = True
@@ -100,9 +103,9 @@ class MemoryBorrower:
         """The target's memory; unmapped with the last reference to it."""
         assert descriptor is not None
         try:
-            # Memory that its owner could cut short would end this process at the next access.
+            # If its owner could truncate the file, an access beyond the end would kill this process (SIGBUS).
             if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-                raise ConnectionError("memory: it could be cut short")
+                raise ConnectionError("memory: the file is not sealed against truncation")
             mapped = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
         except (OSError, ValueError) as error:
             raise ConnectionError(f"memory: {error}") from None
@@ -112,14 +115,14 @@ class MemoryBorrower:
     def fetch(
         self,
         target: npt.NDArray[np.uint8],
-        place: bytes,
+        remote_buffer: bytes,
         into: Sequence[memoryview],
         deadline: float,
         cancelled: Callable[[], bool] | None,
     ) -> None:
-        start, length = _unpack_place(place, into)
+        start, length = _unpacked(remote_buffer, into)
         if start + length > len(target):
-            raise ConnectionError(f"memory: a place that ends at {start + length}, of {len(target)} bytes")
+            raise ConnectionError(f"memory: a buffer that ends at {start + length}, of {len(target)} bytes")
         if cancelled is not None and cancelled():
             raise Cancelled
         if time.monotonic() > deadline:
@@ -130,7 +133,7 @@ class MemoryBorrower:
 
 
 def _populate(mapped: mmap.mmap) -> None:
-    """Map the pages ahead of use, in steps that hold the interpreter for a few milliseconds each."""
+    """Fault the pages in ahead of use, in steps that hold the interpreter's lock for a few milliseconds each."""
     with contextlib.suppress(OSError):  # before Linux 5.14
         for start in range(0, len(mapped), _MAP_BYTES):
             mapped.madvise(_MADV_POPULATE_READ, start, min(_MAP_BYTES, len(mapped) - start))
@@ -151,9 +154,9 @@ class NixlLender:
         with self._lock:
             return bytes(self._agent.get_agent_metadata())
 
-    def place(self, buffer: Buffer) -> bytes:
+    def remote_buffer(self, buffer: Buffer) -> bytes:
         payload = buffer.payload
-        return _PLACE.pack(_address(payload), len(payload))
+        return _REMOTE_BUFFER.pack(_address(payload), len(payload))
 
 
 class NixlBorrower:
@@ -165,7 +168,7 @@ class NixlBorrower:
     def __init__(self, staging_bytes: int = 256 << 20):
         self._agent, self._lock = _agent("client"), threading.Lock()
         self._staging = BufferPool(staging_bytes)
-        self._transfers: list[_Transfer] = []  # done or given up, and not freed yet
+        self._transfers: list[_Transfer] = []  # done or abandoned, and not freed yet
         _register(self._agent, self._staging.arena[0 : self._staging.arena.total_bytes])
 
     def connect(self, greeting: bytes, descriptor: int | None) -> str:
@@ -179,12 +182,12 @@ class NixlBorrower:
     def fetch(
         self,
         target: str,
-        place: bytes,
+        remote_buffer: bytes,
         into: Sequence[memoryview],
         deadline: float,
         cancelled: Callable[[], bool] | None,
     ) -> None:
-        address, length = _unpack_place(place, into)
+        address, length = _unpacked(remote_buffer, into)
         self._sweep()
         buffer = self._staging.take(length, deadline)
         if buffer is None:
@@ -228,8 +231,8 @@ class NixlBorrower:
                 return repr(error)
 
     def _sweep(self) -> None:
-        """Free what belongs to transfers that are over. Into the memory of one that was given up on something may still
-        arrive: it is kept until the transfer has ended."""
+        """Free the memory of finished transfers. Data may still arrive for an abandoned one, so its memory is kept
+        until the transfer has ended."""
         with self._lock:
             transfers, self._transfers = self._transfers, []
         for transfer in transfers:
@@ -279,14 +282,14 @@ def _register(agent: Any, memory: memoryview) -> None:
     agent.register_memory([(_address(memory), len(memory), 0, "")], "DRAM")
 
 
-def _unpack_place(place: bytes, into: Sequence[memoryview]) -> tuple[int, int]:
-    """Where the value lies. Raises ConnectionError if it is not as long as what is to be filled."""
-    if len(place) != _PLACE.size:
-        raise ConnectionError(f"a place of {len(place)} bytes, not {_PLACE.size}")
-    start, length = _PLACE.unpack(place)
+def _unpacked(remote_buffer: bytes, into: Sequence[memoryview]) -> tuple[int, int]:
+    """Address or offset, and length. Raises ConnectionError if the length is not that of `into`."""
+    if len(remote_buffer) != _REMOTE_BUFFER.size:
+        raise ConnectionError(f"a buffer descriptor of {len(remote_buffer)} bytes, expected {_REMOTE_BUFFER.size}")
+    start, length = _REMOTE_BUFFER.unpack(remote_buffer)
     wanted = sum(len(part) for part in into)
     if length != wanted:
-        raise ConnectionError(f"a value of {length} bytes, {wanted} were asked for")
+        raise ConnectionError(f"a value of {length} bytes, requested {wanted}")
     return start, length
 
 

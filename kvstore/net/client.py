@@ -1,8 +1,8 @@
-"""The client: batched get and put with a deadline, straight into and out of the caller's memory.
+"""The client: batched get and put with a deadline, directly into and out of the caller's memory.
 
-Threads are the caller's own plus a small pool that moves large batches over several connections at once. Nothing here
-raises for a store that fails: every key has an Outcome. When a call returns, nobody writes to its destinations any
-more: a transfer that was not finished has had its connection closed.
+Calls run on the caller's thread, and on a small pool that moves large batches over several connections. A failing store
+raises no exception: every key has an Outcome. Invariant: when a call returns, no thread writes to its destinations.
+The connection of an unfinished transfer has been closed.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from kvstore.credentials import Credential
 from kvstore.keys import KEY_VERSION
 from kvstore.net import transport, wire
 from kvstore.net.carrier import Borrower
-from kvstore.net.membership import Membership, other_place, place
+from kvstore.net.membership import Membership, other_target, target_for
 from kvstore.net.tls import HANDSHAKE_SECONDS, ClientTls
 from kvstore.net.transport import Bytes, Cancelled, Stream
 from kvstore.net.wire import Control, Header, Op, Outcome, ProtocolError, PutItem
@@ -34,21 +34,23 @@ from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
 
-# A batch is split over connections once each gets this much: below it, the second connection costs more than it moves.
+# The smallest slice of a batch that gets a connection of its own: below it, a second connection costs more than it
+# gains.
 SLICE_BYTES = 8 << 20
-# A target that did not answer is left alone, first for this long, then for twice as long, up to the second figure.
+# Circuit breaker: a target that fails is not asked during an exponential backoff, from the first figure to the second.
 BACKOFF_SECONDS = (0.5, 15.0)
-# One that says nothing at all for so long, over as many requests as that takes, did not answer.
+# A target counts as failed after this long without a byte, summed over consecutive requests.
 SILENT_SECONDS = 0.5
 
-# A UNIX socket answers at once, or somebody else has its path; then TCP is used for so long.
+# Timeout for a UNIX socket, which answers at once unless another process has its path. After a failure, TCP is used for
+# FAR_SECONDS.
 NEAR_SECONDS = 1.0
 FAR_SECONDS = 15.0
 
 
 def good_connections() -> int:
-    """How many connections to a target bring most on this host. Out of a target's memory, over a UNIX socket, 8 bring
-    more than 4 or 12 where there are 16 cores; with 2 cores 4 are as good as any."""
+    """The number of connections to a target with the highest throughput on this host. Measured from a target's memory
+    over a UNIX socket: with 16 cores, 8 beat 4 and 12; with 2 cores, 4 are as good as any number."""
     return min(8, max(4, len(os.sched_getaffinity(0)) // 2))
 
 
@@ -60,19 +62,19 @@ class Item(NamedTuple):
     router_hash: int
     fingerprint: int
     blocks_per_chunk: int
-    saved_seconds: float = 0.0  # of GPU time, each time that it is found
-    key_version: int = KEY_VERSION  # how the key was made
+    saved_seconds: float = 0.0  # GPU time that one hit saves
+    key_version: int = KEY_VERSION  # version of the key derivation (keys.py)
     position: int = 0  # of the chunk in its prompt, from 0
     parent: int = 0  # router hash of the chunk before it in its prompt; 0: none, or not known
 
 
 class StoreClient:
-    """Talks to all live targets of a namespace. Thread-safe. Every `deadline` is a time.monotonic() value.
+    """A client of all live targets of a namespace. Thread-safe. Every `deadline` is a time.monotonic() value.
 
-    With a `credential` only targets are believed that prove to know it.
-    With a `seal`, put seals each value, and get opens it in place of checking its crc: a value that does not open is
-    CORRUPT. To targets a sealed value is a longer one under another key (seal.py).
-    With `tls` only targets are spoken to whose certificate is valid for the host of their address.
+    - `credential`: trust only targets that prove that they know it.
+    - `seal`: put seals each value; get opens it instead of checking its crc. A value that does not open is CORRUPT. To
+      targets a sealed value is a longer one under another key (seal.py).
+    - `tls`: connect only to targets whose certificate is valid for the host of their address.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class StoreClient:
         self._membership = membership
         self._credential, self._seal, self._tls = credential, seal, tls
         self._carrier = carrier
-        # The random part tells one client's connections from another's: clients take turns at a target.
+        # The random part identifies this client's connections: a target schedules clients round-robin.
         self._hello = wire.Hello(
             namespace, f"{name}-{secrets.token_hex(4)}", transport.boot_id(), carrier.name if carrier else ""
         )
@@ -109,9 +111,9 @@ class StoreClient:
         cancelled: Callable[[], bool] | None = None,
     ) -> list[Outcome]:
         """Fill each destination (1-D, bytes, exactly as long as the chunk) whose outcome is HIT; the content of the
-        others is undefined. `targets` says where to look, by default where the key is placed; a target that is not a
-        live member is not asked. What cannot be reached there is asked of the key's other target, which may have a
-        replica. `cancelled` is polled: once true, what is not there yet is LATE.
+        others is undefined. `targets` says where to look, by default at the target for the key; a target that is not a
+        live member is not asked. If a target is unreachable, the key's other target is asked for a replica.
+        `cancelled` is polled: once it returns True, chunks that have not arrived are LATE.
         """
 
         def get(names: Sequence[bytes], wanted: Sequence[int], seal_key: SealKey | None) -> list[Outcome]:
@@ -138,8 +140,8 @@ class StoreClient:
     def put(
         self, items: Sequence[Item], deadline: float, *, targets: Sequence[str | None] | None = None
     ) -> list[Outcome]:
-        """STORED for each chunk that is in the store when the call returns, on `targets`, by default where its key is
-        placed. Sealing by encryption takes as much memory again as the items have."""
+        """STORED for each chunk that is in the store when the call returns. `targets` says where, by default at the
+        target for the key. Sealing by encryption needs additional memory of the size of the items."""
         seal_key = self._seal.keys[0] if self._seal is not None else None
         if seal_key is not None:
             items = [item._replace(key=seal_key.name(item.key)) for item in items]
@@ -153,16 +155,16 @@ class StoreClient:
     def exists(
         self, keys: Sequence[bytes], deadline: float, *, targets: Sequence[str | None] | None = None
     ) -> list[Outcome]:
-        """HIT or MISS for each key, at `targets`, by default where it is placed or, if that cannot be reached, at its
-        other target."""
+        """HIT or MISS for each key at `targets`; by default at the target for the key, or, if that is unreachable, at
+        the key's other target."""
         return [outcome for outcome, _ in self._look_up(keys, deadline, targets)]
 
     def prefetch(
         self, keys: Sequence[bytes], deadline: float, *, targets: Sequence[str | None] | None = None
     ) -> list[Outcome]:
-        """Have the targets read chunks from disk into memory, with the lowest priority; `keys` are in the order of
-        their prompt. HIT for each that is in memory already, STORED for each that will be read if it finds room,
-        REFUSED for the others: the target has no hot cache, does not know this, or was asked for too much."""
+        """Ask the targets to read chunks from disk into memory, with the lowest priority. `keys` must be in the order
+        of their prompt. HIT: in memory already. STORED: will be read if there is room. MISS: not in the store.
+        REFUSED: the target has no hot cache, does not support this, or the peer's share is used up."""
 
         def prefetch(names: Sequence[bytes], wanted: Sequence[int], _: SealKey | None) -> list[Outcome]:
             return self._spread(
@@ -175,13 +177,13 @@ class StoreClient:
         return self._under_each_name(keys, prefetch)
 
     def locate(self, keys: Sequence[bytes], deadline: float) -> list[str | None]:
-        """The target that has each key, None where none says so."""
+        """For each key, the target that has it; None if no target does."""
         return [target if outcome is Outcome.HIT else None for outcome, target in self._look_up(keys, deadline)]
 
     def _look_up(
         self, keys: Sequence[bytes], deadline: float, targets: Sequence[str | None] | None = None
     ) -> list[tuple[Outcome, str | None]]:
-        """HIT or MISS for each key, and the target that said so."""
+        """HIT or MISS for each key, and the target that answered."""
         asked: list[str | None] = [None] * len(keys)
 
         def exists(names: Sequence[bytes], wanted: Sequence[int], _: SealKey | None) -> list[Outcome]:
@@ -194,7 +196,7 @@ class StoreClient:
             outcomes = at(named)
             for index in self._replicated(names, named, outcomes, at) if targets is None else ():
                 outcomes[index] = Outcome.HIT
-                named[index] = other_place(names[index], self._membership.targets(), named[index])
+                named[index] = other_target(names[index], self._membership.targets(), named[index])
             for index, target in zip(wanted, named, strict=True):
                 asked[index] = target
             return outcomes
@@ -203,7 +205,7 @@ class StoreClient:
 
     def _placed(self, names: Sequence[bytes]) -> list[str | None]:
         live = self._membership.targets()
-        return [place(name, live) for name in names]
+        return [target_for(name, live) for name in names]
 
     def _replicated(
         self,
@@ -212,11 +214,11 @@ class StoreClient:
         outcomes: Sequence[Outcome],
         at: Callable[[Sequence[str | None]], list[Outcome]],
     ) -> list[int]:
-        """Which of `names`, of those that could not be reached where they were asked for, their other targets have.
-        `at` asks targets, for None nobody."""
+        """Indices of those `names` whose asked target was unreachable and whose other target has them. `at` asks one
+        target for each name; None stands for no target."""
         live = self._membership.targets()
         others = [
-            other_place(name, live, target) if target is not None and outcome is Outcome.UNREACHABLE else None
+            other_target(name, live, target) if target is not None and outcome is Outcome.UNREACHABLE else None
             for name, target, outcome in zip(names, asked, outcomes, strict=True)
         ]
         if not any(others):
@@ -228,8 +230,8 @@ class StoreClient:
         keys: Sequence[bytes],
         ask: Callable[[Sequence[bytes], Sequence[int], SealKey | None], list[Outcome]],
     ) -> list[Outcome]:
-        """Ask for all keys; with several seal keys, ask for those that are missing under the name of the next one.
-        `ask` gets names, which of `keys` they stand for, and the seal key that they were made with."""
+        """Ask for all keys. With several seal keys, ask for the missing ones again under their names of the next seal
+        key. `ask` gets the names, their indices in `keys`, and the seal key that made the names."""
         if self._seal is None:
             return ask(keys, range(len(keys)), None)
         outcomes = [Outcome.MISS] * len(keys)
@@ -243,7 +245,7 @@ class StoreClient:
         return outcomes
 
     def stat(self, deadline: float) -> dict[str, wire.Status]:
-        """What each live target says of itself; one that does not answer is missing."""
+        """The status of each live target; a target that does not answer is left out."""
         answers: dict[str, wire.Status] = {}
         for target in self._membership.targets():
             with contextlib.suppress(*_FAILURES):
@@ -251,25 +253,25 @@ class StoreClient:
         return answers
 
     def listed(self, target: str, ask: wire.List, deadline: float) -> wire.Listed | None:
-        """A part of the chunks that a target has written, and the cursor of the next one; None if it did not answer.
-        Keys are as they are stored: of sealed chunks, names."""
+        """One page of the chunks that a target has written, and the cursor of the next page; None if it did not answer.
+        Keys are as stored: for sealed chunks, their names."""
         with contextlib.suppress(*_FAILURES):
             return self._line(target).listed(ask, deadline)
         return None
 
     def failure(self, target: str) -> str:
-        """Why a request to this target failed last; "" if none did."""
+        """The reason of the last failed request to this target; "" if none failed."""
         return self._line(target).failure
 
     @property
     def received_bytes(self) -> int:
-        """From all targets since the start, what is coming in now included."""
+        """From all targets since the start, including transfers in flight."""
         with self._lock:
             lines = list(self._targets.values())
         return sum(line.received_bytes for line in lines)
 
     def close(self) -> None:
-        """Close every connection; calls under way end as unreachable."""
+        """Close every connection. Running calls return UNREACHABLE."""
         with self._lock:
             lines = list(self._targets.values())
         for line in lines:
@@ -284,11 +286,12 @@ class StoreClient:
         targets: Sequence[str | None] | None,
         call: Callable[["_TargetLine", Sequence[int]], list[Outcome]],
     ) -> list[Outcome]:
-        """Group the keys by target, cut the groups into slices, call them side by side; `call` gets indices of keys."""
+        """Group the keys by target, cut the groups into slices, and run `call` on the slices in parallel. `call` gets
+        indices of keys."""
         live = self._membership.targets()
         by_target: defaultdict[str, list[int]] = defaultdict(list)
         for index, key in enumerate(keys):
-            target = place(key, live) if targets is None else targets[index]
+            target = target_for(key, live) if targets is None else targets[index]
             if target is not None and target in live:
                 by_target[target].append(index)
         slices = [
@@ -303,13 +306,13 @@ class StoreClient:
                 outcomes[index] = outcome
 
         others: list[Future[None]] = []
-        with contextlib.suppress(RuntimeError):  # the client was closed meanwhile: these are unreachable
+        with contextlib.suppress(RuntimeError):  # the client was closed in the meantime: the rest stays UNREACHABLE
             for line, part in slices[1:]:
                 others.append(self._pool.submit(run, line, part))
         if slices:
             run(*slices[0])
         for future in others:
-            with contextlib.suppress(CancelledError):  # by the close, before it began
+            with contextlib.suppress(CancelledError):  # `close` cancelled it before it started
                 future.result()
         return outcomes
 
@@ -324,7 +327,7 @@ class StoreClient:
 
 
 def _slices(indices: Sequence[int], sizes: Sequence[int], slices_max: int) -> Iterator[list[int]]:
-    """Cut into runs of about equal bytes, each worth a connection of its own."""
+    """Split into slices of about equal bytes, each large enough for a connection of its own."""
     share = max(SLICE_BYTES, -(-sum(sizes[index] for index in indices) // slices_max))
     run: list[int] = []
     run_bytes = 0
@@ -342,11 +345,11 @@ _FAILURES = (OSError, ProtocolError)  # TimeoutError and ConnectionError are OSE
 
 
 class _StaleError(Exception):
-    """The target closed a connection while it waited: to make room for others, or because it started again."""
+    """The target closed an idle connection: to make room for others, or because it restarted."""
 
 
 class _TargetLine:
-    """The connections to one target, and whether it is worth trying."""
+    """The connections to one target, with a circuit breaker."""
 
     def __init__(
         self,
@@ -365,26 +368,26 @@ class _TargetLine:
         self._carrier_greeting = b""
         self._carrier_target: Any = None
         self._hello = hello
-        self._far_until = 0.0  # no UNIX socket before
-        self._near: wire.Welcome | None = None  # over TCP, if the target's UNIX socket is in use
+        self._far_until = 0.0  # the UNIX socket is not tried before this time
+        self._near: wire.Welcome | None = None  # the WELCOME over TCP, while the target's UNIX socket is in use
         self._free: list[Stream] = []
-        self._busy: dict[Stream, int] = {}  # and how many bytes each had received when it became busy
+        self._busy: dict[Stream, int] = {}  # -> the stream's received_bytes when it became busy
         self._received_bytes = 0  # on streams while they were busy
-        self._proven: set[Stream] = set()  # on which a request was answered
+        self._proven: set[Stream] = set()  # streams on which the target answered a request
         self._room = threading.BoundedSemaphore(connections_max)
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)  # a connection is free, or gone
+        self._changed = threading.Condition(self._lock)  # a connection became free, or was closed
         self._requests = itertools.count(1)
         self._failures = 0
-        self._answered_at = 0.0  # last
-        self._silent_seconds = 0.0  # waited for since then
-        self._retry_at = 0.0  # nothing is asked before
-        self._connect_at = 0.0  # no connection is opened before, while others work
+        self._answered_at = 0.0  # time of the last answer
+        self._silent_seconds = 0.0  # spent waiting since then
+        self._retry_at = 0.0  # end of the backoff
+        self._connect_at = 0.0  # while other connections work, none is opened before this time
         self._complains = Rarely(BACKOFF_SECONDS[1])
-        self.failure = ""  # the last one's reason
+        self.failure = ""  # reason of the last failure
         self._closed = False
         self._value_bytes_max = wire.VALUE_BYTES_MAX
-        self._prefetches = False  # whether the target does
+        self._prefetches = False  # whether the target supports PREFETCH
 
     def get(
         self,
@@ -408,7 +411,7 @@ class _TargetLine:
                 header = _expect(stream, (Op.VALUE, Op.PLACED), request, deadline, cancelled)
                 number = header.number
                 if number >= len(keys) or outcomes[number] is not None:
-                    raise ProtocolError(f"VALUE for key {number}, which was not asked for or came before")
+                    raise ProtocolError(f"VALUE for key {number}, which was not requested or was already answered")
                 receive = self._receive_value if header.op is Op.VALUE else self._fetch_value
                 outcome = receive(stream, header, room[number], deadline, cancelled)
                 if outcome is Outcome.HIT and seal_key is not None:
@@ -438,7 +441,7 @@ class _TargetLine:
         deadline: float,
         cancelled: Callable[[], bool] | None,
     ) -> Outcome:
-        """A sealed value has yet to be opened when this says HIT."""
+        """Receive a value. HIT for a sealed value means received: the caller must still open it."""
         try:
             outcome = Outcome(header.flags)
         except ValueError:
@@ -447,7 +450,7 @@ class _TargetLine:
             return outcome
         if header.data_bytes != room.size:
             self._reject(Reason.LENGTH)
-            raise ProtocolError(f"VALUE of {header.data_bytes} bytes, {room.size} were asked for")
+            raise ProtocolError(f"VALUE of {header.data_bytes} bytes, requested {room.size}")
         if room.trailer is not None:
             stream.receive(room.destination, deadline, cancelled)
             stream.receive(memoryview(room.trailer), deadline, cancelled)
@@ -463,11 +466,11 @@ class _TargetLine:
         deadline: float,
         cancelled: Callable[[], bool] | None,
     ) -> Outcome:
-        """Take a value that the target has placed; see `_receive_value`."""
-        place = wire.decode_control(stream.receive_control(header, deadline), wire.Placed).place
+        """Fetch a PLACED value by the carrier; see `_receive_value`."""
+        remote_buffer = wire.decode_control(stream.receive_control(header, deadline), wire.Placed).place
         if self._carrier is None:
-            raise ProtocolError("PLACED, and no carrier was agreed on")
-        self._carrier.fetch(stream.carrier_target, place, room.parts, deadline, cancelled)
+            raise ProtocolError("got PLACED without an agreed carrier")
+        self._carrier.fetch(stream.carrier_target, remote_buffer, room.parts, deadline, cancelled)
         stream.received_bytes += room.size
         stream.send([wire.encode(Header(Op.TAKEN, header.request), wire.Taken(header.number))], deadline)
         if room.trailer is not None:
@@ -506,7 +509,7 @@ class _TargetLine:
         return answer or [failure] * len(items)
 
     def _value(self, item: Item, seal_key: SealKey | None) -> Sequence[Bytes]:
-        """What is stored of an item, in one part or two."""
+        """The stored bytes of an item, in one or two parts."""
         if self._seal is None or seal_key is None:
             return [item.payload]
         return seal_key.seal(item.key, item.payload, self._seal.mode)
@@ -518,7 +521,7 @@ class _TargetLine:
         return self._outcomes(Op.PREFETCH, wire.Prefetch(list(keys)), Op.PREFETCHED, len(keys), deadline)
 
     def _outcomes(self, op: Op, ask: msgspec.Struct, answers: Op, count: int, deadline: float) -> list[Outcome]:
-        """A question about `count` keys."""
+        """One request about `count` keys, answered by `Outcomes`."""
         answer: list[Outcome] = []
 
         def exchange(stream: Stream, request: int) -> None:
@@ -538,7 +541,7 @@ class _TargetLine:
         return self._ask(Op.LIST, ask, Op.LISTED, wire.Listed, deadline)
 
     def _ask(self, op: Op, ask: msgspec.Struct | None, answers: Op, kind: type[Control], deadline: float) -> Control:
-        """One question without payloads. Raises ConnectionError."""
+        """One request without payloads. Raises ConnectionError."""
         answer: list[Control] = []
 
         def exchange(stream: Stream, request: int) -> None:
@@ -567,7 +570,7 @@ class _TargetLine:
             return self._received_bytes + sum(stream.received_bytes - before for stream, before in self._busy.items())
 
     def _exchange(self, exchange: Callable[[Stream, int], None], deadline: float) -> Outcome:
-        """Run one request and its answer on a connection; what keys without an outcome of their own get."""
+        """Run one request and its response on a connection. Returns the outcome of keys that got none of their own."""
         now = time.monotonic()
         if self._closed or now < self._retry_at:
             return Outcome.UNREACHABLE
@@ -583,7 +586,7 @@ class _TargetLine:
             self._room.release()
 
     def _attempt(self, exchange: Callable[[Stream, int], None], deadline: float, *, again: bool = False) -> Outcome:
-        """Raises _StaleError if the target had closed a connection that waited, unless this is done `again`."""
+        """Raises _StaleError if the target had closed an idle connection, unless this is the retry (`again`)."""
         stream, waited, heard_bytes, done, began = None, False, 0, False, time.monotonic()
         try:
             stream, waited = self._take(deadline, fresh=again)
@@ -595,10 +598,10 @@ class _TargetLine:
             return Outcome.LATE
         except TimeoutError:
             if stream is None or stream.received_bytes == heard_bytes:
-                # A deadline may be a few milliseconds away: that says nothing of a target that is busy.
+                # A deadline may be a few milliseconds away: missing it once does not prove that the target is dead.
                 self._silent_seconds += time.monotonic() - max(began, self._answered_at)
                 if self._silent_seconds >= SILENT_SECONDS:
-                    self._leave_alone("not a byte before the deadline")
+                    self._back_off("timed out without a byte")
             return Outcome.LATE
         except _FAILURES as error:
             if stream is not None:
@@ -615,12 +618,12 @@ class _TargetLine:
         return Outcome.MISS
 
     def _is_stale(self, stream: Stream, heard_bytes: int, error: Exception) -> bool:
-        """Whether the connection ended without a byte of the answer, by itself."""
+        """Whether the target closed the connection before the first byte of the response."""
         return isinstance(error, ConnectionError) and stream.received_bytes == heard_bytes and not self._closed
 
     def _take(self, deadline: float, *, fresh: bool) -> tuple[Stream, bool]:
-        """A connection, and whether it waited for this: one that still stands, unless a `fresh` one is asked for, or a
-        new one. While none can be opened and others work, the first of those that is free."""
+        """A connection, and whether it comes from the idle pool. `fresh` asks for a new one. If no connection can be
+        opened while others work, waits for one of those."""
         while True:
             stream = None if fresh else self._next_free()
             if stream is not None:
@@ -640,10 +643,10 @@ class _TargetLine:
                 until = min(deadline, self._connect_at)
                 self._changed.wait_for(lambda: self._free or not self._proven, until - time.monotonic())
             if time.monotonic() >= deadline:
-                raise Cancelled  # the target did not keep it waiting
+                raise Cancelled  # the wait was for a connection, so it does not count as silence of the target
 
     def _next_free(self) -> Stream | None:
-        """A connection that waited and still stands."""
+        """An idle connection that the target has not closed; None if there is none."""
         while True:
             with self._lock:
                 stream = self._free.pop() if self._free else None
@@ -659,7 +662,7 @@ class _TargetLine:
             stream.close()
 
     def _works(self) -> bool:
-        """Whether a connection stands on which the target answered."""
+        """Whether any open connection has had an answer from the target."""
         with self._lock:
             ended = [stream for stream in self._free if not stream.is_idle()]
             self._free = [stream for stream in self._free if stream not in ended]
@@ -667,12 +670,12 @@ class _TargetLine:
         return bool(self._proven)
 
     def _connected(self, deadline: float) -> Stream:
-        """A new connection: to the UNIX socket where the target is near."""
+        """A new connection: to the UNIX socket if the target is on this host."""
         if self._near:
             try:
                 return self._connect_near(self._near, deadline)
             except _FAILURES:
-                self._near = None  # gone, or another start of the target: greet anew over TCP
+                self._near = None  # the target stopped or restarted: greet it again over TCP
         stream = self._connect(deadline)
         try:
             welcome = self._greet(stream, self._hello, deadline)
@@ -687,13 +690,13 @@ class _TargetLine:
         return near
 
     def _connect(self, deadline: float) -> Stream:
-        """A connection over TCP, with TLS if that was asked for."""
+        """A connection over TCP, with TLS if it is configured."""
         try:
             if self._tls is None:
                 return transport.connect(self._target, deadline)
             stream = self._tls.connect(self._target, deadline)
-        except ValueError as error:  # whoever registers in etcd may say anything
-            raise ConnectionError(f"no address: {error}") from None
+        except ValueError as error:  # a registration in etcd may contain anything
+            raise ConnectionError(f"invalid address: {error}") from None
         try:
             with self._abortable(stream):
                 stream.shake_hands(min(deadline, time.monotonic() + HANDSHAKE_SECONDS))
@@ -703,7 +706,7 @@ class _TargetLine:
         return stream
 
     def _nearer(self, welcome: wire.Welcome, deadline: float) -> Stream | None:
-        """A connection to the target's UNIX socket, if it has one and nobody else answers there."""
+        """A connection to the target's UNIX socket; None if it has none, or if another process answers there."""
         if not welcome.unix_path or time.monotonic() < self._far_until:
             return None
         try:
@@ -712,19 +715,19 @@ class _TargetLine:
             self._far_until = time.monotonic() + FAR_SECONDS
             reason = str(error) or type(error).__name__
             path = shown(welcome.unix_path)
-            logger.warning("%s: staying with TCP, %s is not used: %s", shown(self._target), path, shown(reason))
+            logger.warning("%s: using TCP, UNIX socket %s failed: %s", shown(self._target), path, shown(reason))
             return None
 
     def _connect_near(self, welcome: wire.Welcome, deadline: float) -> Stream:
-        """A connection to the UNIX socket of the target that gave this welcome over TCP. Whoever is silent there does
-        not get all the time there is."""
+        """A connection to the UNIX socket of the target that sent `welcome` over TCP. Has its own short timeout, so
+        that a silent process there does not use up the deadline."""
         deadline = min(deadline, time.monotonic() + NEAR_SECONDS)
         stream = transport.connect(welcome.unix_path, deadline)
         try:
             hello = msgspec.structs.replace(self._hello, pass_id=welcome.pass_id)
             near = self._greet(stream, hello, deadline, welcome)
             if (near.target, near.epoch) != (welcome.target, welcome.epoch):
-                raise ProtocolError(f"it greets as {shown(near.target)}, not as {shown(welcome.target)}")
+                raise ProtocolError(f"target {shown(near.target)} answers there, expected {shown(welcome.target)}")
         except BaseException:
             stream.close()
             raise
@@ -732,7 +735,7 @@ class _TargetLine:
 
     @contextlib.contextmanager
     def _abortable(self, stream: Stream) -> Iterator[None]:
-        """What waits for the stream ends when the client is closed."""
+        """While the body runs, `close` aborts the stream."""
         with self._lock:
             if self._closed:
                 raise ConnectionError("closed")
@@ -755,7 +758,7 @@ class _TargetLine:
         return welcome
 
     def _reach(self, carrier: Borrower, stream: Stream, greeting: bytes, deadline: float) -> Any:
-        """How the target is reached by the carrier; the same for all connections since its start."""
+        """The carrier's connection to the target. All connections to one start of the target share it."""
         descriptor = stream.receive_descriptor(deadline) if carrier.needs_descriptor else None
         try:
             with self._lock:
@@ -768,7 +771,7 @@ class _TargetLine:
                 os.close(descriptor)
 
     def _keep(self, stream: Stream) -> None:
-        """A request was answered on it."""
+        """Return a stream to the pool after an answered request. Closes the circuit breaker."""
         with self._changed:
             self._failures, self._silent_seconds, self._retry_at = 0, 0.0, 0.0
             self._answered_at = time.monotonic()
@@ -780,23 +783,23 @@ class _TargetLine:
         stream.close()
 
     def _failed(self, reason: str) -> None:
-        """One connection failed, or could not be opened. If none works, the target is left alone."""
+        """Note a failed connection. If no other connection works, back off from the target."""
         if not self._works():
-            self._leave_alone(reason)
+            self._back_off(reason)
             return
         with self._lock:
             self.failure = reason
             complains = self._complains()
         if complains:
-            logger.warning("%s: %s; its other connections go on", shown(self._target), shown(reason))
+            logger.warning("%s: a connection failed, others still work: %s", shown(self._target), shown(reason))
 
-    def _leave_alone(self, reason: str) -> None:
+    def _back_off(self, reason: str) -> None:
         with self._lock:
             self.failure = reason
             if time.monotonic() < self._retry_at:  # another request failed for the same reason
                 return
             free, self._free = self._free, []
-            self._carrier_greeting, self._carrier_target = b"", None  # a target that is gone gets its memory back
+            self._carrier_greeting, self._carrier_target = b"", None  # unmaps the memory of a target that is gone
             first, longest = BACKOFF_SECONDS
             pause = min(longest, first * 2**self._failures)
             self._failures += 1
@@ -812,20 +815,20 @@ def _greet(
     over_tcp: wire.Welcome | None,
     deadline: float,
 ) -> wire.Welcome:
-    """Say who this is and learn who the target is; with a credential, both prove it. On a UNIX socket the target proves
-    that it is the one that gave the pass `over_tcp`. Raises ProtocolError."""
+    """Exchange HELLO and WELCOME; with a credential, authenticate mutually. On a UNIX socket the target proves that it
+    issued the pass in `over_tcp`. Raises ProtocolError."""
     hello = msgspec.structs.replace(hello, nonce=secrets.token_bytes(wire.NONCE_BYTES))
     stream.send([wire.encode(Header(Op.HELLO), hello)], deadline)
     header = _expect(stream, (Op.WELCOME, Op.CHALLENGE), 0, deadline)
     if header.op is Op.CHALLENGE:
         return _prove(stream, hello, credential, header, deadline)
     if credential is not None:
-        raise ProtocolError("the target does not ask for the credential, and so does not prove that it knows it")
+        raise ProtocolError("the target does not ask for a credential, so it cannot prove that it knows ours")
     welcome = wire.decode_control(stream.receive_control(header, deadline), wire.Welcome)
     if over_tcp is not None and over_tcp.pass_key:  # targets before release 0.2 give none
         said = wire.transcript(hello, wire.Challenge(b""), welcome)
         if len(over_tcp.pass_key) != wire.NONCE_BYTES or not Credential(over_tcp.pass_key).signed(welcome.proof, said):
-            raise ProtocolError("another one than the target that named this path answers there")
+            raise ProtocolError("another process than the target answers there")
     return welcome
 
 
@@ -834,7 +837,7 @@ def _prove(
 ) -> wire.Welcome:
     challenge = wire.decode_control(stream.receive_control(header, deadline), wire.Challenge)
     if credential is None:
-        raise ProtocolError(f"the target asks for a credential of namespace {hello.namespace!r}, and none was given")
+        raise ProtocolError(f"the target requires a credential for namespace {hello.namespace!r}, none is configured")
     proof = credential.sign(wire.transcript(hello, challenge))
     stream.send([wire.encode(Header(Op.PROVE), wire.Prove(proof))], deadline)
     header = _expect(stream, (Op.WELCOME,), 0, deadline)
@@ -845,7 +848,7 @@ def _prove(
 
 
 class _Room:
-    """Where a value goes: the caller's memory, and a trailer's if the value is to be sealed."""
+    """Memory for one value: the caller's, and a trailer if the value is sealed."""
 
     def __init__(self, destination: memoryview, sealed: bool):
         self.destination = destination
@@ -878,13 +881,13 @@ def _expect(
     deadline: float,
     cancelled: Callable[[], bool] | None = None,
 ) -> Header:
-    """The header of the answer to `request`. Raises ProtocolError if it is another one."""
+    """The header of the response to `request`. Raises ProtocolError for any other frame."""
     header = stream.receive_header(deadline, cancelled)
     if header.op is Op.ERROR:
         failure = wire.decode_control(stream.receive_control(header, deadline), wire.Failure)
         raise ProtocolError(f"the target says: {shown(failure.message)}")
     if header.op not in ops or header.request != request:
-        raise ProtocolError(f"{header.op.name} {header.request} where {ops[0].name} {request} was expected")
+        raise ProtocolError(f"got {header.op.name} {header.request}, expected {ops[0].name} {request}")
     return header
 
 

@@ -1,8 +1,8 @@
-"""How etcd is reached: its servers from the command line, secrets and certificates from the environment.
+"""A client of etcd. Servers come from the command line, secrets and certificates from the environment.
 
-The variables are those that Dynamo reads, so that one environment serves both: ETCD_AUTH_USERNAME and
-ETCD_AUTH_PASSWORD, ETCD_AUTH_CA (who signed the servers' certificates; with it, TLS is spoken and nothing else), and
-ETCD_AUTH_CLIENT_CERT with ETCD_AUTH_CLIENT_KEY.
+The variables are Dynamo's, so one environment serves both: ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, ETCD_AUTH_CA,
+ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY. With ETCD_AUTH_CA (the CA of the servers' certificates) every connection
+uses TLS.
 """
 
 import os
@@ -35,11 +35,11 @@ def checked_servers(field: str, servers: str) -> tuple[tuple[str, int], ...]:
 
 
 class Etcd:
-    """A client that goes on with the next server when one fails, and greets it anew: tokens end, too, with a server's
-    start or their time. From any thread; one call at a time."""
+    """A client that fails over to the next server. Each failover authenticates again, because a token ends when its
+    server restarts or when it expires. Thread-safe; one call at a time."""
 
     def __init__(self, servers: str):
-        """Raises ConfigError. Nothing is asked yet."""
+        """Raises ConfigError. Does not connect yet."""
         self._servers = servers
         self._addresses = list(checked_servers("etcd", servers))
         self._options = _options(os.environ)
@@ -47,25 +47,25 @@ class Etcd:
         self._lock = threading.Lock()
 
     def call(self, work: Callable[[Any], Answer]) -> Answer:
-        """What `work` makes of a client of etcd3. It may be called again, with another client. Raises UnavailableError
-        if no server answers; each has a few seconds."""
+        """The result of `work`, called with a client of etcd3. If a server fails, `work` is called again with a client
+        of the next. Raises UnavailableError if no server answers; each has a few seconds."""
         with self._lock:
-            for _ in range(max(2, len(self._addresses))):  # one server again, too: its token may have ended
+            for _ in range(max(2, len(self._addresses))):  # retry a single server, too: its token may have expired
                 try:
                     if self._client is None:
                         self._client = _connect(*self._addresses[0], self._options)
                     return work(self._client)
-                except Exception as error:  # of grpc and of etcd3, which have no kind in common
+                except Exception as error:  # grpc's and etcd3's errors have no common base class
                     reason = _reason(error)
-                self._leave()
+                self._disconnect()
                 self._addresses.append(self._addresses.pop(0))
             raise UnavailableError(_unreachable(self._servers, reason))
 
     def close(self) -> None:
         with self._lock:
-            self._leave()
+            self._disconnect()
 
-    def _leave(self) -> None:
+    def _disconnect(self) -> None:
         client, self._client = self._client, None
         if client is not None:
             client.close()
@@ -87,22 +87,22 @@ def _options(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _connect(host: str, port: int, options: Mapping[str, str]) -> Any:
-    """A client of etcd3 0.12. Its generated code predates protobuf 4 and needs protobuf's Python implementation, which
-    is chosen once a process: so never in the engine's."""
+    """A client of etcd3 0.12. Its generated code predates protobuf 4 and needs protobuf's Python implementation. A
+    process chooses the implementation once, so an engine's process must not call this."""
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     import etcd3
 
     client = etcd3.client(host=host, port=port, timeout=_CALL_SECONDS, **options)
-    client.call_credentials = None  # which need TLS; the token goes in `metadata`, too
+    client.call_credentials = None  # they need TLS; etcd3 sends the token in `metadata`, too
     return client
 
 
 def _reason(error: Exception) -> str:
-    details = getattr(error, "details", None)  # of grpc's, whose text has many lines
+    details = getattr(error, "details", None)  # the text of a grpc error has many lines, its details one
     return shown(details() if callable(details) else error) or type(error).__name__
 
 
 def _unreachable(servers: str, reason: str) -> str:
     if any(word in reason for word in ("auth", "permission", "user name")):
-        return f"etcd: the server at {servers} wants other credentials ({reason}): see {_USER} and {_PASSWORD}"
+        return f"etcd: the server at {servers} rejects the credentials ({reason}): see {_USER} and {_PASSWORD}"
     return f"etcd: no server answers at {servers} ({reason}): start one there, or name another"

@@ -1,7 +1,7 @@
-"""Where clients of several namespaces come in: each proves its namespace's credential, and is served by its target.
+"""Authenticates the clients of several namespaces on one address, then hands each to its namespace's target.
 
-Both sides prove themselves (wire.md): a client that it belongs to the namespace, the target that it is one of the
-namespace's own. A wrong credential and a namespace that is not served get one answer, after the same work.
+Authentication is mutual (docs/wire.md): the client and the target each prove that they know the namespace's credential.
+A wrong credential and an unknown namespace get the same answer after the same work, so a client cannot tell them apart.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 GREETING_SECONDS = 5.0
 GREETING_BYTES_MAX = 8 << 10  # of a frame: four names of 256 characters, and the nonces
-# Whoever was not greeted yet belongs to no namespace. When there are more, the one that came first has to go: a flood
-# of connections that say nothing keeps nobody out who is quick.
+# Connections that have not authenticated. Beyond this the lobby closes the oldest: a flood of silent connections does
+# not block a client that authenticates quickly.
 GREETINGS_MAX = 256
-_REFUSED = "the namespace is not served here, or the credential is not its own"
+_REFUSED = "unknown namespace, or wrong credential for it"
 
 
 class Member(NamedTuple):
-    """A namespace's target, and what its clients must know."""
+    """A namespace's target, and the credential of its clients."""
 
     target: Target
     credential: Credential
@@ -45,8 +45,8 @@ class Lobby(Acceptor):
     def __init__(self, unix_uids: Collection[int] | None = None, tls: ServerTls | None = None) -> None:
         super().__init__(unix_uids, tls)
         self._members: dict[str, Member] = {}
-        self._nobody = Credential.random()  # of namespaces that are not served: a proof of it costs the same
-        self._greeting: dict[Stream, None] = {}  # the first that came is first
+        self._unknown = Credential.random()  # checked for unknown namespaces, so that the check takes as long
+        self._greeting: dict[Stream, None] = {}  # not authenticated yet; the oldest first
         self._lock = threading.Lock()
         self.refused = 0  # greetings
         self._complains = Rarely(COMPLAIN_SECONDS)
@@ -57,8 +57,8 @@ class Lobby(Acceptor):
             return dict(self._members)
 
     def admit(self, namespace: str, target: Target, credential: Credential) -> None:
-        """From now on clients with this credential are served. If it was another one, those that proved that have to
-        come again."""
+        """Serve clients with this credential from now on. If the namespace had another one, its clients are
+        disconnected and must authenticate again."""
         with self._lock:
             before = self._members.get(namespace)
             self._members[namespace] = Member(target, credential)
@@ -66,15 +66,15 @@ class Lobby(Acceptor):
             before.target.disconnect()
 
     def expel(self, namespace: str) -> None:
-        """Serve the namespace no more, and end its connections. What waits to be written is dropped: nobody can ask for
-        it, and the other namespaces' changes wait for this. Its shelf is the caller's to close."""
+        """Stop serving the namespace and close its connections. Chunks that wait to be written are dropped: no client
+        can read them, and changes to other namespaces wait for this call. The caller closes the shelf."""
         with self._lock:
             member = self._members.pop(namespace)
         member.target.disconnect()
         member.target.stop(flush_seconds=0.0)
 
     def stop(self) -> None:
-        """Stop accepting, let every request under way finish, and close."""
+        """Stop accepting, let running requests finish, and close."""
         self.stop_accepting()
         with self._lock:
             greeting, members = list(self._greeting), list(self._members.values())
@@ -94,7 +94,7 @@ class Lobby(Acceptor):
         try:
             threading.Thread(target=self._session, args=(stream,), name="kvtier-session", daemon=True).start()
         except RuntimeError as error:
-            logger.error("a client cannot be served: %s", error)
+            logger.error("cannot serve a client: %s", error)
             self._forget(stream)
             stream.close()
 
@@ -132,14 +132,14 @@ class Lobby(Acceptor):
             proof = wire.decode_control(stream.receive_control(header, deadline), wire.Prove).proof
         with self._lock:
             member = self._members.get(hello.namespace)
-        credential = self._nobody if member is None else member.credential
+        credential = self._unknown if member is None else member.credential
         proved = credential.signed(proof, wire.transcript(hello, challenge))
         if member is None or not proved:
             raise ProtocolError(_REFUSED)
         return header, hello, challenge, member
 
     def _complain(self, error: ProtocolError) -> None:
-        """Log it, but not so often that it would fill a disk."""
+        """Log it, rate-limited."""
         with self._lock:
             self.refused += 1
             if not self._complains():
@@ -151,7 +151,7 @@ class Lobby(Acceptor):
 def _expect(stream: Stream, op: Op, deadline: float) -> Header:
     header = stream.receive_header(deadline)
     if header.op is not op:
-        raise ProtocolError(f"{op.name} was expected, not {header.op.name}")
+        raise ProtocolError(f"got {header.op.name}, expected {op.name}")
     if header.control_bytes > GREETING_BYTES_MAX:
         raise ProtocolError(f"{op.name} of {header.control_bytes} bytes, at most {GREETING_BYTES_MAX}")
     return header

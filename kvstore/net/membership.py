@@ -1,7 +1,7 @@
-"""Which targets there are: a fixed list, or those that hold a lease in etcd. Also where each key belongs.
+"""The set of live targets (a fixed list, or the leases in etcd), and the placement of keys on them.
 
-A target is known by its address everywhere: in the list, in plans, on the bus. `python -m kvstore.net.membership`
-prints the live targets as they change; a process that must not import etcd3 (see `_etcd`) reads them from there.
+A target's address is its name everywhere: in the list, in plans, on the bus. `python -m kvstore.net.membership` prints
+the live targets as they change. A process that must not import etcd3 (see etcd.py) runs it as a child.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from kvstore.text import NAME_CHARACTERS_MAX, is_plain
 
 logger = logging.getLogger(__name__)
 
-# Long enough for a stalled machine to come back, short enough that a dead target is not asked for many requests.
+# TTL of a target's lease. Long enough for a machine that stalls; short enough that a dead target fails few requests.
 LEASE_SECONDS = 10
 POLL_SECONDS = 1.0
-COMPLAIN_SECONDS = 60.0  # of an etcd that is away
-TARGETS_MAX = 4096  # each is looked at for every key
+COMPLAIN_SECONDS = 60.0  # between log lines while etcd does not answer
+TARGETS_MAX = 4096  # placement of a key costs one hash per target
 
 
 class Membership(Protocol):
-    """The live targets. `targets` may be called from any thread, at any time, and does not block."""
+    """The live targets. `targets` is thread-safe and does not block."""
 
     def targets(self) -> Sequence[str]: ...
     def close(self) -> None: ...
@@ -56,12 +56,12 @@ class StaticMembership:
 
 
 class EtcdMembership:
-    """The targets registered under a namespace in etcd; the last known ones while etcd does not answer."""
+    """The targets registered under a namespace in etcd. While etcd does not answer, the last known ones."""
 
     def __init__(self, servers: str, namespace: str):
         self._etcd = Etcd(servers)
         self._prefix = _prefix(namespace)
-        self._ignored = 0  # registrations, in the last look
+        self._ignored = 0  # registrations, in the last poll
         self._closed = threading.Event()
         self._targets = self._read()
         threading.Thread(target=self._poll, name="kvtier-etcd", daemon=True).start()
@@ -79,7 +79,7 @@ class EtcdMembership:
                 self._targets = self._read()
             except UnavailableError as error:
                 if complains():
-                    logger.warning("keeping the targets known: %s", error)
+                    logger.warning("keeping the last known targets: %s", error)
         self._etcd.close()
 
     def _read(self) -> tuple[str, ...]:
@@ -88,12 +88,16 @@ class EtcdMembership:
         if len(targets) != len(found) - self._ignored:
             self._ignored = len(found) - len(targets)
             if self._ignored:
-                logger.warning("etcd: %d registrations are ignored: no addresses, or too many", self._ignored)
+                logger.warning(
+                    "etcd: ignored %d registrations: not host:port, or over the limit of %d targets",
+                    self._ignored,
+                    TARGETS_MAX,
+                )
         return tuple(targets)
 
 
 class ChildMembership:
-    """EtcdMembership in a process of its own: one JSON list a line comes through its standard output."""
+    """EtcdMembership in a child process, which writes one JSON list a line to its standard output."""
 
     def __init__(self, servers: str, namespace: str):
         self._targets: tuple[str, ...] = ()
@@ -113,11 +117,11 @@ class ChildMembership:
         assert self._child.stdout is not None
         for line in self._child.stdout:
             self._targets = tuple(msgspec.json.decode(line, type=list[str]))
-        logger.warning("the membership process ended with %s, keeping the targets known", self._child.wait())
+        logger.warning("membership process exited with code %s: keeping the last known targets", self._child.wait())
 
 
 class Registration:
-    """A target's own lease."""
+    """A target's lease in etcd, renewed by a thread until `close`."""
 
     def __init__(self, servers: str, namespace: str, target: str):
         self._etcd = Etcd(servers)
@@ -129,7 +133,7 @@ class Registration:
         self._thread.start()
 
     def close(self) -> None:
-        """Leave at once, rather than when the lease runs out."""
+        """Revoke the lease, so that clients see the target leave before its TTL ends."""
         self._closed.set()
         self._thread.join(LEASE_SECONDS)
         with contextlib.suppress(UnavailableError):
@@ -137,7 +141,7 @@ class Registration:
         self._etcd.close()
 
     def _register(self, client: Any) -> int:
-        """The lease's number."""
+        """Register the target; return the lease's ID."""
         lease = client.lease(LEASE_SECONDS)
         client.put(self._key, self._target, lease=lease)
         return int(lease.id)
@@ -151,21 +155,21 @@ class Registration:
                     self._lease = self._etcd.call(self._register)
             except UnavailableError as error:
                 if complains():
-                    logger.warning("the lease of %s may run out: %s", self._target, error)
+                    logger.warning("cannot renew the lease of %s, it may expire: %s", self._target, error)
 
 
 def check_etcd(servers: str) -> None:
     """Raises UnavailableError if no server answers."""
     etcd = Etcd(servers)
     try:
-        etcd.call(lambda client: client.revoke_lease(client.lease(LEASE_SECONDS).id))  # a role may be for one key
+        etcd.call(lambda client: client.revoke_lease(client.lease(LEASE_SECONDS).id))  # needs no access to any key
     finally:
         etcd.close()
 
 
 def open_membership(stores: str, namespace: str, *, isolated: bool = False) -> Membership:
-    """The membership that `stores` describes: `host:port,host:port`, or `etcd://` and the same of etcd's servers. With
-    `isolated`, etcd3 is not imported into this process. Raises ConfigError and UnavailableError."""
+    """The membership that `stores` describes: a list of targets (`host:port,host:port`), or `etcd://` and a list of
+    etcd servers. With `isolated`, this process does not import etcd3. Raises ConfigError and UnavailableError."""
     if stores.startswith("etcd://"):
         servers = stores.removeprefix("etcd://").rstrip("/")
         checked_servers("store", servers)
@@ -182,14 +186,14 @@ def checked_address(field: str, address: str) -> str:
     return address
 
 
-def place(key: bytes, targets: Sequence[str]) -> str | None:
-    """The target that keeps `key`, by rendezvous hashing (Thaler and Ravishankar, 1998): when a target comes or goes,
-    only its share moves."""
+def target_for(key: bytes, targets: Sequence[str]) -> str | None:
+    """The target that stores `key`, by rendezvous hashing (Thaler and Ravishankar, 1998): when a target joins or
+    leaves, only its share of the keys moves. None without targets."""
     return max(targets, key=lambda target: _weight(key, target), default=None)
 
 
-def other_place(key: bytes, targets: Sequence[str], target: str | None) -> str | None:
-    """Of the two targets that may keep `key` the first that is not `target`; None if there is no other."""
+def other_target(key: bytes, targets: Sequence[str], target: str | None) -> str | None:
+    """The first of the two targets for `key` that is not `target`; None if there is no other."""
     two = heapq.nlargest(2, targets, key=lambda one: _weight(key, one))
     return next((one for one in two if one != target), None)
 
@@ -199,7 +203,7 @@ def _weight(key: bytes, target: str) -> int:
 
 
 def _as_address(value: bytes) -> str | None:
-    """What somebody registered, if it is the address of a target."""
+    """A registered value as an address; None if it is not one."""
     address = value.decode("ascii", errors="replace")
     try:
         split_address(address)

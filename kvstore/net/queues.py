@@ -1,7 +1,7 @@
-"""What waits for a device: reads, fairly between clients and never past their deadlines; writes, bounded in bytes.
+"""Queues before a device: reads with fair queueing and admission control, writes with a bound in bytes.
 
-One queue of each kind a log, with a few threads that block in the device's calls. Small chunks that lie side by side
-are read and written at once. A chunk is acknowledged when it is written, or, behind the write, when it is in memory.
+Each log has one queue of each kind, with a few threads that block in the device's system calls. Adjacent small chunks
+are read and written together. A write is acknowledged when it is on the device or, with write-behind, in memory.
 """
 
 import logging
@@ -20,36 +20,38 @@ from kvstore.net.wire import Outcome
 
 logger = logging.getLogger(__name__)
 
-# Small chunks are moved together up to this much: beyond it a device is as fast as it gets (fio, 1 to 4 MiB).
+# Batch size for small chunks: a device reaches its full throughput at or below this size (fio, 1 to 4 MiB).
 BATCH_BYTES = 4 << 20
-# Reads under way on a device: NVMe needs about this many of 2 MiB for its full speed.
+# Concurrent reads per device: NVMe needs about this many of 2 MiB for its full throughput.
 READERS = 8
-# Few, so that writes leave the device to readers.
+# Few, so that reads get most of the device.
 WRITERS = 2
-# Chunks that may wait to be read from a device; each is some hundred bytes of memory. A client may have as many as it
-# leaves to the others.
+# Limit of chunks that wait to be read from a device; each takes about a hundred bytes of memory. A client may have at
+# most half of the part that other clients leave free.
 WAITING_CHUNKS_MAX = 65_536
-# What is read for a connection and not taken by its client is at most this, and at most a share of what is available:
-# however many clients stall, some memory is left for the others (dynamic thresholds, Choudhury and Hahne, 1998). With
-# an eighth, 24 that stall leave a quarter of it; with the default buffers a connection alone still has all its window.
+# Flow-control window of a connection: bytes that were read for it and not sent yet. Also bounded by a share of the free
+# memory: however many clients stall, some memory stays free for the others (dynamic thresholds, Choudhury and Hahne,
+# 1998). With an eighth, 24 stalled clients leave a quarter of the memory. With the default buffers, a single connection
+# still gets its whole window.
 WINDOW_BYTES = 32 << 20
 _WINDOW_SHARE = 1 / 8
-# Of a connection that holds nothing yet: one that comes late gets something, too.
+# The share for a connection that holds nothing yet, so that late connections get memory, too.
 _FIRST_SHARE = 1 / 2
-# A read that finds no memory for so long is refused: it keeps a thread from others.
+# A read that waits this long for memory is refused, because it blocks a thread that other reads need.
 _BUFFER_SECONDS = 0.1
-# Why a chunk that was offered is not stored, or not any more.
+# Why an offered chunk was not stored, or was dropped after it was acknowledged.
 DROP_REASONS = ("no_room", "displaced", "orphaned", "failed", "stopped")
-# How often those are looked at again who had no room, in case that others made some.
+# Polling interval for connections whose window was full: memory that others free may have widened it.
 _LOOK_SECONDS = 0.02
-# A queue's speed is what it moved in the last busy stretch of this length.
+# Throughput is measured over busy periods of this length.
 _SPEED_SECONDS = 0.2
-# Under overload it is measured all the time. Once that is over, an old figure must not refuse anything.
+# A measurement is valid this long. Under overload there are new ones all the time; after it, an old one must not refuse
+# reads.
 _SPEED_VALID_SECONDS = 1.0
 
 
 class Want(NamedTuple):
-    """A chunk that a client waits for: number `number` of its request."""
+    """A chunk that a client requested; `number` is its index in the request."""
 
     number: int
     key: bytes
@@ -57,7 +59,7 @@ class Want(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What became of a Want. With a HIT comes a buffer, which the receiver has to give back to the pool."""
+    """The result for a Want. A HIT carries a buffer, which the receiver must give back to the pool."""
 
     want: Want
     outcome: Outcome
@@ -66,7 +68,7 @@ class Answer(NamedTuple):
 
 
 class _Delay:
-    """How long something takes most of the time: TCP's estimate of a round trip (Jacobson, 1988)."""
+    """An upper estimate of a delay: mean plus four deviations, as in TCP's retransmission timer (Jacobson, 1988)."""
 
     def __init__(self) -> None:
         self._mean = 0.0
@@ -83,7 +85,7 @@ class _Delay:
 
 
 class _Speed:
-    """Bytes over seconds, mostly of the last ten transfers."""
+    """Throughput, weighted towards the last ten transfers."""
 
     def __init__(self) -> None:
         self._bytes = 0.0
@@ -94,12 +96,12 @@ class _Speed:
         self._seconds = 0.9 * self._seconds + seconds
 
     def seconds(self, size: int) -> float:
-        """For so many bytes; 0 if nothing is known."""
+        """Expected duration of a transfer of `size` bytes; 0 without a measurement."""
         return size * self._seconds / self._bytes if self._bytes else 0.0
 
 
 class Reader:
-    """Where reads come from: a connection of `client`. Thread-safe."""
+    """Flow control of one connection of `client`: bytes queued, bytes read but unsent, send rate. Thread-safe."""
 
     def __init__(self, client: str, pool: BufferPool):
         self.client = client
@@ -107,11 +109,11 @@ class Reader:
         self.gone = False
         self._lock = threading.Lock()
         self._waiting_bytes = 0  # to be read
-        self._unsent_bytes = 0  # being read, or read and not sent yet
+        self._unsent_bytes = 0  # being read, or read and not yet sent
         self._sending = _Speed()
 
     def sent(self, size: int, seconds: float) -> None:
-        """Sending so much to it took so long."""
+        """Note that sending `size` bytes took `seconds`."""
         self._sending.add(size, seconds)
 
     def has_room(self, size: int) -> bool:
@@ -120,35 +122,36 @@ class Reader:
         return self._unsent_bytes + size <= min(WINDOW_BYTES, _WINDOW_SHARE * self._pool.available_bytes)
 
     def begins_to_send(self, read_at: float, now: float) -> float:
-        """When something that is asked for now, and read at `read_at`, comes after all that is ahead of it. With
-        nothing ahead that is at once, whatever was measured: its client may be quicker by now."""
+        """When a chunk that is requested now, and read at `read_at`, starts to be sent: after all bytes ahead of it.
+        With none ahead that is `read_at`, whatever the measured rate: the client may be faster by now."""
         behind_waiting = now + self._sending.seconds(self._unsent_bytes + self._waiting_bytes)
         return max(behind_waiting, self.sends_what_is_read(read_at))
 
     def sends_what_is_read(self, read_at: float, size: int = 0) -> float:
-        """The same of something that does not wait any more, and of whose `size` is being held."""
+        """The same for a chunk that has left the queue; its `size` is already counted as unsent."""
         return read_at + self._sending.seconds(self._unsent_bytes - size)
 
     def wait_for(self, size: int) -> None:
-        """Account for bytes that wait to be read; negative: that do so no more."""
+        """Add to the bytes that wait to be read; negative removes."""
         with self._lock:
             self._waiting_bytes += size
 
     def hold(self, size: int) -> None:
-        """Account for bytes that are read for it; negative: that were sent, or are not to be had."""
+        """Add to the bytes that are read but unsent; negative removes those that were sent or could not be read."""
         with self._lock:
             self._unsent_bytes += size
 
 
 @dataclass
 class Read:
-    """Chunks of one request, to be read at once. `done` is called on a queue's thread, once, and must not block."""
+    """Chunks of one request, to be read together. `done` is called once, on a thread of the queue, or on the caller's
+    within `submit`. It must not block."""
 
     reader: Reader
     wants: Sequence[Want]
     deadline: float  # time.monotonic()
     done: Callable[[list[Answer]], None]
-    expected: float = 0.0  # when it should be read
+    expected: float = 0.0  # predicted time of completion; 0: none
     size_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,14 +163,14 @@ class Read:
 
 @dataclass
 class _Client:
-    """What waits for a client, by its connections, which take turns, too."""
+    """A client's queued reads, round-robin over its connections."""
 
     reads: OrderedDict[Reader, deque[Read]] = field(default_factory=OrderedDict)
     chunks: int = 0
     size_bytes: int = 0
 
     def next(self, now: float) -> Reader | None:
-        """The connection whose turn it is: its first read has room, or has expired and needs none."""
+        """The next connection whose window has room for its first read, or whose first read has expired."""
         for reader, reads in self.reads.items():
             if now > reads[0].deadline or reader.has_room(reads[0].size_bytes):
                 return reader
@@ -175,8 +178,8 @@ class _Client:
 
 
 class ReadQueue:
-    """Reads a log's chunks. Clients take turns, whatever each has waiting. What cannot be read before its deadline is
-    refused at once, and what has expired is not read."""
+    """Reads a log's chunks. Round-robin fair queueing over clients, then over their connections. Admission control: a
+    read that is predicted to miss its deadline is refused on `submit`. Expired reads are not executed."""
 
     def __init__(self, log: Log, pool: BufferPool, *, threads: int = READERS):
         self._log = log
@@ -186,12 +189,12 @@ class ReadQueue:
         self._turns: OrderedDict[str, _Client] = OrderedDict()
         self._waiting_chunks = 0
         self._waiting_bytes = 0
-        self._under_way = 0
-        self._under_way_bytes = 0
+        self._active = 0
+        self._active_bytes = 0
         self._speed = 0.0  # bytes per second
-        self._speed_until = 0.0  # nothing is known of it later than this
-        self._slip = _Delay()  # by how much reads come later than expected
-        self._busy_since = 0.0  # all threads; 0: they are not
+        self._speed_until = 0.0  # the measurement expires at this time
+        self._lateness = _Delay()  # of reads, against their prediction
+        self._busy_since = 0.0  # since when all threads are busy; 0: they are not
         self._busy_bytes = 0
         self._stopping = False
         for number in range(threads):
@@ -203,23 +206,23 @@ class ReadQueue:
 
     @property
     def bytes_per_second(self) -> float:
-        """What the device read when all threads were busy; 0 if that was not lately."""
+        """Read throughput while all threads were busy; 0 if they were not within the last second."""
         return self._speed if time.monotonic() < self._speed_until else 0.0
 
     @property
     def is_busy(self) -> bool:
-        """Whether a read is under way, or could be."""
+        """Whether a read is running, or could start."""
         now = time.monotonic()
         with self._changed:
-            return self._under_way > 0 or any(client.next(now) for client in self._turns.values())
+            return self._active > 0 or any(client.next(now) for client in self._turns.values())
 
     def submit(self, reads: Sequence[Read]) -> None:
-        """Queue reads of one reader; those that make no sense any more are answered before this returns."""
+        """Queue reads of one reader. Reads that are refused or late are answered before this returns."""
         refused = []
         now = time.monotonic()
         with self._changed:
             for read in reads:
-                if now > read.deadline or self._is_hopeless(read, now):
+                if now > read.deadline or self._must_refuse(read, now):
                     refused.append(read)
                 else:
                     self._add(read)
@@ -228,54 +231,55 @@ class ReadQueue:
             read.done(read.all(Outcome.LATE if now > read.deadline else Outcome.REFUSED))
 
     def wake(self) -> None:
-        """A reader has room again."""
+        """Note that a connection's window has room again."""
         with self._changed:
             self._changed.notify()
 
     def drop(self, reader: Reader) -> None:
-        """The connection is gone: forget what it waits for."""
+        """Discard the reads of a connection that is gone."""
         reader.gone = True
         with self._changed:
             client = self._turns.get(reader.client)
             while client and reader in client.reads:
-                self._take_off(client, reader)
+                self._remove(client, reader)
 
     def stop(self) -> None:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
 
-    def _is_hopeless(self, read: Read, now: float) -> bool:
-        """Whether there is no place for it, or the queue's own speed says that it would be done after its deadline."""
+    def _must_refuse(self, read: Read, now: float) -> bool:
+        """Whether the queue is full for this client, or the read is predicted to miss its deadline."""
         client = self._turns.get(read.reader.client, _Client())
         if self._waiting_chunks + client.chunks + len(read.wants) > WAITING_CHUNKS_MAX:
             return True
         read_at = now
         if now < self._speed_until:
             read.expected = now + self._bytes_until(client, read) / self._speed
-            # One is always tried: the estimate must see when things get better.
-            read_at = read.expected + self._slip.seconds if self._under_way else now
+            # With no read active, admit one in any case: the estimate must notice when the device recovers.
+            read_at = read.expected + self._lateness.seconds if self._active else now
         return read.reader.begins_to_send(read_at, now) > read.deadline
 
     def _will_be_late(self, read: Read, now: float) -> bool:
-        """Whether it would be read in time, and sent too late."""
-        known = now < self._speed_until and self._under_way > 1
-        read_at = now + self._under_way_bytes / self._speed if known else now
+        """Whether a read that starts now is predicted to be sent after its deadline."""
+        known = now < self._speed_until and self._active > 1
+        read_at = now + self._active_bytes / self._speed if known else now
         return read.reader.sends_what_is_read(read_at, read.size_bytes) > read.deadline
 
     def _bytes_until(self, client: _Client, read: Read) -> int:
-        """What is read until this one is done: of every other client that can have its turns, as much as of its own."""
+        """Bytes that the device reads until this one is done. By round-robin, every other client that is not blocked by
+        its windows gets as many bytes as this one."""
         now, own = time.monotonic(), client.size_bytes + read.size_bytes
         others = (one for one in self._turns.values() if one is not client and one.next(now))
-        return self._under_way_bytes + own + sum(min(own, one.size_bytes) for one in others)
+        return self._active_bytes + own + sum(min(own, one.size_bytes) for one in others)
 
     def _add(self, read: Read) -> None:
         client = self._turns.setdefault(read.reader.client, _Client())
         client.reads.setdefault(read.reader, deque()).append(read)
         self._count(client, read.reader, len(read.wants), read.size_bytes)
 
-    def _take_off(self, client: _Client, reader: Reader) -> Read:
-        """The reader's first read, off the queue."""
+    def _remove(self, client: _Client, reader: Reader) -> Read:
+        """Remove and return the reader's first read."""
         reads = client.reads[reader]
         read = reads.popleft()
         self._count(client, reader, -len(read.wants), -read.size_bytes)
@@ -293,14 +297,14 @@ class ReadQueue:
         self._waiting_bytes += size_bytes
 
     def _next(self) -> Read | None:
-        """The next read of the client whose turn it is; a connection whose window is full misses its turn."""
+        """The next read, round-robin. A connection whose window is full is skipped."""
         now = time.monotonic()
         for name, client in self._turns.items():
             reader = client.next(now)
             if reader is not None:
                 self._turns.move_to_end(name)
                 client.reads.move_to_end(reader)
-                read = self._take_off(client, reader)
+                read = self._remove(client, reader)
                 reader.hold(read.size_bytes)
                 return read
         return None
@@ -317,7 +321,7 @@ class ReadQueue:
             try:
                 answers = self._read(read)
             except Exception:
-                logger.exception("a read failed in an unforeseen way")
+                logger.exception("unexpected error: a read failed")
                 answers = read.all(Outcome.CORRUPT)
             read_bytes = sum(answer.buffer.length for answer in answers if answer.buffer)
             with self._changed:
@@ -326,17 +330,17 @@ class ReadQueue:
             read.done(answers)
 
     def _begin(self, read: Read) -> None:
-        self._under_way += 1
-        self._under_way_bytes += read.size_bytes
-        if self._under_way == self._threads and not self._busy_since:
+        self._active += 1
+        self._active_bytes += read.size_bytes
+        if self._active == self._threads and not self._busy_since:
             self._busy_since, self._busy_bytes = time.monotonic(), 0
 
     def _end(self, read: Read, read_bytes: int) -> None:
-        """Speed is what the device gives while all threads are busy: otherwise it is only what was asked for."""
+        """Measure throughput only while all threads are busy: otherwise the demand limits it, not the device."""
         if read.expected:
-            self._slip.add(time.monotonic() - read.expected)
-        self._under_way -= 1
-        self._under_way_bytes -= read.size_bytes
+            self._lateness.add(time.monotonic() - read.expected)
+        self._active -= 1
+        self._active_bytes -= read.size_bytes
         self._busy_bytes += read_bytes
         elapsed = time.monotonic() - self._busy_since
         if self._busy_since and elapsed > _SPEED_SECONDS:
@@ -352,7 +356,7 @@ class ReadQueue:
             return read.all(Outcome.LATE)
         answers, absent = [], []
         for want in read.wants:
-            # Read for somebody else meanwhile?
+            # Another request may have read it in the meantime.
             hot = self._pool.find(want.key, want.length) if want.key in self._pool else None
             if hot is None:
                 absent.append(want)
@@ -375,12 +379,12 @@ class ReadQueue:
 
 
 class WriteQueue:
-    """Writes chunks behind their senders' backs, in the order of their coming, and drops those of least benefit when
-    more come than the device takes (backlog.py).
+    """Writes chunks in order of arrival. Under overload it drops those of least benefit (backlog.py).
 
-    `bytes_max` bounds what waits or is taken in. Its buffers come from the pool that readers use, too: it should be a
-    part of that. With `behind` a chunk is stored, and served by the pool, from its `offer` on; then `bytes_max` bounds
-    what is being written, too. If it is dropped after that, or its write fails, it is withdrawn.
+    `bytes_max` bounds the chunks that wait or are being received. Reads use the same pool of buffers, so it should be a
+    part of the pool's size. With `behind` (write-behind) a chunk counts as stored, and the pool serves it, from its
+    `offer` on. Then `bytes_max` includes chunks that are being written. A chunk that is dropped after that, or whose
+    write fails, is unpublished.
     """
 
     def __init__(self, log: Log, pool: BufferPool, bytes_max: int, *, threads: int = WRITERS, behind: bool = False):
@@ -391,7 +395,7 @@ class WriteQueue:
         self._changed = threading.Condition()
         self._backlog = Backlog(log.is_used)
         self._pending: dict[bytes, Write] = {}  # waiting or being written
-        self._coming_bytes = 0  # set aside for payloads that are being taken in
+        self._coming_bytes = 0  # reserved for payloads that are being received
         self._writing_bytes = 0
         self._stopping = False
         self.dropped = Counter(dict.fromkeys(DROP_REASONS, 0))  # chunks
@@ -404,7 +408,7 @@ class WriteQueue:
 
     @property
     def bytes_max(self) -> int:
-        """Dirty chunks are no more than half of what the log may hold, which may change."""
+        """With write-behind at most half of the log's capacity, which may change."""
         return min(self._bytes_max, self._log.capacity_bytes // 2) if self._behind else self._bytes_max
 
     @property
@@ -412,7 +416,7 @@ class WriteQueue:
         return bool(self._backlog) or self._writing_bytes > 0
 
     def join(self, key: bytes, done: Callable[[Outcome], None]) -> bool:
-        """If the chunk is on its way already, and not stored, `done` hears of it, too."""
+        """If the chunk waits already and is not acknowledged, add `done` to its callbacks; return whether it was."""
         with self._changed:
             write = None if self._behind else self._pending.get(key)
             if write is not None:
@@ -420,8 +424,8 @@ class WriteQueue:
             return write is not None
 
     def expect(self, key: bytes, length: int, standing: Standing, until: float) -> bool:
-        """Before a payload is taken in: whether there is room for it. What ranks lower is dropped for it, otherwise
-        room is waited for until `until` (time.monotonic()). If so, `offer` or `give_up` must follow."""
+        """Reserve room for a payload before it is received; False if there is none. Drops chunks of lower rank, or
+        blocks for room until `until` (time.monotonic()). After True, `offer` or `give_up` must follow."""
         size = record_bytes(length)
         with self._changed:
             orphan = self._backlog.is_orphan(standing)
@@ -440,7 +444,8 @@ class WriteQueue:
         return True
 
     def give_up(self, key: bytes, length: int, standing: Standing | None = None) -> None:
-        """The payload did not come; `standing` is given if what follows the chunk may come."""
+        """Release the reservation of a payload that did not arrive intact. `standing` is given if successors of the
+        chunk may still arrive: they are refused then."""
         with self._changed:
             self._coming_bytes -= record_bytes(length)
             if standing is not None and self._is_lost(key):
@@ -448,25 +453,25 @@ class WriteQueue:
             self._changed.notify_all()
 
     def _is_lost(self, key: bytes) -> bool:
-        """Whether a chunk that was not taken in came from nobody else either. With the lock held."""
+        """Whether no other client's copy of the chunk is pending or stored. With the lock held."""
         return key not in self._pending and key not in self._log
 
     def offer(self, write: Write) -> None:
-        """Queue a chunk that was expected; its buffer is the queue's from now on."""
+        """Queue a chunk after `expect`. The queue owns its buffer from now on."""
         with self._changed:
             self._coming_bytes -= write.size_bytes
-            outcome = self._take_in(write)
+            outcome = self._queue(write)
             answered: list[Callable[[Outcome], None]] = []
             if outcome is None and self._behind:
                 answered, write.done = write.done, answered
-            self._changed.notify_all()  # threads that write wait here, and those that look for room
+            self._changed.notify_all()  # wakes writers and calls of `expect`
         if outcome is not None:
             self._finish(write, outcome)
         for done in answered:
             done(Outcome.STORED)
 
-    def _take_in(self, write: Write) -> Outcome | None:
-        """Queue it, if nobody else's is queued; otherwise what becomes of it. With the lock held."""
+    def _queue(self, write: Write) -> Outcome | None:
+        """Queue a chunk and return None; if it is known or refused, return its outcome. With the lock held."""
         key = write.value.key
         known = self._pending.get(key)
         if known is not None:
@@ -479,7 +484,7 @@ class WriteQueue:
             self.dropped["stopped" if self._stopping else "orphaned"] += 1
             return Outcome.REFUSED
         if self._behind:
-            self._pool.keep_dirty(key, write.value.buffer, write.value.crc)  # whoever sees it must find it
+            self._pool.keep_dirty(key, write.value.buffer, write.value.crc)  # readable before it is published
             if not self._log.show(write.value):
                 self._pool.discard(key)
                 return Outcome.STORED
@@ -488,7 +493,7 @@ class WriteQueue:
         return None
 
     def stop(self, until: float) -> None:
-        """Write what waits, and return; what waits at `until` (time.monotonic()) is dropped."""
+        """Write the waiting chunks, and return. Chunks that still wait at `until` (time.monotonic()) are dropped."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -501,12 +506,13 @@ class WriteQueue:
             self._finish(write, Outcome.REFUSED)
 
     def _excess_bytes(self, size: int) -> int:
-        """How much has to go for `size` bytes more. One chunk has room, however long it is."""
+        """Bytes to drop before `size` more fit. An empty queue accepts one chunk of any size."""
         held = self._backlog.size_bytes + self._coming_bytes + (self._writing_bytes if self._behind else 0)
         return held + size - self.bytes_max if held else 0
 
     def _drop(self, writes: Sequence[Write], reason: str) -> None:
-        """These, which wait no more, are not stored. With the lock held: until then nobody offers them again."""
+        """Forget chunks that left the queue without being stored. With the lock held, so that no client offers them
+        again before that."""
         self.dropped[reason] += len(writes)
         if self._behind:
             self._log.withdraw(write.value.key for write in writes)  # unpublished before the memory is used again
@@ -528,7 +534,7 @@ class WriteQueue:
             try:
                 stored = self._log.append([write.value for write in batch])
             except Exception:
-                logger.exception("a write failed in an unforeseen way")
+                logger.exception("unexpected error: a write failed")
                 stored = [False] * len(batch)
             written = [write for write, good in zip(batch, stored, strict=True) if good]
             failed = [write for write, good in zip(batch, stored, strict=True) if not good]

@@ -1,9 +1,9 @@
-"""Replicas: a chunk that clients read is held by two targets, so that the loss of one does not cost the working set.
+"""Replication: chunks that clients read get a second copy, so that the loss of a target does not lose the working set.
 
-A key has two targets, the first two by rendezvous hashing. When one of them sends a chunk out of its memory, it offers
-it to the other, which takes it as it takes any PUT, and drops it first when more comes than it can write. It does so
-behind the GETs: one small batch at a time, with pauses. What has left its memory meanwhile is offered when it is read
-again.
+A key has two targets, the first two by rendezvous hashing. When one of them serves a chunk from its memory, it offers
+the chunk to the other with an ordinary PUT. Under overload the other drops replicas first. Replication runs in the
+background, in small batches with pauses, so that GETs keep most of the bandwidth. A chunk that is evicted from memory
+before its turn is offered when it is read again.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from kvstore.disk.buffers import Buffer, BufferPool
 from kvstore.disk.shelf import Shelf
 from kvstore.net import wire
 from kvstore.net.client import Item, StoreClient
-from kvstore.net.membership import Membership, other_place
+from kvstore.net.membership import Membership, other_target
 from kvstore.net.wire import Outcome
 
 logger = logging.getLogger(__name__)
@@ -31,20 +31,21 @@ _WAITING_MAX = 4096
 _BATCH_BYTES = 4 << 20
 _BATCH_CHUNKS = 256
 _CALL_SECONDS = 5.0
-# After a batch, a pause of so many times its length: a fifth of the time is the replicas', and four are the GETs'.
+# The pause after a batch, in multiples of the batch's duration: replication takes a fifth of the time at most.
 _PAUSE = 4.0
-# A chunk that was offered, and is read again, is offered again after so long: the other may have evicted it.
+# A chunk is offered again if it is read this long after the last offer: the other target may have evicted it.
 _AGAIN_SECONDS = 300.0
-# One that the other refused: it may have too much to do, or not be allowed to write.
+# The same after a refusal: the other target may be overloaded or read-only.
 _REFUSED_AGAIN_SECONDS = 10.0
-_REMEMBERED_MAX = 100_000  # of those, 150 bytes each
-# What became of a chunk that was read: the other target has it now, had it, does not take it or answer; or it had left
-# the memory here, or was damaged in it.
+_REMEMBERED_MAX = 100_000  # offers, 150 bytes each
+# Outcomes of an offer. stored: the other target took the chunk. known: it had the chunk. refused: it refused or did not
+# answer. gone: this target's memory no longer had the chunk, or its checksum failed.
 OUTCOMES = ("stored", "known", "refused", "gone")
 
 
 class Replicator:
-    """Of the target `name`. `client`, which it closes, has no seal keys, and `targets` are those that it asks."""
+    """Replicates the chunks of target `name` through `client`, which asks `targets`. Closes `client`, which must have
+    no seal keys: the chunks are already sealed."""
 
     def __init__(self, name: str, shelf: Shelf, pool: BufferPool, client: StoreClient, targets: Membership):
         self._name = name
@@ -65,7 +66,7 @@ class Replicator:
         return {name: self._counts[name] for name in OUTCOMES}
 
     def read(self, keys: Iterable[bytes]) -> None:
-        """These were sent to a client. Any thread; does not block."""
+        """Note that these chunks were sent to a client. Any thread; does not block."""
         again = time.monotonic() - _AGAIN_SECONDS
         with self._changed:
             for key in keys:
@@ -90,11 +91,11 @@ class Replicator:
             try:
                 self._offer(keys)
             except Exception:
-                logger.exception("replicas were not made, in an unforeseen way")
+                logger.exception("unexpected error: a batch of replicas was not made")
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
-        """With a pause after what is done."""
+        """Run the body, then pause in proportion to the time that it took."""
         begun = time.monotonic()
         yield
         with self._changed:
@@ -116,12 +117,12 @@ class Replicator:
                 missing = self._put(missing, others)
 
     def _other(self, key: bytes, live: Sequence[str]) -> str | None:
-        """Where the key's replica belongs, if this is one of its two targets."""
-        other = other_place(key, live, self._name)
-        return other if other is not None and other_place(key, live, other) == self._name else None
+        """The target for the key's replica, if this target is one of the key's two."""
+        other = other_target(key, live, self._name)
+        return other if other is not None and other_target(key, live, other) == self._name else None
 
     def _put(self, keys: list[bytes], others: dict[bytes, str]) -> list[bytes]:
-        """Put the first of them, about a batch; the rest."""
+        """Put about one batch of the keys; return the rest."""
         items: list[Item] = []
         held: list[Buffer] = []
         left, size = iter(keys), 0
@@ -133,7 +134,7 @@ class Replicator:
                     self._counts["gone"] += 1
                     continue
                 held.append(buffer)
-                if crc32c(buffer.payload) != entry.crc:  # it would get a checksum that holds
+                if crc32c(buffer.payload) != entry.crc:  # a PUT would give the damaged bytes a valid checksum
                     self._counts["gone"] += 1
                     continue
                 items.append(

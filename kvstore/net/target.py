@@ -1,8 +1,8 @@
 """A target's data plane: it listens, and serves a shelf of logs to many clients.
 
-A connection has two threads. One takes requests in, answers what memory can answer, and queues the rest for the device,
-for which it never waits. The other sends what comes back, in whatever order. Payloads pass through one bounded pool of
-buffers, which is also the hot cache.
+A connection has two threads. One receives requests, answers from memory if it can, and queues the rest for the device;
+it never waits for a device. The other sends the responses, in the order in which they are ready. Payloads pass through
+one bounded pool of buffers, which is also the hot cache.
 """
 
 import contextlib
@@ -40,30 +40,32 @@ from kvstore.text import shown
 
 logger = logging.getLogger(__name__)
 
-# A peer that stalls in the middle of a frame holds two threads and some buffers: a slow network is forgiven, not a dead
-# one. If memory is short, a second in which it takes nothing is enough.
+# Timeout for a peer that stalls in the middle of a frame, where it holds two threads and some buffers. Long enough for
+# a slow network. If memory is short, a second without progress is enough.
 STALL_SECONDS = 30.0
-# Answers owed to one connection; its next request is not looked at before some were taken.
+# Backpressure per connection: the limit of pending responses. At the limit, the next request is not read until the
+# client has received some.
 OWED_MAX = 2 * wire.KEYS_MAX
-# Nor while more than this of them waits, payloads aside: an answer to EXISTS has 4 KiB.
+# The same limit in bytes, without payloads: a response to EXISTS has 4 KiB.
 OWED_BYTES_MAX = 1 << 20
-# What is sent at once: an answer that comes meanwhile overtakes the payloads behind.
+# Payload bytes per system call. A response without a payload is sent before the payloads that are still queued.
 _SEND_BYTES = 1 << 20
 _SHORT_MAX = 256
 _LENT_LOOK_SECONDS = 1.0
-# Where the device falls behind, a PUT is taken in at its speed: for so long in all, then what finds no room is refused.
+# Write backpressure: a PUT blocks up to this long in total for queue space. Then its remaining chunks are REFUSED,
+# unless they find room at once.
 _PUT_PATIENCE_SECONDS = 1.0
-# How long a target that stops writes what is dirty. Kubernetes kills it after 30 s by default, docker after 10.
+# How long a stopping target writes dirty chunks. By default Kubernetes kills it after 30 s, docker after 10.
 FLUSH_SECONDS = 20.0
 _ERROR_SECONDS = 1.0
-# When all places are taken, the connection that has been idle for longest goes, if for so long: its client opens
-# another when it needs one.
+# At the connection limit, the connection that has been idle longest is closed, if it has been idle this long. Its
+# client reconnects when it needs to.
 IDLE_SECONDS = 10.0
-# Chunks from memory go out in portions of this: the first is on its way while the next is looked up.
+# Chunks from memory are sent in batches of this: the first batch is in flight while the next is looked up.
 _HOT_BYTES = 1 << 20
 _SCRATCH_BYTES = 256 << 10
-# A chunk that was evicted, and is computed and offered again, proved that it is wanted: it counts this much more than
-# one that nobody has asked for twice.
+# Weight of a ghost hit in admission control: a chunk that was evicted, and that is computed and offered again, has
+# proved its reuse. It counts this many times a chunk without a known reuse.
 _RETURNED = 4.0
 _LATENCIES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
@@ -71,10 +73,11 @@ _LATENCIES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2
 class Target(Acceptor):
     """Serves `shelf` on listening sockets until `stop`. `name` is the address under which clients know it.
 
-    `buffer_bytes` of memory are for payloads on their way, and with `hot_bytes` as much more for those that were there
-    last. With `dirty_bytes`, a part of those, a put is stored when it is in memory, and is written behind; so much may
-    wait to be written, but no more than half of each log's capacity. A target that stops takes `flush_seconds` at most
-    to write what waits; the rest is dropped.
+    - `buffer_bytes`: memory for payloads in flight.
+    - `hot_bytes`: additional memory for the hot cache of recent payloads.
+    - `dirty_bytes`, a part of `hot_bytes`: write-behind. A PUT is acknowledged when it is in memory, and written later.
+      At most this much waits to be written, and at most half of each log's capacity.
+    - `flush_seconds`: how long a stopping target may write dirty chunks; it drops the rest.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Target(Acceptor):
         self._unix_path = unix_path
         self._passes = Credential.random()
         self._boot_id = transport.boot_id()
-        # Where memory is scarce, what is read at once is a small part of it, too.
+        # Where memory is scarce, a read batch is a small part of it, too.
         self._batch_bytes = min(BATCH_BYTES, self.pool.arena.total_bytes // 64)
         self.connections_max = connections_max
         self._reads = {log: ReadQueue(log, self.pool) for log in shelf.logs}
@@ -143,13 +146,13 @@ class Target(Acceptor):
         )
         self._refused = PrometheusCounter(
             "kvtier_target_refused_connections",
-            "Connections that found no place: none of the others was idle for long",
+            "Connections refused at the connection limit, because no other connection was idle for 10 s",
             registry=self.registry,
         )
 
     def stop(self, drain_seconds: float = 5.0, flush_seconds: float | None = None) -> None:
-        """Stop accepting, let every request under way finish, write what waits, and close. The shelf is the caller's to
-        close. `flush_seconds` may be less than the target's own."""
+        """Stop accepting, let running requests finish, write dirty chunks, and close. The caller closes the shelf.
+        `flush_seconds` may be less than the target's own."""
         self.stop_accepting()
         with self._lock:
             connections = dict(self._connections)
@@ -173,7 +176,7 @@ class Target(Acceptor):
             reads.stop()
 
     def replicate(self, client: StoreClient, targets: Membership) -> None:
-        """From now on offer what is read to the other target of its key (replicas.py), by this client alone."""
+        """Start replication of chunks that are read (replicas.py), through this client. Replaces an earlier client."""
         if self._replicator:
             self._replicator.stop()
         self._replicator = Replicator(self.name, self.shelf, self.pool, client, targets)
@@ -190,14 +193,14 @@ class Target(Acceptor):
             if has_place:
                 try:
                     self._begin(stream)
-                except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
-                    logger.error("a client cannot be served: %s", error)
+                except (OSError, RuntimeError) as error:  # no descriptor or thread is left
+                    logger.error("cannot serve a client: %s", error)
                     stream.close()
         if not has_place:
             self._turn_away(stream)
 
     def _has_place(self) -> bool:
-        """Whether one more may come; if all places are taken, an idle connection has to go. With the lock held."""
+        """Whether there is room for one more connection. At the limit, closes an idle one. With the lock held."""
         if self._stopping:
             return False
         staying = [connection for connection in self._connections if not connection.leaving]
@@ -212,7 +215,7 @@ class Target(Acceptor):
         return leaving is not None
 
     def _turn_away(self, stream: Stream) -> None:
-        """Say why, and close."""
+        """Send an ERROR with the reason, and close."""
         if not self._stopping:
             self._refused.inc()
             reason = f"all {self.connections_max} connections of this target are in use: --connections gives it more"
@@ -236,8 +239,8 @@ class Target(Acceptor):
             raise
 
     def adopt(self, stream: Stream, header: Header, hello: wire.Hello, sign: Callable[[wire.Welcome], bytes]) -> None:
-        """Serve a client whose greeting, up to here, was somebody else's to check; on this thread, until it is gone.
-        `sign` makes the proof that goes with the welcome."""
+        """Serve a client that the caller has authenticated, on this thread, until it disconnects. `hello` is its
+        greeting; `sign` makes the target's proof for the WELCOME."""
         connection = _Connection(stream, self.pool, self._made_room)
         connection.may_list = True
         with self._lock:
@@ -251,7 +254,7 @@ class Target(Acceptor):
         self._session(connection, lambda: self._welcome(connection, header, hello, sign))
 
     def disconnect(self) -> None:
-        """End all connections: what their clients have proved counts no more."""
+        """Close all connections, so that their clients must authenticate again."""
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
@@ -285,7 +288,7 @@ class Target(Acceptor):
                 del self._connections[connection]
 
     def _complain(self, error: ProtocolError) -> None:
-        """Log it, but not so often that it would fill a disk."""
+        """Log it, rate-limited."""
         with self._lock:
             self._complaints += 1
             if not self._complains():
@@ -332,12 +335,13 @@ class Target(Acceptor):
         return hello.client
 
     def _lends(self, lender: Lender, connection: "_Connection", hello: wire.Hello) -> bool:
-        """Whoever has the memory itself sees all that is in it: as with LIST, it is not for everybody."""
+        """Whether to serve this client by the carrier. A client that maps the memory sees every value in it, so that
+        needs the same right as LIST."""
         trusted = connection.incoming.is_unix and connection.may_list and self.readable
         return hello.carrier == lender.name and (lender.descriptor is None or trusted)
 
     def _pass_key(self, pass_id: bytes) -> bytes:
-        """What one client was told over TCP alone. Nothing has to be kept for it."""
+        """The key of a pass, which one client got over TCP. It is derived, so the target keeps no state for it."""
         return self._passes.sign([b"kvtier 1 pass", pass_id])
 
     def _pass(self, pass_id: bytes) -> Credential:
@@ -374,7 +378,7 @@ class Target(Acceptor):
         connection.send([_Message([wire.encode(header, wire.Outcomes(outcomes))])])
 
     def _list(self, connection: "_Connection", request: int, ask: wire.List) -> None:
-        """A key is what a client without a credential must know to read a chunk: it is not told any."""
+        """A client without a credential is refused: it could read every chunk whose key it learned here."""
         if not (connection.may_list and self.readable):
             raise ProtocolError(
                 "chunks are listed for clients that prove a credential with the right to read, or run as the target's "
@@ -398,7 +402,7 @@ class Target(Acceptor):
         connection.send([_Message([wire.encode(Header(Op.LISTED, request), wire.Listed(chunks, cursor))])])
 
     def prefetch(self, keys: Sequence[bytes], peer: str) -> list[Outcome]:
-        """Read chunks ahead for `peer`, whoever asks for them later; see `ReadAhead.submit`."""
+        """Prefetch chunks at the expense of `peer`'s share. Any client may read them later; see `ReadAhead.submit`."""
         if self._ahead is None or not self.readable:
             return [Outcome.REFUSED] * len(keys)
         return self._ahead.submit(keys, peer)
@@ -410,8 +414,8 @@ class Target(Acceptor):
     # ---- get
 
     def _get(self, connection: "_Connection", request: int, get: wire.Get) -> None:
-        """Queue what has to be read, in order of place for each log, so that neighbours are read at once; meanwhile
-        answer what memory knows."""
+        """Queue device reads, sorted by position in each log so that adjacent chunks are read together. Meanwhile
+        answer from memory."""
         arrived = time.monotonic()
         deadline = arrived + get.deadline_ms / 1000
         connection.owe(len(get.keys))
@@ -450,12 +454,12 @@ class Target(Acceptor):
             answers = self._from_memory(connection, part)
             self._memory_seconds.observe(time.monotonic() - arrived)
             self._send_values(connection, request, answers, hot=True)
-            for want in part[len(answers) :]:  # pushed out meanwhile, or for later
+            for want in part[len(answers) :]:  # evicted in the meantime, or over the connection's window
                 read(self.shelf.of(want.key), [want])
 
     def _from_memory(self, connection: "_Connection", wants: list[Want]) -> list[Answer]:
-        """Answers to the first of `wants`, as many as are in the hot cache one after the other; none if the client has
-        not taken what it was sent."""
+        """Answers to the leading `wants` that are in the hot cache, up to the first that is not. None if the
+        connection's window is full."""
         answers: list[Answer] = []
         if not connection.reader.has_room(sum(want.length for want in wants)):
             return answers
@@ -488,7 +492,7 @@ class Target(Acceptor):
         if buffer is None:
             return _Message([wire.encode(Header(Op.VALUE, request, outcome, want.number, crc))])
         if connection.lender is not None:
-            place = wire.Placed(connection.lender.place(buffer))
+            place = wire.Placed(connection.lender.remote_buffer(buffer))
             if connection.lend(request, want.number, buffer):
                 return _Message([wire.encode(Header(Op.PLACED, request, outcome, want.number, crc), place)])
         header = Header(Op.VALUE, request, outcome, want.number, crc, data_bytes=buffer.length)
@@ -497,7 +501,7 @@ class Target(Acceptor):
     # ---- put
 
     def _put(self, connection: "_Connection", header: Header, request: wire.Put) -> None:
-        """Take the payloads in and queue them; the answer goes when the last one is written or shed."""
+        """Receive the payloads and queue them. The response is sent when the last one has its outcome."""
         if sum(item.length for item in request.items) != header.data_bytes:
             raise ProtocolError("PUT: the data part is not as long as its items together")
         connection.owe(1)
@@ -515,7 +519,7 @@ class Target(Acceptor):
         connection.send([_Message([wire.encode(Header(Op.STORED, request), wire.Outcomes(outcomes))])])
 
     def _store(self, stream: Stream, item: wire.PutItem, patient_until: float, done: Callable[[Outcome], None]) -> None:
-        """Take one payload in, or read past it; `done` is called now or once it is written."""
+        """Receive one payload, or skip it. `done` is called now, or later by the write queue."""
         deadline = time.monotonic() + STALL_SECONDS
         if not self.writable:
             self._skip(stream, item.length, deadline)
@@ -558,14 +562,14 @@ class Target(Acceptor):
             done(Outcome.CORRUPT)
 
     def _skip(self, stream: Stream, length: int, deadline: float) -> None:
-        """Read a payload that is not wanted: the rest of the frame comes after it."""
+        """Read and discard a payload, because the rest of the frame follows it."""
         scratch = memoryview(bytearray(min(length, _SCRATCH_BYTES)))
         for start in range(0, length, _SCRATCH_BYTES):
             stream.receive(scratch[: min(_SCRATCH_BYTES, length - start)], deadline)
 
     @property
     def device_bytes_per_second(self) -> float:
-        """What the devices read together when they were busy; 0 if they were not lately."""
+        """Read throughput of all devices while they were busy; 0 if they were not busy lately."""
         return sum(reads.bytes_per_second for reads in self._reads.values())
 
     def status(self) -> wire.Status:
@@ -610,38 +614,38 @@ class Target(Acceptor):
 
 
 class _Message(NamedTuple):
-    """What is sent at once; the buffer, if its payload lies in one, is given back then."""
+    """One frame to send. `buffer` holds its payload, if it has one, and is returned to the pool once it is sent."""
 
     parts: Sequence[Bytes]
     buffer: Buffer | None = None
 
 
 class _Connection:
-    """A client's connection: what comes in is its session's to read, what goes out is sent by a thread of its own."""
+    """A client's connection. The session's thread receives; a thread of the connection sends."""
 
     def __init__(self, stream: Stream, pool: BufferPool, made_room: Callable[[], None]):
         self.incoming = stream
         self.reader = Reader("", pool)
         self.lender: Lender | None = None  # if the client fetches its data by a carrier
-        self._lent: dict[tuple[int, int], Buffer] = {}  # (request, number) -> what the client is fetching
-        self._took_at = 0.0  # when it last did, or could begin to
+        self._lent: dict[tuple[int, int], Buffer] = {}  # (request, number) -> buffer that the client is fetching
+        self._took_at = 0.0  # time of the last TAKEN, or when the first buffer was lent
         self._outgoing = stream.twin()
-        self.idle_since = time.monotonic()  # endless while a request is being taken in
-        self.leaving = False  # no place is counted for it
+        self.idle_since = time.monotonic()  # infinite while a request is being received
+        self.leaving = False  # closing: not counted against the connection limit
         self.may_list = False
         self._pool = pool
         self._made_room = made_room
-        self._outbox: deque[_Message] = deque()  # those with a payload
-        self._short: deque[_Message] = deque()  # those without, which overtake them
+        self._outbox: deque[_Message] = deque()  # with a payload
+        self._short: deque[_Message] = deque()  # without a payload: sent first
         self._short_bytes = 0
-        self._owed = 0  # answers that are still to be sent
+        self._owed = 0  # pending responses
         self._closed = False
         self._changed = threading.Condition()
         self._sender = threading.Thread(target=self._send_all, name="kvtier-sender", daemon=True)
         self._sender.start()
 
     def wait_for_frame(self) -> bool:
-        """Block until a request begins; False if the client is gone instead."""
+        """Block until a request begins; False if the client disconnects first."""
         self.idle_since = time.monotonic()
         begun = self.incoming.wait_for_frame()
         self.idle_since = math.inf
@@ -652,8 +656,8 @@ class _Connection:
         return bool(self._lent)
 
     def owe(self, answers: int) -> None:
-        """Promise so many messages. Waits while too many are owed already; raises TimeoutError if the client does not
-        take them."""
+        """Reserve room for this many responses. Blocks while the connection is at its limit of pending ones; raises
+        TimeoutError if the client does not receive them."""
         with self._changed:
             if not self._changed.wait_for(
                 lambda: self._closed or not self._owed or self._may_owe(answers), STALL_SECONDS
@@ -665,7 +669,7 @@ class _Connection:
         return self._owed + answers <= OWED_MAX and self._short_bytes <= OWED_BYTES_MAX
 
     def send(self, messages: Sequence[_Message]) -> None:
-        """Queue messages that were owed. Any thread."""
+        """Queue responses for which `owe` reserved room. Any thread."""
         with self._changed:
             if not self._closed:
                 for message in messages:
@@ -679,8 +683,8 @@ class _Connection:
         self._sent(messages)
 
     def lend(self, request: int, number: int, buffer: Buffer) -> bool:
-        """Keep a buffer until the client has taken its content, or is gone. False if the connection is leaving: nobody
-        would hear that it was taken."""
+        """Keep a buffer until the client sends TAKEN, or disconnects. False if the connection is closing: it would not
+        receive the TAKEN."""
         with self._changed:
             if self.leaving:
                 return False
@@ -700,12 +704,13 @@ class _Connection:
             self._returned([buffer])
 
     def flush(self, seconds: float = STALL_SECONDS) -> None:
-        """Wait until everything owed was sent."""
+        """Wait until all pending responses are sent, or for `seconds`."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self._owed, seconds)
 
     def make_room(self) -> bool:
-        """From another thread: leave, unless something is owed to the client or lent; `drain` must follow."""
+        """From another thread: mark the connection as closing, unless it has pending responses or lent buffers. If this
+        returns True, `drain` must follow."""
         with self._changed:
             if self._owed or self._lent:
                 return False
@@ -713,14 +718,14 @@ class _Connection:
             return True
 
     def drain(self) -> None:
-        """From another thread: take no more requests in, once everything lent was taken."""
+        """From another thread: receive no more requests, once the client has taken all lent buffers."""
         with self._changed:
             self.leaving = True
             if not self._lent:
                 self.incoming.stop_receiving()
 
     def abort(self) -> None:
-        """From another thread: end at once."""
+        """From another thread: close at once."""
         self.incoming.abort()
 
     def close(self) -> None:
@@ -761,12 +766,12 @@ class _Connection:
                 self._sent(messages)
 
     def _keeps_what_was_lent(self) -> bool:
-        """Whether the client fetches nothing: as with one that does not read."""
+        """Whether the client stopped fetching lent buffers. It is treated like one that stopped receiving."""
         patience = _LENT_LOOK_SECONDS if self._pool.is_short else STALL_SECONDS
         return bool(self._lent) and time.monotonic() > self._took_at + patience
 
     def _some(self) -> Iterator[_Message]:
-        """The next messages, about as much as is worth one system call."""
+        """The next messages, for one system call."""
         for _ in range(min(len(self._short), _SHORT_MAX)):
             message = self._short.popleft()
             self._short_bytes -= len(message.parts[0])
@@ -785,7 +790,7 @@ class _Connection:
             self._changed.notify_all()
 
     def _returned(self, buffers: Sequence[Buffer]) -> None:
-        """The client has these."""
+        """Give buffers back to the pool: the client has them, or is gone."""
         if not buffers:
             return
         self._pool.give_back(*buffers)
@@ -794,7 +799,7 @@ class _Connection:
 
 
 class _PutBatch:
-    """Collects the outcomes of one PUT, whichever order they come in, and calls `finished` with all of them."""
+    """Collects the outcomes of one PUT, in any order, and calls `finished` with all of them."""
 
     def __init__(self, count: int, finished: Callable[[list[Outcome]], None]):
         self._outcomes: list[Outcome] = [Outcome.REFUSED] * count
@@ -817,7 +822,7 @@ class _PutBatch:
 
 
 def _parts(wants: Sequence[Want], part_bytes: int) -> Iterator[list[Want]]:
-    """Cut into runs of up to `part_bytes`, at least one."""
+    """Split into batches of up to `part_bytes`, but at least one chunk each."""
     run: list[Want] = []
     size = 0
     for want in wants:

@@ -1,4 +1,4 @@
-"""The namespaces file: who may use a target, and how much of it.
+"""The namespaces file: which namespaces a target serves, with the credential, quota and access of each.
 
 namespaces:
   - name: search
@@ -24,14 +24,14 @@ from kvstore.credentials import Credential
 from kvstore.errors import ConfigError, validated
 
 FILE_BYTES_MAX = 1 << 20
-TENANTS_MAX = 256  # each has some threads, and series of its own in the metrics
+TENANTS_MAX = 256  # each has its own threads and its own metric series
 CONNECTIONS = 512
 Access = Literal["read", "write", "read-write"]
 _SECRETS = ("credential", "credential-file", "credential-env")
 
 
 class Tenant(BaseModel):
-    """A namespace as the file grants it."""
+    """One entry of the namespaces file, without the credential."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -42,7 +42,7 @@ class Tenant(BaseModel):
 
 
 class Grants(dict[str, tuple[Tenant, Credential]]):
-    """By name, each tenant and its credential."""
+    """Tenants and their credentials, by name."""
 
     @property
     def quotas(self) -> dict[str, int]:
@@ -50,7 +50,7 @@ class Grants(dict[str, tuple[Tenant, Credential]]):
 
 
 def load(path: Path, environ: Mapping[str, str] | None = None) -> Grants:
-    """Read and check a namespaces file. Raises ConfigError, which never says a secret."""
+    """Read and check a namespaces file. Raises ConfigError, whose text never contains a secret."""
     entries = _entries(path)
     grants = Grants()
     for number, entry in enumerate(entries):
@@ -65,8 +65,8 @@ def load(path: Path, environ: Mapping[str, str] | None = None) -> Grants:
 
 
 def references(path: Path) -> list[tuple[str, str]]:
-    """Where the credentials of a namespaces file are, if not in it: pairs of credential-file or credential-env, and
-    its value. Reads neither. Raises ConfigError."""
+    """The files and variables that a namespaces file refers to: pairs of `credential-file` or `credential-env`, and its
+    value. Does not read them. Raises ConfigError."""
     named = _SECRETS[1:]
     entries = [entry for entry in _entries(path) if isinstance(entry, dict)]
     return [(name, str(entry[name])) for entry in entries for name in named if name in entry]
@@ -84,7 +84,7 @@ def _entries(path: Path) -> list[Any]:
     try:
         parsed = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)  # the error's own words may quote a secret
+        mark = getattr(error, "problem_mark", None)  # only the line: the error's text may quote a secret
         where = f": see line {mark.line + 1}" if mark else ""
         raise ConfigError("namespaces", path, f"{expected}, this is not YAML{where}") from None
     if not isinstance(parsed, dict) or list(parsed) != ["namespaces"] or not isinstance(parsed["namespaces"], list):

@@ -1,9 +1,9 @@
-"""Frames over TLS 1.3: what transport.py does, encrypted, with a peer that has proved who it is.
+"""Frames over TLS 1.3: a transport.Stream with encryption and an authenticated peer.
 
-OpenSSL works on memory here, and the socket is read and written outside of it. So one thread may receive while another
-sends, which OpenSSL does not allow on a socket of its own, and a system call moves several records of 16 KiB.
+OpenSSL works on memory BIOs here; this module reads and writes the socket itself. So one thread may receive while
+another sends, which OpenSSL does not allow on a socket, and one system call moves several records of 16 KiB.
 
-Who asks for TLS gets TLS or no connection. Neither side falls back to plain frames.
+A side that is configured for TLS never falls back to plain frames.
 """
 
 import contextlib
@@ -26,24 +26,24 @@ from kvstore.rarely import COMPLAIN_SECONDS, Rarely
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 5.0
-# Clients that have not finished their handshakes. When there are more, the one that came first has to go: a flood of
-# connections that say nothing keeps nobody out who is quick.
+# Unfinished handshakes. Beyond this the oldest is closed: a flood of silent connections does not block a client that is
+# quick.
 HANDSHAKES_MAX = 256
 # A changed file is noticed within this time.
 RELOAD_SECONDS = 1.0
 # AES-GCM is good for 2^24.5 records under one key (RFC 8446, 5.5), and ssl cannot change the key of a connection.
 RECORDS_MAX = 1 << 24
 _RECORD_BYTES = 16 << 10
-# Encrypted at once. More is no faster, and a connection keeps about four times as much memory.
+# Plaintext per call of OpenSSL. More is no faster, and a connection keeps about four times as much memory.
 _PIECE_BYTES = 4 * _RECORD_BYTES
-# A piece with what its records add: most of what is received at once ends where a record does.
+# A piece plus the overhead of its records, so that a receive mostly ends at the end of a record.
 _ROOM_BYTES = _PIECE_BYTES + 1024
 _LINGER_SECONDS = 1.0
 _LINGER_BYTES_MAX = 64 << 10
 
 
 class PlainClientError(ConnectionError):
-    """A client of a target with TLS speaks without."""
+    """A client sends plain frames to a target that requires TLS."""
 
 
 class TlsStream(Stream):
@@ -53,21 +53,21 @@ class TlsStream(Stream):
         super().__init__(sock)
         self._session = session
         self._ciphertext = memoryview(b"")  # to be sent
-        self._plaintext_bytes = 0  # that it stands for
-        self._room = memoryview(b"")  # for what comes in
-        self._first, self._has_first = memoryview(bytearray(1)), False  # of a frame that `wait_for_frame` met
-        self.has_heard = False  # anything of the peer
+        self._plaintext_bytes = 0  # plaintext length of `_ciphertext`
+        self._room = memoryview(b"")  # receive buffer for ciphertext
+        self._first, self._has_first = memoryview(bytearray(1)), False  # first byte of a frame, from `wait_for_frame`
+        self.has_received = False  # whether the peer has sent anything
 
     def shake_hands(self, deadline: float) -> None:
-        """Raises TimeoutError, and ConnectionError that says what is wrong with the peer."""
+        """Do the handshake. Raises TimeoutError, and ConnectionError with the reason."""
         try:
             while not self._session.shake_hands():
                 self._flush(deadline)
                 if not self._feed(deadline):
                     raise ConnectionResetError("TLS: the peer closed the connection before the handshake was done")
-                if not self.has_heard:
+                if not self.has_received:
                     self._session.check_not_plain(self._room[0])
-                self.has_heard = True
+                self.has_received = True
             self._flush(deadline)
         except _TlsError:
             with contextlib.suppress(OSError):
@@ -75,8 +75,8 @@ class TlsStream(Stream):
             raise
 
     def refuse(self, error: OSError, deadline: float) -> None:
-        """Close after a handshake that failed. A peer that speaks without TLS is told so. What it sends meanwhile is
-        read: the answer would be lost otherwise."""
+        """Close after a failed handshake. A peer that sends plain frames gets an ERROR. The peer's data is read until
+        then: closing with unread data would reset the connection, and the ERROR would be lost."""
         deadline = min(deadline, time.monotonic() + _LINGER_SECONDS)
         with contextlib.suppress(OSError):
             if isinstance(error, PlainClientError):
@@ -137,14 +137,14 @@ class TlsStream(Stream):
 
 
 class _TlsError(ConnectionError):
-    """What OpenSSL says, in words."""
+    """An error of OpenSSL, with a readable text."""
 
 
 class _Session:
-    """OpenSSL's side of a connection: plaintext on one side, ciphertext on the other. Thread-safe; one thread sends."""
+    """A TLS session without a socket: plaintext on one side, ciphertext on the other. Thread-safe; one thread sends."""
 
     def __init__(self, context: ssl.SSLContext, server_name: str | None = None):
-        """A client's, that checks the name, or a server's."""
+        """With `server_name` a client's session, which checks the certificate for that name; without, a server's."""
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._is_server = server_name is None
         self._ssl = context.wrap_bio(
@@ -154,7 +154,7 @@ class _Session:
         self._lock = threading.Lock()
 
     def shake_hands(self) -> bool:
-        """Whether the handshake is done; otherwise the peer has to say more."""
+        """Whether the handshake is done; False if it needs more data from the peer."""
         with self._lock:
             try:
                 self._ssl.do_handshake()
@@ -165,12 +165,12 @@ class _Session:
             return True
 
     def check_not_plain(self, first: int) -> None:
-        """Raises ConnectionError if the first byte of the peer is that of a frame."""
+        """Raises ConnectionError if the peer's first byte is that of a plain frame."""
         if first != wire.MAGIC[0]:
             return
         if self._is_server:
-            raise PlainClientError("this target serves TLS alone: give the client --store-tls-ca")
-        raise ConnectionError("the target serves no TLS: give it --tls-cert and --tls-key")
+            raise PlainClientError("this target requires TLS: give the client --store-tls-ca")
+        raise ConnectionError("the target does not use TLS: give it --tls-cert and --tls-key")
 
     def feed(self, ciphertext: memoryview) -> None:
         with self._lock:
@@ -181,7 +181,7 @@ class _Session:
             return self._outgoing.read()
 
     def encrypt(self, parts: Sequence[memoryview]) -> tuple[int, bytes]:
-        """How many bytes from the first part on were encrypted, and what became of them."""
+        """The number of bytes, from the start of `parts`, that were encrypted, and their ciphertext."""
         done = 0
         with self._lock:
             try:
@@ -198,11 +198,11 @@ class _Session:
             return done, self._outgoing.read()
 
     def decrypt(self, into: memoryview) -> int | None:
-        """How many bytes came; 0 at the end of the session, None if ciphertext is needed first."""
+        """The number of bytes decrypted into `into`; 0 at the end of the session, None if more ciphertext is needed."""
         done = 0
         with self._lock:
             try:
-                # Without these two there is nothing to be had, and ssl takes longer to say so than to decrypt a record.
+                # If both are empty there is nothing to read; asking `ssl` would take longer than decrypting a record.
                 while done < len(into) and (self._incoming.pending or self._ssl.pending()):
                     count: int = self._ssl.read(len(into) - done, into[done:])  # type: ignore[assignment]
                     if not count:
@@ -210,14 +210,14 @@ class _Session:
                     self._records[1] += 1
                     done += count
             except ssl.SSLWantReadError:
-                pass  # the beginning of a record
+                pass  # an incomplete record
             except ssl.SSLError as error:
                 raise self._worded(error) from None
             return done or None
 
     @property
     def is_fresh(self) -> bool:
-        """Whether there is nothing to read, and the keys are good for more."""
+        """Whether there is nothing to read, and the keys are below their record limit."""
         with self._lock:
             return not self._incoming.pending and not self._ssl.pending() and max(self._records) < RECORDS_MAX
 
@@ -226,7 +226,7 @@ class _Session:
 
 
 def _words(error: ssl.SSLError, is_server: bool) -> str:
-    """What is wrong, and which option of this side or of the other one is about it."""
+    """The problem, and the option of this side or of the peer that it concerns."""
     mine, theirs = (SERVER, CLIENT) if is_server else (CLIENT, SERVER)
     peer = "client" if is_server else "target"
     reason = error.reason or str(error)
@@ -241,13 +241,13 @@ def _words(error: ssl.SSLError, is_server: bool) -> str:
 
 
 class ServerTls:
-    """A target's certificate, and the handshakes that clients have begun. Thread-safe."""
+    """A target's certificate and its unfinished handshakes. Thread-safe."""
 
     def __init__(self, files: Files):
         """Raises ConfigError."""
         self._files = files
         self._loaded = certificates.load(files, SERVER)
-        self._shaking: dict[TlsStream, None] = {}  # the first that came is first
+        self._shaking: dict[TlsStream, None] = {}  # unfinished handshakes; the oldest first
         self._lock = threading.Lock()
         self._complains = Rarely(COMPLAIN_SECONDS)
         self.refused = 0  # connections
@@ -255,25 +255,25 @@ class ServerTls:
 
     @property
     def valid_until(self) -> float:
-        """Of the certificate, in seconds since 1970."""
+        """End of the certificate's validity, in seconds since 1970; 0 if unknown."""
         return self._loaded.valid_until.timestamp() if self._loaded.valid_until else 0.0
 
     def reload(self) -> None:
-        """Read the files again, for connections to come; if they are wrong, say so and go on with those before."""
+        """Read the files again, for new connections. If they are invalid, log it and keep the old ones."""
         try:
             self._loaded = certificates.load(self._files, SERVER)
         except ConfigError as error:
-            logger.error("the TLS certificates stay as they were: %s", error)
+            logger.error("keeping the old TLS certificates: %s", error)
             return
         self._log()
 
     def _log(self) -> None:
-        asked = " and asks clients for theirs" if self._files.ca else ""
-        logger.info("TLS: serves with %s, valid until %s%s", self._files.cert, self._loaded.valid_until, asked)
+        asked = "; clients need a certificate" if self._files.ca else ""
+        logger.info("TLS: certificate %s, valid until %s%s", self._files.cert, self._loaded.valid_until, asked)
 
     def accept(self, sock: socket.socket, admit: Callable[[Stream], None]) -> None:
-        """Shake hands with a client in a thread of its own, which then calls `admit`. Raises OSError if the client is
-        gone, RuntimeError if there is no thread to be had."""
+        """Do the handshake in a thread of its own, which then calls `admit`. Raises OSError if the client is gone,
+        RuntimeError if no thread can be started."""
         stream = TlsStream(sock, _Session(self._loaded.context))
         with self._lock:
             self._shaking[stream] = None
@@ -292,7 +292,7 @@ class ServerTls:
         try:
             stream.shake_hands(deadline)
         except OSError as error:
-            if stream.has_heard or not isinstance(error, ConnectionResetError):  # otherwise it was a probe
+            if stream.has_received or not isinstance(error, ConnectionResetError):  # otherwise it was a probe
                 self._complain(error)
             stream.refuse(error, deadline)
             return
@@ -305,7 +305,7 @@ class ServerTls:
             self._shaking.pop(stream, None)
 
     def _complain(self, error: OSError) -> None:
-        """Log it, but not so often that it would fill a disk."""
+        """Log it, rate-limited."""
         with self._lock:
             self.refused += 1
             if not self._complains():
@@ -317,7 +317,7 @@ class ServerTls:
 
 
 class ClientTls:
-    """The CAs that a client believes, and its own certificate; read again when the files change. Thread-safe."""
+    """The CAs that a client trusts, and its own certificate; reloaded when the files change. Thread-safe."""
 
     def __init__(self, files: Files):
         """Raises ConfigError."""
@@ -328,8 +328,8 @@ class ClientTls:
         self._look_at = time.monotonic() + RELOAD_SECONDS
 
     def connect(self, address: str, deadline: float) -> TlsStream:
-        """A stream to `host:port`, whose certificate must be valid for that host; `shake_hands` is the caller's to
-        call."""
+        """A stream to `host:port`, whose certificate must be valid for that host. The caller must call
+        `shake_hands`."""
         host, _ = transport.split_address(address)
         sock = transport.connected(address, deadline)
         try:
@@ -354,7 +354,7 @@ class ClientTls:
         try:
             self._context = certificates.load(self._files, CLIENT).context
         except ConfigError as error:
-            logger.error("the TLS certificates stay as they were: %s", error)
+            logger.error("keeping the old TLS certificates: %s", error)
             return
         logger.info("TLS: new certificates from %s", ", ".join(path for path in self._files if path))
 
@@ -377,5 +377,5 @@ def _asked(files: Files, names: certificates.Names, carrier: str) -> bool:
         return False
     if carrier:
         option = names.cert if names is SERVER else names.ca
-        raise ConfigError("carrier", carrier, f"none beside --{option}: a carrier moves values without TLS")
+        raise ConfigError("carrier", carrier, f"none together with --{option}: a carrier moves values without TLS")
     return True

@@ -1,7 +1,7 @@
-"""Frames over a socket, with a deadline on every byte. Both sides of the protocol stand on this.
+"""Frames over a socket, with a deadline on every byte. Client and target both use this.
 
-Blocking sockets and one thread a connection: with values of 256 KiB and more the interpreter is idle in the system
-call, and a plain sendmsg/recv_into loop reaches what the loopback device can carry (benchmarks/store/).
+Blocking sockets and one thread per connection: with values of 256 KiB and more, the time is spent in system calls
+without the interpreter's lock. A plain sendmsg/recv_into loop saturates the loopback device (benchmarks/store/).
 """
 
 import contextlib
@@ -24,18 +24,18 @@ from kvstore.net.wire import HEADER_BYTES, Header, decode_header
 logger = logging.getLogger(__name__)
 
 _PEER = struct.Struct("iII")  # struct ucred: process, user, group
-# 1 MiB of socket buffer lets one wake-up move one MiB; the default of 200 KiB halves the speed on loopback.
+# A buffer of 1 MiB moves 1 MiB per wake-up; the default of 200 KiB halves the throughput on loopback.
 SOCKET_BUFFER_BYTES = 1 << 20
-# On one host what is sent is better received while it is still in the processor's cache: over TCP 128 KiB carry half as
-# much again as 1 MiB. A UNIX socket copies less and gains from fewer wake-ups: where cores are many 512 KiB carry more
-# than 256 KiB, and 1 MiB no more than that; where they are few all three are alike. A network needs more for its delay.
+# On one host, a small buffer is received while it is still in the CPU's cache: over TCP, 128 KiB reaches 1.5 times the
+# throughput of 1 MiB. A UNIX socket copies less and gains from fewer wake-ups: with many cores, 512 KiB beats 256 KiB,
+# and 1 MiB adds nothing; with few cores all three are equal. A network needs the larger buffer for its delay.
 _NEAR_TCP_BUFFER_BYTES = 128 << 10
 _UNIX_BUFFER_BYTES = 512 << 10
 Bytes = bytes | bytearray | memoryview
 _SEND_PARTS_MAX = 512  # below IOV_MAX
 PATIENCE_SECONDS = 3600.0
-# A peer whose host is gone says nothing any more. One that is idle is probed after 15 s; one that does not acknowledge
-# what it was sent, or answers no probe, is given up after as long as one that stalls (target.py).
+# Detects a peer whose host is gone. An idle peer is probed after 15 s. A peer that acknowledges neither data nor probes
+# is dropped after 30 s, the timeout of a peer that stalls (target.py).
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),  # seconds
@@ -45,27 +45,27 @@ _KEEPALIVE = (
 )
 _STALL_LOOK_SECONDS = 1.0
 Resolved: TypeAlias = list[tuple[Any, ...]]  # of socket.getaddrinfo
-_lookups: dict[tuple[str, int], "Future[Resolved]"] = {}  # under way
+_lookups: dict[tuple[str, int], "Future[Resolved]"] = {}  # in progress
 _lookups_lock = threading.Lock()
 
 
 class Cancelled(Exception):
-    """The caller no longer wants what it waits for."""
+    """The caller cancelled the transfer."""
 
 
 class Stream:
     """A connected socket that carries frames. Every `deadline` is a time.monotonic() value. Not thread-safe; `twin`
     gives another thread a stream of its own on the same connection.
 
-    Raises TimeoutError when a deadline passes, ConnectionError when the peer is gone, wire.ProtocolError for nonsense.
-    After any of them the stream is in the middle of something and must be closed.
+    Raises TimeoutError when a deadline passes, ConnectionError when the peer is gone, wire.ProtocolError for a frame
+    that violates the protocol. After any of these the stream may be in the middle of a frame and must be closed.
     """
 
     def __init__(self, sock: socket.socket):
         self._socket = sock
         self._header = bytearray(HEADER_BYTES)
         self.received_bytes = 0
-        self.carrier_target: Any = None  # of a client: how payloads are fetched (carrier.py)
+        self.carrier_target: Any = None  # client side: the carrier's connection to the target (carrier.py)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for option in _KEEPALIVE:
@@ -74,8 +74,8 @@ class Stream:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _send_buffer_bytes(sock))
 
     def send(self, parts: Sequence[Bytes], deadline: float, given_up: Callable[[], bool] | None = None) -> None:
-        """Send the parts one after the other, without joining them. `given_up` is asked when the peer has taken nothing
-        for a second: if so, that is a TimeoutError before the deadline."""
+        """Send the parts one after the other, without joining them. `given_up` is polled after each second without
+        progress; if it returns True, this raises TimeoutError before the deadline."""
         rest = [memoryview(part).cast("B") for part in parts if len(part)]
         while rest:
             until = deadline if given_up is None else min(deadline, time.monotonic() + _STALL_LOOK_SECONDS)
@@ -91,12 +91,12 @@ class Stream:
                 rest[0] = rest[0][sent:]
 
     def receive(self, into: memoryview, deadline: float, cancelled: Callable[[], bool] | None = None) -> None:
-        """Fill `into` (bytes) straight from the socket. `cancelled` is asked between reads."""
+        """Fill `into` (bytes) directly from the socket. `cancelled` is polled between reads."""
         for _ in self._pieces(into, deadline, cancelled):
             pass
 
     def receive_checksum(self, into: memoryview, deadline: float, cancelled: Callable[[], bool] | None = None) -> int:
-        """Like `receive`; returns the crc32c, computed while the data is still in the processor's cache."""
+        """Like `receive`; returns the crc32c, computed while the data is still in the CPU's cache."""
         crc = 0
         for piece in self._pieces(into, deadline, cancelled):
             crc = crc32c(piece, crc)
@@ -115,12 +115,12 @@ class Stream:
             self.received_bytes += count
 
     def _send_some(self, parts: Sequence[memoryview], deadline: float) -> int:
-        """How many bytes from the first part on need not be sent again."""
+        """The number of bytes, from the start of `parts`, that were sent."""
         self._arm(deadline)
         return self._socket.sendmsg(parts[:_SEND_PARTS_MAX])
 
     def _receive_some(self, into: memoryview, deadline: float) -> int:
-        """How many bytes of `into` were filled: at least one, or 0 at the end of the connection."""
+        """The number of bytes received into `into`: at least one; 0 at the end of the connection."""
         self._arm(deadline)
         return self._socket.recv_into(into)
 
@@ -134,16 +134,16 @@ class Stream:
         return control
 
     def send_descriptor(self, descriptor: int, deadline: float) -> None:
-        """Give the peer, on a UNIX socket, a file of this process: with a byte of its own."""
+        """Pass a file descriptor to the peer over a UNIX socket, together with one byte."""
         self._arm(deadline)
         socket.send_fds(self._socket, [b"\0"], [descriptor])
 
     def receive_descriptor(self, deadline: float) -> int:
-        """What `send_descriptor` sent; the caller closes it."""
+        """The descriptor that the peer's `send_descriptor` passed; the caller closes it."""
         self._arm(deadline)
         _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if not descriptors:
-            raise ConnectionError("a file was expected of the peer, none came")
+            raise ConnectionError("the peer sent no file descriptor")
         return descriptors[0]
 
     @property
@@ -157,7 +157,7 @@ class Stream:
 
     @property
     def peer(self) -> str:
-        """Who is at the other end, as the kernel says: an IP address, or a user of this host. Raises OSError."""
+        """The peer's identity from the kernel: an IP address, or a user of this host. Raises OSError."""
         return f"user {_peer_uid(self._socket)}" if self.is_unix else str(self._socket.getpeername()[0])
 
     def twin(self) -> "Stream":
@@ -165,14 +165,14 @@ class Stream:
 
     def wait_for_frame(self) -> bool:
         """Block, without a deadline, until a frame begins; False if the peer closed the connection instead."""
-        # Never without a timeout: that would make the socket a blocking one for its twin, too.
+        # Always with a timeout: without one, the socket would block for its twin, too.
         self._socket.settimeout(PATIENCE_SECONDS)
         while True:
             with contextlib.suppress(TimeoutError):
                 return bool(self._socket.recv(1, socket.MSG_PEEK))
 
     def is_idle(self) -> bool:
-        """Whether the peer is still there and has nothing to say; for a connection that waited in a pool."""
+        """Whether the connection is open with nothing to receive. For connections from a pool."""
         self._socket.settimeout(0)
         try:
             self._socket.recv(1, socket.MSG_PEEK)
@@ -183,12 +183,12 @@ class Stream:
         return False
 
     def stop_receiving(self) -> None:
-        """From another thread: the stream's next read finds the end, what is being sent is still sent."""
+        """From another thread: the stream's next read finds the end of the connection. Sends continue."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
 
     def abort(self) -> None:
-        """From another thread: whoever sends or receives finds the connection broken."""
+        """From another thread: break the connection for sends and receives that are running."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -242,7 +242,8 @@ def _connected(family: int, where: Any, deadline: float) -> socket.socket:
 
 
 def _resolved(host: str, port: int, deadline: float) -> Resolved:
-    """The system's look-up knows no deadline: it has a thread of its own, which all share who ask for the same name."""
+    """Addresses of a name. The system's lookup has no deadline, so it runs in a thread; concurrent callers with the
+    same name share one lookup. Raises TimeoutError."""
     with contextlib.suppress(socket.gaierror):
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     with _lookups_lock:
@@ -257,7 +258,7 @@ def _resolved(host: str, port: int, deadline: float) -> Resolved:
 def _look_up(host: str, port: int, lookup: "Future[Resolved]") -> None:
     try:
         lookup.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    except Exception as error:  # of the system, or of a name that is none
+    except Exception as error:  # from the system, or because the name is invalid
         lookup.set_exception(error)
     finally:
         with _lookups_lock:
@@ -265,8 +266,8 @@ def _look_up(host: str, port: int, lookup: "Future[Resolved]") -> None:
 
 
 def listen(address: str) -> socket.socket:
-    """A listening socket on `host:port` or on a UNIX socket path, which is replaced if nobody listens there. On
-    `[::]:port` it takes IPv4, too, whatever the system's default is."""
+    """A listening socket on `host:port` or on a UNIX socket path, which is replaced if no process listens there. On
+    `[::]:port` it also accepts IPv4, whatever the system's default is."""
     if "/" in address:
         return _listen_unix(address)
     host, port = split_address(address)
@@ -284,7 +285,7 @@ def _listen_unix(path: str) -> socket.socket:
         except OSError:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 if probe.connect_ex(path) == 0:
-                    raise  # somebody answers: it is theirs
+                    raise  # another process listens there
             Path(path).unlink(missing_ok=True)
             sock.bind(path)
         sock.listen(128)
@@ -295,29 +296,29 @@ def _listen_unix(path: str) -> socket.socket:
 
 
 def _peer_uid(sock: socket.socket) -> int:
-    """The user of the process at the other end of a UNIX socket, as the kernel says."""
+    """The user of the process at the other end of a UNIX socket, from the kernel."""
     _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     return int(uid)
 
 
 def is_permitted(sock: socket.socket, uids: Collection[int] | None) -> bool:
-    """Whether the process at the other end of a UNIX socket runs as one of these users; True on any other socket, and
-    if anybody may."""
+    """Whether the process at the other end of a UNIX socket runs as one of these users. True for any other socket, and
+    if `uids` is None."""
     if uids is None or sock.family != socket.AF_UNIX:
         return True
     uid = _peer_uid(sock)
     if uid not in uids:
-        logger.warning("user %d may not use the UNIX socket; --unix-uids names those who may", uid)
+        logger.warning("refused user %d on the UNIX socket: not in --unix-uids", uid)
     return uid in uids
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port` or `[v6]:port`. Raises ValueError that says what is expected."""
+    """Host and port of `host:port` or `[v6]:port`. Raises ValueError, whose text says what is expected."""
     host, _, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]") and ":" in host:
         host = host[1:-1]
     elif ":" in host or "[" in host:
-        raise ValueError(f"{address!r} is not host:port; of IPv6 that is [host]:port")
+        raise ValueError(f"{address!r} is not host:port; for IPv6 write [host]:port")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is not host:port")
     return host, int(port)
@@ -329,16 +330,16 @@ def join_address(host: str, port: int) -> str:
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether a host stands for all addresses of the machine: one can listen there, and reach nobody."""
+    """Whether a host means all addresses of the machine: valid for listening, not for connecting."""
     try:
-        found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)  # it takes 0 for 0.0.0.0
+        found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)  # reads "0" as 0.0.0.0
     except (socket.gaierror, UnicodeError):  # a name
         return False
     return all(ipaddress.ip_address(where[0]).is_unspecified for *_, where in found)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, by name or address, is this machine and nobody else reaches it there."""
+    """Whether a host, by name or address, is reachable only from this machine."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # another name
@@ -346,5 +347,5 @@ def is_loopback(host: str) -> bool:
 
 
 def boot_id() -> str:
-    """The kernel's own id: two processes that read the same one are on the same host."""
+    """The kernel's boot ID: two processes that read the same ID are on the same host."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,7 +1,7 @@
-"""The protocol between a client and a target: frames, their contents, and their bounds. No socket is touched here.
+"""The protocol between a client and a target: frames, their contents, and their bounds. No I/O.
 
-A frame is a header of 32 bytes, a control part in msgpack and a data part of raw bytes; docs/wire.md has it byte by
-byte. Everything that a header announces is checked against a bound before any memory is taken for it.
+A frame is a header of 32 bytes, a control part in msgpack, and a data part of raw bytes; docs/wire.md describes every
+byte. Lengths in a header are checked against a bound before memory is allocated for them.
 """
 
 import enum
@@ -15,22 +15,22 @@ from kvstore.text import shown
 
 VERSION = 1
 MAGIC = b"KVTR"
-_TLS_HANDSHAKE = b"\x16\x03"  # how a client that speaks TLS begins
+_TLS_HANDSHAKE = b"\x16\x03"  # the first bytes of a TLS client
 HEADER = struct.Struct("<4sBBHIIIIQ")
 HEADER_BYTES = HEADER.size
 
-# One prompt of a million tokens is 4,000 chunks of 256: nobody needs more in a single frame.
+# A prompt of a million tokens is 4,000 chunks of 256 tokens, and fits into one frame.
 KEYS_MAX = 4096
 # A key with its metadata packs into less than 80 bytes.
 CONTROL_BYTES_MAX = 512 << 10
-# Chunks that a LIST has a target look at: about a millisecond, whatever it stores.
+# Chunks per page of a LIST: about a millisecond of the target's time, whatever it stores.
 LISTED_MAX = 1024
-# The largest chunk a target takes, whatever its segments would allow: a buffer of it is held while it travels.
+# The largest chunk that a target accepts, even if its segments allow more: a buffer holds it while it is in flight.
 VALUE_BYTES_MAX = 64 << 20
 
 
 class Op(enum.IntEnum):
-    """What a frame says. Even numbers answer the odd number before them."""
+    """The type of a frame. An even number is the response to the odd number before it."""
 
     HELLO = 1
     WELCOME = 2
@@ -44,29 +44,29 @@ class Op(enum.IntEnum):
     STATUS = 10
     TAKEN = 11  # after PLACED: the target may use that memory again; not answered
     ERROR = 12  # the sender closes the connection after it
-    CHALLENGE = 16  # in place of WELCOME: the client has to PROVE first that it belongs to the namespace
+    CHALLENGE = 16  # instead of WELCOME: the client must first PROVE that it belongs to the namespace
     PROVE = 17  # answered by WELCOME
     LIST = 19
     LISTED = 20
     PREFETCH = 21
     PREFETCHED = 22
-    PLACED = 14  # in place of a VALUE: the data is to be fetched from the target's memory (carrier.py)
+    PLACED = 14  # instead of VALUE: the client fetches the data from the target's memory (carrier.py)
 
 
 class Outcome(enum.IntEnum):
-    """What became of one key. A value, never an exception: a store that fails costs speed and nothing else."""
+    """The result for one key. A value, never an exception: a failing store costs speed and nothing else."""
 
     HIT = 0
     MISS = 1
     LATE = 2  # the deadline passed first
     CORRUPT = 3  # the bytes are not those that were stored; they must not be used
-    REFUSED = 4  # the target would not: full, overloaded, too large
+    REFUSED = 4  # by the target: full, overloaded, chunk too large, or no permission
     UNREACHABLE = 5
     STORED = 6  # of a put: the chunk is in the store now
 
 
 class ProtocolError(Exception):
-    """The peer sent something that this version does not understand or that passes a bound."""
+    """The peer sent a frame that this version does not understand or that exceeds a bound."""
 
 
 class Header(NamedTuple):
@@ -83,7 +83,7 @@ Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Keys = Annotated[list[Key], msgspec.Meta(max_length=KEYS_MAX)]
 ValueBytes = Annotated[int, msgspec.Meta(gt=0, le=VALUE_BYTES_MAX)]
 KeyVersion = Annotated[int, msgspec.Meta(ge=1, lt=1 << 8)]
-Name = Annotated[str, msgspec.Meta(max_length=256)]  # kept for as long as the connection, and repeated in errors
+Name = Annotated[str, msgspec.Meta(max_length=256)]  # bounded: kept with the connection, and repeated in errors
 U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 U64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack has no wider integers
@@ -98,9 +98,9 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
     namespace: Name
     client: Name
     boot_id: Name  # of the client's kernel: the same as the target's means the same host
-    carrier: Name = ""  # by which the client would rather have its data
+    carrier: Name = ""  # the carrier that the client prefers; "": none
     nonce: Nonce = b""  # 32 random bytes; clients before release 0.2 have none
-    pass_id: Nonce = b""  # on a UNIX socket: of the pass that came over TCP
+    pass_id: Nonce = b""  # on a UNIX socket: the ID of the pass that the WELCOME over TCP gave
 
 
 class Challenge(msgspec.Struct, array_like=True, frozen=True):
@@ -116,22 +116,22 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True):
     epoch: int
     value_bytes_max: int
     unix_path: str  # "" if the target is not on the client's host
-    carrier_greeting: bytes = b""  # if the target has the carrier: from now on hits are PLACED
-    proof: Proof = b""  # after a CHALLENGE: that the target knows the credential; on a UNIX socket: the pass
-    # Over TCP, with the path of a UNIX socket: what the target has to prove there, so that it is no other.
+    carrier_greeting: bytes = b""  # if the target supports the carrier: from now on hits are PLACED
+    proof: Proof = b""  # after a CHALLENGE: the target knows the credential; on a UNIX socket: it knows the pass
+    # The pass, over TCP together with `unix_path`: on the UNIX socket, the target proves with it that it is the same.
     pass_id: Nonce = b""
     pass_key: Proof = b""
-    prefetches: bool = False  # whether the target takes PREFETCH; targets before release 0.2 do not
+    prefetches: bool = False  # whether the target supports PREFETCH; targets before release 0.2 do not
 
 
 class Get(msgspec.Struct, array_like=True, frozen=True):
     keys: Keys
-    sizes: Annotated[list[ValueBytes], msgspec.Meta(max_length=KEYS_MAX)]  # the client's room; another length is a miss
-    deadline_ms: U32  # from the arrival of the frame: an expired key costs no read
+    sizes: Annotated[list[ValueBytes], msgspec.Meta(max_length=KEYS_MAX)]  # expected; a chunk of another length misses
+    deadline_ms: U32  # from the arrival of the frame; the target does not read expired keys
 
 
 class Placed(msgspec.Struct, array_like=True, frozen=True):
-    place: bytes  # the carrier's own
+    place: bytes  # the carrier's descriptor of the remote buffer
 
 
 class Taken(msgspec.Struct, array_like=True, frozen=True):
@@ -139,7 +139,7 @@ class Taken(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Chunk(msgspec.Struct, array_like=True, frozen=True):
-    """What `PutItem` and `Listing` begin with."""
+    """The common first fields of `PutItem` and `Listing`."""
 
     key: Key
     length: ValueBytes
@@ -149,20 +149,20 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True):
     blocks_per_chunk: U16
 
 
-# In place of a position: another target has the chunk, too, so that no other chunk of its prompt depends on this one.
+# A position that marks a replica: another target has the chunk, so no other chunk of the prompt depends on this copy.
 REPLICA = (1 << 32) - 1
 
 
 class PutItem(Chunk, array_like=True, frozen=True):
-    saved_us: U32 = 0  # GPU time that a hit saves; when more comes than can be written, what saves least is shed
-    key_version: KeyVersion = 1  # how the key was made (keys.py); clients before release 0.2 do not say
-    # Of a prompt the end is dropped first. Clients before release 0.2 do not say.
+    saved_us: U32 = 0  # GPU time that a hit saves; under overload, chunks with the least are dropped first
+    key_version: KeyVersion = 1  # of the key derivation (keys.py); clients before release 0.2 do not send it
+    # The end of a prompt is dropped first. Clients before release 0.2 send neither of these.
     position: U32 = 0  # of the chunk in its prompt, from 0; or REPLICA
     parent: U64 = 0  # router hash of the chunk before it in its prompt; 0: none, or not known
 
 
 class Put(msgspec.Struct, array_like=True, frozen=True):
-    # Their payloads follow as the data part, in this order, without gaps.
+    # The data part holds their payloads, in this order, without gaps.
     items: Annotated[list[PutItem], msgspec.Meta(max_length=KEYS_MAX)]
 
 
@@ -174,16 +174,16 @@ class Prefetch(msgspec.Struct, array_like=True, frozen=True):
     keys: Keys  # in the order of their prompt: the end is dropped first
 
 
-Cursor = tuple[U16, U64, U32]  # the target's own: where its list goes on
+Cursor = tuple[U16, U64, U32]  # opaque to clients: where the next page begins
 
 
 class List(msgspec.Struct, array_like=True, frozen=True):
-    fingerprint: U64  # 0: chunks of any
+    fingerprint: U64  # 0: chunks of every fingerprint
     cursor: Cursor = (0, 0, 0)
 
 
 class Listing(Chunk, array_like=True, frozen=True):
-    """What a target knows of a chunk, as `PutItem` told it."""
+    """A stored chunk, with the values of its `PutItem`."""
 
     key_version: KeyVersion
 
@@ -198,7 +198,7 @@ class Outcomes(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """What a target says of itself; counts since its start."""
+    """A target's status; counts since its start."""
 
     target: str
     epoch: int
@@ -223,10 +223,10 @@ class Status(msgspec.Struct, frozen=True):
     waiting_read_bytes: int
     waiting_write_bytes: int
     operations: dict[str, dict[str, int]]  # operation -> outcome -> keys
-    key_versions: dict[int, int] = {}  # version of the key (keys.py) -> chunks; targets before release 0.2 do not say
-    dirty_bytes: int = 0  # payload that is visible and not written yet; targets before release 0.2 do not say
+    key_versions: dict[int, int] = {}  # version of the key (keys.py) -> chunks; not sent before release 0.2
+    dirty_bytes: int = 0  # payload that is readable and not written yet; not sent before release 0.2
     dirty_entries: int = 0
-    dirty_bytes_max: int = 0  # 0: none is visible before it is written
+    dirty_bytes_max: int = 0  # 0: write-behind is off
     dropped: dict[str, int] = {}  # chunks by reason (queues.DROP_REASONS)
     read_ahead: dict[str, int] = {}  # chunks of PREFETCH by outcome (ahead.OUTCOMES)
     replicas: dict[str, int] = {}  # chunks offered to other targets by outcome (replicas.OUTCOMES)
@@ -237,7 +237,7 @@ class Failure(msgspec.Struct, array_like=True, frozen=True):
 
 
 def transcript(hello: Hello, challenge: Challenge, welcome: Welcome | None = None) -> list[bytes]:
-    """What a proof signs: the client's all that was said until then; the target's, with `welcome`, that as well."""
+    """The fields that a proof signs. The client signs HELLO and CHALLENGE; the target also signs its `welcome`."""
     role = "client" if welcome is None else "target"
     texts = ("kvtier 1", role, hello.namespace, hello.client, hello.boot_id, hello.carrier)
     fields = [text.encode() for text in texts] + [hello.nonce, challenge.nonce]
@@ -252,7 +252,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(header: Header, control: msgspec.Struct | None = None) -> bytes:
-    """Header and control part as bytes; the data part, of `header.data_bytes`, is sent after them."""
+    """Header and control part as bytes. The caller sends the data part, of `header.data_bytes`, after them."""
     body = b"" if control is None else _encoder.encode(control)
     op, request, flags, number, crc, _, data_bytes = header
     return HEADER.pack(MAGIC, VERSION, op, flags, request, number, crc, len(body), data_bytes) + body
@@ -265,13 +265,13 @@ def decode_header(raw: bytes | bytearray | memoryview) -> Header:
     magic, version, op, flags, request, number, crc, control_bytes, data_bytes = HEADER.unpack(raw)
     if magic.startswith(_TLS_HANDSHAKE):
         raise ProtocolError(
-            "the client speaks TLS, this target does not: give the target --tls-cert and --tls-key, or the client no "
-            "--store-tls-ca"
+            "the client uses TLS, this target does not: give the target --tls-cert and --tls-key, or remove the "
+            "client's --store-tls-ca"
         )
     if magic != MAGIC:
         raise ProtocolError(f"not a kvtier frame: it begins with {bytes(magic)!r}, expected {MAGIC!r}")
     if version != VERSION:
-        raise ProtocolError(f"protocol version {version}, this side speaks {VERSION}")
+        raise ProtocolError(f"protocol version {version}, expected {VERSION}")
     try:
         op = Op(op)
     except ValueError:

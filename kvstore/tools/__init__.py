@@ -1,5 +1,4 @@
-"""What an operator asks of a target: how it is doing, whether what it holds is sound, how many workers it feeds, and
-chunks for another store."""
+"""Commands for operators of targets: status, integrity check, benchmark, and export and import of chunks."""
 
 import os
 import sys

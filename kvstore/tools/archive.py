@@ -1,5 +1,5 @@
-"""The file of `kvtier store export`: chunks of one fingerprint, each with its value as a target stored it. docs/wire.md
-has it byte by byte. Nothing here knows of targets."""
+"""The file format of `kvtier store export`: chunks of one fingerprint, each with its value as a target stored it.
+docs/wire.md describes every byte. Knows nothing of targets."""
 
 import struct
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _NOTHING = memoryview(b"")
 
 
 class Writer:
-    """Writes an archive to `file`; without `end` a reader finds it cut off."""
+    """Writes an archive to `file`. Without a final `end`, a reader reports it as cut off."""
 
     def __init__(self, file: BufferedIOBase, fingerprint: int):
         self._file = file
@@ -56,8 +56,8 @@ class Writer:
 
 
 class Reader:
-    """Reads an archive and checks all of it. `name` is the file's, for errors. Raises ConfigError, which says at which
-    byte the file is not what it should be."""
+    """Reads an archive and checks every byte of it. `name` is the file's name, for errors. Raises ConfigError with the
+    offset of the damage."""
 
     def __init__(self, file: BufferedIOBase, name: str):
         self._file = file
@@ -67,10 +67,10 @@ class Reader:
         if magic != _HEADER_MAGIC:
             raise ConfigError("file", name, "one that `kvtier store export` wrote")
         if version != VERSION:
-            raise ConfigError("file", name, f"an export of format {VERSION}, this one has {version}")
+            raise ConfigError("file", name, f"an export of format {VERSION}, not {version}")
 
     def chunks(self) -> Iterator[tuple[Listing, memoryview]]:
-        """Each chunk and its value, whose memory is the caller's."""
+        """Each chunk and its value, in memory of its own."""
         count = payload_bytes = 0
         while (magic := self._take(len(_CHUNK_MAGIC))) == _CHUNK_MAGIC:
             _, key, router_hash, length, crc, blocks, version = self._fields(_CHUNK, magic)
@@ -82,15 +82,15 @@ class Reader:
             yield Listing(key, length, crc, router_hash, self.fingerprint, blocks, version), value
             count, payload_bytes = count + 1, payload_bytes + length
         if magic != _END_MAGIC:
-            raise self._damaged("neither a chunk nor the end")
+            raise self._damaged("neither a chunk nor the end record")
         if self._fields(_END, magic)[1:] != (count, payload_bytes):
-            raise self._damaged(f"an end that does not count the {count} chunks before it")
+            raise self._damaged(f"an end record that does not match the {count} chunks before it")
 
     def _fields(self, layout: struct.Struct, begun: memoryview = _NOTHING) -> tuple[Any, ...]:
-        """Unpack what begins with `begun`, which was read already."""
+        """Read and unpack fields; `begun` is their start, which was read already."""
         raw = bytes(begun) + bytes(self._take(layout.size + _CRC.size - len(begun)))
         if _CRC.unpack(raw[layout.size :])[0] != crc32c(raw[: layout.size]):
-            raise self._damaged("a head whose checksum is wrong")
+            raise self._damaged("a header whose checksum is wrong")
         return layout.unpack(raw[: layout.size])
 
     def _take(self, size: int) -> memoryview:
@@ -98,8 +98,8 @@ class Reader:
         got = self._file.readinto(taken)
         self._offset += got
         if got < size:
-            raise self._damaged("its end: it is cut off")
+            raise self._damaged("the end of a truncated file")
         return taken
 
     def _damaged(self, what: str) -> ConfigError:
-        return ConfigError("file", self._name, f"an export that is whole; before byte {self._offset} there is {what}")
+        return ConfigError("file", self._name, f"an undamaged export; before byte {self._offset} there is {what}")

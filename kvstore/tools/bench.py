@@ -1,4 +1,4 @@
-"""`python -m kvstore bench`: how fast this machine, or a running target, can be, and how many workers that feeds."""
+"""`python -m kvstore bench`: the throughput of this machine or a running target, and how many workers it can feed."""
 
 import argparse
 import logging
@@ -22,11 +22,11 @@ from kvstore.tools import speeds, words
 from kvstore.tools.speeds import Speed, StoreSpeeds
 from kvstore.tools.targets import add_namespace_arguments
 
-HELP = """Measure how fast a target here would be, and say how many workers it feeds as fast as they compute.
+HELP = """Measure the throughput of a target, and compute how many workers it can feed at their prefill speed.
 
---dir measures the device under a directory, through a scratch file, and the network software on this machine. --store
-measures a running target instead, with chunks that nobody else asks for; run it where the workers are. With both, the
-device is this machine's.
+--dir measures the device under a directory, through a scratch file, and the network stack of this machine. --store
+measures a running target instead, with chunks of its own; run it where the workers are. With both, --dir measures this
+machine's device.
 
   python -m kvstore bench --dir /nvme0
   python -m kvstore bench --store 10.0.0.7:7600
@@ -35,7 +35,7 @@ device is this machine's.
 
 
 class Model(NamedTuple):
-    """What a worker makes when it computes: KV bytes a token, and tokens a second."""
+    """A worker's prefill: KV bytes per token, and tokens per second."""
 
     name: str
     bytes_per_token: int
@@ -51,17 +51,17 @@ MODELS = (
 )
 
 
-_SLOW = """An FP8 KV cache (vLLM's --kv-cache-dtype fp8) halves the bytes of bf16; more targets feed side by side. What
-loads slower than it computes still frees a GPU that is busy: see the router's --gpu-price."""
+_SLOW = """An FP8 KV cache (vLLM's --kv-cache-dtype fp8) halves the bytes of bf16. Several targets add their throughput.
+Loading that is slower than computing still frees a busy GPU: see the router's --gpu-price."""
 
 
 class Verdict(msgspec.Struct):
-    """What a speed is worth to a model."""
+    """How many workers of a model a target feeds."""
 
     model: str
     bytes_per_token: int
     worker_tokens_per_second: float  # its prefill
-    worker_bytes_per_second: float  # the KV that this makes: what a target has to feed it
+    worker_bytes_per_second: float  # KV bytes of that prefill: the throughput that a target needs to feed the worker
     fed_tokens_per_second: float
     fed_workers: float
     advice: str
@@ -84,7 +84,7 @@ class Options(ClientOptions):
 class Result(msgspec.Struct):
     chunk_bytes: int
     speeds: list[Speed]
-    limit: str  # which of them bounds what is fed
+    limit: str  # the name of the bottleneck
     fed_bytes_per_second: float
     verdicts: list[Verdict]
     from_memory: float | None = None
@@ -96,15 +96,13 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
     logging.getLogger("kvstore.disk.files").setLevel(
         logging.WARNING
-    )  # direct I/O may not be had, which changes the figures
+    )  # direct I/O may be unavailable, which changes the figures
     models = _models(options)
     messages.checked_namespace(options.namespace)
     if options.dir is None and options.store is None:
         raise ConfigError("dir", "", "a directory on the device to measure, or --store with a target")
     if options.dir is not None and not options.dir.is_dir():
-        raise ConfigError(
-            "dir", options.dir, "a directory that exists; a target on a raw device is measured by --store"
-        )
+        raise ConfigError("dir", options.dir, "an existing directory; measure a target on a raw device with --store")
     measured: list[Speed] = []
     seconds = options.seconds / speeds.RUNS
     if options.dir is not None:
@@ -136,15 +134,13 @@ def _parse(argv: list[str]) -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m kvstore bench", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dir", help="directory on the device; up to a GiB is used there for as long as this runs")
-    parser.add_argument(
-        "--store", help="targets to measure: host:port, several with commas between, or etcd://host:port"
-    )
+    parser.add_argument("--dir", help="directory on the device; needs up to 1 GiB of free space while it runs")
+    parser.add_argument("--store", help="targets to measure: host:port, separated by commas, or etcd://host:port")
     add_namespace_arguments(parser)
     parser.add_argument("--size", help="bytes of a chunk; default 2MiB")
-    parser.add_argument("--seconds", help="for each thing that is measured; default 5")
-    parser.add_argument("--tokens-per-second", help="prefill speed of one of your workers, for a model of your own")
-    parser.add_argument("--bytes-per-token", help="KV bytes of a token of that model: 320KiB, say")
+    parser.add_argument("--seconds", help="duration of each measurement; default 5")
+    parser.add_argument("--tokens-per-second", help="prefill speed of one of your workers, for your own model")
+    parser.add_argument("--bytes-per-token", help="KV bytes per token of that model, for example 320KiB")
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object")
     return validated(Options, vars(parser.parse_args(argv)))
 
@@ -154,21 +150,21 @@ def _models(options: Options) -> Sequence[Model]:
     if given == (None, None):
         return MODELS
     if options.bytes_per_token is None:
-        raise ConfigError("bytes-per-token", "", "the model's KV bytes a token, beside --tokens-per-second")
+        raise ConfigError("bytes-per-token", "", "the model's KV bytes per token, together with --tokens-per-second")
     if options.tokens_per_second is None:
-        raise ConfigError("tokens-per-second", "", "a worker's prefill speed, beside --bytes-per-token")
+        raise ConfigError("tokens-per-second", "", "a worker's prefill speed, together with --bytes-per-token")
     return [Model("your model", int(options.bytes_per_token), options.tokens_per_second)]
 
 
 def slowest(measured: Sequence[Speed]) -> Speed:
-    """What bounds the chunks that workers get: reading and sending, whichever is slower. A UNIX socket serves only
-    workers on the target's machine."""
+    """The bottleneck: reading or sending, whichever is slower. A UNIX socket does not count: it serves only workers on
+    the target's machine."""
     reading = [speed for speed in measured if speed.name in ("device read", "TCP on loopback", "store get")]
     return min(reading, key=lambda speed: speed.median)
 
 
 def verdict(fed_bytes_per_second: float, model: Model) -> Verdict:
-    """How many workers of `model` load as fast from a target as they would compute."""
+    """How many workers of `model` a target can feed at their prefill speed."""
     tokens_per_second = fed_bytes_per_second / model.bytes_per_token
     return Verdict(
         model=model.name,
@@ -185,14 +181,14 @@ def _advice(workers: float, model: Model) -> str:
     if workers >= 1:
         return f"this target feeds {_tenths(workers)} workers at prefill speed"
     targets = math.ceil(1 / workers)
-    told = f"loading takes {1 / workers:.1f} times as long as computing; {targets} such targets feed a worker"
+    told = f"loading takes {1 / workers:.1f} times as long as computing; {targets} such targets feed one worker"
     if model.fp8_kv:
         return told
     return f"{told}, {math.ceil(1 / (2 * workers))} with an FP8 KV cache"
 
 
 def _tenths(number: float) -> str:
-    """Rounded down: half a worker more than there is would be waited for."""
+    """With one decimal, rounded down: a target must not promise more workers than it feeds."""
     return f"{math.floor(10 * number) / 10:.1f}"
 
 
@@ -216,12 +212,12 @@ def _as_text(result: Result, seconds: float) -> str:
     ]
     lines = [
         f"A short benchmark: chunks of {words.size(result.chunk_bytes)}, {speeds.RUNS} runs of "
-        f"{seconds / speeds.RUNS:g} s each. Caches and other users of the machine are in it.",
+        f"{seconds / speeds.RUNS:g} s each. Includes the effect of caches and of other load on the machine.",
         "",
         words.table(measured),
         *_caveats(result),
         "",
-        f"It can feed {words.speed(result.fed_bytes_per_second)}: as fast as {result.limit}, the slowest on the way.",
+        f"It can feed {words.speed(result.fed_bytes_per_second)}. The bottleneck is: {result.limit}.",
         "",
         words.table(fed),
         "",
@@ -236,11 +232,11 @@ def _caveats(result: Result) -> list[str]:
     lines = []
     if result.from_memory is None:
         lines.append(
-            "Both ends of the streams ran on this machine; the network to your workers may be slower: --store."
+            "Both ends of the streams ran on this machine. The network to your workers may be slower: use --store."
         )
     elif result.from_memory:
-        share = f"{result.from_memory:.0%} of the chunks got came from the target's memory (its --hot)"
-        lines.append(f"{share}; what its device does is said by --dir, on its machine.")
+        share = f"{result.from_memory:.0%} of the chunks came from the target's memory (its --hot)"
+        lines.append(f"{share}. To measure its device, run --dir on its machine.")
     if result.failed:
         lines.append("Not served: " + ", ".join(f"{keys} {name}" for name, keys in result.failed.items()) + ".")
     return lines

@@ -1,4 +1,4 @@
-"""`python -m kvstore export`: chunks of running targets, as one file."""
+"""`python -m kvstore export`: writes chunks of running targets to a file."""
 
 import argparse
 import contextlib
@@ -25,9 +25,10 @@ from kvstore.tools import words
 from kvstore.tools.archive import Writer
 from kvstore.tools.targets import TargetOptions, add_target_arguments, open_client, open_targets
 
-HELP = """Write chunks of running targets to a file, for `import` into another store: those of some prompts, or all of a
-fingerprint, which stands for the model, the engine's version, the KV layout and all else that decides what chunks mean.
-Without FILE, show what there is of each fingerprint. The exit code is 1 if a target did not send a chunk.
+HELP = """Write chunks of running targets to a file, for `import` into another store: the chunks of some prompts, or all
+of a fingerprint. A fingerprint stands for everything that decides what the bytes of a chunk mean: the model, the
+engine's version, the KV layout. Without FILE, list the fingerprints. The exit code is 1 if a target did not send a
+chunk.
 
 A target lists its chunks to a client that proves its namespace's credential, or that runs as the target's user on the
 target's host. Sealed values stay sealed: only workers with the seal key can use them.
@@ -47,7 +48,7 @@ Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class Tokenized(msgspec.Struct):
-    """What vLLM's /tokenize answers."""
+    """A response of vLLM's /tokenize."""
 
     tokens: list[Token]
 
@@ -64,14 +65,15 @@ class Options(TargetOptions):
 
 
 class Held(msgspec.Struct):
-    """What the targets hold of a fingerprint."""
+    """The chunks of a fingerprint on all targets."""
 
     chunks: int = 0
     bytes: int = 0
 
 
 class Prompt(msgspec.Struct):
-    """How much of a prompt is exported. `leading` chunks have no gap before them: engines have no use for others."""
+    """How much of a prompt is exported. `leading` counts the chunks before the first gap: engines can use only
+    those."""
 
     file: str
     chunks: int
@@ -83,11 +85,11 @@ class Exported(msgspec.Struct):
     fingerprint: str
     chunks: int = 0
     bytes: int = 0
-    sealed: int = 0  # of the chunks
-    gone: int = 0  # evicted, or found corrupt, since they were listed
-    failed: int = 0  # that a target did not send
-    unnamed: int = 0  # of no known prompt; left out where prompts are given
-    cut: bool = False  # there are more, beyond --max
+    sealed: int = 0  # included in `chunks`
+    gone: int = 0  # evicted or found corrupt after they were listed
+    failed: int = 0  # not sent by their target
+    unnamed: int = 0  # without a router hash; left out with --tokens
+    cut: bool = False  # --max was reached
     prompts: list[Prompt] = []
 
 
@@ -97,7 +99,7 @@ def main(argv: list[str]) -> int:
     fingerprint = parse_fingerprint(options.fingerprint) if options.fingerprint else None
     prompts = _prompts(options)
     if options.file is not None and options.file.exists():
-        raise ConfigError("file", options.file, "one that does not exist yet")
+        raise ConfigError("file", options.file, "a file that does not exist yet")
     membership = open_targets(options)
     with contextlib.closing(open_client(options, membership, "kvtier-export")) as client:
         targets = membership.targets()
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> int:
                 print(msgspec.json.encode(held).decode() if options.as_json else _table(held))
                 return 0
             if len(held) != 1:
-                raise ConfigError("fingerprint", "", f"one of those here: {', '.join(held) or 'there is none'}")
+                raise ConfigError("fingerprint", "", f"one of: {', '.join(held) or '(the targets hold no chunk)'}")
             fingerprint = parse_fingerprint(*held)
         result = Exported(str(options.file), f"{fingerprint:016x}")
         wanted = {number for hashes in prompts.values() for number in hashes} if options.tokens else None
@@ -117,8 +119,8 @@ def main(argv: list[str]) -> int:
             found = _fill(writer, client, chosen, wanted or set(), options.max, result)
             if not writer.chunks:
                 what = f"fingerprint {result.fingerprint}" + (" and these tokens" if prompts else "")
-                why = f"{result.failed} failed, {result.unnamed} are of no known prompt"
-                raise UnavailableError(f"store: no chunk of {what} can be read ({why}): nothing is written")
+                why = f"{result.failed} failed, {result.unnamed} belong to no known prompt"
+                raise UnavailableError(f"store: no chunk of {what} can be read ({why}): no file written")
             writer.end()
     result.prompts = [_leading(path, hashes, found) for path, hashes in prompts.items()]
     print(msgspec.json.encode(result).decode() if options.as_json else _summary(result))
@@ -130,19 +132,19 @@ def _parse(argv: list[str]) -> Options:
         prog="python -m kvstore export", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_target_arguments(parser)
-    parser.add_argument("file", nargs="?", help="to be written; default: none, fingerprints are shown")
-    parser.add_argument("--fingerprint", help="of the chunks, in hexadecimal; default: the only one there is")
+    parser.add_argument("file", nargs="?", help="file to write; default: none, list the fingerprints")
+    parser.add_argument("--fingerprint", help="of the chunks, in hexadecimal; needed if the targets hold several")
     parser.add_argument(
         "--tokens",
         action="append",
         metavar="FILE",
-        help="JSON with a prompt's token ids: a list, or what vLLM's /tokenize answers; may be given again; default: "
-        "all chunks of the fingerprint",
+        help="JSON with a prompt's token ids: a list, or a response of vLLM's /tokenize; may be given several times; "
+        "default: all chunks of the fingerprint",
     )
     parser.add_argument("--block-size", help="the engine's (vLLM's --block-size), for --tokens")
     parser.add_argument("--lora-name", help="adapter of the requests with --tokens")
     parser.add_argument("--cache-salt", help="cache_salt of the requests with --tokens")
-    parser.add_argument("--max", help="stop before the values are more than this, such as 100G; default: no limit")
+    parser.add_argument("--max", help="limit of the values' total size, for example 100G; default: no limit")
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object")
     return validated(Options, vars(parser.parse_args(argv)))
 
@@ -164,7 +166,7 @@ def parse_fingerprint(text: str) -> int:
 def _prompts(options: Options) -> dict[Path, list[int]]:
     """The router hash of each block, by the prompt's file. Raises ConfigError."""
     if options.tokens and options.block_size is None:
-        raise ConfigError("block-size", "", "the engine's tokens a block, beside --tokens")
+        raise ConfigError("block-size", "", "the engine's tokens per block, together with --tokens")
     return {
         path: sequence_hashes(
             _tokens(path),
@@ -189,7 +191,7 @@ def _tokens(path: Path) -> list[int]:
 
 
 def _listed(client: StoreClient, targets: Sequence[str], fingerprint: int) -> Iterator[tuple[str, Listing]]:
-    """What each target lists. Raises UnavailableError if one does not."""
+    """All chunks that the targets list. Raises UnavailableError if a target does not answer."""
     for target in targets:
         ask: wire.List | None = wire.List(fingerprint)
         while ask is not None:
@@ -213,7 +215,7 @@ def _held(listed: Iterable[tuple[str, Listing]]) -> dict[str, Held]:
 def _chosen(
     listed: Iterable[tuple[str, Listing]], wanted: set[int] | None, result: Exported
 ) -> Iterator[tuple[str, Listing]]:
-    """Chunks whose router hash is wanted; all, if that is None."""
+    """Chunks whose router hash is in `wanted`; all chunks if it is None."""
     for target, chunk in listed:
         if wanted is None or chunk.router_hash in wanted:
             yield target, chunk
@@ -226,11 +228,12 @@ def _chosen(
 
 @contextlib.contextmanager
 def _created(path: Path) -> Iterator[BufferedIOBase]:
-    """A new file that only its owner can read, there once it is whole. Raises ConfigError, FailedError."""
+    """A new file that only its owner can read. It appears under its name when the body has succeeded. Raises
+    ConfigError, FailedError."""
     try:
         fd, beside = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     except OSError as error:
-        raise ConfigError("file", path, f"one in a directory that can be written to ({error.strerror})") from None
+        raise ConfigError("file", path, f"a file in a writable directory ({error.strerror})") from None
     try:
         with open(fd, "wb") as file:
             yield file
@@ -251,7 +254,8 @@ def _fill(
     bytes_max: int | None,
     result: Exported,
 ) -> dict[int, int]:
-    """Get the chunks in batches and write them; which of the wanted router hashes that were -> blocks a chunk."""
+    """Get the chunks in batches and write them. Returns the wanted router hashes that were written -> their blocks per
+    chunk."""
     found: dict[int, int] = {}
     for batch in _batches(chosen, bytes_max, result):
         for chunk, value in _got(client, batch, result):
@@ -285,7 +289,7 @@ def _batches(
 def _got(
     client: StoreClient, batch: list[tuple[str, Listing]], result: Exported
 ) -> Iterator[tuple[Listing, memoryview]]:
-    """The batch's chunks with their values, but for those that cannot be had."""
+    """The chunks of a batch that could be read, with their values. Counts the others."""
     for _ in range(_TRIES):
         values = [memoryview(bytearray(chunk.length)) for _, chunk in batch]
         outcomes = client.get(
@@ -332,9 +336,9 @@ def _summary(result: Exported) -> str:
     ]
     if result.prompts and result.unnamed:
         lines.append(
-            f"{result.unnamed:,} chunks are of no known prompt and were left out. Models with several KV groups need "
-            "them: export those without --tokens"
+            f"{result.unnamed:,} chunks belong to no known prompt and were left out. Models with several KV groups "
+            "need them: export such a model without --tokens"
         )
     if result.cut:
-        lines.append("there are more chunks, beyond --max")
+        lines.append("--max was reached: more chunks exist")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`python -m kvstore import`: a file of `export` into running targets."""
+"""`python -m kvstore import`: puts the chunks of an export file into running targets."""
 
 import argparse
 import asyncio
@@ -22,16 +22,18 @@ from kvstore.tools.archive import Reader
 from kvstore.tools.export import parse_fingerprint
 from kvstore.tools.targets import TargetOptions, add_target_arguments, open_client, open_targets
 
-HELP = """Put the chunks of a file that `export` wrote into running targets, each where its key places it. With
---fingerprint, or with --nats and workers that run, a file of another fingerprint is refused: no worker would find its
-chunks. Whoever wrote the file is believed, unless its values are sealed. The exit code is 1 if targets refused chunks.
+HELP = """Put the chunks of a file that `export` wrote into running targets, each on the target for its key.
+
+With --fingerprint, or with --nats and running workers, a file of another fingerprint is refused: no worker would find
+its chunks. Unless its values are sealed, the file must come from a trusted source. The exit code is 1 if targets
+refused chunks.
 
   python -m kvstore import 10.1.0.7:7600,10.1.0.8:7600 system.kvtier --nats nats://10.1.0.2:4222
 """
 
 _BATCH_BYTES = 32 << 20
 _PUT_SECONDS = 60.0
-_PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0)  # between tries, where targets write more slowly than the file is read
+_PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0)  # backoff between retries, if targets write more slowly than the file is read
 _HEAR_SECONDS = 3 * messages.HEARTBEAT_SECONDS
 
 
@@ -46,9 +48,9 @@ class Imported(msgspec.Struct):
     file: str
     fingerprint: str
     stored: int = 0
-    known: int = 0  # that the targets had
+    known: int = 0  # the targets had them already
     refused: int = 0
-    bytes: int = 0  # of those that were stored
+    bytes: int = 0  # of the stored ones
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
             try:
                 for batch in _batches(reader):
                     _put(client, batch, result)
-            finally:  # also if the file is damaged from some byte on
+            finally:  # also report the chunks before a damaged part
                 print(msgspec.json.encode(result).decode() if options.as_json else _summary(result), flush=True)
     return 1 if result.refused else 0
 
@@ -81,9 +83,9 @@ def _parse(argv: list[str]) -> Options:
         prog="python -m kvstore import", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_target_arguments(parser)
-    parser.add_argument("file", help="that `export` wrote")
-    parser.add_argument("--fingerprint", help="that the file must have, in hexadecimal")
-    parser.add_argument("--nats", help="NATS servers: a worker that reports there must have the file's fingerprint")
+    parser.add_argument("file", help="file that `export` wrote")
+    parser.add_argument("--fingerprint", help="required fingerprint of the file, in hexadecimal")
+    parser.add_argument("--nats", help="NATS servers; a worker that reports there must have the file's fingerprint")
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object")
     return validated(Options, vars(parser.parse_args(argv)))
 
@@ -101,8 +103,8 @@ async def _reported(urls: str, namespace: str) -> set[int]:
     await bus.close()
     if not fingerprints:
         raise UnavailableError(
-            f"nats: no worker of namespace {namespace!r} reported in {_HEAR_SECONDS:g} s: start one, or say what the "
-            "file must have by --fingerprint"
+            f"nats: no worker of namespace {namespace!r} reported in {_HEAR_SECONDS:g} s: start one, or give the "
+            "required --fingerprint"
         )
     return fingerprints
 
@@ -112,8 +114,8 @@ def _check(fingerprint: int, expected: set[int], path: Path) -> None:
         raise ConfigError(
             "file",
             path,
-            f"one of fingerprint {' or '.join(f'{one:016x}' for one in sorted(expected))}, this one has "
-            f"{fingerprint:016x}: another model, engine version or KV layout, whose chunks these workers cannot use",
+            f"a file of fingerprint {' or '.join(f'{one:016x}' for one in sorted(expected))}, not "
+            f"{fingerprint:016x}: these workers cannot use chunks of another model, engine version or KV layout",
         )
 
 
@@ -140,7 +142,7 @@ def _batches(reader: Reader) -> Iterator[list[Item]]:
 
 
 def _put(client: StoreClient, batch: list[Item], result: Imported) -> None:
-    """Raises FailedError if targets take none of those that they do not have."""
+    """Put a batch. Raises FailedError if the targets store none of its missing chunks."""
     there = client.exists([item.key for item in batch], time.monotonic() + _PUT_SECONDS)
     result.known += there.count(Outcome.HIT)
     left = [item for item, outcome in zip(batch, there, strict=True) if outcome is not Outcome.HIT]
@@ -157,8 +159,8 @@ def _put(client: StoreClient, batch: list[Item], result: Imported) -> None:
     result.refused += len(left)
     if len(left) == missing:
         raise FailedError(
-            f"store: none of {missing} chunks is taken ({outcomes[0].name.lower()}); what is stored stays, and is "
-            "known when the file is imported again"
+            f"store: none of {missing} chunks was stored ({outcomes[0].name.lower()}); import the file again to "
+            "resume: stored chunks are skipped"
         )
 
 

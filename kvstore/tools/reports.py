@@ -1,4 +1,4 @@
-"""What a scrub found, and its words."""
+"""The findings of a scrub, and their text."""
 
 import msgspec
 
@@ -6,7 +6,7 @@ from kvstore.tools import words
 
 
 class Flaw(msgspec.Struct):
-    """Something that does not check out, and where to look for it."""
+    """A failed check, and where it is on the device."""
 
     what: str
     page: int  # in the segment
@@ -16,7 +16,7 @@ class Flaw(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """What is in a segment. Sound chunks are live or superseded; every corrupt and every cut off one is a flaw."""
+    """The content of a segment. A sound chunk is live or superseded; each corrupt or cut off chunk is a flaw."""
 
     dir: str
     segment: int

@@ -1,4 +1,4 @@
-"""Reads a stopped store from end to end and says what in it is sound. Nothing is written."""
+"""Reads a stopped store from end to end and reports corruption. Never writes."""
 
 import struct
 import threading
@@ -17,14 +17,14 @@ from kvstore.disk.space import Place, StoppedStore
 from kvstore.net.queues import BATCH_BYTES
 from kvstore.tools.reports import Flaw, Report
 
-_WINDOW_PAGES = 256  # of a scan that looks for the next record
-_HEADER = struct.Struct("<8s8xQQQ")  # how every header begins: magic, store, generation; of a record: namespace
+_WINDOW_PAGES = 256  # read at once by a scan for the next record
+_HEADER = struct.Struct("<8s8xQQQ")  # common start of all headers: magic, store, generation; of a record: namespace
 _RECORD_MAGIC, _SEGMENT_MAGIC, _TRAILER_MAGIC = b"KVTIERRC", b"KVTIERSG", b"KVTIERFT"
 
 
 class Scrub:
-    """Checks a store, with as many reads under way as `pool` has threads. It holds memory for those, the entries of one
-    segment, and a key a chunk. With a `namespace` (record.namespace_id), chunks of any other one are corrupt."""
+    """Checks a store, with one concurrent read per thread of `pool`. Holds memory for those reads, for the entries of
+    one segment, and for a key per chunk. With a `namespace` (record.namespace_id), chunks of others are corrupt."""
 
     def __init__(self, store: StoppedStore, files: Files, pool: ThreadPoolExecutor, namespace: int | None = None):
         self._store = store
@@ -35,7 +35,7 @@ class Scrub:
         self._memory = _Memory()
         block = store.superblock
         self._stores = {device.store_id(block, name) for name in device.names(block)} or {block.store}
-        # By store id, keys in the segments that were checked, which are younger than those to come.
+        # Keys in the segments checked so far, which are younger than the rest; by store id.
         self._seen: defaultdict[int, set[bytes]] = defaultdict(set)
 
     def reports(self) -> Iterator[Report]:
@@ -45,7 +45,7 @@ class Scrub:
             yield self._report(head)
 
     def _head(self, slot: int) -> "_Head | None":
-        """Whose segment it is, by the rules of `Log._load`; None if it is nobody's or another store's."""
+        """The owner of a segment, by the rules of `Log._load`; None if it is unused or another store's."""
         try:
             with self._store.place(slot) as place:
                 return self._head_at(place, slot)
@@ -74,7 +74,7 @@ class Scrub:
             and not (header and header.stamp.store not in self._stores)
             and _likeness(first_page, _SEGMENT_MAGIC, nobody)
         ):
-            flaws.append((0, "segment header, and without it all in the segment"))
+            flaws.append((0, "segment header, which makes the whole segment unreadable"))
         if stamp is None and not flaws:
             return None
         empty = header is not None and header.queue == record.EMPTY
@@ -87,7 +87,7 @@ class Scrub:
         return last.store if last else self._store.superblock.store
 
     def _has_records(self, place: Place, trailer: Trailer) -> bool:
-        """Whether a footer is in the segment that it describes: some of its records are there."""
+        """Whether a footer belongs to the segment that it is in: one of its first records is there."""
         table = self._read(place, trailer.offset // PAGE_BYTES, record.pages(trailer.table_bytes), [])
         table = table[: trailer.table_bytes]
         if crc32c(table) != trailer.crc:
@@ -125,7 +125,7 @@ class Scrub:
                 if fault
             ]
         else:
-            # A footer is written last: with one, damaged as it may be, nothing in the segment was cut off.
+            # The footer is written last. If there is one, even a damaged one, no write to the segment was cut off.
             report.state = "scanned" if report.corrupt else "open"
             entries = self._scan(report, place, stamp)
             sound = [True] * len(entries)
@@ -136,7 +136,7 @@ class Scrub:
     def _account(
         self, report: Report, store: int, entries: Sequence[Entry], sound: Sequence[bool], footer_bytes: int
     ) -> None:
-        """Count what is live, superseded and dead. Of two entries with one key the later one in the table counts."""
+        """Count live, superseded and dead chunks. Of two entries with the same key, the later one is live."""
         for entry, good in zip(reversed(entries), reversed(sound), strict=True):
             superseded = entry.key in self._seen[store]
             self._seen[store].add(entry.key)
@@ -153,7 +153,7 @@ class Scrub:
         report.free_bytes = self._store.superblock.segment_bytes - PAGE_BYTES - used_bytes - footer_bytes
 
     def _table(self, report: Report, place: Place, trailer: Trailer) -> list[Entry] | None:
-        """The entries of a sealed segment; None if they are damaged, which goes into the report."""
+        """The entries of a sealed segment; None if they are damaged, which is added to the report."""
         flaws: list[tuple[int, str]] = []
         page = trailer.offset // PAGE_BYTES
         table = self._read(place, page, record.pages(trailer.table_bytes), flaws)[: trailer.table_bytes]
@@ -163,7 +163,7 @@ class Scrub:
         return None
 
     def _faults(self, place: Place, stamp: Stamp, entries: Sequence[Entry]) -> Iterator[str]:
-        """What is wrong with the record of each entry; "" if nothing is."""
+        """The fault in the record of each entry; "" for none."""
         order = sorted(range(len(entries)), key=lambda number: entries[number].page)
         batches = _batches([entries[number] for number in order])
         found = self._pool.map(lambda batch: self._check(place, stamp, batch), batches)
@@ -171,20 +171,20 @@ class Scrub:
         return (by_number[number] for number in range(len(entries)))
 
     def _check(self, place: Place, stamp: Stamp, batch: Sequence[Entry]) -> list[str]:
-        """Read records that lie side by side, and check them."""
+        """Read adjacent records, and check them."""
         sizes = [record.record_bytes(entry.length) for entry in batch]
         content = self._memory.of(sum(sizes))
         try:
             self._files.read(place.fd, [content], place.offset + batch[0].page * PAGE_BYTES)
         except OSError as error:
-            if len(batch) > 1:  # one bad page must not cost its neighbours
+            if len(batch) > 1:  # retry one by one: a bad page must not fail its neighbours
                 return [fault for entry in batch for fault in self._check(place, stamp, [entry])]
             return [_unreadable(error)]
         faults = []
         for entry, size in zip(batch, sizes, strict=True):
             intact = crc32c(content[PAGE_BYTES : PAGE_BYTES + entry.length]) == entry.crc
             header = self._entry(content, stamp, entry.page)
-            # A footer that release 0.1 wrote for records of this one does not say their key versions.
+            # A footer that release 0.1 wrote for records of this release lacks their key versions.
             same = header is not None and header._replace(key_version=entry.key_version) == entry
             wrong = ["" if same else "record header", "" if intact else "payload"]
             faults.append(" and ".join(filter(None, wrong)))
@@ -192,14 +192,14 @@ class Scrub:
         return faults
 
     def _entry(self, page: memoryview, stamp: Stamp, number: int) -> Entry | None:
-        """The entry in a record's header, if that is sound, in its place, and of the right namespace."""
+        """The entry in a record's header, if that is intact, at its page, and of the right namespace."""
         page = page[:PAGE_BYTES]
         namespace = self._namespace if self._namespace is not None else _HEADER.unpack_from(page)[3]
         return record.unpack_record_header(page, stamp=stamp, page_number=number, namespace=namespace)
 
     def _scan(self, report: Report, place: Place, stamp: Stamp) -> list[Entry]:
-        """The sound records of a segment without a footer, by the rules of `Log._scan`. What is wrong goes into the
-        report: as corrupt if a sound record follows, otherwise as cut off, if the segment is open."""
+        """The sound records of a segment without a footer, by the rules of `Log._scan`. Faults are added to the report:
+        as cut off at the end of an open segment, as corrupt otherwise."""
         entries: list[Entry] = []
         flaws: list[Flaw] = []
         number, pages = 1, 1
@@ -219,8 +219,8 @@ class Scrub:
     def _next(
         self, report: Report, place: Place, stamp: Stamp, number: int, pages: int
     ) -> tuple[Entry | None, str, int]:
-        """The first record, or what is left of one, in some pages; what is wrong with it; and the page after its
-        header, or after all of them."""
+        """The entry of the first record in some pages, None if its header is damaged or there is none; its fault; and
+        the page after its header, or after the last page."""
         unreadable: list[tuple[int, str]] = []
         window = self._read(place, number, pages, unreadable)
         report.corrupt += [self._flaw(report.segment, *flaw) for flaw in unreadable]
@@ -231,7 +231,7 @@ class Scrub:
         return None, "", number + pages
 
     def _scan_page(self, place: Place, stamp: Stamp, page: memoryview, number: int) -> tuple[Entry | None, str]:
-        """The entry of the record that begins on this page, and what is wrong with it."""
+        """The entry of the record that begins on this page, and its fault."""
         entry = self._entry(page, stamp, number)
         if entry is not None:
             if number * PAGE_BYTES + record.record_bytes(entry.length) > self._store.superblock.segment_bytes:
@@ -245,7 +245,7 @@ class Scrub:
         return None, "" if stale else "record header"
 
     def _read(self, place: Place, page: int, pages: int, flaws: list[tuple[int, str]]) -> memoryview:
-        """Pages of a segment; those from the first that cannot be read are zeros, as `Log` takes them, and a flaw."""
+        """Pages of a segment. From the first unreadable page on they are zeros, as for `Log`, which is a flaw."""
         content = aligned(pages * PAGE_BYTES).view[: pages * PAGE_BYTES]
         try:
             self._files.read(place.fd, [content], place.offset + page * PAGE_BYTES)
@@ -259,12 +259,12 @@ class Scrub:
 
 
 class _Head(NamedTuple):
-    """What the first and the last page of a slot say, and what is wrong with them, by page."""
+    """The content of a slot's first and last page, and their faults by page."""
 
     slot: int
-    stamp: Stamp | None  # None: not to be found
+    stamp: Stamp | None  # None: not found
     trailer: Trailer | None
-    empty: bool  # emptied, and not used again yet
+    empty: bool  # emptied, and not reused yet
     flaws: list[tuple[int, str]]
 
     @property
@@ -273,7 +273,7 @@ class _Head(NamedTuple):
 
 
 class _Memory(threading.local):
-    """Memory of a thread, for one read at a time."""
+    """A read buffer per thread."""
 
     _view = memoryview(b"")
 
@@ -284,7 +284,7 @@ class _Memory(threading.local):
 
 
 def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Cut entries, sorted by page, into runs that lie side by side and are worth one read."""
+    """Split entries, sorted by page, into batches of adjacent records for one read each."""
     run: list[Entry] = []
     end = size = 0
     for entry in entries:
@@ -300,7 +300,7 @@ def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 
 def _likeness(page: memoryview, magic: bytes, stamp: Stamp) -> int:
-    """How many of magic, store and generation stand where a header has them, whatever its checksum says."""
+    """How many of magic, store and generation a page has in the place of a header's, whatever its checksum is."""
     its_magic, store, generation, _ = _HEADER.unpack_from(page)
     return sum((its_magic == magic, store == stamp.store, generation == stamp.generation))
 

@@ -1,4 +1,4 @@
-"""Short measurements of what a target stands on: a device, the network software, or a whole target from outside."""
+"""Short measurements of throughput: of a device, of the network stack, or of a running target."""
 
 import errno
 import itertools
@@ -31,20 +31,20 @@ from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome
 
 RUNS = 5
-# Larger than the cache of most devices' controllers, small enough to be gone soon.
+# Larger than the cache of most device controllers, small enough for a short run.
 _SCRATCH_BYTES = 1 << 30
 _SCRATCH_CHUNKS_MIN = 2 * READERS
 # As many as a client opens to a target.
 _CONNECTIONS = good_connections()
-# Batches of puts and gets: one is asked for while the other comes, each enough for all of a client's connections, and
-# together less than a target has in buffers.
+# Concurrent batches of puts and gets. Each is large enough for all of a client's connections; together they need less
+# than a target's buffers.
 _CALLERS = 2
 _BATCH_BYTES = 32 << 20
 _DEADLINE_SECONDS = 10.0
 
 
 class Speed(msgspec.Struct):
-    """What was measured, in bytes per second."""
+    """The runs of one measurement, in bytes per second."""
 
     name: str
     runs: list[float]
@@ -58,8 +58,8 @@ class Speed(msgspec.Struct):
 def measure(
     name: str, step: Callable[[int], int], threads: int, seconds: float, run_bytes_max: int | None = None
 ) -> Speed:
-    """Let each of `threads` call `step` with its number, RUNS times until `seconds` are over or `run_bytes_max` are
-    moved; a step returns the bytes that it moved."""
+    """Measure RUNS times. In a run, `threads` threads call `step` with their number until `seconds` have passed or
+    `run_bytes_max` were moved. A step returns the number of bytes that it moved."""
 
     def work(number: int, end: float) -> int:
         moved = step(number)
@@ -77,8 +77,8 @@ def measure(
 
 
 def of_device(directory: Path, chunk_bytes: int, seconds: float) -> list[Speed]:
-    """Write and read chunks as a log does, checksums included, in a file in `directory` that has no name any more by
-    the time it is written to."""
+    """Write and read chunks as a log does, with checksums, in a file in `directory` that is unlinked before the first
+    write."""
     size = record_bytes(chunk_bytes)
     scratch_bytes = max(_SCRATCH_BYTES // size, _SCRATCH_CHUNKS_MIN) * size
     files = Files()
@@ -148,7 +148,7 @@ def _of_streams(name: str, address: str, chunk_bytes: int, seconds: float) -> Sp
             while True:
                 stream.send([frame, payload], deadline)
         except OSError:
-            stream.close()  # the other side has enough
+            stream.close()  # the receiver has finished
 
     def take(number: int) -> int:
         streams[number].receive_header(deadline)
@@ -176,8 +176,8 @@ def _of_streams(name: str, address: str, chunk_bytes: int, seconds: float) -> Sp
 class StoreSpeeds(msgspec.Struct):
     put: Speed
     get: Speed
-    from_memory: float  # share of the chunks got that the targets had in memory
-    failed: dict[str, int]  # keys of other outcomes than stored and hit
+    from_memory: float  # hit rate of the targets' hot caches
+    failed: dict[str, int]  # keys with another outcome than stored or hit
 
 
 def of_store(
@@ -189,8 +189,8 @@ def of_store(
     credential: Credential | None = None,
     tls: ClientTls | None = None,
 ) -> StoreSpeeds:
-    """Put chunks that nobody else asks for into running targets, and get them again. They stay until they are evicted:
-    about a fiftieth of the capacity at most."""
+    """Put chunks with random keys into running targets, and get them again. They stay until they are evicted, and take
+    at most about a fiftieth of the capacity."""
     membership = open_membership(store, namespace)
     client = StoreClient(
         membership,
@@ -246,12 +246,10 @@ def _put_and_get(client: StoreClient, chunk_bytes: int, seconds: float, scratch_
 
     putting = measure("store put", put, _CALLERS, seconds, scratch_bytes // RUNS)
     if not stored:
-        raise UnavailableError(
-            f"store: none of the chunks was taken ({_told(outcomes)}): see the log, or try a smaller --size"
-        )
+        raise UnavailableError(f"store: no chunk was stored ({_told(outcomes)}): see the log, or try a smaller --size")
     getting = measure("store get", get, _CALLERS, seconds)
     if not outcomes["get hit"]:
-        raise UnavailableError(f"store: none of the chunks came back ({_told(outcomes)}): see the log")
+        raise UnavailableError(f"store: no chunk could be read back ({_told(outcomes)}): see the log")
     putting.in_flight, getting.in_flight = _CALLERS * batch, _CALLERS * min(most, len(stored))
     failed = {name: keys for name, keys in outcomes.items() if name not in ("put stored", "get hit")}
     return StoreSpeeds(putting, getting, 0.0, failed)

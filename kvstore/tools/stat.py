@@ -1,4 +1,4 @@
-"""`python -m kvstore stat`: what running targets say of themselves."""
+"""`python -m kvstore stat`: the status of running targets."""
 
 import argparse
 import logging
@@ -23,18 +23,18 @@ from kvstore.text import clean
 from kvstore.tools import words
 from kvstore.tools.targets import TargetOptions, add_target_arguments, open_targets
 
-HELP = """Show how targets are doing: what they hold, and what they did since their start. With --watch again and again;
-from the second time on, counts are per second since the time before. The exit code is 1 if a target does not answer.
+HELP = """Show the content of targets and their counts since their start. With --watch repeatedly; from the second time
+on, counts are rates per second. The exit code is 1 if a target does not answer.
 
 chunks by key version  shown if a target holds chunks whose keys another release made. v1: releases before 0.2; workers
-                       of this release ask for none of those, and eviction removes them
+                       of this release do not ask for those, and eviction removes them
 
   python -m kvstore stat 10.0.0.7:7600,10.0.0.8:7600 --watch 5
 """
 
-# A target answers from memory: one that takes longer is in trouble, and its neighbours are to be shown.
+# Timeout. A target answers from memory, so a slower one has a problem and must not hide the others.
 _PATIENCE_SECONDS = 3.0
-_COLUMNS_MAX = 5  # of a table; more targets than this get a table below
+_COLUMNS_MAX = 5  # of a table; further targets get another table below
 
 _GROWING = (
     "received_bytes",
@@ -56,7 +56,7 @@ class Options(TargetOptions):
 
 
 class Look(NamedTuple):
-    """What was seen at `seconds` of the monotonic clock: of each target its status, or why there is none."""
+    """A snapshot at `seconds` of the monotonic clock: for each target its status, or the reason why there is none."""
 
     seconds: float
     answers: Mapping[str, Status | str]
@@ -64,7 +64,7 @@ class Look(NamedTuple):
 
 def main(argv: list[str]) -> int:
     options = _parse(argv)
-    logging.basicConfig(level=logging.ERROR)  # why a target does not answer is said in the table
+    logging.basicConfig(level=logging.ERROR)  # the table shows why a target does not answer
     targets = open_targets(options)
     credential, client_tls = credentials.load(options.credential_file), tls.open_client(options.tls_files)
     before: Look | None = None
@@ -85,15 +85,15 @@ def _parse(argv: list[str]) -> Options:
         prog="python -m kvstore stat", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_target_arguments(parser)
-    parser.add_argument("--watch", metavar="SECONDS", help="look again so often, until interrupted")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object a look, each on its line")
+    parser.add_argument("--watch", metavar="SECONDS", help="repeat at this interval, until interrupted")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object a line, for each snapshot")
     return validated(Options, vars(parser.parse_args(argv)))
 
 
 def take_look(
     targets: Sequence[str], namespace: str, credential: Credential | None = None, tls: ClientTls | None = None
 ) -> Look:
-    """Ask all targets at once."""
+    """Ask all targets in parallel."""
     with ThreadPoolExecutor(max(1, len(targets))) as pool:
         answers = pool.map(lambda target: _ask(target, namespace, credential, tls), targets)
         return Look(time.monotonic(), dict(zip(targets, answers, strict=True)))
@@ -121,15 +121,15 @@ def _reason(target: str, namespace: str, failure: str) -> str:
     try:
         transport.connect(target, time.monotonic() + _PATIENCE_SECONDS).close()
     except OSError as error:
-        return (error.strerror or "nothing heard").lower()
-    return failure or f"something listens there: it hangs, or serves another namespace than {namespace!r} (--namespace)"
+        return (error.strerror or "no answer").lower()
+    return failure or f"it accepts connections, but hangs or serves another namespace than {namespace!r} (--namespace)"
 
 
 # ---- what is shown
 
 
 def _counts(status: Status) -> dict[str, int]:
-    """Everything that only grows while the target runs, by name."""
+    """All counters of a target, by name."""
     counts: dict[str, int] = {name: getattr(status, name) for name in _GROWING}
     for operation, outcomes in status.operations.items():
         counts |= {f"{operation}_{outcome}": keys for outcome, keys in outcomes.items()}
@@ -137,7 +137,8 @@ def _counts(status: Status) -> dict[str, int]:
 
 
 def _growth(status: Status, before: Status | str | None) -> tuple[dict[str, int], bool]:
-    """How much each count has grown, and whether it is since `before`; if that was another run, since the start."""
+    """The growth of each counter since `before`, and True. If the target has restarted since, or `before` is missing:
+    the counters since its start, and False."""
     counts = _counts(status)
     if not isinstance(before, Status) or before.epoch != status.epoch:
         return counts, False
@@ -182,7 +183,8 @@ def _as_tables(look: Look, before: Look | None) -> str:
 
 
 def column(status: Status, before: Status | str | None, seconds: float) -> dict[str, str]:
-    """A target's figures by label; "" for what never happened. Labels and their order are the same for all."""
+    """A target's figures by label; "" if there is nothing to show. All targets have the same labels in the same
+    order."""
     growth, rated = _growth(status, before)
 
     def count(name: str) -> str:
@@ -229,6 +231,6 @@ def column(status: Status, before: Status | str | None, seconds: float) -> dict[
 
 
 def _amplification(growth: Mapping[str, int]) -> float | None:
-    """Bytes written to the device for each byte of payload taken."""
+    """Bytes written to the device per byte of accepted payload."""
     accepted = growth["accepted_bytes"]
     return round(growth["device_written_bytes"] / accepted, 3) if accepted else None

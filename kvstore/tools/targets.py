@@ -1,4 +1,4 @@
-"""The running targets that a command talks to: its arguments for them, and a client."""
+"""The command-line arguments that name running targets, and a client for them."""
 
 import argparse
 from pathlib import Path
@@ -24,13 +24,13 @@ class TargetOptions(ClientOptions):
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "address", help="host:port, several with commas between them, or etcd://host:port for all there"
+        "address", help="host:port of the targets, separated by commas, or etcd://host:port for all registered there"
     )
     add_namespace_arguments(parser)
 
 
 def add_namespace_arguments(parser: argparse.ArgumentParser) -> None:
-    """How to be let in: namespace, credential, TLS."""
+    """Arguments for access: namespace, credential, TLS."""
     parser.add_argument("--namespace", help="the targets' --namespace; default 'default'")
     parser.add_argument(
         "--credential-file", help=f"the namespace's credential; default: the variable {credentials.VARIABLE}, if set"
@@ -48,8 +48,8 @@ def open_targets(options: TargetOptions) -> Membership:
 
 
 def open_client(options: TargetOptions, targets: Membership, name: str) -> StoreClient:
-    """A client without seal keys: it gets and puts values as they are stored. It closes `targets`. Raises ConfigError,
-    also if there is no target."""
+    """A client without seal keys, which gets and puts values as they are stored. Closing it closes `targets`. Raises
+    ConfigError, also if there is no target."""
     if not targets.targets():
         raise ConfigError("address", options.address, "targets: none is registered there")
     return StoreClient(

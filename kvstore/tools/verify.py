@@ -1,7 +1,7 @@
-"""`python -m kvstore verify`: reads a stopped store from end to end and says what is sound. It never writes to it.
+"""`python -m kvstore verify`: reads a stopped store from end to end and reports corruption. It never writes to it.
 
-There is nothing to repair: a target never serves a chunk that fails its checksum, forgets it when it is read, and takes
-it anew from the next worker that has it; a damaged footer is replaced by a scan at the next start.
+Nothing needs a repair. A target never serves a chunk whose checksum fails: it drops the chunk when a client reads it,
+and stores it again when a worker offers it. A damaged footer is replaced by a scan at the next start.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from kvstore.tools import words
 from kvstore.tools.reports import TITLES, Total, as_lines, summary
 from kvstore.tools.scrub import Scrub
 
-HELP = """Read every chunk of a stopped store and check it: headers, footers, the checksum of each payload. Nothing is
-written. A line for each segment, newest first, and what is wrong in it; the exit code is 1 if anything is corrupt.
+HELP = """Read every chunk of a stopped store and check headers, footers and the checksum of each payload. Never writes.
+Prints a line for each segment, newest first, and its damage. The exit code is 1 if anything is corrupt.
 
 superseded  a later segment has the chunk, too
 dead        space of superseded and corrupt chunks, and of writes that were cut off
-cut off     the last writes in a segment that was open when the target died, as a crash leaves them: not corrupt
-key version how a chunk's key was made; told if another release made some. v1: releases before 0.2
+cut off     the last writes to a segment that was open when the target died: normal after a crash, not corrupt
+key version version of a chunk's key; shown if another release made some. v1: releases before 0.2
 
   python -m kvstore verify --dir /nvme0
 """
 
-# A device reads at its full speed with about so many reads of 4 MiB under way; each holds its memory.
+# Concurrent reads of 4 MiB, about as many as a device needs for its full throughput; each holds its memory.
 _THREADS = 4
 _PROGRESS_SECONDS = 5.0
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     total = Total()
     with contextlib.ExitStack() as stack:
         files, stores = Files(), []
-        for path in options.dir:  # all of them at once: whatever is wrong with one is said before hours of reading
+        for path in options.dir:  # open all first, so that an error shows before hours of reading
             stores.append(StoppedStore(path, files))
             stack.callback(stores[-1].close)
         pool = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="kvtier-verify"))
@@ -80,13 +80,13 @@ def _parse(argv: list[str]) -> Options:
     parser.add_argument(
         "--dir", required=True, action="append", help="directory or device of the store; may be given again"
     )
-    parser.add_argument("--namespace", help="chunks of any other one are corrupt; default: any is good")
+    parser.add_argument("--namespace", help="report chunks of other namespaces as corrupt; default: accept all")
     parser.add_argument("--json", action="store_true", dest="as_json", help="a JSON object a segment, then the total")
     return validated(Options, vars(parser.parse_args(argv)))
 
 
 class _Progress:
-    """Tells on stderr how far a long run is."""
+    """Prints the progress of a long run to stderr."""
 
     def __init__(self, total_bytes: int):
         self._total_bytes = total_bytes

@@ -1,4 +1,4 @@
-"""Numbers and tables as a person reads them."""
+"""Human-readable numbers and tables."""
 
 from collections.abc import Mapping, Sequence
 
@@ -30,7 +30,7 @@ def key_versions(chunks: Mapping[int, int]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as what is in them; the first to the left, numbers to the right."""
+    """A text table: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(line).rstrip() for line in lines)

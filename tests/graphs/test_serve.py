@@ -239,7 +239,7 @@ BROKEN = [
     ),
     (
         "Router:\n  model-name: m\nRouter:\n  page: 127.0.0.1:8300",
-        "my.yaml:3: Router: given twice, expected once: see line 1",
+        "my.yaml:3: Router: duplicate key, expected once; first defined on line 1",
     ),
     ("Store:\n  capacity: lots", "my.yaml:2: Store.capacity: 'lots' given, expected a size such as 500G or 1.5TiB"),
     (
@@ -324,7 +324,7 @@ def test_a_broken_configuration_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         ("Nats: {env: {A: [1]}}", "my.yaml:1: Nats.env.A: '[1]' given, expected a text"),
         (
             "Store: {hot_cache: 1G, hot-cache: 2G}",
-            "my.yaml:1: Store.hot-cache: given twice, expected once: see line 1",
+            "my.yaml:1: Store.hot-cache: duplicate key, expected once; first defined on line 1",
         ),
         ("Containers: {registri: a}", "my.yaml:1: Containers.registri: unknown, expected one of registry, tag, "),
         ("Containers: {monitoring: prometheus}", "my.yaml:1: Containers.monitoring: 'prometheus' given, expected a"),
@@ -342,7 +342,7 @@ def test_bad_yaml_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text:
         ("graphs.agg_router:Nothing", [], "has no attribute"),
         ("graphs.serve:serve", [], "serve is a function"),
         (GRAPH, ["--Store"], "override: '--Store' given, expected --Service.key=value"),
-        (GRAPH, ["--Store.a.b=1", "--Store.a.b.c=1"], "b to be a mapping"),
+        (GRAPH, ["--Store.a.b=1", "--Store.a.b.c=1"], "a setting of a mapping, which b is not"),
     ],
 )
 def test_a_bad_graph_or_override_is_told(tmp_path: Path, graph: str, overrides: list[str], says: str) -> None:
@@ -653,7 +653,7 @@ def test_where_dynamo_has_a_command_of_that_name_ours_stands_aside(tmp_path: Pat
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ai-dynamo-next\nVersion: 9.0\n")
     (info / "entry_points.txt").write_text("[console_scripts]\ndynamo = theirs:main\n")
     for name, code, says in (
-        ("dynamo", 7, "dynamo: this is the command of ai-dynamo-next 9.0; that of kvtier is kvtier serve"),
+        ("dynamo", 7, "dynamo: this is the command of ai-dynamo-next 9.0; use `kvtier serve` for kvtier"),
         ("kvtier", 0, "usage: kvtier serve"),
     ):
         run = f"import sys; sys.argv = ['{name}', 'serve', '--help']; from graphs.cli import main; main()"

@@ -254,13 +254,13 @@ def test_etcd_lets_in_who_has_the_password(etcd: Callable[..., str], monkeypatch
         auth.AuthEnable(etcdrpc.AuthEnableRequest())
 
     Etcd(servers).call(lock)
-    with pytest.raises(UnavailableError, match=r"wants other credentials.*see ETCD_AUTH_USERNAME"):
+    with pytest.raises(UnavailableError, match=r"rejects the credentials.*see ETCD_AUTH_USERNAME"):
         live(servers)
     monkeypatch.setenv("ETCD_AUTH_USERNAME", "root")
     with pytest.raises(ConfigError, match="ETCD_AUTH_PASSWORD"):
         live(servers)
     monkeypatch.setenv("ETCD_AUTH_PASSWORD", PASSWORD + "x")
-    with pytest.raises(UnavailableError, match="wants other credentials") as error:
+    with pytest.raises(UnavailableError, match="rejects the credentials") as error:
         live(servers)
     assert PASSWORD not in str(error.value)
     monkeypatch.setenv("ETCD_AUTH_PASSWORD", PASSWORD)

@@ -11,7 +11,7 @@ from crc32c import crc32c
 
 from kvstore.net import wire
 from kvstore.net.client import StoreClient
-from kvstore.net.membership import StaticMembership, place
+from kvstore.net.membership import StaticMembership, target_for
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome
 from tests.conftest import MIB, eventually, item, key, payload, soon
@@ -69,7 +69,7 @@ def test_keys_are_spread_and_a_lost_target_loses_only_its_own(start_target) -> N
     targets[0].stop()
     outcomes = client.get(keys, rooms(60), soon())
     for one, outcome in zip(keys, outcomes, strict=True):
-        lost = place(one, addresses) == addresses[0]
+        lost = target_for(one, addresses) == addresses[0]
         assert outcome is (Outcome.UNREACHABLE if lost else Outcome.HIT)
     client.close()
 
@@ -79,7 +79,9 @@ def test_a_plan_says_where_to_look_among_members(start_target) -> None:
     targets = [start_target(f"store{number}") for number in range(2)]
     client = StoreClient(StaticMembership([target.address for target in targets]))
     here, there = (target.address for target in targets)
-    placed, elsewhere = (next(n for n in range(1, 99) if place(key(n), [here, there]) == at) for at in (here, there))
+    placed, elsewhere = (
+        next(n for n in range(1, 99) if target_for(key(n), [here, there]) == at) for at in (here, there)
+    )
     targets[0].client().put([item(placed), item(elsewhere)], soon())
     gone = "10.0.0.1:7600"
     for number, at_gone in ((placed, Outcome.HIT), (elsewhere, Outcome.UNREACHABLE)):

@@ -138,7 +138,7 @@ def test_a_store_is_exported_by_fingerprint(
     store = joined(source, second)
     held = run("export", store, "--json").lines[0]
     assert held == {FINGERPRINT: {"chunks": 20, "bytes": 20 * LENGTH}, OTHER: {"chunks": 5, "bytes": 5 * LENGTH}}
-    assert f"one of those here: {FINGERPRINT}, {OTHER}" in run("export", store, file).complained
+    assert f"expected one of: {FINGERPRINT}, {OTHER}" in run("export", store, file).complained
     assert run("export", store, file, "--fingerprint", "7", "--json").lines[0]["chunks"] == 20
     some = run("export", store, tmp_path / "some", "--fingerprint", "7", "--max", 3 * LENGTH, "--json").lines[0]
     assert (some["chunks"], some["cut"]) == (3, True)
@@ -155,14 +155,14 @@ def test_a_gap_in_a_prompt_is_told(
     (tmp_path / "tokens").write_text(json.dumps(TOKENS))
     ended = run("export", source.address, tmp_path / "file", "--tokens", tmp_path / "tokens", "--block-size", BLOCK)
     assert "the first 4 of 10 chunks are in it" in ended.said
-    assert "1 chunks are of no known prompt and were left out" in ended.said
+    assert "1 chunks belong to no known prompt and were left out" in ended.said
 
 
 def test_another_fingerprint_is_refused(
     exported: Path, start_target: Callable[..., RunningTarget], run: Callable[..., Ended], nats_url: str
 ) -> None:
     other = start_target("other")
-    says = f"expected one of fingerprint {OTHER}, this one has {FINGERPRINT}: another model"
+    says = f"expected a file of fingerprint {OTHER}, not {FINGERPRINT}: these workers"
     ended = run("import", other.address, exported, "--fingerprint", OTHER)
     assert (ended.code, says in ended.complained) == (2, True), ended.complained
     assert (
@@ -203,14 +203,16 @@ def test_a_damaged_file_is_told_and_nothing_wrong_is_stored(
         exported.write_bytes(whole[:place])
         ended = run("import", other.address, exported)
         assert ended.code == 2, place
-        assert f"before byte {place} there is its end: it is cut off" in ended.complained
+        assert f"before byte {place} there is the end of a truncated file" in ended.complained
         flipped = bytearray(whole)
         flipped[place] ^= 1 << chance.randrange(8)
         exported.write_bytes(flipped)
         ended = run("import", other.address, exported)
-        assert (ended.code, "expected an export that is whole; before byte" in ended.complained) == (2, True), place
+        assert (ended.code, "expected an undamaged export; before byte" in ended.complained) == (2, True), place
     exported.write_bytes(b"something else" * 10)
-    assert "before byte 28 there is a head whose checksum is wrong" in run("import", other.address, exported).complained
+    assert (
+        "before byte 28 there is a header whose checksum is wrong" in run("import", other.address, exported).complained
+    )
     client = other.client()
     had(client, range(CHUNKS))
     client.close()
@@ -226,7 +228,7 @@ def test_an_import_that_nobody_takes_ends(
     other = start_target("other", writable=False)
     ended = run("import", other.address, exported, "--json")
     assert imported(ended) == (1, 0, 0, CHUNKS)
-    assert "none of 10 chunks is taken (refused)" in ended.complained
+    assert "none of 10 chunks was stored (refused)" in ended.complained
 
 
 def test_keys_are_listed_for_those_who_may_read_all(
@@ -282,13 +284,13 @@ def test_pages_hold_what_a_log_holds(tmp_path: Path, seed: int) -> None:
     [
         (["export", "nonsense"], "address: 'nonsense' given, expected host:port"),
         (["export", "127.0.0.1:9"], "store: 127.0.0.1:9 does not list its chunks: "),
-        (["export", "127.0.0.1:9", __file__], "expected one that does not exist yet"),
+        (["export", "127.0.0.1:9", __file__], "expected a file that does not exist yet"),
         (["export", "127.0.0.1:9", "--fingerprint", "xyz"], "fingerprint: 'xyz' given, expected up to 16 hexadecimal"),
         (["export", "127.0.0.1:9", "--tokens", "/nowhere"], "block-size: missing, expected the engine's tokens"),
         (["export", "127.0.0.1:9", "--tokens", __file__, "--block-size", "16"], "expected a file with token ids"),
         (["export", "127.0.0.1:9", "--max", "0"], "max: '0' given, expected greater than 0"),
         (["import", "127.0.0.1:9", "/nowhere"], "file: '/nowhere' given, expected a file that can be read"),
-        (["import", "127.0.0.1:9", __file__], "expected an export that is whole"),
+        (["import", "127.0.0.1:9", __file__], "expected an undamaged export"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -253,7 +253,7 @@ class Lender:
     def greeting(self) -> bytes:
         return b"hello"
 
-    def place(self, buffer: Buffer) -> bytes:
+    def remote_buffer(self, buffer: Buffer) -> bytes:
         return b"there"
 
 

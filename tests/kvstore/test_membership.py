@@ -8,7 +8,7 @@ import pytest
 import kvstore.net.membership
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.net.etcd import Etcd
-from kvstore.net.membership import EtcdMembership, Registration, open_membership, place
+from kvstore.net.membership import EtcdMembership, Registration, open_membership, target_for
 from tests.conftest import eventually, key
 
 TARGETS = [f"10.0.0.{number}:7600" for number in range(5)]
@@ -27,12 +27,12 @@ def test_an_address_that_is_none_is_refused(stores: str) -> None:
 
 def test_keys_are_shared_out_evenly_and_stay_where_they_are() -> None:
     keys = [key(number) for number in range(5000)]
-    before = {one: place(one, TARGETS) for one in keys}
+    before = {one: target_for(one, TARGETS) for one in keys}
     assert all(800 < count < 1200 for count in Counter(before.values()).values())
     for one in keys:
         if before[one] != TARGETS[2]:
-            assert place(one, TARGETS[:2] + TARGETS[3:]) == before[one]
-    assert place(keys[0], []) is None
+            assert target_for(one, TARGETS[:2] + TARGETS[3:]) == before[one]
+    assert target_for(keys[0], []) is None
 
 
 def test_etcd_shows_who_comes_and_goes(etcd_address: str) -> None:
@@ -94,7 +94,7 @@ def test_the_last_known_targets_outlive_etcd(
     monkeypatch.setattr(membership, "_read", down)
     eventually(lambda: len(looks) > 20)
     assert list(membership.targets()) == ["a:1"]
-    assert caplog.text.count("keeping the targets known: etcd is away") == 1
+    assert caplog.text.count("keeping the last known targets: etcd is away") == 1
     membership.close()
     registration.close()
 

@@ -13,7 +13,7 @@ from kvstore.errors import ConfigError
 from kvstore.net import replicas
 from kvstore.net.backlog import Standing
 from kvstore.net.client import StoreClient
-from kvstore.net.membership import StaticMembership, other_place, place
+from kvstore.net.membership import StaticMembership, other_target, target_for
 from kvstore.net.queues import WriteQueue
 from kvstore.net.wire import Outcome
 from kvstore.tenancy import replicate
@@ -55,7 +55,7 @@ def test_a_lost_target_costs_only_what_nobody_had_read(start_target: Start, repl
     assert set(get(client, hot)) == {Outcome.HIT}
     if replicas:
         eventually(lambda: replicated(targets) == len(hot))
-    planned = [place(key(number), addresses) for number in numbers]
+    planned = [target_for(key(number), addresses) for number in numbers]
     lost = [number for number in numbers if planned[number] == addresses[0]]
     targets[0].stop()
     expected = [
@@ -67,7 +67,7 @@ def test_a_lost_target_costs_only_what_nobody_had_read(start_target: Start, repl
     assert client.exists(keys, soon()) == expected
     found = client.locate(keys, soon())
     for number in numbers:
-        own = planned[number] if number not in lost else other_place(keys[number], addresses, addresses[0])
+        own = planned[number] if number not in lost else other_target(keys[number], addresses, addresses[0])
         assert found[number] == (own if expected[number] is Outcome.HIT else None)
     client.close()
 
@@ -82,7 +82,7 @@ def test_a_chunk_is_offered_once_and_comes_back_to_a_target_that_lost_it(
         assert get(client, range(1, 2)) == [Outcome.HIT]
         eventually(lambda: replicated(targets) == 1)
     assert sum(len(one.log) for one in targets) == 2
-    first, second = place(key(1), addresses), other_place(key(1), addresses, place(key(1), addresses))
+    first, second = target_for(key(1), addresses), other_target(key(1), addresses, target_for(key(1), addresses))
     has_lost = next(one for one in targets if one.address == first)
     entry = has_lost.log.find(key(1))
     has_lost.log._forget(has_lost.log._segments[has_lost.log._index[key(1)] >> 24], entry)
@@ -135,7 +135,7 @@ def test_memory_that_was_damaged_is_not_copied(start_target: Start) -> None:
     targets, client = three(start_target, replicas=False)
     addresses = [one.address for one in targets]
     client.put([item(1)], soon())
-    holder = next(one for one in targets if one.address == place(key(1), addresses))
+    holder = next(one for one in targets if one.address == target_for(key(1), addresses))
     buffer = holder.target.pool.find(key(1), LENGTH)
     assert buffer is not None
     buffer.payload[0] ^= 1
@@ -169,7 +169,7 @@ def test_targets_of_several_namespaces_replicate_with_their_credentials(tmp_path
         line += ["--nats", "", "--hot", "32MiB", "--namespaces", str(path)]
         if not number:
             code, said = run(*line, "--peers", "10.0.0.7:7600,10.0.0.8:7600")
-            assert (code, f"{address} among them" in said, list(folder.iterdir())) == (2, True, [])
+            assert (code, f"a list with {address}" in said, list(folder.iterdir())) == (2, True, [])
         processes.append(Process(*line, "--peers", ",".join(addresses)).ready())
     store = StoreClient(StaticMembership(addresses), namespace="a", credential=Credential(SECRETS["a"].encode()))
     assert set(store.put([item(number) for number in range(10)], soon())) == {Outcome.STORED}

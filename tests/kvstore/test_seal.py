@@ -138,14 +138,14 @@ def test_keys_are_read_in_order(tmp_path: Path, content: object) -> None:
         ([], "a list of 1 to 16 keys"),
         ({"id": 1, "key": SECRETS[1]}, "a list of 1 to 16 keys"),
         (listed(1) * 17, "a list of 1 to 16 keys"),
-        (listed(1, 1), "another id for each key"),
+        (listed(1, 1), "a different id for each key"),
         ([{"id": 0, "key": SECRETS[1]}], "a whole number from 1 to 4294967295 as id of key number 1"),
         ([{"id": True, "key": SECRETS[1]}], "a whole number"),
         ([{"id": 1 << 32, "key": SECRETS[1]}], "a whole number"),
         ([*listed(1), {"id": 2, "key": SECRETS[1][:-2]}], "64 hexadecimal digits, quoted, as key number 2"),
         ([{"id": 2, "key": "00" * 32}], "64 hexadecimal digits"),
         ([{"id": 2, "key": int("12" * 32)}], "64 hexadecimal digits"),
-        ([{"id": 1, "key": SECRETS[1], "secret": SECRETS[2]}], "id and key, and nothing else, in key number 1"),
+        ([{"id": 1, "key": SECRETS[1], "secret": SECRETS[2]}], "only the fields id and key in key number 1"),
         ([SECRETS[1]], "id and key"),
         (f"- id: 1\n  key: '{SECRETS[1]}\n- x", "YAML or JSON"),
         (f"- id: 1\n  {SECRETS[1]}: [\n", "YAML or JSON; line 3"),
@@ -230,7 +230,7 @@ def test_a_changed_file_is_read_again_and_a_broken_one_is_not(
         caplog.clear()
         broken()
         assert [one.id for one in ring.keys] == [one.id for one in ring.keys] == [2, 1]
-        assert caplog.text.count("the seal keys stay as they were") == 1
+        assert caplog.text.count("keeping the old seal keys") == 1
         assert SECRETS[3] not in caplog.text
     path.chmod(0o600)
     assert [one.id for one in ring.keys] == [3]
@@ -363,7 +363,7 @@ def test_rejections_are_logged_once_in_a_while(caplog: pytest.LogCaptureFixture)
     ring = Seal([ONE])
     for _ in range(1000):
         ring.reject("there:1", Reason.ALTERED)
-    assert caplog.text.count("there:1: a value whose seal does not hold (altered)") == 1
+    assert caplog.text.count("there:1: rejected a value, its seal is invalid (altered)") == 1
     assert ring.rejected == {"altered": 1000}
     ring._complains = Rarely(0)  # a while has gone by
     ring.reject("there:1", Reason.UNSEALED)
@@ -390,7 +390,7 @@ def test_a_worker_passes_the_path_on_and_no_key(tmp_path: Path, capsys: pytest.C
     ("options", "expected"),
     [
         (["--seal-key", "{path}"], "only its owner can read, not with mode 0644 (chmod 600)"),
-        (["--seal", "mac"], "seal: 'mac' given, expected off where no seal-key is given"),
+        (["--seal", "mac"], "seal: 'mac' given, expected off, or a seal-key"),
         (["--seal", "other"], "seal: 'other' given, expected"),
         (["--seal-key", "{path}.not"], "a file that can be read (No such file or directory)"),
     ],

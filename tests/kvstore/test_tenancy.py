@@ -482,7 +482,7 @@ def test_the_file_is_read_again_on_sighup(tmp_path: Path, arguments: list[str]) 
     assert metrics.count("# TYPE kvtier_target_get_seconds histogram") == 1
     log = process.end(signal.SIGTERM)
     assert process.process.returncode == 0
-    assert "the namespaces stay as they are: namespaces.0.quota: 'nonsense' given" in log
+    assert "keeping the old namespaces: namespaces.0.quota: 'nonsense' given" in log
     assert "serving the namespaces a, c" in log
     assert "Traceback" not in log
     assert "secret" not in log
@@ -570,7 +570,7 @@ def test_bad_starts_are_told_in_one_line(tmp_path: Path, arguments: list[str]) -
     path = names_file(tmp_path, {"a": "60MiB", "b": "20MiB"})
     for more, says in (
         (["--namespaces", str(path)], "the sum of all quotas: '83886080' given, expected at most 67108864"),
-        (["--namespaces", str(path), "--namespace", "a"], "namespace: 'a' given, expected none beside"),
+        (["--namespaces", str(path), "--namespace", "a"], "namespace: 'a' given, expected none together"),
         (["--namespaces", str(tmp_path / "no")], "expected a file that can be read (No such file or directory)"),
     ):
         code, said = run(*arguments, *more)

@@ -236,14 +236,14 @@ REFUSALS = {
     "a client without TLS": Refusal(
         one_sided,
         lambda made: None,
-        "the target says: this target serves TLS alone: give the client --store-tls-ca",
-        "this target serves TLS alone: give the client --store-tls-ca",
+        "the target says: this target requires TLS: give the client --store-tls-ca",
+        "this target requires TLS: give the client --store-tls-ca",
     ),
     "a target without TLS": Refusal(
         lambda made: None,
         lambda made: believes(made.client),
-        "the target serves no TLS: give it --tls-cert and --tls-key",
-        "the client speaks TLS, this target does not: give the target --tls-cert and --tls-key",
+        "the target does not use TLS: give it --tls-cert and --tls-key",
+        "the client uses TLS, this target does not: give the target --tls-cert and --tls-key",
     ),
 }
 
@@ -482,9 +482,9 @@ def test_a_target_takes_new_certificates_under_traffic(tmp_path: Path, made: Cer
         client.close()
     said = process.end(signal.SIGTERM)
     assert process.process.returncode == 0
-    assert said.count("the TLS certificates stay as they were: tls-key: ") == 2
+    assert said.count("keeping the old TLS certificates: tls-key: ") == 2
     assert "expected the private key of the first certificate in" in said
-    assert said.count("TLS: serves with") == 2
+    assert said.count("TLS: certificate") == 2
 
 
 def test_a_client_takes_new_certificates_without_a_restart(
@@ -496,7 +496,7 @@ def test_a_client_takes_new_certificates_without_a_restart(
     client = store(running.address, stranger)
     assert client.put([item(1)], soon()) == [Outcome.UNREACHABLE]
     copy(made.client.cert, stranger.cert)  # whose key is not there yet
-    eventually(lambda: client.put([item(1)], soon()) and "the TLS certificates stay as they were" in caplog.text)
+    eventually(lambda: client.put([item(1)], soon()) and "keeping the old TLS certificates" in caplog.text)
     copy(made.client.key, stranger.key)
     eventually(lambda: client.put([item(1)], soon()) == [Outcome.STORED])
     client.close()
@@ -519,8 +519,8 @@ def test_wrong_files_are_named(made: Certificates, tmp_path: Path, names: certif
     locked.write_bytes(encrypted)
     for files, name, expected in (
         (Files(cert, str(readable), ca), names.key, "a file that only its owner can read, not with mode 0644"),
-        (Files(cert, "", ca), names.key, "a file, beside --"),
-        (Files("", key, ca), names.cert, "a file, beside --"),
+        (Files(cert, "", ca), names.key, "a file, together with --"),
+        (Files("", key, ca), names.cert, "a file, together with --"),
         (Files(cert, made.client.key, ca), names.key, f"the private key of the first certificate in {cert}"),
         (Files(cert, str(locked), ca), names.key, "a private key in PEM, without a passphrase"),
         (Files(cert, ended.key, key), names.ca, "certificates in PEM"),
@@ -539,13 +539,13 @@ def test_a_target_with_a_wrong_file_changes_nothing(made: Certificates, tmp_path
     options = ["--dir", str(tmp_path / "store"), "--capacity", "64MiB", "--nats", "", "--tls-cert", made.target.cert]
     command = [sys.executable, "-m", "kvstore", *options]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    said = "kvstore: error: tls-key: missing, expected a file, beside --tls-cert\n"
+    said = "kvstore: error: tls-key: missing, expected a file, together with --tls-cert\n"
     assert (ended.returncode, ended.stderr) == (2, said)
     assert not (tmp_path / "store").exists()
 
 
 def test_no_carrier_goes_around_it(made: Certificates) -> None:
-    expected = "carrier: 'nixl' given, expected none beside --{}: a carrier moves values without TLS"
+    expected = "carrier: 'nixl' given, expected none together with --{}: a carrier moves values without TLS"
     for opened, option in ((tls.open_server, "tls-cert"), (tls.open_client, "store-tls-ca")):
         with pytest.raises(ConfigError, match=expected.format(option)):
             opened(made.target, "nixl")
@@ -557,7 +557,7 @@ def test_stat_says_why_a_target_does_not_answer(start_target: Start, made: Certi
     given = ["--store-tls-ca", made.client.ca, "--store-tls-cert", made.client.cert, "--store-tls-key", made.client.key]
     for options, code, expected in (
         (given, 0, "1"),
-        ([], 1, "this target serves TLS alone: give the client --store-tls-ca"),
+        ([], 1, "this target requires TLS: give the client --store-tls-ca"),
         (given[:2], 1, "the target does not accept the certificate of --store-tls-cert"),
     ):
         command = [sys.executable, "-m", "kvstore", "stat", running.address, *options]

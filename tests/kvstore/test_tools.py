@@ -425,7 +425,7 @@ def test_bench_measures_a_running_target(busy: RunningTarget, run: Callable[...,
     assert ended.code == 0
     assert "A short benchmark: chunks of 64.0 KiB, 5 runs of 0.01 s each" in ended.said
     assert "store put" in ended.said
-    assert "as fast as store get" in ended.said
+    assert "The bottleneck is: store get" in ended.said
     assert "your model" in ended.said
     assert "Llama" not in ended.said
     ended = run("bench", "--store", busy.address, "--size", "8MiB", "--seconds", "0.05")  # more than a segment holds
@@ -449,16 +449,16 @@ GB = 1e9
             MODELS[1],
             3_662,
             0.411,
-            "loading takes 2.4 times as long as computing; 3 such targets feed a worker, 2 with an FP8 KV cache",
+            "loading takes 2.4 times as long as computing; 3 such targets feed one worker, 2 with an FP8 KV cache",
         ),
         (
             1.0 * GB,
             MODELS[2],
             6_104,
             0.686,
-            "loading takes 1.5 times as long as computing; 2 such targets feed a worker",
+            "loading takes 1.5 times as long as computing; 2 such targets feed one worker",
         ),
-        (500.0, Model("mine", 100, 10), 5, 0.5, "2 such targets feed a worker, 1 with an FP8 KV cache"),
+        (500.0, Model("mine", 100, 10), 5, 0.5, "2 such targets feed one worker, 1 with an FP8 KV cache"),
     ],
 )
 def test_the_verdict_is_arithmetic(fed: float, model: Model, tokens: float, workers: float, says: str) -> None:
@@ -502,7 +502,7 @@ def test_a_measurement_may_be_bounded_in_bytes() -> None:
         (["verify", "--dir", __file__], "expected a directory or a device that holds a store"),
         (["verify", "--dir", ".", "--namespace", "a/b"], "namespace: 'a/b' given, expected 1 to 64 letters"),
         (["bench"], "dir: missing, expected a directory on the device to measure, or --store with a target"),
-        (["bench", "--dir", "/nowhere"], "dir: '/nowhere' given, expected a directory that exists"),
+        (["bench", "--dir", "/nowhere"], "dir: '/nowhere' given, expected an existing directory"),
         (["bench", "--dir", ".", "--size", "1G"], "size: '1G' given, expected less than or equal to 67108864"),
         (["bench", "--dir", ".", "--size", "big"], "size: 'big' given, expected a size such as 500G"),
         (["bench", "--dir", ".", "--seconds", "0"], "seconds: '0' given, expected greater than 0"),

@@ -70,7 +70,7 @@ def test_a_control_part_out_of_bounds_is_refused(control: wire.Get | wire.Put, s
 def test_another_version_is_told_so() -> None:
     raw = bytearray(wire.encode(Header(Op.HELLO)))
     raw[4] = 9
-    with pytest.raises(ProtocolError, match="protocol version 9, this side speaks 1"):
+    with pytest.raises(ProtocolError, match="protocol version 9, expected 1"):
         wire.decode_header(raw)
 
 

@@ -170,7 +170,7 @@ def test_another_identity_is_not_found_and_none_is_warned_of(
     made.write(key(1))
     for identity in ("weights b", ""):
         assert server(target.address, identity=identity).read(key(1)) == [False]
-    assert "no identity is set. LMCache names a model by its name alone" in caplog.text
+    assert "no identity is set. LMCache identifies a model only by its name" in caplog.text
     assert server(target.address, identity="weights a").read(key(1)) == [True]
 
 
@@ -327,7 +327,7 @@ def test_a_target_with_tls_is_reached_by_certificate(server: Make, start_target:
         ({"deadline_ms": 0}, "deadline-ms: '0' given"),
         ({"namespace": "a b"}, "namespace: 'a b' given"),
         ({"carrier": "rdma"}, "carrier: 'rdma' given, expected"),
-        ({"seal": "mac"}, "seal: 'mac' given, expected off where no seal-key is given"),
+        ({"seal": "mac"}, "seal: 'mac' given, expected off, or a seal-key"),
         ({"sotre": "host:1"}, "sotre: unknown, expected one of store_tls_ca"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -46,7 +46,7 @@ async def test_without_a_trusted_worker_the_prompt_keeps_its_place_up_to_the_bou
     kv_router.silent = set(workers)
     router = make(kv_router, deadlines=Deadlines(first_token_floor=FLOOR, first_token_max=4 * FLOOR))
     begun = time.monotonic()
-    with pytest.raises(GivenUp, match="no worker had a first token"):
+    with pytest.raises(GivenUp, match="no worker produced a first token"):
         await serve(router)
     assert 4 * FLOOR <= time.monotonic() - begun < 4 * FLOOR + 2
     assert sent_to(kv_router) == workers

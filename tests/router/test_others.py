@@ -24,7 +24,7 @@ class Side:
         self.bus, self.kv_router = bus, KvRouter(WORKERS)
         self.others = Others(name, ENDPOINT, Counter())
         self.router: Router = make(self.kv_router, mirror_with(8), others=self.others)
-        self.sharing = asyncio.create_task(self.others.share(bus, name.split("-")[0], self.router.under_way))
+        self.sharing = asyncio.create_task(self.others.share(bus, name.split("-")[0], self.router.load_report))
 
     @classmethod
     async def start(cls, nats_url: str, name: str) -> "Side":

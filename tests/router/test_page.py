@@ -125,7 +125,7 @@ def test_of_a_large_cluster_the_cheapest_are_logged(caplog: pytest.LogCaptureFix
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.count("blocks hbm") == LOGGED
     assert "-> worker 1 | 1: blocks" in line
-    assert line.endswith(f"| {30 - LOGGED} dearer ones")
+    assert line.endswith(f"| {30 - LOGGED} more expensive")
 
 
 async def test_what_is_sent_is_guarded() -> None:

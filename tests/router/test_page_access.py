@@ -154,13 +154,13 @@ def test_the_router_ends_with_a_sentence() -> None:
     command = [sys.executable, "-m", "components.router", "--model-name", "m", "--page", "0.0.0.0:8300"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
-    assert "'0.0.0.0:8300' given, expected a token beside it" in ended.stderr
+    assert "'0.0.0.0:8300' given, expected also a token" in ended.stderr
 
 
 async def test_programs_say_what_is_wanted() -> None:
     async with serving(with_token()) as url:
         assert "d1" in await explain.explained(url, token=TOKEN)
-        for token, text in ((None, "a token is wanted"), (TOKEN[::-1], "another token is wanted")):
+        for token, text in ((None, "the page requires a token"), (TOKEN[::-1], "the page rejects the token")):
             with pytest.raises(UnavailableError, match=text):
                 await explain.explained(url, token=token)
 

@@ -386,8 +386,8 @@ async def test_alarms_say_what_is_wrong(shown: Shown, browser: Browser) -> None:
         shown.report(hit=90, late=10, corrupt=1)
         shown.feed.tick()
         alarms = page.locator("#alarms")
-        await expect(alarms.locator("[data-alarm=late]")).to_contain_text("30 of 303 chunks came past their deadline")
-        await expect(alarms.locator("[data-alarm=corrupt-fetch]")).to_contain_text("3 chunks came corrupt")
+        await expect(alarms.locator("[data-alarm=late]")).to_contain_text("30 of 303 chunks missed their deadline")
+        await expect(alarms.locator("[data-alarm=corrupt-fetch]")).to_contain_text("3 chunks arrived corrupt")
         async with aiohttp.ClientSession() as session, session.get(f"{shown.url}state") as reply:
             state: dict[str, Any] = await reply.json()
         assert {one["id"] for one in state["alarms"]} == {"late", "corrupt-fetch"}

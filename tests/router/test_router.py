@@ -376,10 +376,10 @@ def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = Sessions(60)
     for session in ("a", "b", "a", "c"):
         sessions.bind(session, (1, 0), 0.0)
-    assert [sessions.place(session, 0.0) for session in ("a", "b", "c", "")] == [(1, 0), None, (1, 0), None]
+    assert [sessions.bound_worker(session, 0.0) for session in ("a", "b", "c", "")] == [(1, 0), None, (1, 0), None]
     off = Sessions()
     off.bind("a", (1, 0), 0.0)
-    assert off.place("a", 0.0) is None
+    assert off.bound_worker("a", 0.0) is None
 
 
 async def test_only_requests_that_decode_are_stalled_by_a_prefill() -> None:

@@ -78,4 +78,4 @@ def test_what_tokens_do_not_tell_is_refused(runner: Any, settings: dict[str, Any
 
 def test_images_are_refused(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner.model_config, "is_multimodal", True)
-    assert "expected a model of text alone" in refusal("127.0.0.1:1")
+    assert "expected a text-only model" in refusal("127.0.0.1:1")

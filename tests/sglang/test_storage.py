@@ -266,7 +266,7 @@ def test_with_a_seal_what_others_planted_is_a_miss(cache: Make, start_target: St
         ({"deadline_ms": 0}, "deadline-ms: '0' given"),
         ({"deadline_ms": 60_000}, "deadline-ms: '60000' given"),
         ({"namespace": "a b"}, "namespace: 'a b' given"),
-        ({"seal": "mac"}, "seal: 'mac' given, expected off where no seal-key is given"),
+        ({"seal": "mac"}, "seal: 'mac' given, expected off, or a seal-key"),
         ({"sotre": "host:1"}, "sotre: unknown, expected one of"),
         ({"tp_lcm_size": 2}, "tp_lcm_size: '2' given, expected none"),
     ],
@@ -294,5 +294,5 @@ def test_the_page_of_configuration_works_as_written(cache: Make, start_target: S
 
 def test_other_pools_than_that_of_kv_are_refused(cache: Make) -> None:
     made = cache("127.0.0.1:1")
-    with pytest.raises(Exception, match="host pool: 'mamba' given, expected kv alone"):
+    with pytest.raises(Exception, match="host pool: 'mamba' given, expected only kv"):
         made.backend.register_mem_host_pool_v2(made.pool, PoolName.MAMBA.value)

@@ -320,7 +320,7 @@ def test_sealed_chunks_are_for_those_with_the_key(
     assert stranger.tier.get_stats().reduce()["vllm:kvtier_fetched_chunks:('miss',)"] == 4
     said = capfd.readouterr().err
     assert f"values are sealed ({mode or 'mac'}) with key 7; opens with 7" in said
-    assert f"values are not sealed: what a target of {target.address} returns is believed" in said
+    assert f"values are not sealed: this process trusts the targets of {target.address}" in said
     assert secret not in said
     assert str(path) in str(reader.tier.link._process.args)
     assert secret not in str(reader.tier.link._process.args)

@@ -1,1 +1,1 @@
-"""The router's page: what it shows, and what feeds it."""
+"""The router's web page and its data."""

@@ -1,8 +1,8 @@
-"""Who may ask the router's page, and for how much of it: a token, the names that it goes by, bounds for each peer.
+"""Access control of the router's page: a token, allowed host names, connection limits.
 
-Without a token the page is for those who reach it: this machine's users on loopback, or, with `--page-open`, a closed
-network. A site whose name was made to point here must not read it from somebody's browser, so the Host header is
-checked then. With a token, programs send it as a bearer token; a browser gives it once, in a form, for a cookie.
+Without a token, everyone who can reach the page may read it: this machine's users on loopback or, with `--page-open`, a
+closed network. The Host header is checked then, against DNS rebinding. With a token, programs send it as a bearer
+token; a browser sends it once in a form and gets a cookie.
 """
 
 import asyncio
@@ -26,22 +26,22 @@ from kvstore.net import transport
 from kvstore.net.transport import split_address
 
 VARIABLE = "KVTIER_PAGE_TOKEN"
-TOKEN_HELP = f"file with the token that the router's page asks for; default: the variable {VARIABLE}, if set"
-# A working day; after that the form asks again. A new token ends all cookies.
+TOKEN_HELP = f"file with the token of the router's page; default: the variable {VARIABLE}, if set"
+# TTL of a cookie: a working day. A new token invalidates all cookies.
 COOKIE_SECONDS = 12 * 3600
 CONNECTIONS_MAX = 128
-# A browser opens six and an event stream for each tab.
+# A browser opens six connections, and an event stream per tab.
 CONNECTIONS_OF_PEER_MAX = 32
 
 
 @dataclass(frozen=True)
 class Access:
-    """What a page was told of who may ask it."""
+    """The access rules of a page."""
 
     host: str = "127.0.0.1"
     port: int = 0
     token: Credential | None = None
-    names: frozenset[str] = frozenset()  # hosts beside its own, in lower case
+    names: frozenset[str] = frozenset()  # further allowed host names, in lower case
 
     @property
     def is_local(self) -> bool:
@@ -49,23 +49,23 @@ class Access:
 
     @property
     def explains(self) -> bool:
-        """Whether it says what is cached of a prompt: only on loopback, and to those who know the token."""
+        """Whether the page reveals which prompts are cached: only on loopback or with a token."""
         return self.is_local or self.token is not None
 
     @property
     def cookie(self) -> str:
-        """Cookies are shared by all ports of a host."""
+        """The cookie's name. It contains the port, because all ports of a host share their cookies."""
         return f"kvtier-page-{self.port}"
 
     def is_own(self, host: str) -> bool:
-        """Whether `host`, of a Host header, is a name of this page, and not one that somebody else has in DNS."""
+        """Whether a Host header names this page, and not a foreign DNS name that points here."""
         name = _name_of(host)
         if name in self.names or is_loopback(name):
             return True
         return not self.is_local and (_is_address(name) or "." not in name)
 
     def is_known(self, request: web.Request) -> bool:
-        """Whether the request brings the token, or a cookie that was given for it."""
+        """Whether the request has the token, or a valid cookie for it."""
         if self.token is None:
             return True
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
@@ -80,7 +80,7 @@ class Access:
         )
 
     def is_token(self, given: str) -> bool:
-        """In the same time whatever it is, but for its length."""
+        """Whether this is the token; in constant time for its length."""
         try:
             return self.token == Credential(given.strip().encode())
         except ValueError:
@@ -109,8 +109,8 @@ def page_access(
     is_open: bool = False,
     environ: Mapping[str, str] = os.environ,
 ) -> Access:
-    """Who may ask a page at host:port. Raises ConfigError for an address that is none, a token that is none, and where
-    strangers could reach the page and nothing was said of them."""
+    """The access rules for a page at host:port. Raises ConfigError for an invalid address or token, and for a page off
+    loopback without a token or `is_open`."""
     try:
         host, port = split_address(page)
     except ValueError:
@@ -120,16 +120,16 @@ def page_access(
         raise ConfigError(
             "page",
             page,
-            f"a token beside it (--page-token-file FILE, or the variable {VARIABLE}), an address of loopback, or "
-            "--page-open where everybody on the network may see it",
+            f"also a token (--page-token-file FILE, or the variable {VARIABLE}), or an address of loopback, or "
+            "--page-open if everyone on the network may see it",
         )
     own = frozenset(part.strip().lower() for part in names.split(",") if part.strip())
     return Access(host, port, Credential(token.encode()) if token else None, own)
 
 
 def page_token(path: Path | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The page's token: the content of a file that nobody else can read, otherwise the environment's KVTIER_PAGE_TOKEN;
-    None if there is neither. Raises ConfigError, which does not show it."""
+    """The page's token: the content of a private file, otherwise the variable KVTIER_PAGE_TOKEN; None if neither is
+    given. Raises ConfigError, which never shows the token."""
     if path is None:
         field, source, text = VARIABLE, VARIABLE, environ.get(VARIABLE, "")
     else:
@@ -139,28 +139,29 @@ def page_token(path: Path | None, environ: Mapping[str, str] = os.environ) -> st
     if path is None and not token:
         return None
     if not re.fullmatch(r"[!-~]*", token):
-        raise ConfigError(field, source, "a token of printable ASCII without spaces: it goes into a header")
+        raise ConfigError(field, source, "a token of printable ASCII without spaces, since it is sent in a header")
     credentials.checked(field, source, token.encode())
     return token
 
 
 def bearer(token: str | None) -> dict[str, str]:
-    """The header with which a program asks."""
+    """The header of a program's request."""
     return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
 def unknown(token: str | None) -> str:
-    """What a program says that was not let in."""
-    return f"{'another' if token else 'a'} token is wanted: --page-token-file FILE, or the variable {VARIABLE}"
+    """The message for a program whose request was refused."""
+    problem = "the page rejects the token" if token else "the page requires a token"
+    return f"{problem}: give --page-token-file FILE, or the variable {VARIABLE}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, with or without a port, is this machine's own."""
+    """Whether a host, with or without a port, is a loopback address."""
     return transport.is_loopback(_name_of(host))
 
 
 def is_of_another_site(request: web.Request) -> bool:
-    """Whether a browser sends this from a page of somebody else's."""
+    """Whether a browser sends this from another site's page (CSRF)."""
     if site := request.headers.get("Sec-Fetch-Site"):
         return site not in ("same-origin", "none")
     origin = request.headers.get("Origin")
@@ -168,7 +169,7 @@ def is_of_another_site(request: web.Request) -> bool:
 
 
 class Door(asyncio.Protocol):
-    """Lets a connection in, unless there are too many already, of all or of its peer."""
+    """Accepts a connection, unless the limit in all or that of its peer is reached."""
 
     def __init__(self, server: web.Server):
         self._server = server
@@ -193,7 +194,7 @@ def _peer(name: object) -> object:
 
 
 def _name_of(host: str) -> str:
-    """Of `host`, `host:port`, `[address]` or `[address]:port`, in lower case."""
+    """The host of `host`, `host:port`, `[address]` or `[address]:port`, in lower case."""
     found = re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d+)?", host)
     return (found[1] if found else host).strip("[]").lower()
 

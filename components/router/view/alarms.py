@@ -1,13 +1,13 @@
-"""What is wrong, from what the page shows: a pure function of State."""
+"""Alarms on the router's page: a pure function of State."""
 
 from components.router.view.state import Alarm, State
 
-# Targets and workers are heard every second.
+# Targets and workers report every second.
 _SILENT_SECONDS = 5.0
-# Fewer prompts say nothing of the predictions.
+# With fewer prompts, the predictions are not judged.
 _PREDICTIONS_MIN = 20
 _PREDICTION_FACTOR_MAX = 2.0
-# Some chunks are late whenever a device is busy; more than this share costs more than it saves.
+# Some chunks are late whenever a device is busy. Above this share, loading costs more than it saves.
 _LATE_SHARE_MAX = 0.02
 
 
@@ -19,8 +19,8 @@ def alarms(state: State) -> list[Alarm]:
 
 def _bus(state: State) -> list[Alarm]:
     if not state.connected:
-        text = "NATS is not connected: what targets hold is not known, prompts are computed or found in HBM and DRAM."
-        return [Alarm("bus", "bad", f"{text} Look at nats-server.")]
+        text = "NATS is not connected: the router does not use the store; prompts are cached in HBM and DRAM only."
+        return [Alarm("bus", "bad", f"{text} Check nats-server.")]
     return []
 
 
@@ -28,17 +28,17 @@ def _targets(state: State) -> list[Alarm]:
     found = []
     heard = [lane for lane in state.targets if lane.heard_seconds <= _SILENT_SECONDS]
     if not heard:
-        text = "No heartbeat from any target: soon nothing is loaded from the store."
-        found.append(Alarm("no-target", "warn", f"{text} Are targets up, with the router's --nats and --namespace?"))
+        text = "No heartbeat from any target: after 10 s the router plans no fetches."
+        found.append(Alarm("no-target", "warn", f"{text} Do targets run with the router's --nats and --namespace?"))
     for lane in state.targets:
         if heard and lane not in heard:
             text = f"No heartbeat from target {lane.target} for {lane.heard_seconds:.0f} s:"
-            text += " after 10 s no fetch from it is planned."
+            text += " after 10 s the router plans no fetches from it."
             found.append(Alarm(f"silent-{lane.target}", "bad", text))
     minutes = state.fault_window_seconds // 60
     for fault, text in (
-        ("corrupt_chunks", "corrupt chunks were read and dropped, never served: look at the devices"),
-        ("failed_writes", "chunks could not be written: look at the targets' logs"),
+        ("corrupt_chunks", "corrupt chunks were read and dropped, never served: check the devices"),
+        ("failed_writes", "chunks could not be written: see the targets' logs"),
     ):
         if count := state.recent_faults.get(fault, 0):
             found.append(Alarm(fault, "bad", f"{count} {text} (last {minutes} min)."))
@@ -47,11 +47,11 @@ def _targets(state: State) -> list[Alarm]:
 
 def _workers(state: State) -> list[Alarm]:
     if not state.workers:
-        return [Alarm("no-worker", "bad", "No worker is live: prompts fail. Look at the workers' logs.")]
+        return [Alarm("no-worker", "bad", "No worker is live: prompts fail. See the workers' logs.")]
     found = []
     roles = {lane.role for lane in state.workers}
     if roles == {"prefill"}:
-        found.append(Alarm("no-decode-worker", "bad", "No decode worker is live: prompts fail. Look at their logs."))
+        found.append(Alarm("no-decode-worker", "bad", "No decode worker is live: prompts fail. See their logs."))
     if roles == {"decode"}:
         found.append(Alarm("no-prefill-worker", "warn", "No prefill worker is live: decode workers prefill."))
     silent = [
@@ -61,7 +61,7 @@ def _workers(state: State) -> list[Alarm]:
     ]
     if silent and state.connected:
         names = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
-        text = f"Worker {names}: no report of its tier, so nothing is planned for it."
+        text = f"Worker {names}: no report of its tier, so it gets no fetch plans."
         found.append(Alarm("no-report", "warn", text))
     return found
 
@@ -74,18 +74,19 @@ def _prompts(state: State) -> list[Alarm]:
     fetched = state.fetched_chunks
     asked, late = sum(fetched.values()), fetched.get("late", 0)
     if late > _LATE_SHARE_MAX * asked:
-        text = f"{late} of {asked} chunks came past their deadline in the last minute: targets or links"
-        found.append(Alarm("late", "warn", f"{text} are slower than measured. Look at target queues."))
+        text = f"{late} of {asked} chunks missed their deadline in the last minute: targets or links"
+        found.append(Alarm("late", "warn", f"{text} are slower than measured. Check the targets' queues."))
     if corrupt := fetched.get("corrupt", 0):
-        found.append(Alarm("corrupt-fetch", "bad", f"{corrupt} chunks came corrupt in the last minute: recomputed."))
+        text = f"{corrupt} chunks arrived corrupt in the last minute and were recomputed."
+        found.append(Alarm("corrupt-fetch", "bad", text))
     if unreachable := fetched.get("unreachable", 0):
-        text = f"{unreachable} chunks could not be fetched in the last minute: a target does not answer its workers."
+        text = f"{unreachable} chunks could not be fetched in the last minute: a target does not answer workers."
         found.append(Alarm("unreachable", "bad", f"{text} Try kvtier store stat on a worker's machine."))
     ratio = state.prediction
     if ratio is not None and ratio.count >= _PREDICTIONS_MIN:
         off = max(ratio.p50, 1 / ratio.p50) if ratio.p50 > 0 else 1.0
         if off > _PREDICTION_FACTOR_MAX:
             way = "slower" if ratio.p50 > 1 else "faster"
-            text = f"First tokens come {off:.1f} times {way} than predicted: prices are off."
-            found.append(Alarm("prediction", "warn", f"{text} See the speeds of the workers below."))
+            text = f"First tokens arrive {off:.1f} times {way} than predicted: prices are wrong."
+            found.append(Alarm("prediction", "warn", f"{text} Compare the workers' speeds below."))
     return found

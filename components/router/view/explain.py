@@ -1,10 +1,10 @@
-"""Why a prompt went where it went, or where one would go:
+"""Explain a routing decision, or show the decision for a new prompt:
 
     kvtier explain [DECISION] --url http://127.0.0.1:8300
     kvtier explain --prompt TEXT | --file FILE [--chat] | --tokens 1,2,3
 
-Asks the router's page (`--page`). Without a decision or a prompt, the latest decisions in a line each. A prompt is
-priced on every worker as things are now, and not sent.
+Asks the router's page (`--page`). Without a decision or a prompt, lists the latest decisions. A given prompt is priced
+on every worker with the current state, and not sent.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _SOURCES = ("hbm", "dram", "store", "computed")
 async def explained(
     url: str, decision: str = "", limit: int = 20, question: Question | None = None, token: str | None = None
 ) -> str:
-    """Raises ConfigError for a decision that is not kept (any more) or a prompt that the router refuses,
+    """The text to print. Raises ConfigError for a decision that is not kept or a prompt that the router refuses,
     UnavailableError if no router answers."""
     path = f"/decisions/{decision}" if decision else f"/decisions?limit={limit}" if question is None else "/explain"
     asked = None if question is None else msgspec.json.encode(question)
@@ -45,9 +45,9 @@ async def explained(
             if reply.status == 401:
                 raise UnavailableError(f"router: {url}: {unknown(token)}")
             if decision and reply.status == 404:
-                raise ConfigError("decision", decision, f"the id of a recent one ({told})")
+                raise ConfigError("decision", decision, f"the id of a recent decision ({told})")
             if asked is not None and reply.status in (400, 413):
-                raise ConfigError("prompt", f"{len(asked)} bytes", f"one that the router takes ({told})")
+                raise ConfigError("prompt", f"{len(asked)} bytes", f"a prompt that the router accepts ({told})")
             if reply.status != 200:
                 raise UnavailableError(f"router: {url}: {told}")
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
@@ -114,10 +114,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("decision", nargs="?", default="", help="its id, from the router's log or this command's list")
-    asked.add_argument("--prompt", help="a text, as /v1/completions takes it")
+    asked.add_argument("--prompt", help="a text, as in /v1/completions")
     asked.add_argument("--file", type=Path, help="a file with the text")
     asked.add_argument("--tokens", help="token ids, separated by commas")
-    parser.add_argument("--chat", action="store_true", help="the text is a user's first message of a chat")
+    parser.add_argument("--chat", action="store_true", help="send the text as the first user message of a chat")
     parser.add_argument("--url", default="http://127.0.0.1:8300", help="the router's page; default %(default)s")
     parser.add_argument("--limit", type=int, default=20, help="how many to list; default 20")
     parser.add_argument("--page-token-file", type=Path, help=TOKEN_HELP)

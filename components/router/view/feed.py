@@ -1,8 +1,7 @@
-"""What the page shows, made once a second: totals, a window of the last minute, lanes of workers and targets, alarms.
+"""Builds the page's data once a second: totals, the last minute, lanes of workers and targets, alarms.
 
-Reads the router's state and changes none of it; nothing here runs on the path of a request. What is seen of single
-prompts is a sample, bounded however many are decided: so many a second for the distributions, the newest few for the
-table. Totals are the counters that Prometheus gets, and complete.
+Only reads the router's state, and never runs on the path of a request. Single prompts are sampled, with a bound: a
+number per second for the distributions, the newest few for the table. Totals are complete: the counters of Prometheus.
 """
 
 import asyncio
@@ -35,27 +34,27 @@ from kvstore.bus.residency import Mirror
 TICK_SECONDS = 1.0
 WINDOW_SECONDS = 60
 FAULT_WINDOW_SECONDS = 600
-# A p99 stands on 19 of the window's samples at worst; the scatter is not a blot yet.
+# With a full window, 19 samples lie above the p99, and the scatter plot is still readable.
 SAMPLES_PER_SECOND = 32
 POINTS_KEPT = 900
 _SAMPLES_KEPT = 2048
-# Rows that a viewer gets, at first and in each tick: more than can be read would only scroll.
+# Rows for a viewer, at first and per tick: nobody can read more.
 ROWS_FIRST, ROWS = 50, 10
-# Of the queue and the memory of a worker, the last decision says nothing of now when it is older.
+# TTL of a worker's queue and memory, which come from the last decision.
 _FRESH_SECONDS = 10.0
 
 Item = TypeVar("Item")
 
 
 class Growth:
-    """By how much counters grew in the last ticks, whichever of their owners start anew meanwhile."""
+    """Increase of counters over the last ticks; tolerates restarts of their owners."""
 
     def __init__(self, ticks: int):
         self._seen: dict[str, dict[str, int]] = {}
         self._grown: deque[Counter[str]] = deque(maxlen=ticks)
 
     def take(self, counters: dict[str, dict[str, int]]) -> None:
-        """The counters now, by owner and name. Of an owner that was not there before they count from here on."""
+        """Add the current counters, by owner and name. A new owner counts from its current values on."""
         grown: Counter[str] = Counter()
         for owner, values in counters.items():
             before = self._seen.get(owner, values)
@@ -78,10 +77,10 @@ class Pool(NamedTuple):
 
 
 class Feed:
-    """Keeps the last quarter of an hour. For one event loop.
+    """The page's data of the last quarter of an hour. For one event loop.
 
-    `decisions`, `workers` and `speeds` are of the workers that answer. With `prefill` these are decode workers, and a
-    prompt is shown once: as it went to them, with what a prefill worker did before.
+    `decisions`, `workers` and `speeds` are of the workers that answer. With `prefill`, these are decode workers. A
+    prompt is then shown once: its decision on a decode worker, together with the prefill worker's part.
     """
 
     def __init__(
@@ -111,14 +110,14 @@ class Feed:
         self._fetched = Growth(WINDOW_SECONDS)
         self._outcomes = Growth(WINDOW_SECONDS)
         self._faults = Growth(FAULT_WINDOW_SECONDS)
-        # What viewers were shown can be asked for, when the last thousand are long others.
+        # Decisions that viewers were shown stay available after they have left the last thousand.
         self._shown: OrderedDict[str, Decision] = OrderedDict()
         self._next = asyncio.Event()
         self._minute: Minute | None = None
         self.tick()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Tick until cancelled."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.tick()
@@ -143,7 +142,7 @@ class Feed:
         self.points.append(point)
         self.points_made += 1
         each = (totals.decision_seconds - before.decision_seconds) / decided if decided else None
-        if decided or answered:  # when no more come, the figures up to the last one stay
+        if decided or answered:  # without traffic, the figures of the last prompt stay
             self._minute = self._last_minute(point, recent, each)
         self.state = self._state(totals, point, recent, each, now)
         self.state.alarms = alarms(self.state)
@@ -295,7 +294,7 @@ _REPORTED = [name for name in TargetLane.__struct_fields__ if name not in ("targ
 
 
 class Viewer:
-    """One who looks: what was sent already, and which decisions are wanted. A slow one skips what it missed."""
+    """A viewer's position in the feed, and its filters. A slow viewer skips what it missed."""
 
     def __init__(self, feed: Feed, worker: str = "", source: str = ""):
         self._feed = feed
@@ -316,14 +315,14 @@ class Viewer:
         return Update(fresh, feed.state, points, samples, rows)
 
     def _new(self) -> list[Decision]:
-        """A few of the new decisions that are wanted, by chance; at first the newest. The oldest comes first."""
+        """A random sample of the new decisions that pass the filters; at first the newest. The oldest comes first."""
         decisions = self._feed.decisions_of(self._worker)
         missed = KEPT if self._decided is None else min(KEPT, decisions.count - self._decided)
         new = [one for one in decisions.newest(missed) if self._wants(one)]
         if self._decided is None:
             picked = new[ROWS_FIRST - 1 :: -1]
         else:
-            # The same for all viewers, since what a row shows is made when it is first looked at.
+            # The same sample for all viewers, because building a row on its first view is expensive.
             chance = random.Random(decisions.count)
             picked = [new[index] for index in sorted(chance.sample(range(len(new)), min(ROWS, len(new))), reverse=True)]
         self._decided = decisions.count

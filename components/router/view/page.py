@@ -1,15 +1,15 @@
-"""The router's page, and the same as JSON for tools, on loopback unless told otherwise.
+"""The router's web page, and the same data as JSON for tools.
 
-GET /                                what an operator looks at (static/)
-GET /events?worker=1a&source=store   its live data, an Update a second as server-sent events
+GET /                                the page for operators (static/)
+GET /events?worker=1a&source=store   its live data: one Update per second as server-sent events
 GET /state                           totals, the last minute, workers, targets, alarms
-GET /decisions?limit=20&worker=1a    the latest first
-GET /decisions/<id>                  one, with every candidate and each term of its price
-POST /explain                        what would be decided of a prompt (question.py)
-POST /warm                           a prompt is about to come: targets read its chunks into memory
+GET /decisions?limit=20&worker=1a    the latest decisions first
+GET /decisions/<id>                  one decision, with every candidate and each term of its price
+POST /explain                        the decision for a prompt now (question.py)
+POST /warm                           targets prefetch the chunks of an imminent prompt
 GET /metrics                         Prometheus
 
-With a token (access.py), only /metrics and the page's own files are for everybody.
+With a token (access.py), only /metrics and the page's own files are public.
 """
 
 import asyncio
@@ -31,14 +31,13 @@ from kvstore.net.transport import join_address
 from kvstore.text import shown
 
 LIMIT = 100
-# More would cost the router more than looking is worth: an update takes it some 0.3 ms a viewer and second.
+# Each viewer costs the router about 0.3 ms per second.
 VIEWERS_MAX = 16
 VIEWERS_OF_PEER_MAX = 8
-# One who does not take an update for so long is let go, and may come back.
+# A viewer that does not receive an update for this long is disconnected; it may reconnect.
 _SLOW_SECONDS = 20.0
-# A request's head must be there within this time of its connection, or of the answer before it; then its body, for
-# which a slow link has time enough; then it must be answered, and the answer taken. The first text that is explained
-# loads a tokenizer.
+# Timeouts: for a request's header, since the connection or the previous response; for its body; for the whole request
+# until the client has received the response. The first text to explain loads a tokenizer.
 _HEAD_SECONDS, _BODY_SECONDS, _ANSWER_SECONDS = 15.0, 10.0, 60.0
 _BODY_BYTES_MAX = 1 << 20
 NO_QUESTIONS: Mapping[str, Handler] = {}
@@ -58,8 +57,9 @@ _HEADERS = {
 def make_app(
     feed: Feed, access: Access, questions: Mapping[str, Handler], registry: CollectorRegistry
 ) -> web.Application:
-    """`questions` are handlers by path that tell whether a prompt is cached; /metrics shows `registry`."""
-    viewers: dict[asyncio.Task[object], str | None] = {}  # and the address of each
+    """The page's application. `questions` are handlers by path that reveal whether a prompt is cached; /metrics exports
+    `registry`."""
+    viewers: dict[asyncio.Task[object], str | None] = {}  # -> client address
 
     async def state(_: web.Request) -> web.Response:
         return _json(feed.state)
@@ -75,7 +75,7 @@ def make_app(
         for name in wanted:
             if (decision := feed.find(name)) is not None:
                 found.append(msgspec.json.encode(decision))
-            await asyncio.sleep(0)  # all at once, those of a large cluster would hold up prompts
+            await asyncio.sleep(0)  # yield: for a large cluster, encoding all of them would block prompts
         return web.Response(body=b"[" + b",".join(found) + b"]", content_type="application/json")
 
     async def one(request: web.Request) -> web.Response:
@@ -105,7 +105,7 @@ def make_app(
             del viewers[task]
 
     async def _stream(request: web.Request, viewer: Viewer) -> web.StreamResponse:
-        """Nothing is queued: a viewer whose connection is full gets what is new when it has room again."""
+        """Send updates. There is no queue: a viewer whose connection is full gets the newest data when it has room."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
         try:
@@ -136,7 +136,7 @@ def make_app(
             raise web.HTTPMisdirectedRequest(text=f"Host: {shown(request.host)}: expected {access.host}\n")
         if request.method == "POST":
             if is_of_another_site(request):
-                raise web.HTTPForbidden(text="another site's page sends this\n")
+                raise web.HTTPForbidden(text="cross-site request refused\n")
             async with asyncio.timeout(_BODY_SECONDS):
                 await request.read()
         if request.path in closed or request.path.startswith("/decisions"):
@@ -149,14 +149,14 @@ def make_app(
 
     @web.middleware
     async def bounded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Within a time that ends with the answer taken; whoever takes longer is cut off. An event stream has a time
-        for each event."""
+        """Apply the timeout of a whole request, including that the client receives the response. An event stream has a
+        timeout per event instead."""
         try:
             async with asyncio.timeout(_ANSWER_SECONDS) as bound:
                 if request.path == "/events":
                     bound.reschedule(None)
                 response = await guarded(request, handler)
-                with contextlib.suppress(ConnectionError):  # who has left; aiohttp notices it, too, without a traceback
+                with contextlib.suppress(ConnectionError):  # the client disconnected; aiohttp handles it silently
                     await response.prepare(request)
                     await response.write_eof()
                 return response
@@ -215,7 +215,7 @@ async def open_page(
 
 
 class _Site(web.TCPSite):
-    """Has each connection go through the door."""
+    """A site whose connections pass the limits of `Door`."""
 
     async def start(self) -> None:
         server = self._runner.server
@@ -226,7 +226,7 @@ class _Site(web.TCPSite):
 
 
 def _files() -> dict[str, Path]:
-    """The page's files by path; nothing else can be asked for."""
+    """The page's files by path; no other file is served."""
     found = {f"/{file.relative_to(_STATIC)}": file for file in _STATIC.rglob("*") if file.suffix in _TYPES}
     del found[f"/{_LOGIN.name}"]
     return {"/": found.pop("/index.html"), **found}

@@ -1,8 +1,10 @@
-"""Requests with a prompt. POST /explain: what the router would do with it now; nothing is sent, counted or kept.
-POST /warm: it is about to come, and targets read its chunks into memory (warm.py).
+"""HTTP requests with a prompt.
 
-The body, of 1 MiB at most, is JSON with one of `prompt` (text, as /v1/completions takes it), `messages` (as
-/v1/chat/completions does) and `token_ids`, and optionally `routing`, as Dynamo passes it to the router.
+- POST /explain: the decision that the router would take now. Sends, counts and keeps nothing.
+- POST /warm: targets prefetch the chunks of an imminent prompt into memory (warm.py).
+
+The body is JSON of 1 MiB at most, with one of `prompt` (text, as in /v1/completions), `messages` (as in
+/v1/chat/completions) or `token_ids`, and optionally `routing`, as Dynamo passes it to the router.
 """
 
 import asyncio
@@ -23,7 +25,7 @@ WARMS_MAX = 4
 
 
 class Routing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What counts here of Dynamo's `routing`."""
+    """The fields of Dynamo's `routing` that the router uses."""
 
     backend_instance_id: int | None = None
     dp_rank: int | None = None
@@ -43,13 +45,13 @@ class Question(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class Prompts:
-    """Reads prompts out of requests. The model's tokenizer is loaded with the first text: most routers are never
-    asked."""
+    """Reads prompts from requests. Loads the model's tokenizer with the first text, since most routers never need
+    it."""
 
     def __init__(self, model_path: str):
         self._model_path = model_path
         self._tokenizers: list[Any] = []
-        self._turn = asyncio.Lock()  # a long text at a time
+        self._turn = asyncio.Lock()  # tokenizes one text at a time
 
     async def read(self, request: web.Request) -> Request:
         """The prompt as the frontend would send it. Raises HTTPBadRequest."""
@@ -99,7 +101,7 @@ def explain_handler(router: Router, prompts: Prompts) -> Handler:
 
 
 def warm_handler(warmer: Warmer, prompts: Prompts) -> Handler:
-    warming: list[str | None] = []  # for whom
+    warming: list[str | None] = []  # the client addresses of running requests
 
     async def warm(request: web.Request) -> web.Response:
         if len(warming) >= WARMS_MAX or request.remote in warming:

@@ -1,6 +1,6 @@
-"""What the page is told, as plain data. The JSON of GET /state is State, an event of GET /events an Update.
+"""The page's data as plain structs. GET /state returns a State as JSON; an event of GET /events is an Update.
 
-Rates are per second, `tokens` by source (hbm, dram, store, computed); None is what is not known now.
+Rates are per second, `tokens` are by source (hbm, dram, store, computed), None is unknown.
 """
 
 import math
@@ -19,14 +19,14 @@ class Percentiles(msgspec.Struct):
 
 
 class Latency(msgspec.Struct):
-    """Of prompts that were to load from the store, and of others."""
+    """Latency of prompts with a fetch from the store, and of the others."""
 
     store: Percentiles | None
     other: Percentiles | None
 
 
 class Spread(msgspec.Struct):
-    """Of actual over predicted time to first token."""
+    """Distribution of actual over predicted TTFT."""
 
     count: int
     p10: float
@@ -35,8 +35,8 @@ class Spread(msgspec.Struct):
 
 
 class Saving(msgspec.Struct):
-    """What loads from the store save, all of it as predicted when the prompts were decided: without the store the same
-    workers would have computed what they were to load, behind the same queues. Means of prompts, or one prompt's."""
+    """Predicted savings of loads from the store, at the time of the decision. Without the store, the same workers would
+    have recomputed these chunks, behind the same queues. Of one prompt, or means over several."""
 
     ttft_seconds: float
     without_store_ttft_seconds: float
@@ -45,7 +45,7 @@ class Saving(msgspec.Struct):
 
 
 class Sample(msgspec.Struct):
-    """An answered prompt, one of those that were kept."""
+    """An answered prompt in the sample."""
 
     time: float
     worker: str
@@ -57,12 +57,12 @@ class Sample(msgspec.Struct):
 
 
 class Minute(msgspec.Struct):
-    """The minute up to the last prompt: `time` is when one was last decided or answered."""
+    """The minute before the last prompt; `time` is when a prompt was last decided or answered."""
 
     time: float
     tokens: dict[str, int]
-    decisions_per_second: float  # over all of it
-    decision_seconds: float | None  # of the last second that decided one
+    decisions_per_second: float  # mean of the minute
+    decision_seconds: float | None  # mean of the last second with a decision
     ttft: Latency
     tpot: Latency
     prediction: Spread | None
@@ -70,7 +70,7 @@ class Minute(msgspec.Struct):
 
 
 class Point(msgspec.Struct):
-    """A second; latencies are of the window that ends there."""
+    """One second; latencies are of the window that ends with it."""
 
     time: float
     decisions: float
@@ -102,20 +102,20 @@ class WorkerLane(msgspec.Struct):
 
     worker: str
     decisions: int  # since the router's start
-    tokens: dict[str, int]  # of these, in whole blocks
-    open: int  # prompts under way
-    queued_tokens: int | None  # to prefill, when the last prompt was decided
-    memory_used: float | None  # share of the KV memory, likewise
-    prefill_tokens_per_second: float  # of a prompt of 1,000, as the router prices it
-    role: str = ""  # prefill or decode, where these are workers of their own
-    # Its tier's report, if there is one.
-    heard_seconds: float | None = None  # ago
-    queue: int = 0  # requests that the engine has not begun with
+    tokens: dict[str, int]  # of these decisions, in whole blocks
+    open: int  # running prompts
+    queued_tokens: int | None  # to prefill, at the time of the last decision
+    memory_used: float | None  # share of the KV memory, at the same time
+    prefill_tokens_per_second: float  # for a prompt of 1,000 tokens, as in the router's prices
+    role: str = ""  # prefill or decode, in a disaggregated graph
+    # From its tier's last report, if there is one.
+    heard_seconds: float | None = None  # age of the report
+    queue: int = 0  # requests that wait in the engine
     dram_bytes_per_second: float = 0.0  # DRAM -> HBM, when busy
     store_bytes_per_second: float = 0.0  # store -> DRAM, when busy
     bytes_in_flight: int = 0
     fetched_chunks: dict[str, int] = {}  # since the worker's start, by outcome
-    hbm_bytes: int = 0  # of KV that can be hit, and what there is room for; 0: not known
+    hbm_bytes: int = 0  # cached KV, and its capacity; 0: unknown
     hbm_capacity_bytes: int = 0
     dram_bytes: int = 0
     dram_capacity_bytes: int = 0
@@ -123,30 +123,30 @@ class WorkerLane(msgspec.Struct):
 
 class TargetLane(msgspec.Struct):
     target: str
-    heard_seconds: float  # ago
-    chunks: int  # as the mirror knows
-    # Its report, if there is one.
+    heard_seconds: float  # since its last announcement
+    chunks: int  # in the mirror
+    # From its last report, if there is one.
     capacity_bytes: int = 0
     payload_bytes: int = 0
-    device_bytes_per_second: float = 0.0  # read, when busy; 0: not lately
+    device_bytes_per_second: float = 0.0  # read throughput while busy; 0: not busy lately
     sent_bytes_per_second: float = 0.0
     received_bytes_per_second: float = 0.0
     waiting_read_bytes: int = 0
     waiting_write_bytes: int = 0
     connections: int = 0
-    evicted_age_seconds: float = 0.0  # 0: nothing was
+    evicted_age_seconds: float = 0.0  # 0: no eviction yet
     corrupt_chunks: int = 0
     failed_writes: int = 0
 
 
 class Alarm(msgspec.Struct):
     id: str
-    level: str  # "bad": something is lost or broken; "warn": it is slower than it could be, or not known
-    text: str  # what is, and what to look at
+    level: str  # "bad": something failed; "warn": something is slow or unknown
+    text: str  # the problem, and what to check
 
 
 class State(msgspec.Struct):
-    """Everything but single prompts."""
+    """All data except single prompts."""
 
     time: float  # seconds since 1970
     started: float
@@ -162,7 +162,7 @@ class State(msgspec.Struct):
     # Of the last second.
     decisions_per_second: float
     tokens_per_second: dict[str, float]
-    decision_seconds: float | None  # that one takes, without what follows
+    decision_seconds: float | None  # mean time of a decision, without sending
     # Of the last window_seconds, from at most samples_per_second prompts answered in each second.
     window_seconds: int
     samples_per_second: int
@@ -181,13 +181,13 @@ class State(msgspec.Struct):
 
 
 class Update(msgspec.Struct):
-    """What is new since the event before; everything that is kept in the first one."""
+    """New data since the previous event; the first event has everything that is kept."""
 
     fresh: bool
     state: State
     points: list[Point]
     samples: list[Sample]
-    decisions: list[Summary]  # new ones, and those shown before of which more is known now
+    decisions: list[Summary]  # new ones, and updates of those shown before
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
