@@ -8,21 +8,15 @@ import os
 import ssl
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
 from pydantic import BaseModel
 
 from kvstore import private
 from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:  # a tenth of a target's start, and most have no TLS
+    from cryptography.x509 import Certificate
 
 _BYTES_MAX = 1 << 20  # of certificates
 
@@ -96,15 +90,29 @@ def load(files: Files, names: Names) -> Loaded:
     if names is SERVER:
         context.num_tickets = 0  # a session that is resumed would outlive a CA that was replaced
     if files.ca:
-        authorities = _certificates(names.ca, Path(files.ca))
-        context.load_verify_locations(cadata=b"".join(one.public_bytes(Encoding.DER) for one in authorities))
+        context.load_verify_locations(cadata=_authorities(names.ca, Path(files.ca)))
         context.verify_mode = ssl.CERT_REQUIRED
     if not files.cert:
         return Loaded(context, None)
     return Loaded(context, _load_chain(context, Path(files.cert), Path(files.key), names))
 
 
+def _authorities(field: str, path: Path) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    return b"".join(one.public_bytes(Encoding.DER) for one in _certificates(field, path))
+
+
 def _load_chain(context: ssl.SSLContext, cert: Path, key: Path, names: Names) -> datetime:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+        PublicFormat,
+        load_pem_private_key,
+    )
+
     chain, secret = _certificates(names.cert, cert), private.read(names.key, key)
     begins, ends, now = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc, datetime.now(UTC)
     if not begins <= now <= ends:
@@ -128,7 +136,9 @@ def _load_chain(context: ssl.SSLContext, cert: Path, key: Path, names: Names) ->
     return ends
 
 
-def _certificates(field: str, path: Path) -> list[x509.Certificate]:
+def _certificates(field: str, path: Path) -> "list[Certificate]":
+    from cryptography.x509 import load_pem_x509_certificates
+
     try:
         with path.open("rb") as file:
             content = file.read(_BYTES_MAX + 1)
@@ -137,6 +147,6 @@ def _certificates(field: str, path: Path) -> list[x509.Certificate]:
     if len(content) > _BYTES_MAX:
         raise ConfigError(field, path, f"a file of at most {_BYTES_MAX} bytes")
     try:
-        return x509.load_pem_x509_certificates(content)
+        return load_pem_x509_certificates(content)
     except ValueError:
         raise ConfigError(field, path, "certificates in PEM") from None

@@ -8,12 +8,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-from nats.errors import Error as NatsError
+from typing import TYPE_CHECKING
 
 from kvstore import descriptors
 from kvstore.bus import messages, residency
-from kvstore.bus.messages import Bus, TargetReport, Warm, Warmed
+from kvstore.bus.messages import TargetReport, Warm, Warmed
 from kvstore.bus.residency import Announcer, unhurried
 from kvstore.credentials import Credential
 from kvstore.disk.shelf import Rack
@@ -26,6 +25,9 @@ from kvstore.net.target import Target
 from kvstore.net.tenants import Grants, Tenant
 from kvstore.net.tls import ClientTls, ServerTls
 from kvstore.net.wire import Outcome
+
+if TYPE_CHECKING:
+    from kvstore.bus.connection import Bus
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class _Served:
 class Tenancy:
     """Serves the namespaces of a file. For one event loop; `rack` is this object's to close."""
 
-    def __init__(self, path: Path, rack: Rack, settings: Settings, line: Bus | None):
+    def __init__(self, path: Path, rack: Rack, settings: Settings, line: "Bus | None"):
         self.lobby = Lobby(settings.unix_uids, settings.tls)
         self._path = path
         self._rack = rack
@@ -212,7 +214,7 @@ def replicate(
     target.replicate(client, targets)
 
 
-async def warm(target: Target, line: Bus, namespace: str) -> None:
+async def warm(target: Target, line: "Bus", namespace: str) -> None:
     """Read ahead what routers ask for, until cancelled. To bounds they are one peer, since nobody signs on the bus."""
 
     async def asked(request: Warm) -> Warmed:
@@ -223,8 +225,7 @@ async def warm(target: Target, line: Bus, namespace: str) -> None:
     try:
         await asyncio.Event().wait()
     finally:
-        with contextlib.suppress(OSError, NatsError):
-            await subscription.unsubscribe()  # the namespace may come back, with another target
+        await line.unsubscribe(subscription)  # the namespace may come back, with another target
 
 
 def _warmed(target: Target, request: Warm) -> Warmed:
@@ -239,7 +240,7 @@ def _warmed(target: Target, request: Warm) -> Warmed:
     return Warmed(target.name, outcomes[Outcome.HIT], reading, refused, absent)
 
 
-async def report(target: Target, line: Bus, namespace: str) -> None:
+async def report(target: Target, line: "Bus", namespace: str) -> None:
     """Tell the routers once a second how busy the target is, until cancelled."""
     before, then = target.status(), time.monotonic()
     while True:

@@ -24,7 +24,8 @@ from components.worker.mover.link import MoverLink
 from components.worker.remote_tier import RemoteTier
 from graphs.services import free_port
 from kvstore.bus import messages
-from kvstore.bus.messages import Bus, WorkerReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import WorkerReport
 from kvstore.net import wire
 from kvstore.net.membership import Registration
 from kvstore.net.transport import Stream
