@@ -23,7 +23,8 @@ from kvstore import certificates, descriptors, memory, tools
 from kvstore.bus import messages, residency
 from kvstore.bus.broker import DEFAULT_URLS, NatsUrls
 from kvstore.bus.residency import Announcer
-from kvstore.certificates import ClientOptions, Files
+from kvstore.certificates import Files
+from kvstore.client_options import ClientOptions, add_client_arguments
 from kvstore.disk.device import Device
 from kvstore.disk.log import Log
 from kvstore.disk.shelf import Rack, Shelf
@@ -229,7 +230,7 @@ def parse(argv: list[str] | None = None) -> Options:
         help="replicas: the targets as workers' --store names them, this one included. A chunk that is read is put to "
         "the second target of its key, too; needs --hot; default: none",
     )
-    certificates.add_client_arguments(parser)
+    add_client_arguments(parser)
     parser.add_argument("--buffers", help="memory for payloads in flight; default 256MiB")
     parser.add_argument("--connections", help="how many clients may be connected at once; default 512")
     parser.add_argument(

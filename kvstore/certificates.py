@@ -3,14 +3,11 @@
 TLS 1.3 alone. A key must be readable for its owner alone (private.py).
 """
 
-import argparse
 import os
 import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-from pydantic import BaseModel
 
 from kvstore import private
 from kvstore.errors import ConfigError
@@ -44,29 +41,6 @@ CLIENT = Names("store-tls-cert", "store-tls-key", "store-tls-ca")
 class Loaded(NamedTuple):
     context: ssl.SSLContext
     valid_until: datetime | None  # the certificate; None without one
-
-
-class ClientOptions(BaseModel):
-    """What clients of the store are given, on a command line or in a file."""
-
-    store_tls_ca: Path | None = None
-    store_tls_cert: Path | None = None
-    store_tls_key: Path | None = None
-
-    @property
-    def tls_files(self) -> Files:
-        given = (self.store_tls_cert, self.store_tls_key, self.store_tls_ca)
-        return Files(*(str(path.absolute()) if path else "" for path in given))
-
-
-def add_client_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--store-tls-ca",
-        help="file with the CAs of the targets' certificates: connections over TCP use TLS (docs/security.md); "
-        "default: no TLS",
-    )
-    parser.add_argument("--store-tls-cert", help="certificate for targets that ask for one (--tls-client-ca)")
-    parser.add_argument("--store-tls-key", help="the private key of --store-tls-cert")
 
 
 def checked(files: Files, names: Names) -> bool:

@@ -9,11 +9,12 @@ import select
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar, get_args
-
-from pydantic import BaseModel, ValidationError
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, get_args
 
 from kvstore.text import masked, shown
+
+if TYPE_CHECKING:  # the mover starts with each engine, and does without
+    from pydantic import BaseModel
 
 # In place of pydantic's words, where those say how it parses and not what to write.
 _EXPECTED = {
@@ -24,7 +25,7 @@ _EXPECTED = {
     "float_parsing": "a number",
 }
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound="BaseModel")
 
 _LINE_CHARACTERS_MAX = 10_000
 USAGE = 2  # exit code of a command that was asked for something it cannot do
@@ -99,6 +100,8 @@ def without_userinfo(field: str, url: str, instead: str) -> str:
 
 def validated(model: type[Model], values: dict[str, object]) -> Model:
     """Build `model` from `values`; the first thing wrong becomes a ConfigError that names it as on the command line."""
+    from pydantic import ValidationError
+
     try:
         return model.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
@@ -110,7 +113,7 @@ def validated(model: type[Model], values: dict[str, object]) -> Model:
         raise ConfigError(name, first.get("input"), _EXPECTED.get(first["type"], message)) from None
 
 
-def _settings(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+def _settings(model: "type[BaseModel]", path: tuple[int | str, ...]) -> list[str]:
     """What can be set in the part of a model at `path`, as on the command line."""
     kind: Any = model
     for name in path:
