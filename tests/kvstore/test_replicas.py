@@ -166,7 +166,7 @@ def test_targets_of_several_namespaces_replicate_with_their_credentials(tmp_path
         (folder := tmp_path / str(number)).mkdir()
         path = names_file(tmp_path, {"a": "32MiB"})
         line = ["--dir", str(folder), "--capacity", "64MiB", "--segment-size", "4MiB", "--listen", address]
-        line += ["--nats", "", "--hot", "32MiB", "--namespaces", str(path)]
+        line += ["--nats", "", "--buffers", "32MiB", "--hot", "32MiB", "--namespaces", str(path)]
         if not number:
             said = Process(*line, "--peers", "10.0.0.7:7600,10.0.0.8:7600").refused()
             assert f"{address} among them" in said

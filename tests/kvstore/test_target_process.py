@@ -64,6 +64,8 @@ def arguments(tmp_path: Path, nats_url: str) -> list[str]:
         "64MiB",
         "--segment-size",
         "4MiB",
+        "--buffers",
+        "32MiB",
         "--listen",
         address,
         "--nats",

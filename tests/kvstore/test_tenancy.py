@@ -418,7 +418,7 @@ def test_a_bad_file_is_told_without_secrets(tmp_path: Path, text: str, says: str
 def arguments(tmp_path: Path) -> list[str]:
     (tmp_path / "store").mkdir()
     where = f"127.0.0.1:{free_port()}"
-    sizes = ["--capacity", "64MiB", "--segment-size", "1MiB", "--nats", ""]
+    sizes = ["--capacity", "64MiB", "--segment-size", "1MiB", "--buffers", "64MiB", "--nats", ""]
     return ["--dir", str(tmp_path / "store"), "--listen", where, *sizes]
 
 

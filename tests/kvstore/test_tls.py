@@ -434,7 +434,7 @@ def test_a_target_takes_new_certificates_under_traffic(tmp_path: Path, made: Cer
     process = Process(
         *("--dir", str(folder), "--capacity", "64MiB", "--segment-size", "4MiB", "--nats", "", "--unix-socket", ""),
         *("--listen", f"127.0.0.1:{(port := free_port())}", "--tls-cert", made.target.cert, "--tls-key"),
-        *(made.target.key, "--metrics-port", str(metrics_port := free_port())),
+        *(made.target.key, "--metrics-port", str(metrics_port := free_port()), "--buffers", "32MiB"),
     ).ready()
     address = f"127.0.0.1:{port}"
     first = served_certificate(address)

@@ -357,7 +357,7 @@ def test_loads_that_were_called_off_do_not_count_as_slow(engines: Any) -> None: 
 def store_process(tmp_path: Path, nats_url: str) -> Any:
     """A target in a process of its own, and its address."""
     address = f"127.0.0.1:{free_port()}"
-    sizes = ["--capacity", "64MiB", "--segment-size", "4MiB", "--nats", nats_url]
+    sizes = ["--capacity", "64MiB", "--segment-size", "4MiB", "--buffers", "32MiB", "--nats", nats_url]
     command = [sys.executable, "-m", "kvstore", "--dir", str(tmp_path), "--listen", address, *sizes]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
