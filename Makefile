@@ -23,6 +23,7 @@ CLUSTER_TESTS := $(patsubst %,tests/engine/test_%.py,apart cluster faults page p
 # They import vLLM, SGLang or LMCache: 15 s of CPU for each process that collects them. One process does, beside the others.
 IMPORTING := tests/worker tests/sglang tests/lmcache
 OTHERS := tests --ignore=tests/engine
+WORKERS := 2
 
 .PHONY: demo serve test unit unit-importing unit-others lint install site aiperf clean
 
@@ -35,7 +36,7 @@ serve: install
 
 test: install lint aiperf
 	docker/install_test_programs.sh .venv
-	$(MAKE) --jobs 2 --output-sync unit-importing unit-others OTHERS='tests $(CLUSTER_TESTS:%=--ignore=%)'
+	$(MAKE) --jobs 2 --output-sync unit-importing unit-others WORKERS=3 OTHERS='tests $(CLUSTER_TESTS:%=--ignore=%)'
 	$(BIN)/python -m pytest -q $(CLUSTER_TESTS)
 
 unit: install
@@ -45,7 +46,7 @@ unit-importing:
 	$(BIN)/python -m pytest -q $(IMPORTING)
 
 unit-others:
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(OTHERS) $(IMPORTING:%=--ignore=%)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(OTHERS) $(IMPORTING:%=--ignore=%)
 
 lint: install
 	$(BIN)/ruff check .
