@@ -1,6 +1,7 @@
 # make demo   install into .venv and play a conversation that outlives a worker, a target, a bit and a few clients
 # make serve  install and leave a small cluster running
 # make test   install and run all tests
+# make unit   install and run all tests but those with engines
 # make lint   style, types and Dockerfiles
 # make site   write the pages as a site to site/, without a network once its generator is there
 # make aiperf install Dynamo's load generator, in .venv-aiperf
@@ -19,8 +20,12 @@ AIPERF_INSTALLED := .venv-aiperf/.$(AIPERF)
 export PYTHONDONTWRITEBYTECODE =
 # Run one by one: they share a cluster, or are about how long something takes. All others run side by side.
 CLUSTER_TESTS := $(patsubst %,tests/engine/test_%.py,apart cluster faults page prometheus serve top updates)
+# They import vLLM, SGLang or LMCache: 15 s of CPU for each process that collects them. One process does, beside the others.
+IMPORTING := tests/worker tests/sglang tests/lmcache
+OTHERS := tests --ignore=tests/engine
+WORKERS := 2
 
-.PHONY: demo serve test lint install site aiperf clean
+.PHONY: demo serve test unit unit-importing unit-others lint install site aiperf clean
 
 demo: install
 	$(BIN)/python -m graphs.demo .demo
@@ -31,8 +36,17 @@ serve: install
 
 test: install lint aiperf
 	docker/install_test_programs.sh .venv
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests $(CLUSTER_TESTS:%=--ignore=%)
+	$(MAKE) --jobs 2 --output-sync unit-importing unit-others WORKERS=3 OTHERS='tests $(CLUSTER_TESTS:%=--ignore=%)'
 	$(BIN)/python -m pytest -q $(CLUSTER_TESTS)
+
+unit: install
+	$(MAKE) --jobs 2 --output-sync unit-importing unit-others
+
+unit-importing:
+	$(BIN)/python -m pytest -q $(IMPORTING)
+
+unit-others:
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(OTHERS) $(IMPORTING:%=--ignore=%)
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from kvstore import credentials
 from kvstore.bus.messages import checked_namespace
-from kvstore.certificates import ClientOptions
+from kvstore.client_options import ClientOptions
 from kvstore.credentials import Credential
 from kvstore.errors import ConfigError, validated
 from kvstore.net import tls

@@ -25,7 +25,8 @@ from graphs.service import load_deployment
 from graphs.services import free_port, frontend_url, page_url, runtime_env, vllm_workers
 from graphs.tiny_model import make_tiny_model
 from kvstore.bus import residency
-from kvstore.bus.messages import Bus, WorkerReport, subject
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import WorkerReport, subject
 from kvstore.bus.residency import Mirror
 from kvstore.keys import sequence_hashes
 from kvstore.net import wire
@@ -394,7 +395,7 @@ class Trial:
 
         reports = await self.bus.subscribe(subject("default", "speed.worker"), WorkerReport, hear)
         await self.until(reporting, f"{worker} reports", 60)
-        await reports.unsubscribe()
+        await self.bus.unsubscribe(reports)
 
     async def clear(self, worker: str) -> None:
         """Empty the worker's HBM and DRAM tiers, through the stock worker's own endpoint."""

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -22,9 +22,9 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 from kvstore import certificates, descriptors, memory, tools
 from kvstore.bus import messages, residency
 from kvstore.bus.broker import DEFAULT_URLS, NatsUrls
-from kvstore.bus.messages import Bus
 from kvstore.bus.residency import Announcer
-from kvstore.certificates import ClientOptions, Files
+from kvstore.certificates import Files
+from kvstore.client_options import ClientOptions, add_client_arguments
 from kvstore.disk.device import Device
 from kvstore.disk.log import Log
 from kvstore.disk.shelf import Rack, Shelf
@@ -41,6 +41,9 @@ from kvstore.net.wire import Outcome
 from kvstore.scrape import Scrapes
 from kvstore.tenancy import Settings, Tenancy, fit_connections, replicate, report, warm
 from kvstore.text import masked
+
+if TYPE_CHECKING:
+    from kvstore.bus.connection import Bus
 
 logger = logging.getLogger("kvstore")
 
@@ -229,7 +232,7 @@ def parse(argv: list[str] | None = None) -> Options:
         help="replication: all targets as in workers' --store, including this one. A chunk that is read is also put to "
         "the second target of its key; needs --hot; default: off",
     )
-    certificates.add_client_arguments(parser)
+    add_client_arguments(parser)
     parser.add_argument("--buffers", help="memory for payloads in flight; default 256MiB")
     parser.add_argument("--connections", help="limit of connections; default 512")
     parser.add_argument(
@@ -431,6 +434,14 @@ def _unix_uids(options: Options) -> frozenset[int] | None:
     return frozenset({os.getuid(), *map(int, parts)})
 
 
+async def _open_bus(options: Options, name: str) -> "Bus | None":
+    if not options.nats:
+        return None
+    from kvstore.bus.connection import Bus  # takes as long to import as the rest of a target
+
+    return await Bus.connect(options.nats, f"kvtier target {name}")
+
+
 async def _serve_tenants(options: Options, path: Path) -> None:
     grants, unix_uids, server_tls = tenants.load(path), _unix_uids(options), _open_tls(options)
     await _check_surroundings(options)
@@ -449,7 +460,7 @@ async def _serve_tenants(options: Options, path: Path) -> None:
     with contextlib.ExitStack() as opened:  # an error up to here has changed nothing on disk
         opened.callback(rack.close)
         fit_connections(grants, rack)
-        line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
+        line = await _open_bus(options, name)
         unix_listener = _listen("unix-socket", unix_path) if unix_path else None
         rack.begin()
         opened.pop_all()
@@ -527,7 +538,7 @@ async def _serve_one(options: Options) -> None:
         asked, unasked = (options.connections, 0) if is_asked else (0, 1)
         segments = sum(device.space.open_files for device in devices)
         connections = descriptors.fit("connections", asked, unasked, options.connections, segments)
-        line = await Bus.connect(options.nats, f"kvtier target {name}") if options.nats else None
+        line = await _open_bus(options, name)
         unix_listener = _listen("unix-socket", unix_path) if unix_path else None
         shelf = _open_shelf(options, namespace, devices)
         opened.pop_all()

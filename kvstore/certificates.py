@@ -3,26 +3,17 @@
 TLS 1.3 only. A private key must be readable only by its owner (private.py).
 """
 
-import argparse
 import os
 import ssl
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
-
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
-from pydantic import BaseModel
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore import private
 from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:  # a tenth of a target's start, and most have no TLS
+    from cryptography.x509 import Certificate
 
 _BYTES_MAX = 1 << 20  # of certificates
 
@@ -52,29 +43,6 @@ class Loaded(NamedTuple):
     valid_until: datetime | None  # the certificate; None without one
 
 
-class ClientOptions(BaseModel):
-    """The TLS options of clients of the store, from a command line or a file."""
-
-    store_tls_ca: Path | None = None
-    store_tls_cert: Path | None = None
-    store_tls_key: Path | None = None
-
-    @property
-    def tls_files(self) -> Files:
-        given = (self.store_tls_cert, self.store_tls_key, self.store_tls_ca)
-        return Files(*(str(path.absolute()) if path else "" for path in given))
-
-
-def add_client_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--store-tls-ca",
-        help="file with the CAs of the targets' certificates: connections over TCP use TLS (docs/security.md); "
-        "default: no TLS",
-    )
-    parser.add_argument("--store-tls-cert", help="certificate for targets that ask for one (--tls-client-ca)")
-    parser.add_argument("--store-tls-key", help="the private key of --store-tls-cert")
-
-
 def checked(files: Files, names: Names) -> bool:
     """Whether TLS is configured. A server needs a certificate, a client needs CAs, and a certificate needs its key.
     Raises ConfigError if one is missing."""
@@ -96,15 +64,29 @@ def load(files: Files, names: Names) -> Loaded:
     if names is SERVER:
         context.num_tickets = 0  # no resumption: a resumed session would outlive the removal of its CA
     if files.ca:
-        authorities = _certificates(names.ca, Path(files.ca))
-        context.load_verify_locations(cadata=b"".join(one.public_bytes(Encoding.DER) for one in authorities))
+        context.load_verify_locations(cadata=_authorities(names.ca, Path(files.ca)))
         context.verify_mode = ssl.CERT_REQUIRED
     if not files.cert:
         return Loaded(context, None)
     return Loaded(context, _load_chain(context, Path(files.cert), Path(files.key), names))
 
 
+def _authorities(field: str, path: Path) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    return b"".join(one.public_bytes(Encoding.DER) for one in _certificates(field, path))
+
+
 def _load_chain(context: ssl.SSLContext, cert: Path, key: Path, names: Names) -> datetime:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+        PublicFormat,
+        load_pem_private_key,
+    )
+
     chain, secret = _certificates(names.cert, cert), private.read(names.key, key)
     begins, ends, now = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc, datetime.now(UTC)
     if not begins <= now <= ends:
@@ -128,7 +110,9 @@ def _load_chain(context: ssl.SSLContext, cert: Path, key: Path, names: Names) ->
     return ends
 
 
-def _certificates(field: str, path: Path) -> list[x509.Certificate]:
+def _certificates(field: str, path: Path) -> "list[Certificate]":
+    from cryptography.x509 import load_pem_x509_certificates
+
     try:
         with path.open("rb") as file:
             content = file.read(_BYTES_MAX + 1)
@@ -137,6 +121,6 @@ def _certificates(field: str, path: Path) -> list[x509.Certificate]:
     if len(content) > _BYTES_MAX:
         raise ConfigError(field, path, f"a file of at most {_BYTES_MAX} bytes")
     try:
-        return x509.load_pem_x509_certificates(content)
+        return load_pem_x509_certificates(content)
     except ValueError:
         raise ConfigError(field, path, "certificates in PEM") from None

@@ -9,11 +9,12 @@ import select
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar, get_args
-
-from pydantic import BaseModel, ValidationError
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, get_args
 
 from kvstore.text import masked, shown
+
+if TYPE_CHECKING:  # the mover starts with each engine, and does without
+    from pydantic import BaseModel
 
 # Replaces pydantic's text where that describes its parsing instead of the expected input.
 _EXPECTED = {
@@ -24,7 +25,7 @@ _EXPECTED = {
     "float_parsing": "a number",
 }
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound="BaseModel")
 
 _LINE_CHARACTERS_MAX = 10_000
 USAGE = 2  # exit code for bad input
@@ -100,6 +101,8 @@ def without_userinfo(field: str, url: str, instead: str) -> str:
 def validated(model: type[Model], values: dict[str, object]) -> Model:
     """Build `model` from `values`. The first problem is raised as a ConfigError, which names the field as on the
     command line."""
+    from pydantic import ValidationError
+
     try:
         return model.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
@@ -111,7 +114,7 @@ def validated(model: type[Model], values: dict[str, object]) -> Model:
         raise ConfigError(name, first.get("input"), _EXPECTED.get(first["type"], message)) from None
 
 
-def _settings(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+def _settings(model: "type[BaseModel]", path: tuple[int | str, ...]) -> list[str]:
     """The names of the settings in the part of a model at `path`, as on the command line."""
     kind: Any = model
     for name in path:

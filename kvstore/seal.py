@@ -34,7 +34,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
@@ -266,6 +265,8 @@ def ids(keys: Sequence[SealKey]) -> str:
 def read_keys(path: Path) -> tuple[SealKey, ...]:
     """The keys of a file, YAML or JSON: a list of {id: 1 to 2^32 - 1, key: 64 hexadecimal digits}. Raises ConfigError,
     which quotes nothing of the content."""
+    import yaml
+
     try:
         listed = yaml.safe_load(private.read(_FIELD, path))
     except yaml.YAMLError as error:

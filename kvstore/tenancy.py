@@ -8,12 +8,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-from nats.errors import Error as NatsError
+from typing import TYPE_CHECKING
 
 from kvstore import descriptors
 from kvstore.bus import messages, residency
-from kvstore.bus.messages import Bus, TargetReport, Warm, Warmed
+from kvstore.bus.messages import TargetReport, Warm, Warmed
 from kvstore.bus.residency import Announcer, unhurried
 from kvstore.credentials import Credential
 from kvstore.disk.shelf import Rack
@@ -26,6 +25,9 @@ from kvstore.net.target import Target
 from kvstore.net.tenants import Grants, Tenant
 from kvstore.net.tls import ClientTls, ServerTls
 from kvstore.net.wire import Outcome
+
+if TYPE_CHECKING:
+    from kvstore.bus.connection import Bus
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class _Served:
 class Tenancy:
     """Serves the namespaces of a file. For one event loop. Owns `rack`: `stop` closes it."""
 
-    def __init__(self, path: Path, rack: Rack, settings: Settings, line: Bus | None):
+    def __init__(self, path: Path, rack: Rack, settings: Settings, line: "Bus | None"):
         self.lobby = Lobby(settings.unix_uids, settings.tls)
         self._path = path
         self._rack = rack
@@ -213,7 +215,7 @@ def replicate(
     target.replicate(client, targets)
 
 
-async def warm(target: Target, line: Bus, namespace: str) -> None:
+async def warm(target: Target, line: "Bus", namespace: str) -> None:
     """Prefetch what routers request, until cancelled. All routers share one peer's limits, because the bus does not
     authenticate them."""
 
@@ -225,8 +227,7 @@ async def warm(target: Target, line: Bus, namespace: str) -> None:
     try:
         await asyncio.Event().wait()
     finally:
-        with contextlib.suppress(OSError, NatsError):
-            await subscription.unsubscribe()  # the namespace may come back, with another target
+        await line.unsubscribe(subscription)  # the namespace may come back, with another target
 
 
 def _warmed(target: Target, request: Warm) -> Warmed:
@@ -241,7 +242,7 @@ def _warmed(target: Target, request: Warm) -> Warmed:
     return Warmed(target.name, outcomes[Outcome.HIT], reading, refused, absent)
 
 
-async def report(target: Target, line: Bus, namespace: str) -> None:
+async def report(target: Target, line: "Bus", namespace: str) -> None:
     """Publish the target's load to the routers once a second, until cancelled."""
     before, then = target.status(), time.monotonic()
     while True:

@@ -33,6 +33,7 @@ from kvstore.net.membership import StaticMembership
 from kvstore.net.target import Target
 
 MIB = 1 << 20
+SLOW = bool(os.environ.get("KVTIER_SLOW"))  # more random cases than a change is worth: CONTRIBUTING.md
 
 # What a machine under load needs longer for is no failure.
 hypothesis.settings.register_profile(
@@ -130,6 +131,7 @@ def start_target(tmp_path: Path) -> Iterator[Callable[..., RunningTarget]]:
         capacity: int = 64 * MIB,
         unix: bool = False,
         files: Files | None = None,
+        buffer_bytes: int = 32 * MIB,  # a thread touches all of it
         **options: int | str,
     ) -> RunningTarget:
         folder = tmp_path / name
@@ -137,7 +139,14 @@ def start_target(tmp_path: Path) -> Iterator[Callable[..., RunningTarget]]:
         log = Log(folder, capacity, segment_bytes=4 * MIB, files=files)
         address = f"127.0.0.1:{free_port()}"
         unix_path = f"/tmp/kvtier-test-{os.getpid()}-{len(running)}.sock" if unix else ""
-        target = Target(Shelf([log]), name=address, epoch=log.epoch, unix_path=unix_path, **options)
+        target = Target(
+            Shelf([log]),
+            name=address,
+            epoch=log.epoch,
+            unix_path=unix_path,
+            buffer_bytes=buffer_bytes,
+            **options,
+        )
         target.serve(transport.listen(address))
         if unix_path:
             target.serve(transport.listen(unix_path))

@@ -35,7 +35,8 @@ from benchmarks.routing.engine_model import Engines, Hardware, Job
 from components.options import CommonOptions, add_common_arguments
 from components.pricing.throughput import Throughput
 from kvstore.bus import messages
-from kvstore.bus.messages import Bus, WorkerReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import WorkerReport
 from kvstore.bus.plan import Plan, read_plan
 from kvstore.errors import ConfigError, run_command, validated
 from kvstore.keys import chunk_key, fingerprint, layout_digest, sequence_hashes

@@ -28,7 +28,8 @@ from components.pricing.cost import Speeds
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Workers
 from kvstore.bus import messages, residency
-from kvstore.bus.messages import Bus, Residency, SnapshotPage, TargetReport, WorkerReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import Residency, SnapshotPage, TargetReport, WorkerReport
 from kvstore.bus.residency import Mirror
 from kvstore.net.client import Item, StoreClient
 from kvstore.net.etcd import Etcd

@@ -25,7 +25,7 @@ from benchmarks.chat.load import quantile
 from benchmarks.store import recovery
 from benchmarks.store.__main__ import command
 from benchmarks.store.servers import BenchmarkError, Process, free_port, program
-from kvstore.bus.messages import Bus
+from kvstore.bus.connection import Bus
 from kvstore.bus.residency import Announcer, Mirror, announce, follow, new_epoch
 from kvstore.disk.shelf import Shelf
 from kvstore.errors import run_command, validated

@@ -30,7 +30,8 @@ from components.router.view.question import Prompts, explain_handler, warm_handl
 from components.router.warm import Warmer
 from components.router.workers import Workers
 from kvstore.bus import messages, residency
-from kvstore.bus.messages import Bus, TargetReport, WorkerReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import TargetReport, WorkerReport
 from kvstore.bus.residency import Mirror
 from kvstore.errors import ConfigError, UnavailableError, fail, run_command, validated
 

@@ -11,7 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from kvstore.bus.messages import HEARTBEAT_SECONDS, Bus, Load, RouterReport, subject
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import HEARTBEAT_SECONDS, Load, RouterReport, subject
 from kvstore.text import is_plain
 
 logger = logging.getLogger(__name__)

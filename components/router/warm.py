@@ -6,7 +6,8 @@ import msgspec
 
 from components.router.router import Request, Router
 from kvstore.bus import messages
-from kvstore.bus.messages import WARM_HASHES_MAX, Bus, Warm, Warmed
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import WARM_HASHES_MAX, Warm, Warmed
 
 # Timeout. A target walks its entries for it: one second per ten million.
 _ANSWER_SECONDS = 5.0

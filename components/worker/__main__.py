@@ -14,7 +14,6 @@ from pathlib import Path
 
 from components.options import add_common_arguments
 from components.worker.transfer import TierOptions, add_tier_arguments, check_files, transfer_config
-from kvstore.bus.messages import Bus
 from kvstore.errors import ConfigError, run_command, validated
 
 HELP = """Start a stock dynamo.vllm worker with the kvtier offload tier: HBM -> host DRAM -> remote NVMe store.
@@ -77,6 +76,9 @@ def check(options: Options) -> None:
     if not (folder / "config.json").is_file() and (folder.is_absolute() or "/" not in options.model or folder.exists()):
         raise ConfigError("model", options.model, "a folder with a config.json, or a name on the hub (owner/model)")
     check_files(options)
+
+    from kvstore.bus.connection import Bus
+
     asyncio.run(Bus.check(options.nats))
 
 

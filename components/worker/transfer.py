@@ -15,7 +15,7 @@ from components.options import CommonOptions, add_common_arguments
 from kvstore import credentials
 from kvstore.bus import messages
 from kvstore.bus.broker import NatsUrls
-from kvstore.certificates import ClientOptions, add_client_arguments
+from kvstore.client_options import ClientOptions, add_client_arguments
 from kvstore.errors import run_command, validated
 from kvstore.net import tls
 from kvstore.net.etcd import checked_servers

@@ -18,8 +18,6 @@ from importlib.util import find_spec
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from nats.aio.client import Client
-from nats.errors import SecureConnRequiredError
 from pydantic import AfterValidator
 
 from kvstore.errors import ConfigError, readable, without_userinfo
@@ -52,29 +50,16 @@ def split(urls: str) -> list[str]:
     return [url.strip() for url in urls.split(",") if url.strip()]
 
 
-class SecureClient(Client):
-    """nats-py sends its secrets to a server that does not offer TLS, also where `tls://` was asked for. This one
-    does not."""
-
-    secure = False
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if self.secure and initial_connection and not info.get("tls_required"):
-            raise SecureConnRequiredError
-        await super()._process_info(info, initial_connection)
-
-
-def client_and_options(urls: str) -> tuple[SecureClient, dict[str, Any]]:
-    """A client that is not connected, and what its `connect` takes. Raises ConfigError, also for no URL at all: nats-py
-    would look for a server for ever, and let nothing else run."""
-    client, environ, servers = SecureClient(), os.environ, split(checked_urls("nats", urls))
+def connect_options(urls: str) -> dict[str, Any]:
+    """What the `connect` of nats-py takes, with `tls` if there is to be TLS. Raises ConfigError, also for no URL at
+    all: nats-py would look for a server for ever, and let nothing else run."""
+    environ, servers = os.environ, split(checked_urls("nats", urls))
     if not servers:
         raise ConfigError("nats", urls, _EXPECTED)
-    client.secure = any(url.startswith("tls://") for url in servers) or any(map(environ.get, (_CA, _CERTIFICATE, _KEY)))
     options: dict[str, Any] = {"servers": servers, **_secrets(environ)}
-    if client.secure:
+    if any(url.startswith("tls://") for url in servers) or any(map(environ.get, (_CA, _CERTIFICATE, _KEY))):
         options["tls"] = _context(environ)
-    return client, options
+    return options
 
 
 def _secrets(environ: Mapping[str, str]) -> dict[str, str]:

@@ -18,15 +18,12 @@ from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
-from nats.errors import Error as NatsError
 
 from kvstore.bus import messages
 from kvstore.bus.messages import (
-    Bus,
-    Conversation,
     Replay,
     ReplayRequest,
     Residency,
@@ -36,6 +33,9 @@ from kvstore.bus.messages import (
 from kvstore.disk.record import Announced, Entry
 from kvstore.rarely import Rarely
 from kvstore.text import NAME_CHARACTERS_MAX, is_plain, shown
+
+if TYPE_CHECKING:
+    from kvstore.bus.connection import Bus, Conversation
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ def _paged(parts: Iterable[Announced]) -> Iterator[tuple[int, bytes]]:
     yield from ((layout, hashes.tobytes()) for layout, hashes in waiting.items() if hashes)
 
 
-async def announce(announcer: Announcer, line: Bus, namespace: str) -> None:
+async def announce(announcer: Announcer, line: "Bus", namespace: str) -> None:
     """Publish until cancelled: changes soon, a burst of them in one message, and a heartbeat every second."""
 
     making: asyncio.Future[None] | None = None
@@ -287,8 +287,7 @@ async def announce(announcer: Announcer, line: Bus, namespace: str) -> None:
             await asyncio.sleep(_INTERVAL_SECONDS)
     finally:
         for subscription in asked:
-            with contextlib.suppress(OSError, NatsError):
-                await subscription.unsubscribe()  # the namespace may come back, with another announcer
+            await line.unsubscribe(subscription)  # the namespace may come back, with another announcer
 
 
 class _Slots:
@@ -888,7 +887,7 @@ def _u64s(numbers: list[int]) -> Hashes:
     return np.frombuffer(packed, np.uint64)
 
 
-async def follow(mirror: Mirror, line: Bus, namespace: str) -> None:
+async def follow(mirror: Mirror, line: "Bus", namespace: str) -> None:
     """Keep `mirror` up with every target on the bus, until cancelled."""
     resyncs: set[asyncio.Task[None]] = set()
     due: dict[str, float] = {}  # the next resync of each target
@@ -915,7 +914,7 @@ async def follow(mirror: Mirror, line: Bus, namespace: str) -> None:
 
 
 async def _resync(
-    mirror: Mirror, line: Bus, namespace: str, target: str, wait_seconds: float, turns: asyncio.Semaphore
+    mirror: Mirror, line: "Bus", namespace: str, target: str, wait_seconds: float, turns: asyncio.Semaphore
 ) -> None:
     await asyncio.sleep(wait_seconds)
     async with (
@@ -933,7 +932,7 @@ async def _resync(
             mirror.distrust(target)
 
 
-async def _join(mirror: Mirror, peer: Conversation, history: Conversation) -> bool:
+async def _join(mirror: Mirror, peer: "Conversation", history: "Conversation") -> bool:
     """Take in a snapshot; False if none is to be had, or it does not join up with what was announced."""
     pages: list[SnapshotPage] = []
     give_up = time.monotonic() + _MAKING_SECONDS_MAX
@@ -952,7 +951,7 @@ async def _join(mirror: Mirror, peer: Conversation, history: Conversation) -> bo
     return True
 
 
-async def _replayed(history: Conversation, missing: ReplayRequest) -> list[Residency]:
+async def _replayed(history: "Conversation", missing: ReplayRequest) -> list[Residency]:
     """The announcements from that one on; none if they are not kept any more."""
     replayed: list[Residency] = []
     while len(replayed) < REPLAY_MESSAGES:

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from kvstore import credentials
@@ -73,6 +72,8 @@ def references(path: Path) -> list[tuple[str, str]]:
 
 
 def _entries(path: Path) -> list[Any]:
+    import yaml
+
     expected = "a YAML file with a list of namespaces"
     try:
         with path.open("rb") as file:

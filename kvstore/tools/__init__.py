@@ -2,23 +2,16 @@
 
 import os
 import sys
-from collections.abc import Callable
+from importlib import import_module
 
-from kvstore.tools import bench, export, import_, stat, verify
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "stat": stat.main,
-    "verify": verify.main,
-    "bench": bench.main,
-    "export": export.main,
-    "import": import_.main,
-}
+# The module of each, imported when it is called.
+COMMANDS = {"stat": "stat", "verify": "verify", "bench": "bench", "export": "export", "import": "import_"}
 
 
 def run(command: str, argv: list[str]) -> int:
     """Run one of COMMANDS; its exit code."""
     try:
-        return COMMANDS[command](argv)
+        return int(import_module(f"kvstore.tools.{COMMANDS[command]}").main(argv))
     except BrokenPipeError:  # whoever reads has seen enough, as `| head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return 0

@@ -13,7 +13,7 @@ from pydantic import ByteSize, ConfigDict, Field
 
 from kvstore import credentials
 from kvstore.bus import messages
-from kvstore.certificates import ClientOptions
+from kvstore.client_options import ClientOptions
 from kvstore.disk.record import PAGE_BYTES
 from kvstore.errors import ConfigError, validated
 from kvstore.net import tls

@@ -13,7 +13,8 @@ import msgspec
 
 from kvstore.bus import messages
 from kvstore.bus.broker import checked_urls
-from kvstore.bus.messages import Bus, WorkerReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import WorkerReport
 from kvstore.errors import ConfigError, FailedError, UnavailableError, validated
 from kvstore.net.client import Item, StoreClient
 from kvstore.net.wire import KEYS_MAX, Outcome

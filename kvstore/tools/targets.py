@@ -7,7 +7,7 @@ from pydantic import ConfigDict
 
 from kvstore import credentials
 from kvstore.bus import messages
-from kvstore.certificates import ClientOptions, add_client_arguments
+from kvstore.client_options import ClientOptions, add_client_arguments
 from kvstore.errors import ConfigError
 from kvstore.net import membership, tls
 from kvstore.net.client import StoreClient

@@ -40,6 +40,7 @@ from kvstore.errors import ConfigError, UnavailableError
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import EtcdMembership
 from kvstore.net.transport import split_address
+from tests.commands import run
 
 ROOT = Path(__file__).parents[2]
 GRAPH = "graphs.agg_router:Frontend"
@@ -723,11 +724,9 @@ def test_killing_the_supervisor_ends_its_children(tmp_path: Path) -> None:
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
 def test_the_command_line(arguments: list[str], code: int, says: str) -> None:
-    command = [sys.executable, "-m", "graphs.cli", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
-    assert ended.returncode == code, ended.stderr
-    assert says in ended.stdout + ended.stderr
-    assert "Traceback" not in ended.stderr
+    ended = run("graphs.cli", *arguments)
+    assert ended.code == code, ended.complained
+    assert says in ended.said + ended.complained
 
 
 def test_who_started_it_is_told_how_to_see_a_hit_and_that_weights_are_random(
@@ -757,36 +756,42 @@ def test_who_started_it_is_told_how_to_see_a_hit_and_that_weights_are_random(
         ("components.router", ["--model-name", "m", "--model-path", "/nowhere"], "model-path: '/nowhere' given"),
         ("components.router", ["--model-name", "m", "--block-size", "0"], "block-size: '0' given"),
         ("components.router", ["--model-name", "m", "--gpu-price", "x"], "gpu-price: 'x' given, expected a number"),
-        ("components.router", ["--model-name", "m", "--nats", "nats://127.0.0.1:9"], "nats: no server answers"),
     ],
 )
 def test_components_tell_bad_input_in_one_line(module: str, arguments: list[str], says: str) -> None:
+    ended = run(module, *arguments)
+    assert (ended.code, ended.complained.count("\n")) == (2, 1), ended.complained
+    assert f"{module}: error: {says}" in ended.complained
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "says"),
+    [
+        ("kvstore", ["--dir", "/nowhere", "--capacity", "1G", "--listen", "127.0.0.1:0"], "dir: '/nowhere' given"),
+        ("kvstore", ["stat", "nonsense"], "address: 'nonsense' given"),
+        ("components.worker", ["--model", "/nowhere", "--store", "a:1"], "model: '/nowhere' given"),
+        ("components.router", ["--model-name", "m", "--nats", "nats://127.0.0.1:9"], "nats: no server answers"),
+        ("graphs.cli", ["fly"], "fly: unknown, expected a command"),
+    ],
+)
+def test_a_process_with_bad_input_ends_with_2_and_one_line(module: str, arguments: list[str], says: str) -> None:
     command = [sys.executable, "-m", module, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
-    assert f"{module}: error: {says}" in ended.stderr
+    assert f"error: {says}" in ended.stderr
 
 
 def test_the_worker_shows_what_it_would_run() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "components.worker",
-        "--model",
-        "a/b",
-        "--store",
-        "a:1,b:2",
-        "--print",
-        "--",
-        "--x",
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=True)
-    assert "export DYN_EVENT_PLANE=nats" in ended.stdout
-    assert '"kv_load_failure_policy": "recompute"' in ended.stdout
-    assert ended.stdout.rstrip().endswith("--x")
+    said = run("components.worker", "--model", "a/b", "--store", "a:1,b:2", "--print", "--", "--x").said
+    assert "export DYN_EVENT_PLANE=nats" in said
+    assert '"kv_load_failure_policy": "recompute"' in said
+    assert said.rstrip().endswith("--x")
 
 
-def test_vllm_serve_is_told_what_dynamos_workers_are_and_no_secret(tmp_path: Path) -> None:
+def test_vllm_serve_is_told_what_dynamos_workers_are_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     secret = secrets.token_hex(32)
     for name, text in {"credential": secret, "seal": f"[{{id: 1, key: '{secret}'}}]"}.items():
         (tmp_path / name).write_text(text)
@@ -797,13 +802,10 @@ def test_vllm_serve_is_told_what_dynamos_workers_are_and_no_secret(tmp_path: Pat
         ["graphs.cli", "connector", *options],
         ["components.worker", "--print", "--model", "a/b", *options, "--nats", ""],
     ):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        ended = subprocess.run(
-            [sys.executable, "-m", *command], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
-        )
-        assert ended.returncode == 0, ended.stderr
-        assert secret not in ended.stdout + ended.stderr
-        said.append(ended.stdout)
+        ended = run(*command)
+        assert ended.code == 0, ended.complained
+        assert secret not in ended.said + ended.complained
+        said.append(ended.said)
     words = shlex.split(said[1].splitlines()[-1])
     told = json.loads(said[0])
     assert told == json.loads(words[words.index("--kv-transfer-config") + 1])

@@ -34,6 +34,7 @@ from graphs.top_app import Detail, TopApp
 from kvstore.bus.messages import Residency
 from kvstore.bus.residency import Mirror
 from kvstore.errors import ConfigError
+from tests import commands
 from tests.conftest import item, soon
 from tests.router.test_page import decided
 
@@ -76,10 +77,8 @@ async def cluster(start_target: Any) -> AsyncIterator[Cluster]:
 
 
 async def run(*arguments: str) -> tuple[int, str, str]:
-    ended = await asyncio.to_thread(
-        subprocess.run, [*COMMAND, *arguments], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
-    )
-    return ended.returncode, ended.stdout, ended.stderr
+    ended = await asyncio.to_thread(commands.run, "graphs.top", *arguments)
+    return ended.code, ended.said, ended.complained
 
 
 async def test_one_frame_as_text(cluster: Cluster) -> None:

@@ -125,7 +125,7 @@ def arguments(tmp_path: Path) -> list[str]:
     folder = tmp_path / "store"
     folder.mkdir()
     address = f"127.0.0.1:{free_port()}"
-    size = ["--capacity", "64MiB", "--segment-size", "4MiB"]
+    size = ["--capacity", "64MiB", "--segment-size", "4MiB", "--buffers", "32MiB"]
     return ["--dir", str(folder), *size, "--listen", address, "--nats", "", "--metrics-port", str(free_port())]
 
 

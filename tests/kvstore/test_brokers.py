@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,13 +13,15 @@ import pytest
 
 from benchmarks.store.authority import Authority
 from graphs.services import free_port
-from kvstore.bus.broker import checked_urls, client_and_options
-from kvstore.bus.messages import Bus, WorkerReport
+from kvstore.bus.broker import checked_urls, connect_options
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import WorkerReport
 from kvstore.certificates import Files
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.net.etcd import Etcd
 from kvstore.net.membership import Registration, open_membership
 from kvstore.text import masked, masked_variable
+from tests.commands import run
 from tests.conftest import start_server, stop_server
 
 PASSWORD = "s3cret-of-the-test"
@@ -82,7 +82,7 @@ def test_a_password_in_a_url_is_refused_and_not_shown(url: str) -> None:
 def test_no_url_at_all_is_an_error_where_a_bus_is_needed(urls: str) -> None:
     """nats-py would look for a server for ever, and no other task would get a turn."""
     with pytest.raises(ConfigError, match="expected nats://host:port"):
-        client_and_options(urls)
+        connect_options(urls)
 
 
 async def test_a_server_that_is_gone_is_not_missed_where_there_is_another(nats: Nats) -> None:
@@ -336,12 +336,11 @@ def test_secret_variables_are_hidden(name: str, value: str, expected: str) -> No
 @pytest.mark.parametrize(
     "command",
     [
-        ["-m", "kvstore", "--dir", "FOLDER", "--capacity", "1G", "--nats", f"nats://me:{PASSWORD}@127.0.0.1:9"],
-        ["-m", "kvstore", "--dir", "FOLDER", "--capacity", "1G", "--nats", "", "--etcd", f"me:{PASSWORD}@127.0.0.1:9"],
-        ["-m", "components.worker", "--model", "m/m", "--store", f"etcd://me:{PASSWORD}@127.0.0.1:9"],
-        ["-m", "components.worker", "--model", "m/m", "--store", "a:1", "--nats", f"nats://me:{PASSWORD}@127.0.0.1:9"],
+        ["kvstore", "--dir", "FOLDER", "--capacity", "1G", "--nats", f"nats://me:{PASSWORD}@127.0.0.1:9"],
+        ["kvstore", "--dir", "FOLDER", "--capacity", "1G", "--nats", "", "--etcd", f"me:{PASSWORD}@127.0.0.1:9"],
+        ["components.worker", "--model", "m/m", "--store", f"etcd://me:{PASSWORD}@127.0.0.1:9"],
+        ["components.worker", "--model", "m/m", "--store", "a:1", "--nats", f"nats://me:{PASSWORD}@127.0.0.1:9"],
         [
-            "-m",
             "components.router",
             "--model-name",
             "m",
@@ -350,18 +349,14 @@ def test_secret_variables_are_hidden(name: str, value: str, expected: str) -> No
             "--nats",
             f"tls://{PASSWORD}@127.0.0.1:9",
         ],
-        ["-m", "graphs.cli", "connector", "--store", f"etcd://me:{PASSWORD}@127.0.0.1:9"],
-        ["-m", "kvstore", "stat", f"etcd://me:{PASSWORD}@127.0.0.1:9"],
-        ["-m", "graphs.cli", "top", "--url", f"http://me:{PASSWORD}@127.0.0.1:9"],
-        ["-m", "graphs.cli", "explain", "--url", f"http://me:{PASSWORD}@127.0.0.1:9"],
+        ["graphs.cli", "connector", "--store", f"etcd://me:{PASSWORD}@127.0.0.1:9"],
+        ["kvstore", "stat", f"etcd://me:{PASSWORD}@127.0.0.1:9"],
+        ["graphs.cli", "top", "--url", f"http://me:{PASSWORD}@127.0.0.1:9"],
+        ["graphs.cli", "explain", "--url", f"http://me:{PASSWORD}@127.0.0.1:9"],
     ],
 )
 def test_no_command_repeats_a_password(command: list[str], tmp_path: Path) -> None:
-    arguments = [word.replace("FOLDER", str(tmp_path)) for word in command]
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, cwd=ROOT, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 2, done.stderr
-    assert PASSWORD not in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    ended = run(*[word.replace("FOLDER", str(tmp_path)) for word in command])
+    assert ended.code == 2, ended.complained
+    assert PASSWORD not in ended.said + ended.complained
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,8 @@ import msgspec
 import nats
 
 from kvstore.bus import messages
-from kvstore.bus.messages import Bus, Residency, SnapshotPage, SnapshotRequest, TargetReport, WorkerReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import Residency, SnapshotPage, SnapshotRequest, TargetReport, WorkerReport
 
 REPORT = WorkerReport("5", "d.b.g", 7, 16, 1, 1000, 0)
 

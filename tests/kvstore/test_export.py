@@ -12,7 +12,8 @@ import pytest
 
 from benchmarks.store.tenants import Site
 from kvstore.bus import messages
-from kvstore.bus.messages import Bus, WorkerReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import WorkerReport
 from kvstore.credentials import Credential
 from kvstore.disk.log import Log
 from kvstore.disk.shelf import Shelf
@@ -23,8 +24,9 @@ from kvstore.net.membership import StaticMembership
 from kvstore.net.wire import Outcome
 from kvstore.seal import Mode, Seal, SealKey
 from kvstore.tools import import_
+from tests.commands import Ended
 from tests.conftest import MIB, RunningTarget, append, item, key, payload, soon
-from tests.kvstore.test_tools import Ended, run
+from tests.kvstore.test_tools import run
 
 __all__ = ["run"]  # a fixture
 

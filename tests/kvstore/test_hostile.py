@@ -438,7 +438,7 @@ def test_accepting_goes_on_when_threads_run_out(start_target, monkeypatch: pytes
 
 def test_what_has_no_payload_overtakes_those_that_do(start_target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "SOCKET_BUFFER_BYTES", 1 << 16)
-    running = start_target()
+    running = start_target(buffer_bytes=128 * MIB)
     fill(running, 60)
     stream = greeted(running)
     eventually(lambda: "test" in [one.reader.client for one in list(running.target._connections)])

@@ -18,7 +18,7 @@ from kvstore.net.queues import WriteQueue
 from kvstore.net.wire import Outcome
 from kvstore.tenancy import replicate
 from tests.conftest import MIB, RunningTarget, eventually, item, key, payload, soon
-from tests.kvstore.test_target_process import Process, run
+from tests.kvstore.test_target_process import Process
 from tests.kvstore.test_tenancy import SECRETS, names_file
 
 LENGTH = 100_000
@@ -166,10 +166,11 @@ def test_targets_of_several_namespaces_replicate_with_their_credentials(tmp_path
         (folder := tmp_path / str(number)).mkdir()
         path = names_file(tmp_path, {"a": "32MiB"})
         line = ["--dir", str(folder), "--capacity", "64MiB", "--segment-size", "4MiB", "--listen", address]
-        line += ["--nats", "", "--hot", "32MiB", "--namespaces", str(path)]
+        line += ["--nats", "", "--buffers", "32MiB", "--hot", "32MiB", "--namespaces", str(path)]
         if not number:
-            code, said = run(*line, "--peers", "10.0.0.7:7600,10.0.0.8:7600")
-            assert (code, f"a list with {address}" in said, list(folder.iterdir())) == (2, True, [])
+            said = Process(*line, "--peers", "10.0.0.7:7600,10.0.0.8:7600").refused()
+            assert f"a list with {address}" in said
+            assert list(folder.iterdir()) == []
         processes.append(Process(*line, "--peers", ",".join(addresses)).ready())
     store = StoreClient(StaticMembership(addresses), namespace="a", credential=Credential(SECRETS["a"].encode()))
     assert set(store.put([item(number) for number in range(10)], soon())) == {Outcome.STORED}

@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from nats.aio.msg import Msg
 
 from kvstore.bus import messages, residency
-from kvstore.bus.messages import Bus, ReplayRequest, Residency, SnapshotPage, SnapshotRequest
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import ReplayRequest, Residency, SnapshotPage, SnapshotRequest
 from kvstore.bus.residency import Announcer, Mirror
 from kvstore.disk import record
 from kvstore.disk.record import Entry

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome
 from kvstore.rarely import Rarely
 from kvstore.seal import TRAILER_BYTES, Mode, Reason, Seal, SealFile, SealKey, read_keys
+from tests.commands import run
 from tests.conftest import RunningTarget, item, key, payload, soon
 from tests.kvstore.test_client import LENGTH, Impostor, rooms
 
@@ -398,12 +397,11 @@ def test_a_worker_passes_the_path_on_and_no_key(tmp_path: Path, capsys: pytest.C
 def test_a_worker_with_a_wrong_seal_is_refused(tmp_path: Path, options: list[str], expected: str) -> None:
     path = write(tmp_path / "keys", listed(1), 0o644)
     given = [option.format(path=path) for option in options]
-    command = [sys.executable, "-m", "components.worker", "--model", "owner/model", "--store", "a:1", *given]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2
-    assert expected in ended.stderr
-    assert ended.stderr.count("\n") == 1
-    assert SECRETS[1] not in ended.stderr
+    ended = run("components.worker", "--model", "owner/model", "--store", "a:1", *given)
+    assert ended.code == 2
+    assert expected in ended.complained
+    assert ended.complained.count("\n") == 1
+    assert SECRETS[1] not in ended.complained
 
 
 def test_off_is_as_without_a_key(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.store import hostile, hostile_bus
+from benchmarks.store import hostile, hostile_bus, seal
 from benchmarks.store.seal import measure, table
 from kvstore.seal import Mode
 
@@ -45,7 +45,10 @@ def test_of_an_adversary_on_the_bus_and_in_etcd_nothing_stays(seed: int) -> None
     assert reasons <= result.ignored.keys()
 
 
-def test_what_a_seal_costs_is_measured() -> None:
+def test_what_a_seal_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ("--capacity", "64MiB", "--segment-size", "4MiB", "--buffers", "32MiB", "--hot", "8MiB")
+    monkeypatch.setattr(seal, "_TARGET_OPTIONS", sizes)
+    monkeypatch.setattr(seal, "_WINDOW_SECONDS", 0.01)
     report = measure(0.01, 1, sizes=(1000,), lock_bytes=1000, batch_bytes=4000)
     assert {row.mode for row in report.rows} == {"off", "mac", "encrypt"}
     assert {(row.mode, row.operation) for row in report.moved} >= {("off", "get"), ("encrypt", "put"), ("tls", "hit")}

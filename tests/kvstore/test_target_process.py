@@ -14,11 +14,13 @@ import pytest
 
 from graphs.services import free_port
 from kvstore.bus import messages, residency
-from kvstore.bus.messages import Bus, TargetReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import TargetReport
 from kvstore.bus.residency import Mirror
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import StaticMembership
 from kvstore.net.wire import Outcome
+from tests.commands import run
 from tests.conftest import item, key, payload, soon
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,12 @@ class Process:
         assert "kvstore: ready at" in line, self.end(signal.SIGKILL)
         return self
 
+    def refused(self) -> str:
+        """What it says when it does not start."""
+        _, said = self.process.communicate(timeout=60)
+        assert self.process.returncode == 2, said
+        return said
+
     def end(self, number: int) -> str:
         """Signal it; its exit code must be that of an orderly end, or of the signal. Returns its log."""
         self.process.send_signal(number)
@@ -56,6 +64,8 @@ def arguments(tmp_path: Path, nats_url: str) -> list[str]:
         "64MiB",
         "--segment-size",
         "4MiB",
+        "--buffers",
+        "32MiB",
         "--listen",
         address,
         "--nats",
@@ -178,13 +188,6 @@ def test_each_start_has_an_epoch_of_its_own_also_of_a_wiped_store(arguments: lis
     assert len(epochs) == 2
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    ended = subprocess.run(
-        [sys.executable, "-m", "kvstore", *arguments], capture_output=True, text=True, timeout=30, cwd=ROOT, check=False
-    )
-    return ended.returncode, ended.stderr
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -207,15 +210,15 @@ def test_bad_input_is_told_in_one_line(arguments: list[str], changes: dict[str, 
             changed[changed.index(name) + 1] = value
         else:
             changed += [name, value]
-    code, said = run(*changed)
-    assert (code, said.count("\n")) == (2, 1), said
-    assert "kvstore: error: " in said
-    assert says in said
+    ended = run("kvstore", *changed)
+    assert (ended.code, ended.complained.count("\n")) == (2, 1), ended.complained
+    assert "kvstore: error: " in ended.complained
+    assert says in ended.complained
 
 
 def test_a_port_in_use_is_told_in_one_line(arguments: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         arguments[arguments.index("--listen") + 1] = f"127.0.0.1:{other.getsockname()[1]}"
-        code, said = run(*arguments)
-    assert (code, said.count("\n")) == (2, 1), said
-    assert "listen: cannot listen on 127.0.0.1" in said
+        ended = run("kvstore", *arguments)
+    assert (ended.code, ended.complained.count("\n")) == (2, 1), ended.complained
+    assert "listen: cannot listen on 127.0.0.1" in ended.complained

@@ -6,8 +6,6 @@ import pickle
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -24,7 +22,8 @@ from benchmarks.store.tenants import key as tenant_key
 from graphs.services import free_port
 from kvstore import credentials
 from kvstore.bus import messages
-from kvstore.bus.messages import Bus, Residency
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import Residency
 from kvstore.credentials import Credential
 from kvstore.errors import ConfigError
 from kvstore.net import tenants, transport, wire
@@ -32,8 +31,9 @@ from kvstore.net.client import StoreClient
 from kvstore.net.membership import StaticMembership
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError
+from tests.commands import run
 from tests.conftest import MIB, RunningTarget, eventually, item, key, payload, soon
-from tests.kvstore.test_target_process import Process, run
+from tests.kvstore.test_target_process import Process
 
 SECRETS = {name: f"a secret of {name}, long enough" for name in ("a", "b", "c")}
 QUOTAS = {"a": 8 * MIB, "b": 8 * MIB}
@@ -418,7 +418,7 @@ def test_a_bad_file_is_told_without_secrets(tmp_path: Path, text: str, says: str
 def arguments(tmp_path: Path) -> list[str]:
     (tmp_path / "store").mkdir()
     where = f"127.0.0.1:{free_port()}"
-    sizes = ["--capacity", "64MiB", "--segment-size", "1MiB", "--nats", ""]
+    sizes = ["--capacity", "64MiB", "--segment-size", "1MiB", "--buffers", "64MiB", "--nats", ""]
     return ["--dir", str(tmp_path / "store"), "--listen", where, *sizes]
 
 
@@ -556,8 +556,8 @@ def test_a_target_restarted_under_another_namespace_does_not_start(tmp_path: Pat
     assert set(store.put([item(n) for n in range(100)], soon())) == {Outcome.STORED}
     process.end(signal.SIGTERM)
     before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
-    code, said = run(*arguments, "--namespace", "new")
-    assert (code, said.count("\n")) == (2, 1)
+    said = Process(*arguments, "--namespace", "new").refused()
+    assert said.count("\n") == 1
     assert "namespace: 'new' given, expected 'old', whose values are in" in said
     assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
     again = Process(*arguments, "--namespace", "old").ready()
@@ -573,25 +573,27 @@ def test_bad_starts_are_told_in_one_line(tmp_path: Path, arguments: list[str]) -
         (["--namespaces", str(path), "--namespace", "a"], "namespace: 'a' given, expected none together"),
         (["--namespaces", str(tmp_path / "no")], "expected a file that can be read (No such file or directory)"),
     ):
-        code, said = run(*arguments, *more)
-        assert (code, said.count("\n")) == (2, 1), said
-        assert says in said
+        ended = run("kvstore", *arguments, *more)
+        assert (ended.code, ended.complained.count("\n")) == (2, 1), ended.complained
+        assert says in ended.complained
 
 
-def test_stat_proves_the_credential(tmp_path: Path, site: Site) -> None:
+def test_stat_proves_the_credential(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "credential").write_text(SECRETS["a"])
-    stat = [sys.executable, "-m", "kvstore", "stat", address(site), "--namespace", "a"]
+    stat = ["stat", address(site), "--namespace", "a"]
     for more, environ, code in (
         (["--credential-file", str(tmp_path / "credential")], {}, 0),
         ([], {"KVTIER_CREDENTIAL": SECRETS["a"]}, 0),
         ([], {"KVTIER_CREDENTIAL": SECRETS["b"]}, 1),
         ([], {}, 1),
     ):
-        ended = subprocess.run(
-            stat + more, env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=60
-        )
-        assert ended.returncode == code, ended
-        assert "secret" not in ended.stdout + ended.stderr
+        with monkeypatch.context() as patched:
+            for name, value in environ.items():
+                patched.setenv(name, value)
+            ended = run("kvstore", *stat, *more)
+        said = ended.said + ended.complained
+        assert ended.code == code, said
+        assert "secret" not in said
 
 
 async def test_residency_is_announced_under_the_namespace(tmp_path: Path, arguments: list[str], nats_url: str) -> None:

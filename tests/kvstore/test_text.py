@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import json
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -27,6 +25,7 @@ from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op
 from kvstore.seal import Mode, Reason, Seal, SealKey
 from kvstore.text import clean, is_plain, shown
+from tests.commands import run
 from tests.conftest import RunningTarget, key, soon
 from tests.router.test_page import SPEEDS, decided, feed_of
 
@@ -94,9 +93,9 @@ def test_a_client_logs_nothing_of_what_a_target_makes_it_say(
 
 def test_stat_and_an_error_print_nothing_of_it(hostile_target: str) -> None:
     for command in (["stat", hostile_target], ["stat", hostile_target, "--json"], ["stat", ESCAPES.replace("\0", "")]):
-        ended = subprocess.run([sys.executable, "-m", "kvstore", *command], capture_output=True, text=True, timeout=60)
-        assert is_harmless(ended.stdout + ended.stderr), command
-        assert ended.stdout or ended.returncode == 2
+        ended = run("kvstore", *command)
+        assert is_harmless(ended.said + ended.complained), command
+        assert ended.said or ended.code == 2
 
 
 def test_a_target_logs_nothing_of_what_its_clients_send(start_target: object, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,8 +5,6 @@ import logging
 import signal
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -37,8 +35,9 @@ from kvstore.net.client import StoreClient
 from kvstore.net.membership import Registration, StaticMembership, open_membership
 from kvstore.net.tls import ClientTls, ServerTls
 from kvstore.net.wire import Header, Op, Outcome
+from tests.commands import run
 from tests.conftest import MIB, RunningTarget, eventually, item, key, payload, soon
-from tests.kvstore.test_target_process import ROOT, Process
+from tests.kvstore.test_target_process import Process
 
 PROMPT_SECONDS = 4.0  # what is refused at once is refused within this, on a busy machine
 Start = Callable[..., RunningTarget]
@@ -435,7 +434,7 @@ def test_a_target_takes_new_certificates_under_traffic(tmp_path: Path, made: Cer
     process = Process(
         *("--dir", str(folder), "--capacity", "64MiB", "--segment-size", "4MiB", "--nats", "", "--unix-socket", ""),
         *("--listen", f"127.0.0.1:{(port := free_port())}", "--tls-cert", made.target.cert, "--tls-key"),
-        *(made.target.key, "--metrics-port", str(metrics_port := free_port())),
+        *(made.target.key, "--metrics-port", str(metrics_port := free_port()), "--buffers", "32MiB"),
     ).ready()
     address = f"127.0.0.1:{port}"
     first = served_certificate(address)
@@ -537,10 +536,9 @@ def test_wrong_files_are_named(made: Certificates, tmp_path: Path, names: certif
 
 def test_a_target_with_a_wrong_file_changes_nothing(made: Certificates, tmp_path: Path) -> None:
     options = ["--dir", str(tmp_path / "store"), "--capacity", "64MiB", "--nats", "", "--tls-cert", made.target.cert]
-    command = [sys.executable, "-m", "kvstore", *options]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    ended = run("kvstore", *options)
     said = "kvstore: error: tls-key: missing, expected a file, together with --tls-cert\n"
-    assert (ended.returncode, ended.stderr) == (2, said)
+    assert (ended.code, ended.complained) == (2, said)
     assert not (tmp_path / "store").exists()
 
 
@@ -560,10 +558,9 @@ def test_stat_says_why_a_target_does_not_answer(start_target: Start, made: Certi
         ([], 1, "this target requires TLS: give the client --store-tls-ca"),
         (given[:2], 1, "the target does not accept the certificate of --store-tls-cert"),
     ):
-        command = [sys.executable, "-m", "kvstore", "stat", running.address, *options]
-        ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-        assert ended.returncode == code, ended
-        assert expected in " ".join(ended.stdout.split())
+        ended = run("kvstore", "stat", running.address, *options)
+        assert ended.code == code, ended.complained
+        assert expected in " ".join(ended.said.split())
 
 
 def test_a_worker_passes_the_paths_on(made: Certificates, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,22 +9,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-import kvstore.__main__ as command
 from graphs import cli
 from graphs.services import free_port
 from kvstore.disk.files import Files
 from kvstore.disk.log import Log
 from kvstore.disk.record import PAGE_BYTES, Entry
 from kvstore.disk.space import StoppedStore
-from kvstore.errors import ConfigError, run_command
+from kvstore.errors import ConfigError
 from kvstore.tools import bench, words
 from kvstore.tools.bench import MODELS, Model
 from kvstore.tools.speeds import Speed, measure
+from tests import commands
+from tests.commands import Ended
 from tests.conftest import MIB, RunningTarget, append, item, key, read, soon
 
 ROOT = Path(__file__).parents[2]
@@ -32,26 +34,9 @@ SEGMENT = MIB
 CHUNKS = 30  # three segments and a piece
 
 
-class Ended:
-    """What a command said and how it ended."""
-
-    def __init__(self, code: int, said: str, complained: str):
-        self.code, self.said, self.complained = code, said, complained
-
-    @property
-    def lines(self) -> list[Any]:
-        return [json.loads(line) for line in self.said.splitlines()]
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run_command("kvstore", lambda: command.main([str(argument) for argument in arguments]))
-        return Ended(int(ended.value.code or 0), *capsys.readouterr())
-
-    return run
+def run() -> Callable[..., Ended]:
+    return partial(commands.run, "kvstore")
 
 
 @pytest.fixture

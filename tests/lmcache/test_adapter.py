@@ -61,6 +61,7 @@ class Store:
     def __init__(self, folder: Path):
         self.address = f"127.0.0.1:{free_port()}"
         self._arguments = ["--dir", str(folder), "--capacity", "64MiB", "--segment-size", "4MiB", "--nats", ""]
+        self._arguments += ["--buffers", "32MiB"]
         self.start()
 
     def start(self) -> None:

@@ -11,7 +11,8 @@ import pytest
 from components.router import others
 from components.router.others import ROUTERS_MAX, SILENT_SECONDS, Others
 from components.router.router import Router
-from kvstore.bus.messages import Bus, Load, RouterReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import Load, RouterReport
 from tests.router.test_router import ENDPOINT, TOKENS, KvRouter, make, mirror_with, serve, until
 
 WORKERS = [1, 2]

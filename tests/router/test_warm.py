@@ -13,7 +13,8 @@ from components.router.view.page import open_page
 from components.router.view.question import Prompts, warm_handler
 from components.router.warm import Warmer
 from graphs.services import free_port
-from kvstore.bus.messages import Bus, Residency, SnapshotPage
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import Residency, SnapshotPage
 from kvstore.bus.residency import Mirror
 from kvstore.keys import sequence_hashes
 from kvstore.net.client import Item

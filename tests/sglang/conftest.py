@@ -10,8 +10,9 @@ import pytest
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The one model that SGLang has loaded in this process."""
     from benchmarks.store.hicache import load
-    from tests.sglang.hicache import PAGE_TOKENS
+    from tests.sglang.hicache import PAGE_TOKENS, compile_hash
 
+    compile_hash()
     return load(tmp_path_factory.mktemp("model"), PAGE_TOKENS)
 
 

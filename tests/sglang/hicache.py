@@ -83,6 +83,11 @@ class Cache(HiCache):
         return [page.view(dummy.dtype) for page in raw]
 
 
+def compile_hash() -> None:
+    """SGLang does so when it first needs it, which takes longer than the deadlines here."""
+    get_storage_hash_str(RadixKey(array("q", range(PAGE_TOKENS))), None, page_size=PAGE_TOKENS)
+
+
 def refusal(store: str, **changes: Any) -> str:
     """Why a backend is not made."""
     with pytest.raises(ConfigError) as caught:

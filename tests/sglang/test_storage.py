@@ -185,7 +185,7 @@ def test_a_target_that_does_not_answer_costs_one_deadline_and_is_left_alone_then
         assert made.backend.batch_exists(["a"]) == 0
         again = time.monotonic() - begun - took
     assert 0.9 < took < 5.0
-    assert again < 0.5
+    assert again < 0.9
 
 
 def test_a_target_that_stalls_in_a_page_costs_one_deadline(cache: Make) -> None:

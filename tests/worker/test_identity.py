@@ -32,7 +32,8 @@ from components.worker.manager import HoldingTieringManager
 from components.worker.weights import Unknown
 from graphs.services import free_port
 from kvstore.bus import messages
-from kvstore.bus.messages import Bus, WorkerReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import WorkerReport
 from kvstore.keys import adapter_digest, fingerprint, sequence_hashes
 from tests.conftest import eventually
 from tests.worker.stock import Ranks, engine_request, has, offloading, primary

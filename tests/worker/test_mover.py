@@ -24,7 +24,8 @@ from components.worker.mover.link import MoverLink
 from components.worker.remote_tier import RemoteTier
 from graphs.services import free_port
 from kvstore.bus import messages
-from kvstore.bus.messages import Bus, WorkerReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import WorkerReport
 from kvstore.net import wire
 from kvstore.net.membership import Registration
 from kvstore.net.transport import Stream
@@ -356,7 +357,7 @@ def test_loads_that_were_called_off_do_not_count_as_slow(engines: Any) -> None: 
 def store_process(tmp_path: Path, nats_url: str) -> Any:
     """A target in a process of its own, and its address."""
     address = f"127.0.0.1:{free_port()}"
-    sizes = ["--capacity", "64MiB", "--segment-size", "4MiB", "--nats", nats_url]
+    sizes = ["--capacity", "64MiB", "--segment-size", "4MiB", "--buffers", "32MiB", "--nats", nats_url]
     command = [sys.executable, "-m", "kvstore", "--dir", str(tmp_path), "--listen", address, *sizes]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -27,7 +27,7 @@ from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.bus.plan import FIELD, make_plan
 from kvstore.errors import validated
-from tests.conftest import eventually
+from tests.conftest import SLOW, eventually
 
 # An answer ends with a chunk, whose last token is sampled and never computed.
 OPTIONS = Options(prompt_tokens=50, answer_tokens=22, running=4, requests=12, block_tokens=4, events=True)
@@ -305,7 +305,7 @@ class Ahead:
         )
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(20 if SLOW else 2))
 def test_whatever_a_step_goes_on_from_and_stores_is_in_hbm_when_it_runs(
     model: Path, tmp_path: Path, start: START, seed: int
 ) -> None:

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable
 
 from kvstore.bus import messages
-from kvstore.bus.messages import Bus, WorkerReport
+from kvstore.bus.connection import Bus
+from kvstore.bus.messages import WorkerReport
 from kvstore.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
