@@ -14,8 +14,8 @@ export function showWorkers(table, model, filter, choose) {
       "prompt tokens to compute before a new prompt, at the last decision; and requests waiting in the engine",
     ],
     ["KV memory", "share of HBM held by running requests, at the last decision"],
-    ["Cached in HBM", "KV blocks that a prompt can hit there, and the room for them"],
-    ["Cached in DRAM", "KV chunks that a prompt can hit there, and the room for them"],
+    ["Cached in HBM", "Cached KV blocks, and their capacity"],
+    ["Cached in DRAM", "Cached KV chunks, and their capacity"],
     ["Prefill speed", "tokens a second, as priced now"],
     ["Load speed", "throughput measured while busy: DRAM to HBM, and store to DRAM"],
     ["Fetching", "bytes in flight from the store"],
@@ -124,7 +124,7 @@ export function showTargets(table, state) {
       [mark(lane.heard_seconds > SILENT, age(lane.heard_seconds))],
     ],
   }));
-  fill(table, heads, rows, "No target is heard: start one with --nats and the --namespace of the router.");
+  fill(table, heads, rows, "No heartbeat from any target: start one with --nats and the --namespace of the router.");
 }
 
 function fill(table, heads, rows, empty) {

@@ -53,21 +53,21 @@ function readings(model) {
   const items = [
     [
       "Prompts",
-      "Prompts that were routed in the last second; those since the router's start; those that have not ended",
+      "Prompts routed in the last second, since the router's start, and in flight",
       `${rate(state.decisions_per_second)}`,
       "/s",
       [`${count(state.decisions)} so far, ${count(state.open)} in flight`],
     ],
     [
       "Cache hit rate",
-      "Share of the prompts' tokens that were found in HBM, DRAM or store, over a minute",
+      "Cache hit rate: share of prompt tokens found in HBM, DRAM or the store, over a minute",
       total ? percent(tiers / total) : "–",
       "",
       total ? [sourcesBar(minute.tokens)] : none,
     ],
     [
       "Prefill saved",
-      "Workers that would be busy all the time with computing the tokens that were found, at today's prefill speed",
+      "Prefill saved, in workers: how many would be fully busy recomputing the cached tokens at the current prefill speed",
       total ? saved(tiers).toFixed(2) : "–",
       total ? "workers" : "",
       total ? [`${saved(minute.tokens.store).toFixed(2)} by the store`] : none,
@@ -84,7 +84,7 @@ function readings(model) {
     ],
     [
       "TTFT, actual / predicted",
-      "Median of the actual over the predicted time to first token, over a minute: 1 is a right prediction",
+      "Median of the actual over the predicted time to first token, over a minute: 1 is a correct prediction",
       minute?.prediction ? minute.prediction.p50.toFixed(2) : "–",
       minute?.prediction ? "×" : "",
       minute?.prediction
