@@ -356,11 +356,7 @@ def test_what_was_loaded_for_other_weights_is_computed(model: Path, tmp_path: Pa
         scheduler.update_from_output(output, drive._answer(output))
 
     def until_done(*names: str) -> None:
-        for _ in range(200):
-            if not any(name in scheduler.requests for name in names):
-                return
-            step()
-        raise AssertionError(f"{names} do not end")
+        eventually(lambda: (step(), scheduler.requests.keys().isdisjoint(names))[1], SOON)
 
     add("cold", 0)
     until_done("cold")
