@@ -5,6 +5,9 @@ one is sealed with a footer and synced. Slots are emptied ahead of need: their c
 space is written over, and not while a reader is still at it, so that neither a reader nor a router's mirror is ever
 pointed at a reused place.
 
+Which values were read is written over the header of their segment, every few minutes and at an orderly stop, so that
+eviction goes on where it was. A crash loses the marks that were not written yet, and nothing else.
+
 Start-up reads the footers in parallel, and scans what was not sealed: a record counts if its header and its payload
 check out, and past a torn one the scan goes on page by page.
 
@@ -34,7 +37,7 @@ from kvstore.disk.buffers import Buffer, aligned
 from kvstore.disk.device import SEGMENT_PAGES_MAX, Device
 from kvstore.disk.eviction import SLOTS_MIN, Eviction, Queue
 from kvstore.disk.files import Files
-from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, SegmentHeader, Stamp, Trailer
+from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, Marks, SegmentHeader, Stamp, Trailer
 from kvstore.disk.space import Place
 from kvstore.keys import KEY_VERSION
 from kvstore.rarely import Rarely
@@ -55,6 +58,11 @@ _PIECE_BYTES = 1 << 20  # of what recovery reads at once
 _TAIL_BYTES = 32 << 10  # of a segment: the footer of up to 595 entries
 # Evicted keys that are remembered: 100 bytes each.
 _GHOSTS_MAX = 100_000
+# How often read marks are saved. Each segment of which a chunk was read for the first time costs one page: 0.4 MB/s
+# in a store of 8 TB where all are.
+MARKS_SECONDS = 300.0
+# Bounds one time of that, so that an orderly stop stays within CLOSE_SECONDS: 20,000 segments at 100 us.
+_MARKING_SECONDS = 2.0
 # How long a log that is closed waits for its device. A footer and the sync of two segments take a second of a disk.
 CLOSE_SECONDS = 10.0
 # A reader holds a place for one read of a device. Whoever waits longer for one is refused.
@@ -127,6 +135,7 @@ class _Segment:
     full: bool = False  # takes no more records; sealed once its writers are done
     sealed: bool = False
     dirty: bool = False  # written since the last sync
+    marks: Marks | None = None  # as found at the start
 
     def entry(self, number: int) -> Entry:
         return record.unpack_entry(self.table, number)
@@ -200,6 +209,7 @@ class Log:
             if self._owns_device:
                 device.close()
             raise
+        threading.Thread(target=self._save_often, name="kvtier-marks", daemon=True).start()
         if sync_seconds:
             threading.Thread(target=self._sync_often, args=(sync_seconds,), name="kvtier-sync", daemon=True).start()
 
@@ -456,6 +466,7 @@ class Log:
             for head in heads:
                 if len(head):
                     self._seal(head)
+            self._save_marks(closing=True)
             if not self._owns_device:
                 self._leave()
         self._close_files()
@@ -671,7 +682,7 @@ class Log:
             with self._changed:
                 self._segments[slot] = opened
                 self._heads[queue] = opened
-                self._eviction.opened(slot)
+                self._eviction.opened(slot, opened.stamp.generation)
                 if full is not None:
                     full.full = True
             if full is not None and full.writers == 0:
@@ -715,8 +726,11 @@ class Log:
         """Write the header of a slot's next use; with no queue, that it is empty. Called with `_rolling` held."""
         stamp = Stamp(self.store_id, self._device.next_generation())
         segment = _Segment(slot, stamp, place, queue or Queue.PROBATION)
-        header = SegmentHeader(slot, segment.stamp, self.segment_bytes, record.EMPTY if queue is None else queue)
-        return segment if self._write(segment, [_page_aligned(record.pack_segment_header(header))], 0) else None
+        page = record.pack_segment_header(self._header(segment, record.EMPTY if queue is None else queue))
+        return segment if self._write(segment, [_page_aligned(page)], 0) else None
+
+    def _header(self, segment: _Segment, queue: int) -> SegmentHeader:
+        return SegmentHeader(segment.slot, segment.stamp, self.segment_bytes, queue)
 
     def _make_room(self, ahead: int) -> None:
         """Empty slots until there are `ahead` of them. Called with `_rolling` held."""
@@ -808,6 +822,36 @@ class Log:
                 if head.dirty:
                     self._sync(head)
 
+    # ---- read marks
+
+    def _save_often(self) -> None:
+        while not self._closed.wait(MARKS_SECONDS):
+            self._save_marks()
+
+    def _save_marks(self, *, closing: bool = False) -> None:
+        """Save what eviction knows, of the segments of which it changed. After _MARKING_SECONDS the others wait for the
+        next time."""
+        deadline = time.monotonic() + _MARKING_SECONDS
+        with self._changed:
+            slots = self._eviction.unsaved()
+        for slot in slots:
+            if time.monotonic() > deadline:
+                return
+            with self._rolling:  # nobody begins the slot's next use meanwhile
+                if self._closed.is_set() and not closing:
+                    return
+                self._save_marks_of(slot)
+
+    def _save_marks_of(self, slot: int) -> None:
+        with self._changed:
+            saved = self._eviction.save(slot)
+            if saved is None:
+                return
+            segment = self._segments[slot]
+        header = self._header(segment, segment.queue)
+        page = record.pack_marked_header(header, Marks(*saved), segment.table)
+        self._write(segment, [_page_aligned(page)], 0)
+
     # ---- start and end
 
     def _recover(self) -> None:
@@ -824,11 +868,13 @@ class Log:
         if self.stats.entries > len(self._index):
             self._adopt_again(found)
         for segment in found:
-            self._eviction.opened(segment.slot)
+            turn, were_read = segment.marks or (segment.stamp.generation, b"")
+            self._eviction.opened(segment.slot, turn, were_read)
         unsealed = [one for one in found if not one.sealed and one.queue is Queue.PROBATION]
         if unsealed and self._unseal(unsealed[-1]):
             self._heads[Queue.PROBATION] = unsealed[-1]
-        for segment in found:
+        for segment in sorted(found, key=lambda one: one.marks.turn if one.marks else one.stamp.generation):
+            segment.marks = None  # a byte a chunk
             if segment.sealed:
                 segment.full = True
                 self._eviction.sealed(segment.slot, len(segment))
@@ -868,6 +914,7 @@ class Log:
         if trailer is not None:
             if segment is not None and trailer.stamp == segment.stamp:
                 segment.sealed = self._read_table(segment, trailer, tail)
+                segment.marks = record.unpack_marks(head, trailer) if segment.sealed else None
             elif segment is None or trailer.stamp.generation > segment.stamp.generation:
                 segment = self._without_header(slot, place, trailer, tail) or segment
         if segment is None or (header is not None and header.queue == record.EMPTY and segment.stamp == header.stamp):
