@@ -298,7 +298,7 @@ def test_no_fault_of_the_device_becomes_a_wrong_byte(tmp_path: Path, seed: int) 
         wanted = chance.randrange(number + 1)
         got = read(log, wanted)
         assert not got or got == payload(wanted, len(got))
-    assert files.faults > 50
+    assert files.faults > 30
     files.rate = 0.0
     survivors = {entry.key: entry for entry in log.entries()}
     log._close_files()  # as a crash would: no footer of the newest segment
