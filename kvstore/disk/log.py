@@ -25,7 +25,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -130,6 +130,7 @@ class _Segment:
     opened: float = field(default_factory=time.monotonic)
     next_page: int = 1
     table: bytearray = field(default_factory=bytearray)  # packed entries, in the order in which they became visible
+    live: bytearray = field(default_factory=bytearray)  # a byte for each of them: 1 if the index points to it
     readers: int = 0
     writers: int = 0
     full: bool = False  # takes no more records; sealed once its writers are done
@@ -315,13 +316,12 @@ class Log:
             segments.sort(key=lambda segment: segment.stamp.generation)
 
     def _announced(self, segment: _Segment, count: int) -> Iterator[record.Announced]:
-        base = segment.slot << _INDEX_BITS
         for number in range(0, len(segment), count):
             with self._changed:
                 table = bytes(segment.table[number * ENTRY_BYTES : (number + count) * ENTRY_BYTES])
-            places = np.fromiter(map(self._index.get, record.keys(table), repeat(-1)), np.int64)
-            live = places == np.arange(base + number, base + number + len(places))
-            yield record.announced(table)[live]
+                live = bytes(segment.live[number : number + count])
+            entries = record.announced(table)
+            yield entries[np.frombuffer(live, np.bool_)] if 0 in live else entries
 
     def keys_of(self, fingerprint: int, router_hashes: Sequence[int], count: int) -> Iterator[dict[int, bytes]]:
         """The keys of those visible chunks that have one of `router_hashes`, which are not none. Those stored last come
@@ -622,18 +622,24 @@ class Log:
 
     def _publish(self, segment: _Segment, entry: Entry) -> None:
         """Make an entry visible, or, if it was before, point to its place. With the lock held."""
-        known = entry.key in self._index
+        known = self._index.get(entry.key)
+        if known is not None:
+            self._no_more_live(known)
         number = len(segment)
         self._index[entry.key] = segment.slot << _INDEX_BITS | number
         segment.table += record.pack_entry(entry)
+        segment.live.append(1)
         if entry.key in self._used:
             self._eviction.hit(segment.slot, number)
-        if self._no_more_dirty(entry.key) is None and not known:
+        if self._no_more_dirty(entry.key) is None and known is None:
             self._came(entry)
 
     def _unpublish(self, entry: Entry) -> None:
-        del self._index[entry.key]
+        self._no_more_live(self._index.pop(entry.key))
         self._went(entry)
+
+    def _no_more_live(self, where: int) -> None:
+        self._segments[where >> _INDEX_BITS].live[where & _NUMBER_MASK] = 0
 
     def _no_more_dirty(self, key: bytes) -> Entry | None:
         entry = self._dirty.pop(key, None)
@@ -788,11 +794,9 @@ class Log:
 
     def _live(self, segment: _Segment) -> Iterator[tuple[int, Entry]]:
         """The segment's entries that are visible, by number. With the lock held."""
-        base = segment.slot << _INDEX_BITS
-        for number in range(len(segment)):
-            entry = segment.entry(number)
-            if self._index.get(entry.key) == base | number:
-                yield number, entry
+        for number, live in enumerate(segment.live):
+            if live:
+                yield number, segment.entry(number)
 
     def _seal(self, segment: _Segment) -> None:
         """Write the footer and sync: a full segment without writers no longer changes its table."""
@@ -844,10 +848,9 @@ class Log:
 
     def _save_marks_of(self, slot: int) -> None:
         with self._changed:
-            saved = self._eviction.save(slot)
-            if saved is None:
+            saved, segment = self._eviction.save(slot), self._segments.get(slot)
+            if saved is None or segment is None:
                 return
-            segment = self._segments[slot]
         header = self._header(segment, segment.queue)
         page = record.pack_marked_header(header, Marks(*saved), segment.table)
         self._write(segment, [_page_aligned(page)], 0)
@@ -947,6 +950,7 @@ class Log:
     def _adopt(self, segment: _Segment) -> None:
         """Make a recovered segment's entries visible."""
         self._segments[segment.slot] = segment
+        segment.live = bytearray(b"\1") * len(segment)
         base = segment.slot << _INDEX_BITS
         self._index.update(zip(record.keys(segment.table), range(base, base + len(segment)), strict=True))
         self.stats.entries += len(segment)
@@ -967,6 +971,8 @@ class Log:
                 if self._index[key] == place:
                     self.stats.payload_bytes += length
                     self._key_versions[version] += 1
+                else:
+                    self._no_more_live(place)
 
     def _read_table(self, segment: _Segment, trailer: Trailer, tail: memoryview) -> bool:
         """Take in the entries of a sealed segment, of which the `tail` was read; False if they are damaged."""
