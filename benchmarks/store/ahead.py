@@ -4,8 +4,8 @@
 
 Each round starts the target again, so that its memory is empty; it reads with O_DIRECT where the file system allows it.
 Every other round goes backward. `warming` is the time from the PREFETCH until all of it is in memory. `alone` and
-`beside` are the median of 40 GETs of one value on disk each, one after the other: with nothing else to do, and while a
-chain is read ahead.
+`beside` are 40 GETs of one value on disk each, one after the other: with nothing else to do, and while a chain is read
+ahead. Medians are compared round by round; p99 is of the GETs of all rounds together, so take many rounds for it.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.chat.load import quantile
 from benchmarks.store.__main__ import _bytes, check_space, choose_folder, command, machine
 from benchmarks.store.results import GB, Spread, heading, paired, shown, spread
 from benchmarks.store.servers import BenchmarkError, Process, free_port
@@ -49,6 +50,8 @@ class Report(msgspec.Struct):
     warming_seconds: Spread
     median_get_seconds: dict[str, Spread]
     beside_to_alone: Spread
+    p99_get_seconds: dict[str, float]
+    p99_beside_to_alone: float
     chunks_read_beside: Spread
 
 
@@ -60,6 +63,7 @@ class Bench:
         region = aligned(options.count * options.value).payload
         self._rooms = [region[start : start + options.value] for start in range(0, len(region), options.value)]
         self.samples: defaultdict[str, list[float]] = defaultdict(list)
+        self.gets: defaultdict[str, list[float]] = defaultdict(list)  # seconds of single ones
         content = random.Random(1).randbytes(options.value)
         with self._target(hot=False) as client:
             for number in range(4 * options.count + 2 * GETS):  # chains, and values of their own
@@ -93,8 +97,9 @@ class Bench:
     def _get(self, client: StoreClient, keys: list[bytes]) -> float:
         """Seconds."""
         begun = time.monotonic()
-        if set(client.get(keys, self._rooms[: len(keys)], begun + CALL_SECONDS)) != {Outcome.HIT}:
-            raise BenchmarkError("a value did not come")
+        outcomes = set(client.get(keys, self._rooms[: len(keys)], begun + CALL_SECONDS))
+        if outcomes != {Outcome.HIT}:
+            raise BenchmarkError(f"a value did not come: {', '.join(sorted(one.name for one in outcomes))}")
         return time.monotonic() - begun
 
     def _prefetch(self, client: StoreClient, keys: list[bytes]) -> None:
@@ -130,7 +135,9 @@ class Bench:
                 if way == "beside":
                     self._prefetch(client, self._chain(2))
                 first = 4 * self._count + (GETS if way == "beside" else 0)
-                add[way].append(statistics.median(self._get(client, [self._key(first + at)]) for at in range(GETS)))
+                gets = [self._get(client, [self._key(first + at)]) for at in range(GETS)]
+                add[way].append(statistics.median(gets))
+                self.gets[way] += gets
                 if way == "beside":
                     add["read beside"].append(self._read(client) - self._count)
                     self._wait_until_read(client, 2 * self._count)
@@ -144,7 +151,7 @@ def measure(options: argparse.Namespace, parent: Path) -> Report:
         bench = Bench(options, folder)
         for number in range(options.rounds):
             bench.round(number)
-        samples = bench.samples
+        samples, p99 = bench.samples, {way: quantile(bench.gets[way], 0.99) for way in BESIDE}
     return Report(
         shlex.join(["python", "-m", "benchmarks.store.ahead", *sys.argv[1:]]),
         facts,
@@ -154,6 +161,8 @@ def measure(options: argparse.Namespace, parent: Path) -> Report:
         spread(samples["warming"]),
         {way: spread(samples[way]) for way in BESIDE},
         paired(samples["beside"], samples["alone"]),
+        p99,
+        p99["beside"] / p99["alone"],
         spread(samples["read beside"]),
     )
 
@@ -166,6 +175,8 @@ def show(report: Report) -> str:
     lines.append(f"{'warming':<28}{shown(report.warming_seconds, '.3f')} s")
     lines += [f"{f'median get {way}':<28}{shown(of, '.3f')} s" for way, of in report.median_get_seconds.items()]
     lines.append(f"{'beside over alone':<28}{shown(report.beside_to_alone, '.3f')}")
+    lines += [f"{f'p99 of GETs {way}':<28}{of:.3f} s" for way, of in report.p99_get_seconds.items()]
+    lines.append(f"{'p99 beside over alone':<28}{report.p99_beside_to_alone:.3f}")
     lines.append(f"{'chunks read ahead beside':<28}{shown(report.chunks_read_beside, '.3f')}")
     return "\n".join(lines)
 

@@ -1,16 +1,18 @@
 """What routers' snapshots cost a target: how long GETs take meanwhile, and how soon every mirror is complete.
 
-    python -m benchmarks.store.mirrors --json FILE [--targets N] [--routers N] [--chunks N] [--rounds N]
+    python -m benchmarks.store.mirrors --json FILE [--targets N] [--routers N] [--chunks N] [--rounds N] [--nice N]
 
 Real targets, a real NATS server and mirrors in a process of their own. The stores are made up as those of
 `benchmarks.store.recovery`, with `--chunks` in each. A client gets single chunks from the targets' memory, one after
 the other with a pause of a millisecond: first without snapshots, then while all routers start at once. The ratio of p99
 is over all rounds together. Targets, mirrors and client share the machine's cores: with fewer cores than processes, the
-ratio includes the mirrors' work.
+ratio includes the mirrors' work. So the result has the CPU seconds of a router and of a target until all know all. With
+`--nice` the mirrors leave the cores to the others, as if they ran elsewhere.
 """
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 import threading
@@ -39,6 +41,7 @@ NAMESPACE = "default"
 VALUE_BYTES = 256 << 10
 VALUES = 32
 SEGMENT_BYTES = 256 << 20
+STORED_BYTES = 512 << 10  # of a chunk that is made up: file systems end at 16 TiB
 QUIET_SECONDS = 7.0  # longer than a snapshot is handed out: each round makes its own
 CONVERGE_SECONDS_MAX = 300.0
 _PAUSE_SECONDS = 0.001
@@ -59,6 +62,9 @@ class Result(msgspec.Struct):
     during: Gets  # snapshots
     p99_ratio: float
     converge_seconds: list[float]  # until the last router knew all, round by round
+    router_cpu_seconds: list[float]  # of one router, meanwhile
+    target_cpu_seconds: list[float]  # of one target, with the GETs
+    router_bytes: list[int]  # that one router got from NATS
 
 
 class Options(BaseModel):
@@ -68,10 +74,19 @@ class Options(BaseModel):
     routers: int = Field(1, ge=1)
     chunks: int = Field(1_000_000, ge=1)
     rounds: int = Field(5, ge=1)
+    nice: int = Field(0, ge=0, le=19)
     dir: Path | None = None
     json_file: Path | None = Field(None, alias="json")
     nats: str = ""
     serve: str = ""
+
+
+class Taken(msgspec.Struct):
+    """By all routers until the last one knew all."""
+
+    seconds: float
+    cpu_seconds: float
+    received_bytes: int
 
 
 class _Getter(threading.Thread):
@@ -107,26 +122,30 @@ def measure(options: Options, folder: Path) -> Result:
         server = Process("nats", [program("nats-server"), "--addr", "127.0.0.1", "--port", str(port)], folder)
         stack.callback(server.stop)
         server.wait_for(f"127.0.0.1:{port}")
-        addresses = [_target(number, nats, options.chunks, folder, stack) for number in range(options.targets)]
-        client = StoreClient(StaticMembership(addresses))
+        targets = [_target(number, nats, options.chunks, folder, stack) for number in range(options.targets)]
+        client = StoreClient(StaticMembership([target.line() for target in targets]))
         stack.callback(client.close)
         items = [Item(_key(number), memoryview(bytes(VALUE_BYTES)), 0, 7, 1) for number in range(VALUES)]
         if (outcomes := set(client.put(items, time.monotonic() + 60))) != {Outcome.STORED}:
             raise BenchmarkError(f"not all values were stored: {outcomes}")
         child = [sys.executable, "-m", "benchmarks.store.mirrors", "--nats", nats]
         child += ["--routers", str(options.routers), "--chunks", str(options.chunks * options.targets)]
+        child += ["--nice", str(options.nice)]
         routers = Process("routers", child, folder, pipes=True)
         stack.callback(routers.stop)
         routers.line()
         getter = _Getter(client)
         getter.start()
-        converged = []
+        taken: list[Taken] = []
+        cpu: list[float] = []
         for _ in range(options.rounds):
             getter.phase = "quiet"
             time.sleep(QUIET_SECONDS)
             getter.phase = "during"
+            before = sum(_cpu_seconds(target.pid) for target in targets)
             routers.say("begin")
-            converged.append(float(routers.line()))
+            taken.append(msgspec.json.decode(routers.line(), type=Taken))
+            cpu.append(round((sum(_cpu_seconds(target.pid) for target in targets) - before) / len(targets), 2))
             getter.phase = ""
             routers.say("forget")
             routers.line()
@@ -142,19 +161,28 @@ def measure(options: Options, folder: Path) -> Result:
         quiet,
         during,
         round(during.p99_ms / quiet.p99_ms, 2),
-        converged,
+        [one.seconds for one in taken],
+        [round(one.cpu_seconds / options.routers, 2) for one in taken],
+        cpu,
+        [one.received_bytes // options.routers for one in taken],
     )
 
 
-def _target(number: int, nats: str, chunks: int, folder: Path, stack: ExitStack) -> str:
-    """The address of a target with so many chunks."""
-    shape = recovery.Shape(str(folder / f"store-{number}"), chunks, 2 << 20, SEGMENT_BYTES, "device")
+def _cpu_seconds(pid: int) -> float:
+    """Of a process, its threads included."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _target(number: int, nats: str, chunks: int, folder: Path, stack: ExitStack) -> Process:
+    """A target with so many chunks. Its first line is its address."""
+    shape = recovery.Shape(str(folder / f"store-{number}"), chunks, STORED_BYTES, SEGMENT_BYTES, "device")
     recovery.build(shape)
     command = [sys.executable, "-m", "benchmarks.store.mirrors", "--nats", nats]
     command += ["--serve", msgspec.json.encode(shape).decode()]
     target = Process(f"target-{number}", command, folder, pipes=True)
     stack.callback(target.stop)
-    return target.line()
+    return target
 
 
 async def run_target(nats: str, shape: recovery.Shape) -> None:
@@ -183,10 +211,10 @@ def _gets(seconds: list[float]) -> Gets:
 
 
 async def run_routers(nats: str, routers: int, chunks: int) -> None:
-    """At each line, start that many mirrors, and say after how many seconds all know as many chunks."""
+    """At each line, start that many mirrors, and say what was taken until all know as many chunks."""
     print("ready", flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
-        begun = time.monotonic()
+        begun, cpu = time.monotonic(), time.process_time()
         lines = [await Bus.connect(nats, f"router {number}") for number in range(routers)]
         mirrors = [Mirror(max_entries=2 * chunks + 1000) for _ in lines]
         pairs = zip(mirrors, lines, strict=True)
@@ -195,7 +223,9 @@ async def run_routers(nats: str, routers: int, chunks: int) -> None:
             if time.monotonic() - begun > CONVERGE_SECONDS_MAX:
                 raise BenchmarkError(f"mirrors know {[mirror.counts(time.monotonic()) for mirror in mirrors]}")
             await asyncio.sleep(0.01)
-        print(round(time.monotonic() - begun, 2), flush=True)
+        received = sum(line._client.stats["in_bytes"] for line in lines)
+        taken = Taken(round(time.monotonic() - begun, 2), time.process_time() - cpu, received)
+        print(msgspec.json.encode(taken).decode(), flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         for task in tasks:
             task.cancel()
@@ -210,6 +240,7 @@ def main() -> int:
     parser.add_argument("--routers", help="that start at once; default 1")
     parser.add_argument("--chunks", help="on each target; default 1000000")
     parser.add_argument("--rounds", help="default 5")
+    parser.add_argument("--nice", help="of the routers, 0 to 19; default 0")
     parser.add_argument("--dir", help="file system to work on; default: that of temporary files")
     parser.add_argument("--json", help="where to write the result")
     parser.add_argument("--nats", help=argparse.SUPPRESS)  # of the processes that this one starts
@@ -219,6 +250,7 @@ def main() -> int:
         asyncio.run(run_target(options.nats, msgspec.json.decode(options.serve, type=recovery.Shape)))
         return 0
     if options.nats:
+        os.nice(options.nice)
         asyncio.run(run_routers(options.nats, options.routers, options.chunks))
         return 0
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:

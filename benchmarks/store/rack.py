@@ -14,8 +14,10 @@ delayed   every packet is delayed by --delay, each way, and lost with --loss
 lossy     as delayed; the link of one target loses --bad-loss
 stopped   clean links; one target gets SIGSTOP for the middle half of the time
 
-Delay needs netem in the kernel. Without netem, a BPF filter loses the packets, and there is no delay. Without root, ip
-or tc, everything is on loopback. What cannot be measured is left out, and the report says why.
+Delay needs netem in the kernel. Without netem, a BPF filter loses the packets, and there is no delay. With --switch a
+process of this benchmark delays and loses them in place of the bridge (benchmarks.store.switch); it takes a core under
+load, and the report says how late it was. Without root, ip or tc, everything is on loopback. What cannot be measured is
+left out, and the report says why.
 """
 
 import argparse
@@ -46,6 +48,7 @@ from benchmarks.store.__main__ import _leave, check_space, choose_folder, comman
 from benchmarks.store.connections import Usage, usage
 from benchmarks.store.results import GB, Spread, heading, shown, spread
 from benchmarks.store.servers import BenchmarkError, Process, free_port
+from benchmarks.store.switch import Links, Passed
 from kvstore.errors import FailedError, run_command, validated
 from kvstore.net import transport
 from kvstore.net.client import Item, StoreClient, good_connections
@@ -280,8 +283,11 @@ class Namespaces:
             _run("ip", "-n", self._hub, "link", "set", f"link{host}", "master", "bridge")
             for space, device in self._ends(host):
                 _run("ip", "-n", space, "link", "set", device, "up", "mtu", str(MTU), "gso_max_segs", "1")
-            _run("ip", "-n", name, "address", "add", f"{self._ip(host)}/24", "dev", "eth0")
-        _run(*self.within(0, ["true"]))
+            self._name_host(host)
+
+    def _name_host(self, host: int) -> None:
+        _run("ip", "-n", self._names[host], "address", "add", f"{self._ip(host)}/24", "dev", "eth0")
+        _run(*self.within(host, ["true"]))
 
     @property
     def said(self) -> str:
@@ -344,6 +350,47 @@ class Namespaces:
         _run("tc", "-n", space, "filter", "add", "dev", device, "egress", "bpf", "da", "bytecode", program)
 
 
+class Switched(Namespaces):
+    """The same hosts, with a process in place of bridge and links."""
+
+    def __init__(self, hosts: int, folder: Path):
+        super().__init__(hosts)
+        self._folder = folder
+        self._process: Process | None = None
+        self._links = Links([0.0] * hosts, [0.0] * hosts)
+
+    def make(self) -> None:
+        for name in self._names:
+            _run("ip", "netns", "add", name)
+        line = [sys.executable, "-m", "benchmarks.store.switch", *self._names]
+        self._process = Process("switch", line, self._folder, pipes=True)
+        self._process.line()
+        for host, name in enumerate(self._names):
+            _run("ip", "-n", name, "link", "set", "eth0", "up", "mtu", str(MTU), "txqueuelen", str(QUEUE_PACKETS))
+            self._name_host(host)
+        self.delays = self.loses = True
+
+    @property
+    def said(self) -> str:
+        of = self._tell()
+        late = f"99 % at most {of.late_p99_ms:g} ms late, {of.dropped} dropped, {of.cpu_seconds:g} s of CPU"
+        return f"namespaces, delay and loss by a process: {of.frames} frames, {late}"
+
+    def impair(self, host: int, delay_ms: float, loss_percent: float) -> None:
+        self._links.delay_ms[host], self._links.loss_percent[host] = delay_ms, loss_percent
+        self._tell()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+        super().close()
+
+    def _tell(self) -> Passed:
+        assert self._process is not None
+        self._process.say(msgspec.json.encode(self._links).decode())
+        return msgspec.json.decode(self._process.line(), type=Passed)
+
+
 def _run(*line: str) -> str:
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -351,7 +398,9 @@ def _run(*line: str) -> str:
     return done.stdout
 
 
-def open_network(hosts: int, loopback: bool, stack: ExitStack) -> Loopback | Namespaces:
+def open_network(
+    hosts: int, loopback: bool, stack: ExitStack, folder: Path, *, switch: bool = False
+) -> Loopback | Namespaces:
     """Namespaces where that works, otherwise loopback; `stack` closes it."""
     if loopback:
         return Loopback("--loopback")
@@ -359,7 +408,7 @@ def open_network(hosts: int, loopback: bool, stack: ExitStack) -> Loopback | Nam
         return Loopback("namespaces need root")
     if missing := [name for name in ("ip", "tc") if not shutil.which(name)]:
         return Loopback(f"{' and '.join(missing)} not found on PATH")
-    namespaces = Namespaces(hosts)
+    namespaces = Switched(hosts, folder) if switch else Namespaces(hosts)
     stack.callback(namespaces.close)
     try:
         namespaces.make()
@@ -421,6 +470,7 @@ class Options(BaseModel):
     rounds: int = Field(3, ge=1)
     seed: int = Field(default_factory=lambda: random.randrange(1 << 32))
     loopback: bool = False
+    switch: bool = False
     dir: Path | None = None
     json_file: Path | None = Field(None, alias="json")
 
@@ -431,7 +481,8 @@ class Bench:
     def __init__(self, options: Options, folder: Path, stack: ExitStack):
         self._options = options
         processes = min(options.processes, options.workers)
-        self.network = open_network(options.targets + processes, options.loopback, stack)
+        hosts = options.targets + processes
+        self.network = open_network(hosts, options.loopback, stack, folder, switch=options.switch)
         addresses = [self.network.address(host) for host in range(options.targets)]
         self._targets: list[Process] = []
         for host, address in enumerate(addresses):
@@ -596,6 +647,7 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--rounds", help="default 3")
     parser.add_argument("--seed", help="of all random choices but the network's; default: another each time")
     parser.add_argument("--loopback", action="store_true", help="make no namespaces")
+    parser.add_argument("--switch", action="store_true", help="delay and lose packets in a process, without netem")
     parser.add_argument("--dir", help="where to make the temporary folder; default: on a disk")
     parser.add_argument("--json", help="where to write the result")
     return validated(Options, vars(parser.parse_args(argv)))

@@ -53,8 +53,8 @@ _REPLAY_ANSWER = 256  # announcements in one answer, of at most as many hashes a
 _SNAPSHOT_SECONDS = 5.0
 _SNAPSHOT_IDLE_SECONDS = 30.0
 _SNAPSHOTS_KEPT = 2
-# Entries looked at in one go: 0.2 ms in which no other thread runs. A GET waits for one at a time, with these pauses.
-_WALK_ENTRIES = 1024
+# Entries looked at in one go: 0.05 ms in which no other thread runs. A GET waits for one at a time, with these pauses.
+_WALK_ENTRIES = 8192
 _WALK_SECONDS, _WALK_PAUSE_SECONDS = 0.0005, 0.001
 # Polling interval and timeout of a mirror for a snapshot that is still being made.
 _MAKING_ASK_SECONDS, _MAKING_SECONDS_MAX = 0.25, 120.0
@@ -89,6 +89,7 @@ _MOVED_PER_ENTRY = 8  # more than 1 / (_LOAD_MAX - _LOAD_FRESH): the old table i
 # Entries, or slots, per step of some milliseconds; the event loop runs between steps.
 _STEP_ENTRIES, _STEP_SLOTS = 2048, 32_768
 _RELEASED_BYTES = 4 << 20
+_TOUCHED_SLOTS = 1 << 18  # of a table for a whole snapshot, in one step: a page of 2 MiB
 _U64 = (1 << 64) - 1
 
 Hashes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
@@ -244,10 +245,12 @@ def _paged(parts: Iterable[Announced]) -> Iterator[tuple[int, bytes]]:
     """Fingerprint and router hashes of each page."""
     waiting: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))
     for part in parts:
-        part = part[part["router_hash"] != 0]
-        for layout in np.unique(part["fingerprint"]).tolist():
+        names, layouts = part["router_hash"], part["fingerprint"]
+        named = names != 0
+        alike = bool((layouts == layouts[:1]).all())  # the rule, and sorting them takes three times as long
+        for layout in (layouts[:1] if alike else np.unique(layouts)).tolist():
             hashes = waiting[layout]
-            hashes.frombytes(part["router_hash"][part["fingerprint"] == layout].tobytes())
+            hashes.frombytes(names[named & (layouts == layout)].tobytes())
             while len(hashes) >= PAGE_HASHES:
                 yield layout, hashes[:PAGE_HASHES].tobytes()
                 del hashes[:PAGE_HASHES]
@@ -310,12 +313,13 @@ class _Slots:
     def __len__(self) -> int:
         return len(self.holders)
 
-    def touch(self, slots: int) -> None:
+    def touch(self, slots: int) -> bool:
         """Have the system provide memory for so many more slots of a table that is not in use yet: first for hashes,
-        then for holders, so that it clears one large page at a time."""
+        then for holders, so that it clears one large page at a time. False at the end."""
         array, at = (self._hashes, 0) if self._touched < len(self) else (self.holders, len(self))
         array[self._touched - at : self._touched - at + slots] = 0
         self._touched = min(self._touched + slots, at + len(self))
+        return self._touched < 2 * len(self)
 
     def release(self) -> bool:
         """Free some of the memory of an unused table; freeing all at once takes long. False at the end."""
@@ -478,6 +482,24 @@ class _Table:
         """Free some of the memory of a table that is no longer used; False at the end."""
         return any(one.release() for one in (self._before, self._now, self._next, self._gone) if one is not None)
 
+    def expect(self, entries: int) -> Iterator[None]:
+        """Make room for so many more, in steps: with several doublings on the way, adding them takes twice as long."""
+        if self._now.used + entries <= _LOAD_NEXT * len(self._now):
+            return
+        larger = self._next = self._larger(entries)
+        while larger.touch(_TOUCHED_SLOTS):
+            yield
+        while self._before is not None:
+            self._move(_STEP_SLOTS)
+            yield
+        if self._next is larger:
+            self._begin_next(larger)
+
+    def _begin_next(self, larger: _Slots) -> None:
+        """From now on add to it, and move what is in the other."""
+        self._before, self._now, self._next = self._now, larger, None
+        self._moved, self._cleared = 0, len(self._now)
+
     def _reserve(self, entries: int) -> None:
         """Make room for so many more, in a new table if need be."""
         now = self._now
@@ -491,8 +513,7 @@ class _Table:
         self._move(len(self._before or ()))  # nothing is left: as many slots were moved as entries needed room
         if self._live + entries > _LOAD_FRESH * len(self._next):
             self._next = self._larger(entries)
-        self._before, self._now, self._next = now, self._next, None
-        self._moved, self._cleared = 0, len(self._now)
+        self._begin_next(self._next)
 
     def _larger(self, entries: int) -> _Slots:
         """A table with room for so many more, of the same size if what is gone makes that room."""
@@ -678,11 +699,13 @@ class Mirror:
             view.former.append(view.epoch)
         view.waiting.extend(waiting)
         self._waiting_hashes += sum(map(_hashes_in, waiting))
+        resident = dict(view.resident)
         self._clear(view)
         view.number = self._free_number()
         view.epoch, view.seq, view.caught_up_seq = first.epoch, first.seq, first.seq
         view.complete, view.joining = False, True
         try:
+            yield from self._expect(view, pages, resident)
             for page in pages:
                 yield from self._store(view, page.fingerprint, np.frombuffer(page.hashes, "<u8").astype(np.uint64))
         finally:
@@ -691,6 +714,18 @@ class Mirror:
         yield from self._catching_up(first.target, view, replayed)
         self.resyncs += view.complete
         return view.complete
+
+    def _expect(self, view: _View, pages: Sequence[SnapshotPage], known: dict[int, int]) -> Iterator[None]:
+        """Make room for what a snapshot has more than was known of the target."""
+        chunks = Counter[int]()
+        for page in pages:
+            chunks[page.fingerprint] += len(page.hashes) // 8
+        for fingerprint, count in chunks.items():
+            more = min(count - known.get(fingerprint, 0), self._max_entries - self._entries)
+            table = self._table(fingerprint) if more > 0 else None
+            if table is not None:
+                view.resident[fingerprint] += 0  # or the table is taken for one that nobody needs
+                yield from table.expect(more)
 
     def _catching_up(self, target: str, view: _View, replayed: Sequence[Residency]) -> Iterator[None]:
         """Apply `replayed`, then the queued announcements, up to the first gap. Those that arrive meanwhile are queued,
@@ -826,7 +861,7 @@ class Mirror:
         for part in _parts(removed):
             table = self._tables.get(message.fingerprint)
             if table is not None and message.fingerprint in view.resident:
-                gone = table.remove(np.unique(part), view.number)
+                gone = table.remove(_unique(part), view.number)
                 view.resident[message.fingerprint] -= gone
                 self._entries -= gone
             yield
@@ -839,7 +874,7 @@ class Mirror:
             yield
 
     def _store_part(self, view: _View, fingerprint: int, hashes: Hashes) -> None:
-        hashes = np.unique(hashes[hashes != 0])
+        hashes = _unique(hashes[hashes != 0])
         table = self._table(fingerprint) if len(hashes) else None
         if table is None:
             return
@@ -855,6 +890,13 @@ class Mirror:
 
 def _parts(hashes: Hashes) -> Iterator[Hashes]:
     return (hashes[start : start + _STEP_ENTRIES] for start in range(0, len(hashes), _STEP_ENTRIES))
+
+
+def _unique(hashes: Hashes) -> Hashes:
+    """`np.unique` in a tenth of the time: numpy 2.3 does not sort, but puts them into a hash table."""
+    hashes = np.sort(hashes)
+    differ: Hashes = hashes[np.concatenate(([True], hashes[1:] != hashes[:-1]))[: len(hashes)]]
+    return differ
 
 
 def _all_of(steps: Steps) -> bool:

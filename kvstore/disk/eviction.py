@@ -42,22 +42,29 @@ class Eviction:
     nothing is written again.
 
     A slot is `opened`, `sealed`, then returned by `choose` once, then `emptied`. After a start the log opens and seals
-    what it found, oldest first.
+    what it found, by its turns, and says which values were read.
     """
 
     def __init__(self, slots: int):
         self.resize(slots)
         self._line: OrderedDict[int, None] = OrderedDict()  # sealed slots, the next to be looked at first
         self._counters: dict[int, bytearray] = {}  # by slot: how often each value was asked for in this turn
+        self._turns: dict[int, int] = {}  # by slot: when its turn began
+        self._newest = 0  # turn
+        self._unsaved: set[int] = set()  # slots of which that changed since `save`
         self._spare = 0.0  # budget that was left by the segment emptied last, over that segment's bytes
 
     def resize(self, slots: int) -> None:
         """From now on the log has so many."""
         self._chances = _SECOND_CHANCES_MAX if slots >= SLOTS_MIN else 0
 
-    def opened(self, slot: int) -> None:
-        """The slot begins to take values, numbered from 0 in the order of storing."""
-        self._counters[slot] = bytearray()
+    def opened(self, slot: int, turn: int = 0, were_read: bytes = b"") -> None:
+        """The slot begins to take values, numbered from 0 in the order of storing. `turn` is a number that grows from
+        slot to slot. After a start, it and `were_read` are those saved."""
+        self._counters[slot] = bytearray(were_read)
+        self._turns[slot] = turn
+        self._newest = max(self._newest, turn)
+        self._unsaved.discard(slot)
 
     def hit(self, slot: int, number: int) -> None:
         """A value was asked for again."""
@@ -65,6 +72,8 @@ class Eviction:
         if number >= len(counters):
             counters.extend(bytes(number + 1 - len(counters)))
         if counters[number] < _COUNT_MAX:
+            if not counters[number]:
+                self._unsaved.add(slot)
             counters[number] += 1
 
     def sealed(self, slot: int, values: int) -> None:
@@ -82,7 +91,20 @@ class Eviction:
             # Zeroed. S3-FIFO subtracts one, which is as good here, but takes more turns for segments in use no more.
             self._counters[slot] = bytearray(len(self._counters[slot]))
             self._line.move_to_end(slot)
+            self._turns[slot] = self._newest
+            self._unsaved.add(slot)
         return self._line.popitem(last=False)[0] if self._line else None
+
+    def unsaved(self) -> list[int]:
+        """Sealed slots of which turn or reads changed since they were saved, those to be emptied next first."""
+        return [slot for slot in self._line if slot in self._unsaved]
+
+    def save(self, slot: int) -> tuple[int, bytes] | None:
+        """The slot's turn, and for each value whether it was read: to be saved now. None if that is not needed."""
+        if slot not in self._line or slot not in self._unsaved:
+            return None
+        self._unsaved.discard(slot)
+        return self._turns[slot], bytes(self._counters[slot])
 
     def emptied(self, slot: int, values: Sequence[tuple[int, int]], budget_bytes: int) -> list[int]:
         """Of the slot's live values (number, length), the numbers of those to be written again, hottest first; together

@@ -5,6 +5,9 @@ one is sealed with a footer and synced. Slots are emptied ahead of need: their c
 space is written over, and not while a reader is still at it, so that neither a reader nor a router's mirror is ever
 pointed at a reused place.
 
+Which values were read is written over the header of their segment, every few minutes and at an orderly stop, so that
+eviction goes on where it was. A crash loses the marks that were not written yet, and nothing else.
+
 Start-up reads the footers in parallel, and scans what was not sealed: a record counts if its header and its payload
 check out, and past a torn one the scan goes on page by page.
 
@@ -22,7 +25,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -34,7 +37,7 @@ from kvstore.disk.buffers import Buffer, aligned
 from kvstore.disk.device import SEGMENT_PAGES_MAX, Device
 from kvstore.disk.eviction import SLOTS_MIN, Eviction, Queue
 from kvstore.disk.files import Files
-from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, SegmentHeader, Stamp, Trailer
+from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, Marks, SegmentHeader, Stamp, Trailer
 from kvstore.disk.space import Place
 from kvstore.keys import KEY_VERSION
 from kvstore.rarely import Rarely
@@ -55,6 +58,11 @@ _PIECE_BYTES = 1 << 20  # of what recovery reads at once
 _TAIL_BYTES = 32 << 10  # of a segment: the footer of up to 595 entries
 # Evicted keys that are remembered: 100 bytes each.
 _GHOSTS_MAX = 100_000
+# How often read marks are saved. Each segment of which a chunk was read for the first time costs one page: 0.4 MB/s
+# in a store of 8 TB where all are.
+MARKS_SECONDS = 300.0
+# Bounds one time of that, so that an orderly stop stays within CLOSE_SECONDS: 20,000 segments at 100 us.
+_MARKING_SECONDS = 2.0
 # Timeout of `close` for a device. A footer and the sync of two segments take a second on a disk.
 CLOSE_SECONDS = 10.0
 # A reader pins a segment for one read of the device. A writer that waits longer for it is refused.
@@ -124,11 +132,13 @@ class _Segment:
     opened: float = field(default_factory=time.monotonic)
     next_page: int = 1
     table: bytearray = field(default_factory=bytearray)  # packed entries, in the order in which they became visible
+    live: bytearray = field(default_factory=bytearray)  # a byte for each of them: 1 if the index points to it
     readers: int = 0
     writers: int = 0
     full: bool = False  # takes no more records; sealed once its writers are done
     sealed: bool = False
     dirty: bool = False  # written since the last sync
+    marks: Marks | None = None  # as found at the start
 
     def entry(self, number: int) -> Entry:
         return record.unpack_entry(self.table, number)
@@ -202,6 +212,7 @@ class Log:
             if self._owns_device:
                 device.close()
             raise
+        threading.Thread(target=self._save_often, name="kvtier-marks", daemon=True).start()
         if sync_seconds:
             threading.Thread(target=self._sync_often, args=(sync_seconds,), name="kvtier-sync", daemon=True).start()
 
@@ -307,13 +318,12 @@ class Log:
             segments.sort(key=lambda segment: segment.stamp.generation)
 
     def _announced(self, segment: _Segment, count: int) -> Iterator[record.Announced]:
-        base = segment.slot << _INDEX_BITS
         for number in range(0, len(segment), count):
             with self._changed:
                 table = bytes(segment.table[number * ENTRY_BYTES : (number + count) * ENTRY_BYTES])
-            places = np.fromiter(map(self._index.get, record.keys(table), repeat(-1)), np.int64)
-            live = places == np.arange(base + number, base + number + len(places))
-            yield record.announced(table)[live]
+                live = bytes(segment.live[number : number + count])
+            entries = record.announced(table)
+            yield entries[np.frombuffer(live, np.bool_)] if 0 in live else entries
 
     def keys_of(self, fingerprint: int, router_hashes: Sequence[int], count: int) -> Iterator[dict[int, bytes]]:
         """The keys of those visible chunks that have one of `router_hashes`, which are not none. Those stored last come
@@ -458,6 +468,7 @@ class Log:
             for head in heads:
                 if len(head):
                     self._seal(head)
+            self._save_marks(closing=True)
             if not self._owns_device:
                 self._leave()
         self._close_files()
@@ -613,18 +624,24 @@ class Log:
 
     def _publish(self, segment: _Segment, entry: Entry) -> None:
         """Make an entry visible, or, if it was before, point to its place. With the lock held."""
-        known = entry.key in self._index
+        known = self._index.get(entry.key)
+        if known is not None:
+            self._no_more_live(known)
         number = len(segment)
         self._index[entry.key] = segment.slot << _INDEX_BITS | number
         segment.table += record.pack_entry(entry)
+        segment.live.append(1)
         if entry.key in self._used:
             self._eviction.hit(segment.slot, number)
-        if self._no_more_dirty(entry.key) is None and not known:
+        if self._no_more_dirty(entry.key) is None and known is None:
             self._came(entry)
 
     def _unpublish(self, entry: Entry) -> None:
-        del self._index[entry.key]
+        self._no_more_live(self._index.pop(entry.key))
         self._went(entry)
+
+    def _no_more_live(self, where: int) -> None:
+        self._segments[where >> _INDEX_BITS].live[where & _NUMBER_MASK] = 0
 
     def _no_more_dirty(self, key: bytes) -> Entry | None:
         entry = self._dirty.pop(key, None)
@@ -673,7 +690,7 @@ class Log:
             with self._changed:
                 self._segments[slot] = opened
                 self._heads[queue] = opened
-                self._eviction.opened(slot)
+                self._eviction.opened(slot, opened.stamp.generation)
                 if full is not None:
                     full.full = True
             if full is not None and full.writers == 0:
@@ -717,8 +734,11 @@ class Log:
         """Write the header of a slot's next use; with no queue, that it is empty. Called with `_rolling` held."""
         stamp = Stamp(self.store_id, self._device.next_generation())
         segment = _Segment(slot, stamp, place, queue or Queue.PROBATION)
-        header = SegmentHeader(slot, segment.stamp, self.segment_bytes, record.EMPTY if queue is None else queue)
-        return segment if self._write(segment, [_page_aligned(record.pack_segment_header(header))], 0) else None
+        page = record.pack_segment_header(self._header(segment, record.EMPTY if queue is None else queue))
+        return segment if self._write(segment, [_page_aligned(page)], 0) else None
+
+    def _header(self, segment: _Segment, queue: int) -> SegmentHeader:
+        return SegmentHeader(segment.slot, segment.stamp, self.segment_bytes, queue)
 
     def _make_room(self, ahead: int) -> None:
         """Empty slots until there are `ahead` of them. Called with `_rolling` held."""
@@ -776,11 +796,9 @@ class Log:
 
     def _live(self, segment: _Segment) -> Iterator[tuple[int, Entry]]:
         """The segment's entries that are visible, by number. With the lock held."""
-        base = segment.slot << _INDEX_BITS
-        for number in range(len(segment)):
-            entry = segment.entry(number)
-            if self._index.get(entry.key) == base | number:
-                yield number, entry
+        for number, live in enumerate(segment.live):
+            if live:
+                yield number, segment.entry(number)
 
     def _seal(self, segment: _Segment) -> None:
         """Write the footer and sync: a full segment without writers no longer changes its table."""
@@ -810,6 +828,35 @@ class Log:
                 if head.dirty:
                     self._sync(head)
 
+    # ---- read marks
+
+    def _save_often(self) -> None:
+        while not self._closed.wait(MARKS_SECONDS):
+            self._save_marks()
+
+    def _save_marks(self, *, closing: bool = False) -> None:
+        """Save what eviction knows, of the segments of which it changed. After _MARKING_SECONDS the others wait for the
+        next time."""
+        deadline = time.monotonic() + _MARKING_SECONDS
+        with self._changed:
+            slots = self._eviction.unsaved()
+        for slot in slots:
+            if time.monotonic() > deadline:
+                return
+            with self._rolling:  # nobody begins the slot's next use meanwhile
+                if self._closed.is_set() and not closing:
+                    return
+                self._save_marks_of(slot)
+
+    def _save_marks_of(self, slot: int) -> None:
+        with self._changed:
+            saved, segment = self._eviction.save(slot), self._segments.get(slot)
+            if saved is None or segment is None:
+                return
+        header = self._header(segment, segment.queue)
+        page = record.pack_marked_header(header, Marks(*saved), segment.table)
+        self._write(segment, [_page_aligned(page)], 0)
+
     # ---- start and end
 
     def _recover(self) -> None:
@@ -826,11 +873,13 @@ class Log:
         if self.stats.entries > len(self._index):
             self._adopt_again(found)
         for segment in found:
-            self._eviction.opened(segment.slot)
+            turn, were_read = segment.marks or (segment.stamp.generation, b"")
+            self._eviction.opened(segment.slot, turn, were_read)
         unsealed = [one for one in found if not one.sealed and one.queue is Queue.PROBATION]
         if unsealed and self._unseal(unsealed[-1]):
             self._heads[Queue.PROBATION] = unsealed[-1]
-        for segment in found:
+        for segment in sorted(found, key=lambda one: one.marks.turn if one.marks else one.stamp.generation):
+            segment.marks = None  # a byte a chunk
             if segment.sealed:
                 segment.full = True
                 self._eviction.sealed(segment.slot, len(segment))
@@ -870,6 +919,7 @@ class Log:
         if trailer is not None:
             if segment is not None and trailer.stamp == segment.stamp:
                 segment.sealed = self._read_table(segment, trailer, tail)
+                segment.marks = record.unpack_marks(head, trailer) if segment.sealed else None
             elif segment is None or trailer.stamp.generation > segment.stamp.generation:
                 segment = self._without_header(slot, place, trailer, tail) or segment
         if segment is None or (header is not None and header.queue == record.EMPTY and segment.stamp == header.stamp):
@@ -902,6 +952,7 @@ class Log:
     def _adopt(self, segment: _Segment) -> None:
         """Make a recovered segment's entries visible."""
         self._segments[segment.slot] = segment
+        segment.live = bytearray(b"\1") * len(segment)
         base = segment.slot << _INDEX_BITS
         self._index.update(zip(record.keys(segment.table), range(base, base + len(segment)), strict=True))
         self.stats.entries += len(segment)
@@ -922,6 +973,8 @@ class Log:
                 if self._index[key] == place:
                     self.stats.payload_bytes += length
                     self._key_versions[version] += 1
+                else:
+                    self._no_more_live(place)
 
     def _read_table(self, segment: _Segment, trailer: Trailer, tail: memoryview) -> bool:
         """Take in the entries of a sealed segment, of which the `tail` was read; False if they are damaged."""

@@ -9,6 +9,10 @@ the segment is sealed; an entry repeats what the record's header says.
 
 Every header carries a `Stamp`: the store's random id, so that no payload can be crafted to look like a header, and the
 generation, which grows with every reuse of a slot, so that what an earlier use left behind is never taken for a record.
+
+The segment header's page also holds the read marks: which values were read, so that eviction knows it after a restart.
+They are a hint, written over in place and never synced. They lie outside the first 512 bytes, so a torn write of the
+page does not harm the header.
 """
 
 import operator
@@ -29,6 +33,9 @@ VERSION = 1
 
 _SEGMENT = struct.Struct("<8sHHIQQQ")  # magic, version, queue, slot, store, generation, segment bytes
 _SEGMENT_MAGIC = b"KVTIERSG"
+_MARKS_AT = 512  # of the segment header's page
+# Store, generation, turn, entries crc, a bit for each value.
+_MARKS = struct.Struct(f"<QQQI{PAGE_BYTES - _MARKS_AT - 32}s")
 EMPTY = 0xFFFF  # in place of the queue: nothing is in the segment, and what looks like records is of an earlier use
 _TRAILER = struct.Struct("<8sHxxIQQQI")  # magic, version, entry count, store, generation, entries offset, entries crc
 _TRAILER_MAGIC = b"KVTIERFT"
@@ -86,6 +93,13 @@ class SegmentHeader:
     stamp: Stamp
     segment_bytes: int
     queue: int  # of eviction.py, where writing goes on after a restart; or EMPTY
+
+
+class Marks(NamedTuple):
+    """What eviction knows of a sealed segment."""
+
+    turn: int
+    were_read: bytes  # a byte for each value, not zero if it was read in this turn
 
 
 def namespace_id(namespace: str) -> int:
@@ -147,6 +161,22 @@ def record_namespace(page: bytes | memoryview, stamps: Collection[Stamp]) -> int
 
 def pack_segment_header(header: SegmentHeader) -> bytes:
     return _page(_SEGMENT.pack(_SEGMENT_MAGIC, VERSION, header.queue, header.slot, *header.stamp, header.segment_bytes))
+
+
+def pack_marked_header(header: SegmentHeader, marks: Marks, table: bytes | bytearray) -> bytes:
+    """The same page with the read marks of the segment's entries, as many of them as fit it: 28,416."""
+    bits = np.packbits(np.frombuffer(marks.were_read, np.uint8) != 0, bitorder="little").tobytes()
+    fields = _MARKS.pack(*header.stamp, marks.turn, crc32c(table), bits)
+    return pack_segment_header(header)[:_MARKS_AT] + fields + _CRC.pack(crc32c(fields))
+
+
+def unpack_marks(page: bytes | memoryview, trailer: "Trailer") -> Marks | None:
+    """The read marks on a segment header's page, or None if they are not those of the entries under this trailer."""
+    fields = _checked(page[_MARKS_AT:], _MARKS)
+    if fields is None or (Stamp(*fields[:2]), fields[3]) != (trailer.stamp, trailer.crc):
+        return None
+    bits = np.frombuffer(fields[4], np.uint8)
+    return Marks(fields[2], np.unpackbits(bits, bitorder="little").tobytes()[: trailer.table_bytes // ENTRY_BYTES])
 
 
 def unpack_segment_header(page: bytes | memoryview) -> SegmentHeader | None:

@@ -56,6 +56,7 @@ class Replicator:
         self._changed = threading.Condition()
         self._waiting: OrderedDict[bytes, None] = OrderedDict()
         self._offered: OrderedDict[bytes, float] = OrderedDict()  # key -> when, time.monotonic(); the oldest first
+        self._live: Sequence[str] = targets.targets()  # when `_offered` was noted
         self._counts: Counter[str] = Counter()
         self._stopping = False
         threading.Thread(target=self._work, name="kvtier-replicas", daemon=True).start()
@@ -67,8 +68,12 @@ class Replicator:
 
     def read(self, keys: Iterable[bytes]) -> None:
         """Note that these chunks were sent to a client. Any thread; does not block."""
-        again = time.monotonic() - _AGAIN_SECONDS
+        again, live = time.monotonic() - _AGAIN_SECONDS, self._targets.targets()
         with self._changed:
+            if live is not self._live:
+                if live != self._live:
+                    self._offered.clear()  # a key's other target may be another one now
+                self._live = live
             for key in keys:
                 if len(self._waiting) < _WAITING_MAX and self._offered.get(key, -math.inf) < again:
                     self._waiting[key] = None

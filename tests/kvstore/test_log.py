@@ -298,7 +298,7 @@ def test_no_fault_of_the_device_becomes_a_wrong_byte(tmp_path: Path, seed: int) 
         wanted = chance.randrange(number + 1)
         got = read(log, wanted)
         assert not got or got == payload(wanted, len(got))
-    assert files.faults > 50
+    assert files.faults > 30
     files.rate = 0.0
     survivors = {entry.key: entry for entry in log.entries()}
     log._close_files()  # as a crash would: no footer of the newest segment
@@ -382,3 +382,32 @@ def test_a_directory_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "store.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"store\.json is readable"):
         make(tmp_path)
+
+
+def test_what_is_live_is_what_the_index_points_to(tmp_path: Path, seed: int) -> None:
+    """Through eviction with values written again, corruption, a crash and a restart."""
+
+    def check(log: Log) -> None:
+        for segment in log._segments.values():
+            numbers = [log._index.get(segment.entry(number).key) for number in range(len(segment))]
+            expected = [where == segment.slot << 24 | number for number, where in enumerate(numbers)]
+            assert list(map(bool, segment.live)) == expected
+        told = [name for part in log.announced(7) for name in part["router_hash"].tolist()]
+        assert sorted(told) == sorted(entry.router_hash for entry in log.entries())
+
+    chance = random.Random(seed)
+    log = make(tmp_path, capacity=12 * SEGMENT)
+    for number in range(300):
+        append(log, number, chance.randrange(50_000, 150_000))
+        for _ in range(3):
+            read(log, chance.randrange(max(0, number - 60), number + 1))
+        if number % 40 == 20 and (entry := log.find(key(number - 1))) is not None:
+            log._forget(log._segments[log._index[entry.key] >> 24], entry)
+        if number % 50 == 0:
+            check(log)
+    assert log.stats.rewritten_bytes
+    check(log)
+    log._close_files()
+    again = make(tmp_path, capacity=12 * SEGMENT)
+    check(again)
+    again.close()

@@ -2,10 +2,12 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from benchmarks.store.authority import Authority
 from graphs.services import free_port
 from kvstore.__main__ import parse
 from kvstore.credentials import Credential
@@ -13,8 +15,9 @@ from kvstore.errors import ConfigError
 from kvstore.net import replicas
 from kvstore.net.backlog import Standing
 from kvstore.net.client import StoreClient
-from kvstore.net.membership import StaticMembership, other_target, target_for
+from kvstore.net.membership import StaticMembership, open_membership, other_target, target_for
 from kvstore.net.queues import WriteQueue
+from kvstore.net.tls import ClientTls
 from kvstore.net.wire import Outcome
 from kvstore.tenancy import replicate
 from tests.conftest import MIB, RunningTarget, eventually, item, key, payload, soon
@@ -180,3 +183,55 @@ def test_targets_of_several_namespaces_replicate_with_their_credentials(tmp_path
     assert set(get(store, range(10))) == {Outcome.HIT}
     processes[1].end(signal.SIGTERM)
     store.close()
+
+
+@pytest.mark.parametrize("certified", [True, False])
+def test_over_mutual_tls_with_credentials_and_etcd_a_loss_is_made_good(
+    tmp_path: Path, etcd_address: str, certified: bool
+) -> None:
+    """A target is killed: its chunks are served at once, and have two targets again when they are read once its lease
+    has run out. Without a certificate of their own, targets are served nothing by each other."""
+    authority = Authority(tmp_path)
+    server, own, worker = (authority.issue(name) for name in ("target", "peer", "worker"))
+    path = names_file(tmp_path, {"a": "32MiB"})
+    with ExitStack() as stack:
+        processes = []
+        for number in range(3):
+            (folder := tmp_path / str(number)).mkdir()
+            line = ["--dir", str(folder), "--capacity", "64MiB", "--segment-size", "4MiB", "--nats", ""]
+            line += ["--listen", f"127.0.0.1:{free_port()}", "--hot", "32MiB", "--namespaces", str(path)]
+            line += ["--tls-cert", server.cert, "--tls-key", server.key, "--tls-client-ca", server.ca]
+            line += ["--etcd", etcd_address, "--peers", f"etcd://{etcd_address}", "--store-tls-ca", own.ca]
+            line += ["--store-tls-cert", own.cert, "--store-tls-key", own.key] if certified else []
+            processes.append(Process(*line))
+            stack.callback(processes[-1].process.kill)
+            processes[-1].ready()
+        membership = open_membership(f"etcd://{etcd_address}", "a")
+        credential = Credential(SECRETS["a"].encode())
+        store = StoreClient(membership, namespace="a", credential=credential, tls=ClientTls(worker))
+        stack.callback(store.close)
+        eventually(lambda: len(membership.targets()) == 3)
+        numbers = range(30)
+        assert set(store.put([item(number) for number in numbers], soon())) == {Outcome.STORED}
+
+        def held(copies: int) -> bool:
+            assert set(get(store, numbers)) == {Outcome.HIT}
+            return sum(status.entries for status in store.stat(soon()).values()) == copies * len(numbers)
+
+        if certified:
+            eventually(lambda: held(2))
+            processes[0].end(signal.SIGKILL)
+            assert set(get(store, numbers)) == {Outcome.HIT}
+            eventually(lambda: len(membership.targets()) == 2, 30)
+            eventually(lambda: held(2))
+        else:
+
+            def refused() -> int:
+                statuses = store.stat(soon()).values()
+                return sum(status.replicas["refused"] for status in statuses)
+
+            assert held(1)
+            eventually(lambda: refused() == len(numbers))
+            assert held(1)
+        for process in processes[certified:]:
+            process.end(signal.SIGTERM)

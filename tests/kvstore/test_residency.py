@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import msgspec
 import nats
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -580,3 +581,52 @@ def test_what_is_announced_between_the_steps_of_a_snapshot_comes_after_it() -> N
         except StopIteration as end:
             joined = bool(end.value)
     assert known(mirror, range(1, 11_000)) == set(range(4, 10_003))
+
+
+def test_a_snapshot_makes_its_room_once_and_a_second_one_of_the_same_target_none() -> None:
+    mirror = Mirror(max_entries=1_000_000)
+    hashes = np.random.default_rng(1).integers(1, 1 << 63, 100_000, dtype=np.uint64)
+
+    def join(epoch: int) -> bool:
+        mirror.apply(Residency("t", epoch, 1, 0, 0, [], [], 0), 0.0)
+        pages = [SnapshotPage("t", epoch, 1, 5, 2, 7, part.tobytes()) for part in np.array_split(hashes, 2)]
+        return mirror.apply_snapshot(pages)
+
+    assert join(1)
+    size = mirror.size_bytes
+    assert mirror.counts(0.0) == {"t": len(hashes)}
+    while mirror.work():
+        pass
+    assert join(2)
+    while mirror.work():
+        pass
+    assert mirror.counts(0.0) == {"t": len(hashes)}
+    assert mirror.size_bytes <= size
+    located = mirror.locate(7, hashes.tolist(), 0.0)
+    assert located == ["t"] * len(hashes)
+
+
+def test_room_is_made_for_no_more_than_the_mirror_takes() -> None:
+    mirror = Mirror(max_entries=1000)
+    mirror.apply(Residency("t", 1, 1, 0, 0, [], [], 0), 0.0)
+    hashes = np.arange(1, 100_001, dtype=np.uint64)
+    mirror.apply_snapshot([SnapshotPage("t", 1, 1, 5, 1, 7, hashes.tobytes())])
+    assert mirror.counts(0.0) == {"t": 1000}
+    assert mirror.size_bytes <= 53 * 2048
+
+
+def test_two_snapshots_at_once_and_changes_between_their_steps() -> None:
+    mirror = Mirror(max_entries=1_000_000)
+    hashes = np.random.default_rng(2).integers(1, 1 << 63, 60_000, dtype=np.uint64)
+    joins = []
+    for number, part in enumerate(np.array_split(hashes, 2)):
+        mirror.apply(Residency(f"t{number}", 1, 1, 0, 0, [], [], 0), 0.0)
+        joins.append(mirror.joining([SnapshotPage(f"t{number}", 1, 1, 5, 1, 7, part.tobytes())]))
+    turns = 0
+    while joins:
+        joins = [steps for steps in joins if next(steps, "end") != "end"]
+        mirror.work()
+        turns += 1
+    assert turns > 10
+    assert sum(mirror.counts(0.0).values()) == len(hashes)
+    assert set(mirror.locate(7, hashes.tolist(), 0.0)) == {"t0", "t1"}
