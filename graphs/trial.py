@@ -221,7 +221,10 @@ class Trial:
                 raise RuntimeError(f"HTTP {response.status}: {await response.text()}")
             async for line in response.content:
                 if line.startswith(b"data: ") and b"[DONE]" not in line:
-                    yield json.loads(line[6:])
+                    part = json.loads(line[6:])
+                    if "choices" not in part:
+                        raise RuntimeError(f"in the stream: {part}")
+                    yield part
 
     async def client(self, endpoint: str) -> Any:
         """Dynamo's client of an endpoint of the cluster, for calls that HTTP does not offer."""
