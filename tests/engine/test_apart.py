@@ -79,7 +79,7 @@ async def test_prefill_takes_from_the_store_and_decode_goes_on(tmp_path: Path) -
         assert await handed_over(trial) > before  # what the decode worker did not hold still
 
         trial.child(DECODE).signal(signal.SIGSTOP)
-        with pytest.raises(RuntimeError, match="in the stream|HTTP 503"):
+        with pytest.raises(RuntimeError, match=r"in the stream|HTTP 503"):
             await trial.ask(trial.messages)
         trial.child(DECODE).signal(signal.SIGCONT)
         await trial.until(lambda: trial.ask(trial.messages), "the decode worker answers again", 30)
