@@ -89,7 +89,7 @@ async def test_the_command_line_prices_a_prompt(
 async def test_a_router_that_cannot_be_asked_says_so(asked: tuple[Router, str]) -> None:
     router, _ = asked
     address = f"127.0.0.1:{free_port()}"
-    runner = await open_page(page_access(address), router.decisions)
+    runner = await open_page(page_access(address), feed_of(router.decisions))
     with pytest.raises(UnavailableError):
         await asyncio.to_thread(explain.main, ["--tokens", "1", "--url", f"http://{address}"])
     await runner.cleanup()
