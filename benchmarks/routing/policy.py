@@ -25,7 +25,7 @@ import msgspec
 
 from benchmarks.routing import policy_bound, policy_rules, trace
 from benchmarks.routing.engine_model import Hardware
-from benchmarks.routing.policy_rules import GPU_PRICE, LLMD_PENALTY_SECONDS, ORACLES, STALL_PRICE
+from benchmarks.routing.policy_rules import LLMD_PENALTY_SECONDS, ORACLES, STALL_PRICE
 from benchmarks.routing.policy_sim import AGENTS, CHAT, KIMI, ClosedLoop, Outcome, Policy, Replay, Shape
 from benchmarks.routing.trace import Traced
 from kvstore.errors import ConfigError, run_command
@@ -147,9 +147,7 @@ def check(quick: bool) -> list[Check]:
 Makers = tuple[bool, list[Callable[[], Policy]]]
 
 
-def policies(
-    seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRICE, routers: int = 1
-) -> dict[str, Makers]:
+def policies(seed: int, stall_price: float = STALL_PRICE, routers: int = 1) -> dict[str, Makers]:
     """Name -> (with a store, what makes the policy; of several the best counts)."""
     found: dict[str, Makers] = {
         "round robin, no store": (False, [policy_rules.round_robin]),
@@ -160,7 +158,7 @@ def policies(
         "dynamo, shared": (True, [lambda: policy_rules.dynamo(0.5)]),
         "llm-d": (True, [lambda bound=bound: policy_rules.llmd(bound) for bound in LLMD_PENALTY_SECONDS]),  # type: ignore[misc]
         "lmetric": (True, [policy_rules.lmetric]),
-        "kvtier": (True, [lambda: policy_rules.ours(seed, gpu_price, stall_price)]),
+        "kvtier": (True, [lambda: policy_rules.ours(seed, stall_price)]),
         "oracle": (True, [lambda prices=prices: policy_rules.oracle(prices) for prices in ORACLES]),  # type: ignore[misc]
     }
     if routers > 1:
@@ -246,7 +244,7 @@ def replays(
     """Of each policy, for each seed; of several of a name that with the smallest mean TTFT."""
     rows = []
     for seed in range(1, 1 + options.seeds):
-        for name, (store, makers) in policies(seed, options.gpu_price, options.stall_price).items():
+        for name, (store, makers) in policies(seed, options.stall_price).items():
             outcomes: list[Outcome] = []
             for maker in makers:
                 replay = Replay(
@@ -351,7 +349,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="shorter, few numbers of clients, and up to 4 workers")
     parser.add_argument("--target-gb", type=number(0.001, 1000), default=5.0,
                         help="GB/s of a target, which two workers share")  # fmt: skip
-    parser.add_argument("--gpu-price", type=float, default=GPU_PRICE, help="the router's option of that name")
     parser.add_argument("--stall-price", type=float, default=STALL_PRICE, help="the router's option of that name")
     side_by_side = "of kvtier: so many side by side, told of each other or not, are played, too"
     parser.add_argument("--routers", type=number(1, 64, int), default=1, help=side_by_side)
@@ -383,7 +380,7 @@ def sweep_all(options: argparse.Namespace, report: Report) -> Iterator[tuple[str
         rows = [
             sweep(played, hardware, workers, unequal, name, make, seed, 20.0 if short else options.seconds)
             for seed in range(1, 1 + (1 if workers > 8 else options.seeds))
-            for name, make in policies(seed, options.gpu_price, options.stall_price, options.routers).items()
+            for name, make in policies(seed, options.stall_price, options.routers).items()
         ]
         bound = 0.0
         if unequal == "no":  # it is that of workers of one kind

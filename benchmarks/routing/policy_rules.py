@@ -20,7 +20,7 @@ from benchmarks.routing.policy_sim import (
 from components.pricing import cost
 from components.router.others import REPORT_SECONDS
 
-GPU_PRICE, STALL_PRICE = 0.5, 0.2  # the router's defaults
+STALL_PRICE = 0.2  # the router's default
 # With more workers than this, kvtier's policy looks at those that hold some of the prompt and at this many of the least
 # loaded ones alone: of two that hold nothing, the one with the longer queue is hardly ever the cheaper one.
 MANY_WORKERS = 16
@@ -129,7 +129,7 @@ def _uncached_in_flight(worker: Worker) -> int:
     return worker.prefill_tokens + worker.fetching_tokens
 
 
-def ours(seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRICE, noise: float = 0.1) -> Policy:
+def ours(seed: int, stall_price: float = STALL_PRICE, noise: float = 0.1) -> Policy:
     """This project's router, its speeds off by some 10 %."""
     chance = random.Random(seed)
     speeds: dict[int, cost.Speeds] = {}
@@ -138,7 +138,7 @@ def ours(seed: int, gpu_price: float = GPU_PRICE, stall_price: float = STALL_PRI
         for number in range(len(speeds), len(sim.workers)):
             prefill, dram, store = (chance.lognormvariate(0, noise) for _ in range(3))
             speeds[number] = known_speeds(sim.workers[number].hardware, prefill, dram, store)
-        return wanted(choose(sim, request, speeds.__getitem__, gpu_price, stall_price))
+        return wanted(choose(sim, request, speeds.__getitem__, stall_price))
 
     return decide
 
@@ -220,7 +220,6 @@ def choose(
     sim: Simulation,
     request: Request,
     speeds: Callable[[int], cost.Speeds],
-    gpu_price: float = GPU_PRICE,
     stall_price: float = STALL_PRICE,
     known: list[Worker] | None = None,
 ) -> cost.Choice:
@@ -248,6 +247,8 @@ def choose(
             queued_prefill_tokens=worker.prefill_tokens,
             fetching_bytes=worker.fetching_tokens * hardware.kv_bytes_per_token,
             running_requests=len(worker.running),
+            waiting_requests=worker.requests - len(worker.running),
+            fetching_requests=worker.fetching,
             prefill_share=sim.workers[worker.number].prefill_share(sim.now),
             memory_used=held(worker, worker.requests, worker.requests_tokens),
             memory_fetching=held(worker, worker.fetching, worker.fetching_requests_tokens),
@@ -262,14 +263,7 @@ def choose(
         )
         for worker in workers
     ]
-    # The share of workers that are busy is that of all of them.
-    among = _busy(known or sim.workers) / (_busy(workers) or 1.0)
-    policy = cost.Policy(gpu_price * among, stall_price)
-    return cost.choose(candidates, one.prompt_tokens, BLOCK_TOKENS, policy)[0]
-
-
-def _busy(workers: list[Worker]) -> float:
-    return sum(worker.prefill_tokens > 0 for worker in workers) / len(workers)
+    return cost.choose(candidates, one.prompt_tokens, BLOCK_TOKENS, cost.Policy(stall_price))[0]
 
 
 class Prices(msgspec.Struct, frozen=True):

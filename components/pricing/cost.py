@@ -4,9 +4,14 @@ For worker w and a plan that loads r chunks from the store:
 
     start  = max(wait(w, r), fetch(w, r))       # the fetch runs while the request queues
     ttft   = start + copy DRAM -> HBM + prefill(what is still missing | what is there)
-    price  = ttft + others * prefill + (decode pressure of w + the place taken from those that still fetch) / weight
-    others = (gpu_price + stall_price * requests that decode on w) / weight, at most w's patience - 1 (patience.py)
+    price  = ttft + (delay of others + decode pressure of w + the place taken from those that still fetch) / weight
+    delay  = (requests without a first token on w + stall_price * requests that decode on w) * prefill
+             + requests that fetch to w * own time on w's link
     decode pressure = stall_price * share of w's KV memory that is in use * seconds of the answer on an average worker
+
+So the price is in seconds of everybody: the prompt's own wait, and what it adds to that of others. A load is planned
+only if the worker would wait for it: the fetch outlasts the wait by at most patience * prefill saved (patience.py).
+The largest such load is not looked for: it may be the best only where a prefill delays others for longer than that.
 
 r is chosen with w: "load all", "load some" and "recompute" are one decision. Over r the price is a sum of a concave
 function (less prefill) and linear ones, with kinks where the fetch outlasts the wait and where its narrow place moves
@@ -50,13 +55,11 @@ class Speeds(msgspec.Struct, frozen=True, gc=False):
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """What a second is worth. `gpu_price` is what a GPU second costs when every worker is busy. `stall_price` is what a
-    second costs by which one request delays another that decodes on the same worker: by its prefill and, as its answer
-    takes a share of each step, by decoding. Of a prefill both together count for no more than a worker waits to save a
-    second of it: what is fetched for longer, it would compute. For one prompt, `weight` is what a second of its own
-    waiting counts against a second of others', and `answer_length` its answer's against the usual one."""
+    """What a second of others is worth. `stall_price` is what a second costs by which a prompt delays a request that
+    decodes on its worker: by its prefill and, as its answer takes a share of each step, by decoding. For one prompt,
+    `weight` is what a second of its own waiting counts against a second of others', and `answer_length` its answer's
+    against the usual one."""
 
-    gpu_price: float
     stall_price: float = 0.0
     weight: float = 1.0
     answer_length: float = 1.0
@@ -74,6 +77,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     queued_prefill_tokens: int = 0  # of other requests, not counting what they fetch
     fetching_bytes: int = 0  # on their way from the store for other requests
     running_requests: int = 0  # that decode there
+    waiting_requests: int = 0  # without a first token, those that fetch with them
+    fetching_requests: int = 0
     prefill_share: float = 0.0  # of its time of late, in which it computed prompts
     # Shares of its KV memory, expected answers with them. Above 1 some requests wait for it.
     memory_used: float = 0.0  # booked for other requests
@@ -105,7 +110,7 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     copy_seconds: float
     prefill_seconds: float
     ttft_seconds: float
-    gpu_seconds: float  # what the prefill is charged beyond its own time, for delaying others
+    delay_seconds: float  # of others, by this prompt's prefill and its fetch
     pressure_seconds: float  # for those that decode beside it, and those that memory is taken from
     price_seconds: float
 
@@ -142,6 +147,8 @@ class _Columns(NamedTuple):
     queued_prefill_tokens: Array
     fetching_bytes: Array
     running_requests: Array
+    waiting_requests: Array
+    fetching_requests: Array
     prefill_share: Array
     memory_used: Array
     memory_fetching: Array
@@ -185,7 +192,7 @@ class _Terms(NamedTuple):
     copy_seconds: Array
     prefill_seconds: Array
     ttft_seconds: Array
-    gpu_seconds: Array
+    delay_seconds: Array
     pressure_seconds: Array
     price_seconds: Array
 
@@ -333,12 +340,14 @@ def _price(c: _Columns, chunks: Array, in_turn: Array, prompt_tokens: int, block
     # be predicted, but it is no reason to compute.
     wait = _wait_seconds(c, np.where(chunks > 0, 0.0, c.memory_fetching))
     ttft = np.maximum(wait, fetch) + copy + prefill
-    busy = float((c.queued_prefill_tokens > 0).mean())
-    others = policy.gpu_price * busy + policy.stall_price * c.running_requests
-    gpu = np.minimum(others / policy.weight, patience(c.prefill_share) - 1) * prefill
+    own_link = chunks * c.chunk_bytes / c.store_bytes_per_second
+    delay = (c.waiting_requests + policy.stall_price * c.running_requests) * prefill + c.fetching_requests * own_link
+    delay = delay / policy.weight
     # By its own answers, which take longer there anyway, a slow worker would be left to idle.
     decoding = policy.stall_price * c.memory_used * policy.answer_length * c.answer_seconds.mean()
     pressure = (decoding + np.maximum(in_turn, fetch) - np.maximum(wait, fetch)) / policy.weight
+    saved = c.prefill_seconds(prompt_tokens - local, local) - prefill
+    is_given_up = (chunks > 0) & (np.maximum(fetch - in_turn, 0) > patience(c.prefill_share) * saved)
     return _Terms(
         first_chunk=c.first_chunk,
         fetch_chunks=chunks,
@@ -351,7 +360,7 @@ def _price(c: _Columns, chunks: Array, in_turn: Array, prompt_tokens: int, block
         copy_seconds=copy,
         prefill_seconds=prefill,
         ttft_seconds=ttft,
-        gpu_seconds=gpu,
+        delay_seconds=delay,
         pressure_seconds=pressure,
-        price_seconds=ttft + gpu + pressure,
+        price_seconds=np.where(is_given_up, np.inf, ttft + delay + pressure),
     )

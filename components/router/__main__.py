@@ -64,7 +64,6 @@ class Options(CommonOptions):
     dram_gbytes_per_second: float = Field(25, gt=0)
     store_gbytes_per_second: float = Field(3, gt=0)
     store_latency_ms: float = Field(2, ge=0)
-    gpu_price: float = Field(0.5, ge=0)
     stall_price: float = Field(0.2, ge=0)
     session_affinity_seconds: float = Field(0, ge=0)
     page: str = ""
@@ -137,7 +136,6 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--dram-gbytes-per-second", help="speed from the DRAM tier to HBM; default 25")
     parser.add_argument("--store-gbytes-per-second", help="speed from the store to one worker's DRAM tier; default 3")
     parser.add_argument("--store-latency-ms", help="latency of the first byte from the store; default 2")
-    parser.add_argument("--gpu-price", help="price of a GPU second when all are busy, in seconds; default 0.5")
     parser.add_argument(
         "--stall-price",
         help="price of delaying one decoding request by a second, in seconds; default 0.2",
@@ -314,7 +312,7 @@ def _router(
         mirror,
         block_tokens=block_tokens,
         speeds=speeds,
-        policy=Policy(options.gpu_price, options.stall_price),
+        policy=Policy(options.stall_price),
         deadline_ms=(min(100, options.deadline_ms), options.deadline_ms),
         deadlines=options.deadlines(),
         session_idle_seconds=options.session_affinity_seconds,

@@ -562,7 +562,7 @@ def _considered(choice: Choice) -> Considered:
         "fetch": start - choice.wait_seconds,  # the part that does not overlap with the wait
         "copy": choice.copy_seconds,
         "prefill": choice.prefill_seconds,
-        "gpu": choice.gpu_seconds,
+        "delay": choice.delay_seconds,
         "pressure": choice.pressure_seconds,
     }
     seconds = {name: value for name, value in _parts(choice).items() if name != "price"}

@@ -25,7 +25,7 @@ SILENT_SECONDS = 3.0
 ROUTERS_MAX = 64
 # Limits for the sum of all other routers, in the order of Load: reports are not authenticated, and deadlines depend on
 # predictions. A million tokens to prefill are two minutes for a 70B model.
-_AMOUNTS_MAX = 1 << 20, 1 << 22, 1 << 12, 1 << 40, 1 << 22
+_AMOUNTS_MAX = 1 << 20, 1 << 22, 1 << 12, 1 << 40, 1 << 22, 1 << 8, 1 << 8
 # The same for a target: some seconds of a fast device.
 _TARGET_BYTES_MAX = 1 << 36
 # Reports with larger values are rejected.
@@ -123,14 +123,22 @@ class Others:
         return False
 
 
-def _amounts(load: Load) -> tuple[int, int, int, int, int]:
-    return load.prefill_tokens, load.memory_tokens, load.decoding, load.fetching_bytes, load.fetching_memory_tokens
+def _amounts(load: Load) -> tuple[int, ...]:
+    return (
+        load.prefill_tokens,
+        load.memory_tokens,
+        load.decoding,
+        load.fetching_bytes,
+        load.fetching_memory_tokens,
+        load.waiting,
+        load.fetching,
+    )
 
 
 def _is_plausible(load: Load) -> bool:
     tokens = load.prefill_tokens, load.memory_tokens, load.fetching_memory_tokens
     return (
         all(0 <= one <= TOKENS_MAX for one in tokens)
-        and 0 <= load.decoding <= _REQUESTS_MAX
+        and all(0 <= one <= _REQUESTS_MAX for one in (load.decoding, load.waiting, load.fetching))
         and 0 <= load.fetching_bytes <= _BYTES_MAX
     )

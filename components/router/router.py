@@ -143,6 +143,9 @@ class Router:
         self._memory_later: defaultdict[int, int] = defaultdict(int)
         # Bytes in flight by target.
         self._target_bytes: defaultdict[str, int] = defaultdict(int)
+        # Prompts without a first token, and of these, those whose fetch is not predicted to have arrived.
+        self._waiting: defaultdict[int, int] = defaultdict(int)
+        self._fetching: defaultdict[int, int] = defaultdict(int)
         # Prompts in Dynamo's accounts without a first token; the others there decode.
         self._prefilling: defaultdict[int, int] = defaultdict(int)
         # Prompts in Dynamo's accounts with a hint of the answer's length, and the sum of these hints.
@@ -161,6 +164,8 @@ class Router:
             "fetching bytes": sum(self._fetching_bytes.values()),
             "memory later": sum(self._memory_later.values()),
             "fetching bytes by target": sum(self._target_bytes.values()),
+            "waiting": sum(self._waiting.values()),
+            "fetching": sum(self._fetching.values()),
             "prefilling": sum(self._prefilling.values()),
             "unbooked tokens": sum(self._unbooked_tokens.values()),
             "hinted": sum(self._hinted.values()) + sum(self._hinted_tokens.values()),
@@ -423,6 +428,8 @@ class Router:
                     queued_prefill_tokens=load.prefill_tokens,
                     fetching_bytes=load.fetching_bytes,
                     running_requests=load.decoding,
+                    waiting_requests=load.waiting,
+                    fetching_requests=load.fetching,
                     prefill_share=prefill_share,
                     memory_used=load.memory_tokens / memory,
                     memory_fetching=load.fetching_memory_tokens / memory,
@@ -457,6 +464,8 @@ class Router:
             max(0, running - self._prefilling.get(worker, 0)),
             self._fetching_bytes.get(worker, 0),
             self._memory_later.get(worker, 0),
+            self._waiting.get(worker, 0),
+            self._fetching.get(worker, 0),
         )
 
     def _handed_over(self, candidate: Candidate, tokens: int, handover: Handover) -> Candidate:
@@ -622,12 +631,14 @@ class Router:
         by_target = Counter(target for target in fetched if target is not None)
         with ExitStack() as booked:
             book = booked.enter_context
+            book(_added(self._waiting, candidate.worker, 1))
             book(_added(self._fetching_tokens, candidate.worker, choice.store_tokens))
             book(_added(self._fetching_bytes, candidate.worker, choice.fetch_chunks * candidate.chunk_bytes))
             if fetched:
                 answer_tokens = round(hints.expected(self._speeds.answers(candidate.worker).tokens))
                 later = book(ExitStack())  # closed earlier, when the fetch is predicted to have arrived
                 later.enter_context(_added(self._memory_later, candidate.worker, choice.prompt_tokens + answer_tokens))
+                later.enter_context(_added(self._fetching, candidate.worker, 1))
                 timer = asyncio.get_running_loop().call_later(choice.fetch_seconds, later.close)
                 booked.callback(timer.cancel)
             for target, chunks in by_target.items():

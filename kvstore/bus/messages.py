@@ -126,6 +126,8 @@ class Load(msgspec.Struct, array_like=True, frozen=True):
     decoding: int = 0  # requests
     fetching_bytes: int = 0
     fetching_memory_tokens: int = 0  # of memory_tokens, for prompts that still fetch
+    waiting: int = 0  # requests without a token; routers before release 0.2 do not say
+    fetching: int = 0  # of these, those that still fetch
 
 
 class RouterReport(msgspec.Struct, frozen=True):

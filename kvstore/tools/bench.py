@@ -52,7 +52,7 @@ MODELS = (
 
 
 _SLOW = """An FP8 KV cache (vLLM's --kv-cache-dtype fp8) halves the bytes of bf16. Several targets add their throughput.
-Loading that is slower than computing still frees a busy GPU: see the router's --gpu-price."""
+Loading that is slower than computing still frees a busy GPU: routers and workers load where others wait for it."""
 
 
 class Verdict(msgspec.Struct):

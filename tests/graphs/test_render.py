@@ -600,7 +600,7 @@ def test_a_routers_flag_changes_no_worker() -> None:
     """The operator restarts all components of type worker, prefill or decode when one of them changes."""
     rendered = [
         yaml.safe_load_all(render("k8s", ROUTED, CONFIGS / "two_gpu.yaml", overrides, Path("docker")))
-        for overrides in ([], ["--Router.gpu-price=0.7"])
+        for overrides in ([], ["--Router.stall-price=0.7"])
     ]
     graphs = [next(one for one in documents if one["kind"] == manifests.GRAPH) for documents in rendered]
     workers = [[one for one in graph["spec"]["components"] if "type" in one] for graph in graphs]

@@ -755,7 +755,7 @@ def test_who_started_it_is_told_how_to_see_a_hit_and_that_weights_are_random(
         ("components.worker", ["--model", "a/b", "--store", "a:1", "--nats", "nats://127.0.0.1:9"], "nats: no server"),
         ("components.router", ["--model-name", "m", "--model-path", "/nowhere"], "model-path: '/nowhere' given"),
         ("components.router", ["--model-name", "m", "--block-size", "0"], "block-size: '0' given"),
-        ("components.router", ["--model-name", "m", "--gpu-price", "x"], "gpu-price: 'x' given, expected a number"),
+        ("components.router", ["--model-name", "m", "--stall-price", "x"], "stall-price: 'x' given, expected a number"),
     ],
 )
 def test_components_tell_bad_input_in_one_line(module: str, arguments: list[str], says: str) -> None:

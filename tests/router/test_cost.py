@@ -19,7 +19,7 @@ SPEEDS = Speeds(
     store_bytes_per_second=3e9,
     store_latency_seconds=0.002,
 )
-POLICY = Policy(gpu_price=0.5)
+POLICY = Policy(stall_price=0.2)
 BLOCK, CHUNK_BYTES = 16, 16 * 320 * 1024  # Llama-3.1-70B in BF16
 
 
@@ -53,7 +53,8 @@ speeds = st.builds(
     st.integers(0, 200),
     st.integers(0, 20_000),
     st.integers(0, 10**9),
-    st.floats(0, 3),
+    st.integers(0, 20),
+    st.floats(0, patience(0.0) - 1),  # beyond, the largest load that a worker waits for is not looked for
     st.integers(0, 10**10),
     st.floats(0.1, 1),
     st.floats(1e7, 1e11),
@@ -67,7 +68,8 @@ def test_the_kinks_are_as_good_as_all(
     chunks: int,
     queued: int,
     fetching: int,
-    gpu_price: float,
+    fetching_requests: int,
+    delayed: float,
     owed: int,
     share: float,
     rate: float,
@@ -82,6 +84,8 @@ def test_the_kinks_are_as_good_as_all(
         dram_blocks=max(hbm, dram),
         queued_prefill_tokens=queued,
         fetching_bytes=fetching,
+        running_requests=1,
+        fetching_requests=fetching_requests,
         blocks_per_chunk=blocks_per_chunk,
         chunk_bytes=CHUNK_BYTES * blocks_per_chunk,
         located=["t"] * chunks,
@@ -89,7 +93,7 @@ def test_the_kinks_are_as_good_as_all(
         target_fetching_bytes=owed,
         target_bytes_per_second=rate,
     )
-    policy = Policy(gpu_price)
+    policy = Policy(stall_price=delayed)
     chosen, _ = choose([one], tokens, BLOCK, policy)
     ((_, available),) = cost.fetchable([one])
     every = np.arange(available + 1, dtype=np.float64)[None, :]
@@ -147,15 +151,24 @@ def test_the_store_makes_any_worker_a_warm_one() -> None:
     assert choice.store_tokens > 2000
 
 
-def test_dearer_gpus_make_fetching_worth_more() -> None:
-    speed = replace(SPEEDS, store_bytes_per_second=2.7e9)
-    one = candidate(located=["t"] * 137, speeds=speed)
-    idle, _ = choose([one], 2200, BLOCK, Policy(0.0))
-    others_busy = [one, candidate(2, speeds=speed, queued_prefill_tokens=50_000)]
-    busy, _ = choose(others_busy, 2200, BLOCK, Policy(4.0))
-    assert idle.fetch_chunks == 0
-    assert busy.candidate.worker == 1
-    assert busy.fetch_chunks == 137
+def test_requests_without_a_first_token_make_fetching_worth_more_and_those_that_fetch_make_it_worth_less() -> None:
+    """As long as the worker would wait for it."""
+    one = candidate(located=["t"] * 137, speeds=replace(SPEEDS, store_bytes_per_second=2.9e9), prefill_share=0.3)
+    assert best([one]).fetch_chunks == 0
+    assert best([replace(one, waiting_requests=4)]).fetch_chunks == 137
+    assert best([replace(one, waiting_requests=4, fetching_requests=9)]).fetch_chunks == 0
+    slow = replace(one, speeds=replace(SPEEDS, store_bytes_per_second=1e9), waiting_requests=50)
+    assert best([slow]).fetch_chunks == 0
+
+
+def test_a_prefill_goes_where_it_delays_fewer_requests() -> None:
+    """Whether these decode, or have no first token yet."""
+    crowd, calm = candidate(1, waiting_requests=3), candidate(2, running_requests=3)
+    chosen, choices = choose([crowd, calm], 2200, BLOCK, POLICY)
+    assert chosen.candidate.worker == 2
+    assert [one.delay_seconds for one in choices] == pytest.approx(
+        [count * chosen.prefill_seconds for count in (3, 3 * POLICY.stall_price)]
+    )
 
 
 def test_a_full_memory_is_waited_for_as_long_as_that_much_of_it_takes_to_change_hands() -> None:
@@ -176,7 +189,7 @@ def test_to_compute_for_a_sooner_place_in_the_memory_is_predicted_and_not_reward
 
 
 def test_ties_go_to_the_least_loaded_and_then_to_chance() -> None:
-    free = Policy(gpu_price=0.0)
+    free = Policy()
     fuller = candidate(1, memory_used=0.9)
     assert {choose([fuller, candidate(2)], 100, BLOCK, free)[0].candidate.worker for _ in range(20)} == {2}
     assert {choose([candidate(1), candidate(2)], 100, BLOCK, free)[0].candidate.worker for _ in range(50)} == {1, 2}
@@ -219,7 +232,7 @@ def test_faster_is_never_dearer_and_no_load_is_slower_than_recompute(
     better = replace(one, speeds=faster)
     assert best([better], 3200).price_seconds <= price + 1e-9
     assert best([replace(one, target_bytes_per_second=rate * factor)], 3200).price_seconds <= price + 1e-9
-    free = Policy(gpu_price=0.0)
+    free = Policy()
     with_store, _ = choose([one], 3200, BLOCK, free)
     without, _ = choose([replace(one, located=())], 3200, BLOCK, free)
     assert with_store.ttft_seconds <= without.ttft_seconds + 1e-9
@@ -239,17 +252,16 @@ def test_the_more_decode_there_the_less_is_computed(
     in_calm, in_crowd = (choose([one], 3200, BLOCK, policy)[0] for one in (calm, crowded))
     assert in_crowd.prefill_seconds <= in_calm.prefill_seconds
     assert in_crowd.price_seconds >= in_calm.price_seconds
-    others = min(stall_price * running, patience(share) - 1)
-    assert in_calm.gpu_seconds == pytest.approx(others * in_calm.prefill_seconds)
+    assert in_calm.delay_seconds == pytest.approx(stall_price * running * in_calm.prefill_seconds)
 
 
-@given(speeds, st.integers(1, 200), st.integers(0, 64), st.floats(0, 1), st.floats(0, 4), st.floats(0, 2))
+@given(speeds, st.integers(1, 200), st.integers(0, 64), st.floats(0, 1), st.integers(0, 64), st.floats(0, 2))
 def test_what_is_to_be_fetched_while_a_worker_could_compute_it_would_wait_for(
-    speed: Speeds, chunks: int, running: int, share: float, gpu_price: float, stall_price: float
+    speed: Speeds, chunks: int, running: int, share: float, waiting: int, stall_price: float
 ) -> None:
     """Or a plan says load, and the worker gives it up and computes."""
     one = candidate(located=["t"] * chunks, speeds=speed, running_requests=running, prefill_share=share)
-    choice, _ = choose([one], 3200, BLOCK, Policy(gpu_price, stall_price))
+    choice, _ = choose([replace(one, waiting_requests=waiting)], 3200, BLOCK, Policy(stall_price))
     worth = worth_waiting_for(
         choice.fetch_chunks,
         chunk_bytes=CHUNK_BYTES,
@@ -318,7 +330,8 @@ def test_a_dominated_worker_is_never_preferred(data: st.DataObject) -> None:
             better.speeds.store_latency_seconds * slower,
         ),
     )
-    policy = Policy(data.draw(st.floats(0, 2)), data.draw(st.floats(0, 2)))
+    # Where a prefill delays more than that, a load that does not save enough is out, whatever its price.
+    policy = Policy(data.draw(st.floats(0, 1)) * (patience(0.0) - 1) / max(1, worse.running_requests))
     _, (of_better, of_worse) = choose([better, worse], 3200, BLOCK, policy)
     assert of_better.price_seconds <= of_worse.price_seconds + 1e-9
 
@@ -327,7 +340,7 @@ def test_a_prompt_goes_where_its_answer_delays_others_less() -> None:
     """Even where its first token comes a little later, and the more so, the longer answers take."""
     full = candidate(1, memory_used=0.9, answer_seconds=10.0)
     free = candidate(2, queued_prefill_tokens=2000, answer_seconds=10.0)
-    policy = Policy(gpu_price=0.0, stall_price=0.2)
+    policy = Policy(stall_price=0.2)
     assert choose([full, free], 3200, BLOCK, policy)[0].candidate.worker == 2
     brief = [replace(one, answer_seconds=0.1) for one in (full, free)]
     assert choose(brief, 3200, BLOCK, policy)[0].candidate.worker == 1
@@ -340,10 +353,10 @@ def test_a_prompt_that_counts_more_has_its_first_token_sooner_at_others_cost_and
     free = candidate(2, queued_prefill_tokens=10_000, answer_seconds=10.0)
     workers = []
     for weight in (0.1, 1.0, 10.0):
-        policy = Policy(gpu_price=0.5, stall_price=0.1, weight=weight)
+        policy = Policy(stall_price=0.1, weight=weight)
         chosen, choices = choose([full, free], 3200, BLOCK, policy)
         assert chosen.price_seconds == choices.price_seconds.min()
         workers.append(chosen.candidate.worker)
     assert workers == [2, 1, 1]
-    long = Policy(gpu_price=0.5, stall_price=0.1, answer_length=10.0)
+    long = Policy(stall_price=0.1, answer_length=10.0)
     assert choose([full, free], 3200, BLOCK, long)[0].candidate.worker == 2

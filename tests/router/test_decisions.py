@@ -12,7 +12,7 @@ from kvstore.bus.messages import Residency, WorkerReport
 from kvstore.bus.residency import Mirror
 
 SPEEDS = Speeds(0.04, 1e-4, 0.0, 25e9, 10e9, 0.002)
-POLICY = Policy(gpu_price=0.5)
+POLICY = Policy(stall_price=0.2)
 
 
 def test_regret_is_what_another_worker_would_have_saved() -> None:

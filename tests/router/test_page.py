@@ -25,7 +25,7 @@ from kvstore.bus.residency import Mirror
 from kvstore.errors import ConfigError, UnavailableError
 
 SPEEDS = Speeds(0.04, 1e-4, 0.0, 25e9, 10e9, 0.002)
-POLICY = Policy(gpu_price=0.5)
+POLICY = Policy(stall_price=0.2)
 
 
 def decided(

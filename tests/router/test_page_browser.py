@@ -29,7 +29,7 @@ from tests.browser import chromium, looking, needs_chromium
 pytestmark = [needs_chromium, pytest.mark.asyncio(loop_scope="module")]
 
 SPEEDS = Speeds(0.04, 1e-4, 0.0, 25e9, 5e9, 0.002)
-POLICY = Policy(gpu_price=0.5)
+POLICY = Policy(stall_price=0.2)
 ENDPOINT = "dynamo.backend.generate"
 WORKERS = [0x694D9A1C2F1A, 0x694D9A1C3F2B, 0x694D9A1C4F3C]
 TARGET = "10.0.0.7:7600"
@@ -288,7 +288,7 @@ CONTRAST = """() => {
     const found = ratio(parse(getComputedStyle(one).color), behind(one));
     if (found < 4.5) poor.push([one.className, one.textContent.slice(0, 30), found]);
   }
-  for (const part of document.querySelectorAll(".part:not(.term-gpu), .swatch:not(.term-gpu)")) {
+  for (const part of document.querySelectorAll(".part:not(.term-delay), .swatch:not(.term-delay)")) {
     const found = ratio(parse(getComputedStyle(part).backgroundColor), behind(part.closest("section, .readings")));
     if (found < 3) poor.push([part.className, "", found]);
   }

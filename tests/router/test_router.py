@@ -109,7 +109,7 @@ def make(kv_router: KvRouter, mirror: Mirror | None = None, **options: Any) -> R
     workers.set_cards({str(worker): card for worker in kv_router.rows})
     for worker in kv_router.rows:
         workers.heard(WorkerReport(str(worker), ENDPOINT, 7, BLOCK, 1, 1000, 0), time.monotonic())
-    policy = Policy(gpu_price=0.5)
+    policy = Policy(stall_price=0.2)
     return Router(
         kv_router,
         workers,

@@ -22,7 +22,7 @@ const TERMS = {
   fetch: ["fetch", "from the store: what the wait does not hide"],
   copy: ["copy", "from DRAM to HBM"],
   prefill: ["prefill", "of the tokens that no tier holds"],
-  gpu: ["GPU", "what the prefill is charged for delaying others"],
+  delay: ["delay", "of others: by its prefill, of those that wait or decode there; by its fetch, of those that fetch"],
   pressure: ["memory", "charged for delaying what decodes there"],
 };
 
