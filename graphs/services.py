@@ -307,6 +307,19 @@ def routers(workers: str = "VllmWorker", decode_workers: str = "") -> Service:
     return Service("Router", lambda settings, deployment: _router(workers, decode_workers, settings, deployment))
 
 
+def _share_chunks(workers: str, flags: Mapping[str, Setting], others: str, theirs: Mapping[str, Setting]) -> None:
+    """Raises ConfigError unless either service finds what the other one stores."""
+    from components.worker.__main__ import Options
+
+    for name in ("namespace", "blocks-per-chunk"):
+        default = Options.model_fields[name.replace("-", "_")].default
+        mine, other = flags.get(name, default), theirs.get(name, default)
+        if mine != other:
+            raise ConfigError(
+                f"{others}.{name}", other, f"{workers}'s '{mine}', so that either finds what the other stores"
+            )
+
+
 def _router(workers: str, decode_workers: str, settings: Settings, deployment: Deployment) -> list[Process]:
     from components.router.__main__ import Options
     from components.router.view.access import VARIABLE as PAGE_TOKEN
@@ -320,10 +333,8 @@ def _router(workers: str, decode_workers: str, settings: Settings, deployment: D
     apart: dict[str, Setting] = {}
     if decode_workers:
         theirs = deployment.of(decode_workers).flags
-        namespaces = [flags.get("namespace", "default") for flags in (theirs, worker)]
-        if theirs.get("tier", True) and namespaces[0] != namespaces[1]:
-            expected = f"{workers}'s '{namespaces[1]}', so that either finds what the other stores"
-            raise ConfigError(f"{decode_workers}.namespace", namespaces[0], expected)
+        if theirs.get("tier", True):
+            _share_chunks(workers, worker, decode_workers, theirs)
         decode_endpoint = theirs.get("endpoint", DEFAULT_ENDPOINT)
         apart = {"endpoint": _PREFILL_ENDPOINT, "worker-type": "prefill", "decode-endpoint": decode_endpoint}
     flags: dict[str, Setting] = {

@@ -341,8 +341,8 @@ def _price(c: _Columns, chunks: Array, in_turn: Array, prompt_tokens: int, block
     wait = _wait_seconds(c, np.where(chunks > 0, 0.0, c.memory_fetching))
     ttft = np.maximum(wait, fetch) + copy + prefill
     own_link = chunks * c.chunk_bytes / c.store_bytes_per_second
-    delay = (c.waiting_requests + policy.stall_price * c.running_requests) * prefill + c.fetching_requests * own_link
-    delay = delay / policy.weight
+    delayed = (c.waiting_requests + policy.stall_price * c.running_requests) * prefill + c.fetching_requests * own_link
+    delay = delayed / policy.weight
     # By its own answers, which take longer there anyway, a slow worker would be left to idle.
     decoding = policy.stall_price * c.memory_used * policy.answer_length * c.answer_seconds.mean()
     pressure = (decoding + np.maximum(in_turn, fetch) - np.maximum(wait, fetch)) / policy.weight

@@ -84,9 +84,13 @@ class Decision(msgspec.Struct):
     without_store_prefill_seconds: float = 0.0
     prefilled: Prefilled | None = None  # if the chosen worker took the KV from a prefill worker
 
+    def on_chosen(self) -> Considered:
+        """The chosen worker's candidate."""
+        return next(one for one in self.candidates if one.worker == self.chosen)
+
     def to_decode(self) -> Prefilled:
         """Of an answered prompt of a prefill worker, what its decode worker's decision keeps."""
-        chosen = next(one for one in self.candidates if one.worker == self.chosen)
+        chosen = self.on_chosen()
         return Prefilled(
             self.id,
             self.chosen,

@@ -97,7 +97,7 @@ class Router:
 
     - `kv_router`: a dynamo.llm.KvRouter on the workers' endpoint with `block_tokens`.
     - `own_id`: the router's own instance id, as frontends know it.
-    - `handover`: only for decode workers, which have no tier.
+    - `handover`: only for decode workers, whose prompts may come from prefill workers.
     - `others`: the load from other routers.
     - `has_fallback`: the caller can serve a prompt in another way if no worker is trusted.
     """

@@ -299,6 +299,9 @@ def test_prefill_and_decode_workers_are_found_by_their_router_alone(tmp_path: Pa
     assert "Kvtier" not in decode
     with pytest.raises(ConfigError, match=r"DecodeWorker.namespace: 'default' .* PrefillWorker's 'ours'"):
         load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", overrides[:2], tmp_path).processes()
+    apart = ["--PrefillWorker.blocks-per-chunk=4"]
+    with pytest.raises(ConfigError, match=r"DecodeWorker.blocks-per-chunk: .* PrefillWorker's '4'"):
+        load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", apart, tmp_path).processes()
 
 
 def test_gpus_are_taken_from_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,7 @@ class Viewer:
 
 
 def summary(decision: Decision) -> Summary:
-    chosen = _chosen(decision)
+    chosen = decision.on_chosen()
     return Summary(
         decision.id,
         decision.time,
@@ -358,16 +358,12 @@ def summary(decision: Decision) -> Summary:
 
 def tokens_of(decision: Decision) -> dict[str, int]:
     """Of the prompt, by source."""
-    return decision.prefilled.tokens if decision.prefilled else _chosen(decision).tokens
-
-
-def _chosen(decision: Decision) -> Considered:
-    return next(one for one in decision.candidates if one.worker == decision.chosen)
+    return decision.prefilled.tokens if decision.prefilled else decision.on_chosen().tokens
 
 
 def _sample(decision: Decision, wall: float) -> Sample:
     assert decision.ttft_seconds is not None
-    prefill, without_store = _chosen(decision).seconds["prefill"], decision.without_store_prefill_seconds
+    prefill, without_store = decision.on_chosen().seconds["prefill"], decision.without_store_prefill_seconds
     if decision.prefilled:
         prefill, without_store = decision.prefilled.prefill_seconds, decision.prefilled.without_store_prefill_seconds
     return Sample(
