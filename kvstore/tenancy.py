@@ -37,6 +37,8 @@ BUFFER_BYTES_MIN = 32 << 20
 # Queue limit for warm-up requests; more are dropped. They are answered one after the other. Each walks the target's
 # entries, about 0.1 s per million, while GETs continue.
 _WARMS_WAITING_MAX = 8
+# Hits of the seconds before count less by this factor a second: the last five or so decide.
+_HITS_KEPT = 0.8
 _WALK_ENTRIES = 4096  # per step of the walk: 0.1 ms
 
 
@@ -245,9 +247,12 @@ def _warmed(target: Target, request: Warm) -> Warmed:
 async def report(target: Target, line: "Bus", namespace: str) -> None:
     """Publish the target's load to the routers once a second, until cancelled."""
     before, then = target.status(), time.monotonic()
+    from_memory = from_devices = 0.0
     while True:
         await asyncio.sleep(messages.HEARTBEAT_SECONDS)
         status, now = target.status(), time.monotonic()
+        from_memory = _HITS_KEPT * from_memory + status.hot_hits - before.hot_hits
+        from_devices = _HITS_KEPT * from_devices + status.device_hits - before.device_hits
         report = TargetReport(
             target=status.target,
             epoch=status.epoch,
@@ -263,6 +268,7 @@ async def report(target: Target, line: "Bus", namespace: str) -> None:
             evicted_age_seconds=status.evicted_age_seconds,
             corrupt_chunks=status.corrupt_entries,
             failed_writes=status.failed_writes,
+            memory_share=from_memory / max(1.0, from_memory + from_devices),
         )
         await line.publish(messages.subject(namespace, "speed.target", target.name), report)
         before, then = status, now

@@ -18,6 +18,7 @@ import msgspec
 from benchmarks.routing import policy_rules
 from benchmarks.routing.engine_model import Hardware
 from benchmarks.routing.policy_sim import BLOCK_TOKENS, CHAT, CHUNK_TOKENS, ClosedLoop, Request, Simulation
+from components.pricing.cost import Choice
 from components.router.speeds import LiveSpeeds
 from kvstore.bus.messages import WorkerReport
 
@@ -47,6 +48,7 @@ class Predicting:
         slow = 1 / PRIOR_FACTOR
         self._speeds = LiveSpeeds(policy_rules.known_speeds(hardware, PRIOR_FACTOR, slow, slow))
         self._reported = 0
+        self._chosen: dict[int, Choice] = {}  # by id of the request, until its first token
         self.errors: list[float] = []
         self.ratios: list[float] = []
 
@@ -56,6 +58,7 @@ class Predicting:
             for worker in sim.workers:
                 self._speeds.heard_worker(self._report(sim.hardware, worker.number))
         choice = policy_rules.choose(sim, request, self._speeds.of_worker)
+        self._chosen[id(request)] = choice
         request.predicted_seconds = choice.ttft_seconds
         request.queued = choice.wait_seconds > 0
         return policy_rules.wanted(choice)
@@ -64,8 +67,10 @@ class Predicting:
         took = request.first - request.arrived
         self.ratios.append(took / request.predicted_seconds)
         self.errors.append(abs(request.predicted_seconds / took - 1))
+        choice = self._chosen.pop(id(request))
         if not request.fetch_tokens and not request.queued:
-            self._speeds.observed(request.worker, request.predicted_seconds, took)
+            context = choice.prompt_tokens - choice.missing_tokens
+            self._speeds.observed(request.worker, choice.missing_tokens, context, took - choice.copy_seconds)
 
     def _report(self, hardware: Hardware, worker: int) -> WorkerReport:
         off = [self._chance.lognormvariate(0, self._noise) for _ in range(3)]

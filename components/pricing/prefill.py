@@ -49,8 +49,9 @@ class Prefill(NamedTuple):
 
 
 class PrefillFit:
-    """Fits the model to engine steps. A step that was slow for another reason counts little: least absolute deviation,
-    by reweighted least squares, with no coefficient below zero."""
+    """Fits the model to engine steps. A step that took longer for another reason counts little, and so does one that
+    seems short: when the scheduler's thread is held up, one step ends late and the next at once. Least absolute
+    deviation, by reweighted least squares, with no coefficient below zero."""
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, float, float]] = deque(maxlen=_SAMPLES_MAX)
@@ -67,12 +68,15 @@ class PrefillFit:
         data = np.array(self._samples)
         columns = np.column_stack([np.ones(len(data)), data[:, 0], data[:, 1]])
         seconds = data[:, 2]
-        # Errors count in relation to the step, or long prompts alone would decide.
-        weights = 1 / seconds
+        # Errors count in relation to the step, or long prompts alone would decide; and to what it should have taken, or
+        # a single step that seems to take no time would.
+        scale = np.maximum(seconds, data[:, 0] * np.median(seconds / data[:, 0]))
+        weights = 1 / scale
         for _ in range(_REWEIGHTINGS):
             coefficients = _non_negative(columns, seconds, weights)
-            misses = np.abs(columns @ coefficients - seconds) / seconds
-            weights = 1 / seconds / np.sqrt(np.maximum(misses, 0.02))
+            predicted = columns @ coefficients
+            scale = np.maximum(seconds, predicted)
+            weights = 1 / scale / np.sqrt(np.maximum(np.abs(predicted - seconds) / scale, 0.02))
         return Prefill(*(float(one) for one in coefficients))
 
 

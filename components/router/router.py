@@ -534,7 +534,8 @@ class Router:
             took = self._clock() - sent
             self.decisions.first_token(decision, took)
             if not choice.fetch_chunks and not choice.wait_seconds:
-                self._speeds.observed(worker, choice.ttft_seconds, took)
+                context = choice.prompt_tokens - choice.missing_tokens
+                self._speeds.observed(worker, choice.missing_tokens, context, took - choice.copy_seconds)
             begun, tokens = self._clock(), 0
             # It names the worker. The frontend expects this router's id, and would log an error for each response.
             first.pop("routing_data", None)

@@ -9,6 +9,7 @@ import math
 import statistics
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -26,7 +27,7 @@ _SAMPLES = 7
 FORGET_MS = 30_000
 # A report is plausible within this factor of the command line's value.
 _FACTOR_MAX = 1000.0
-# Correction factor: observed over predicted TTFT. A larger deviation has a cause outside the model.
+# Correction factor: observed over predicted prefill. A larger deviation has a cause outside the model.
 _PACE_SAMPLES, _PACE_SAMPLES_MIN, _PACE_MAX = 32, 8, 3.0
 # A target's report is too old after this time (five heartbeats).
 TARGET_SECONDS = 5.0
@@ -42,10 +43,18 @@ _ADAPTERS_MAX = 4096
 
 _OUTCOMES = tuple(outcome.name.lower() for outcome in Outcome if outcome is not Outcome.STORED)
 _PREFILL = ("prefill_base_seconds", "prefill_seconds_per_token", "prefill_seconds_per_token_squared")
+# A target whose reads all came from memory of late may read some from its devices next.
+_DEVICE_SHARE_MIN = 0.01
 _TARGET_RATES = ("device_bytes_per_second", "sent_bytes_per_second", "received_bytes_per_second")
 _TARGET_SIZES = ("waiting_read_bytes", "waiting_write_bytes", "capacity_bytes", "payload_bytes", "connections")
 _RESIDENT = ("hbm_blocks", "dram_chunks")
 _RATES = ("dram_bytes_per_second", "store_bytes_per_second")
+
+
+class _Observed(NamedTuple):
+    tokens: int  # computed
+    context: int  # tokens before them
+    seconds: float
 
 
 @dataclass
@@ -55,16 +64,18 @@ class _Worker:
     prefill: deque[Prefill] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     rates: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=_SAMPLES) for name in _RATES})
     rated_ms: dict[str, int] = field(default_factory=dict)  # when each rate was last reported
-    paces: deque[float] = field(default_factory=lambda: deque(maxlen=_PACE_SAMPLES))
+    observed: deque[_Observed] = field(default_factory=lambda: deque(maxlen=_PACE_SAMPLES))
     answers: Answers = field(default_factory=Answers)
     fetched_chunks: dict[str, int] = field(default_factory=dict)
     speeds: Speeds | None = None  # derived from these, cached for decisions
 
-    @property
-    def pace(self) -> float:
-        if len(self.paces) < _PACE_SAMPLES_MIN:
+    def pace(self, model: Prefill) -> float:
+        """By what to multiply this model's seconds. A pace belongs to a model: when a worker reports another one, what
+        was observed before is compared with that."""
+        if len(self.observed) < _PACE_SAMPLES_MIN:
             return 1.0
-        return min(_PACE_MAX, max(1 / _PACE_MAX, statistics.median(self.paces)))
+        median = statistics.median(one.seconds / model.seconds(one.tokens, one.context) for one in self.observed)
+        return min(_PACE_MAX, max(1 / _PACE_MAX, median))
 
 
 _NO_ANSWERS = Answers()
@@ -72,7 +83,8 @@ _NO_ANSWERS = Answers()
 
 @dataclass(frozen=True)
 class TargetSpeed:
-    """Throughput of a target's devices, and bytes in its read queue."""
+    """Throughput of a target, if its devices are the bottleneck, and bytes before the next read: both count what comes
+    from its memory, too."""
 
     bytes_per_second: float
     waiting_bytes: int
@@ -142,6 +154,8 @@ class LiveSpeeds:
             return self._ignore("invalid_size")
         if not 0 <= report.evicted_age_seconds < math.inf:
             return self._ignore("invalid_age")
+        if not 0 <= report.memory_share <= 1:
+            return self._ignore("invalid_share")
         last, _, older = self._targets.get(report.target, (None, 0.0, 0))
         if last is None and len(self._targets) >= TARGETS_MAX:
             return self._ignore("too_many_targets")
@@ -165,7 +179,7 @@ class LiveSpeeds:
         for name, rates in known.rates.items():
             if len(rates) >= SAMPLES_MIN:
                 speeds = replace(speeds, **{name: statistics.median(rates)})
-        pace = known.pace
+        pace = known.pace(speeds.prefill)
         return replace(speeds, **{name: pace * getattr(speeds, name) for name in _PREFILL})
 
     def of_target(self, target: str, now: float) -> TargetSpeed | None:
@@ -173,7 +187,9 @@ class LiveSpeeds:
         report, heard, _ = self._targets.get(target, (None, 0.0, 0))
         if report is None or now - heard > TARGET_SECONDS or report.device_bytes_per_second <= 0:
             return None
-        return TargetSpeed(report.device_bytes_per_second, report.waiting_read_bytes)
+        # Only what is not in its memory goes through its devices.
+        share = max(1 - report.memory_share, _DEVICE_SHARE_MIN)
+        return TargetSpeed(report.device_bytes_per_second / share, round(report.waiting_read_bytes / share))
 
     def targets(self, now: float) -> dict[str, tuple[TargetReport, float]]:
         """The last report of each target, and its age in seconds."""
@@ -184,12 +200,13 @@ class LiveSpeeds:
         """Chunks that each worker requested from targets since its start, by outcome."""
         return {worker: known.fetched_chunks for worker, known in self._workers.items()}
 
-    def observed(self, worker: int, predicted_seconds: float, actual_seconds: float) -> None:
-        """Note the TTFT of a prompt that neither fetched nor queued, so that it measures the GPU alone."""
-        if predicted_seconds <= 0 or actual_seconds <= 0:
+    def observed(self, worker: int, tokens: int, context: int, seconds: float) -> None:
+        """Note how long a prompt took to compute that neither fetched nor queued, so that it measures the GPU alone: so
+        many `tokens` after so many others."""
+        if tokens <= 0 or seconds <= 0:
             return
         known = self._workers.setdefault(worker, _Worker())
-        known.paces.append(known.pace * actual_seconds / predicted_seconds)
+        known.observed.append(_Observed(tokens, context, seconds))
         known.speeds = self._derived(known)
 
     def answered(self, worker: int, tokens: int, seconds: float) -> None:

@@ -156,6 +156,7 @@ class TargetReport(msgspec.Struct, frozen=True):
     evicted_age_seconds: float = 0.0  # of the segment evicted last; 0: no eviction yet
     corrupt_chunks: int = 0  # found since the start
     failed_writes: int = 0
+    memory_share: float = 0.0  # of the chunks that were read of late: found in the target's memory, not on its devices
 
 
 def subject(namespace: str, kind: str, name: str = "*") -> str:

@@ -133,6 +133,14 @@ async def test_it_tells_how_busy_it_is(arguments: list[str], nats_url: str) -> N
             pass
     assert report.target == arguments[arguments.index("--listen") + 1]
     assert report.payload_bytes <= 30 * 100_000 < report.capacity_bytes
+    wanted = [key(1), key(2)], [memoryview(bytearray(100_000)) for _ in range(2)]
+    await asyncio.to_thread(client(arguments).get, *wanted, soon())
+    async with asyncio.timeout(20):
+        while not (report := await reports.get()).sent_bytes_per_second:
+            pass
+    (status,) = client(arguments).stat(soon()).values()
+    assert status.hot_hits + status.device_hits == 2
+    assert report.memory_share == pytest.approx(status.hot_hits / 2)
     process.end(signal.SIGTERM)
     await line.close()
 

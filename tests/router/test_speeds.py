@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.pricing.cost import Speeds
-from components.router.speeds import FORGET_MS, OLDER_MAX, SAMPLES_MIN, TARGET_SECONDS, TARGETS_MAX, LiveSpeeds
+from components.pricing.prefill import Prefill
+from components.router.speeds import (
+    _PREFILL,
+    FORGET_MS,
+    OLDER_MAX,
+    SAMPLES_MIN,
+    TARGET_SECONDS,
+    TARGETS_MAX,
+    LiveSpeeds,
+)
 from kvstore.bus.messages import TargetReport, WorkerReport
 
 PRIOR = Speeds(0.04, 1e-4, 0.0, 25e9, 3e9, 0.002)
@@ -132,18 +141,39 @@ def test_whatever_is_said_speeds_stay_within_bounds(said: list[tuple[float, floa
 
 def test_first_tokens_correct_the_model_within_bounds() -> None:
     live = LiveSpeeds(PRIOR)
+    expected = PRIOR.prefill.seconds(1000, 500)
     for _ in range(7):
-        live.observed(5, 1.0, 2.0)
+        live.observed(5, 1000, 500, 2 * expected)
     assert live.of_worker(5) == PRIOR  # not enough to go by
-    live.observed(5, 1.0, 2.0)
-    assert live.of_worker(5).prefill_seconds_per_token == pytest.approx(2 * PRIOR.prefill_seconds_per_token)
-    for _ in range(40):  # now it predicts right, and stays there
-        live.observed(5, 2.0, 2.0)
+    live.observed(5, 1000, 500, 2 * expected)
     assert live.of_worker(5).prefill_seconds_per_token == pytest.approx(2 * PRIOR.prefill_seconds_per_token)
     for _ in range(40):
-        live.observed(5, 1.0, 100.0)
+        live.observed(5, 1000, 500, 100 * expected)
     assert live.of_worker(5).prefill_seconds_per_token == pytest.approx(3 * PRIOR.prefill_seconds_per_token)
     assert live.of_worker(5).store_bytes_per_second == PRIOR.store_bytes_per_second
+
+
+def test_a_model_that_a_worker_has_corrected_is_not_corrected_again() -> None:
+    """Otherwise it would be wrong the other way, until enough prompts were computed with the new one."""
+    live = LiveSpeeds(PRIOR)
+    right = Prefill(*(2 * one for one in PRIOR.prefill))
+    for _ in range(40):
+        live.observed(5, 1000, 0, right.seconds(1000, 0))
+    for number in range(SAMPLES_MIN):
+        assert live.heard_worker(report(number, **dict(zip(_PREFILL, right, strict=True))))
+    assert live.of_worker(5).prefill.seconds(2000, 0) == pytest.approx(right.seconds(2000, 0))
+
+
+def test_what_a_target_has_in_memory_does_not_wait_for_its_devices() -> None:
+    live = LiveSpeeds(PRIOR)
+    for share, rate, waiting in ((0.0, 2e9, 500), (0.9, 2e10, 5000), (1.0, 2e11, 50_000)):
+        assert live.heard_target(target(5, memory_share=share), 100.0)
+        known = live.of_target("t:1", 101.0)
+        assert known is not None
+        assert (known.bytes_per_second, known.waiting_bytes) == (pytest.approx(rate), pytest.approx(waiting, rel=0.01))
+    for share in (-0.1, 1.1, math.nan):
+        assert not live.heard_target(target(6, memory_share=share), 102.0)
+    assert live.ignored == {"invalid_share": 3}
 
 
 def test_a_target_is_believed_while_it_speaks() -> None:

@@ -37,6 +37,18 @@ def test_the_prefill_model_is_found_among_noise_and_outliers(seed: int) -> None:
         assert found.seconds(tokens, context) == pytest.approx(truth.seconds(tokens, context), rel=0.15)
 
 
+def test_steps_that_seem_to_take_no_time_do_not_make_computing_free(seed: int) -> None:
+    """The step after one whose end was noticed late."""
+    truth, chance, fit = Prefill(0.03, 1.4e-4, 1e-9), random.Random(seed), PrefillFit()
+    for _ in range(200):
+        tokens = chance.randint(64, 3000)
+        seconds = truth.seconds(tokens, 0) if chance.random() > 0.1 else chance.uniform(1e-5, 5e-3)
+        fit.add(tokens, tokens * tokens / 2, seconds)
+    found = fit.fit()
+    for tokens in (200, 1000, 2200):
+        assert found.seconds(tokens, 0) == pytest.approx(truth.seconds(tokens, 0), rel=0.15)
+
+
 def test_no_coefficient_is_negative_and_little_data_says_nothing(seed: int) -> None:
     found = fitted(Prefill(0.0, 1e-4, 0.0), seed, noise=0.3, outliers=0.2)
     assert min(found) >= 0
