@@ -337,7 +337,7 @@ def _check_published(services: Mapping[str, Any]) -> None:
         for published in service.get("ports", []):
             port = published.split(":")[-2]
             if port in taken:
-                raise ConfigError.saying(name, f"port {port} is taken by {taken[port]}", "another port")
+                raise ConfigError.conflicting(f"{name}.port", port, taken[port], "another port")
             taken[port] = name
 
 

@@ -238,8 +238,10 @@ def parse(argv: list[str]) -> Options:
     for name, mode in [("over", options.over), *(("modes", mode) for mode in options.modes)]:
         if mode not in known:
             raise ConfigError(name, mode, f"{'one' if name == 'over' else 'some'} of {','.join(known)}")
-    if options.kill and (options.url or not options.timeline):
-        raise ConfigError("kill", options.kill, "nothing, without --timeline or with --url")
+    if options.kill and options.url:
+        raise ConfigError.conflicting("kill", options.kill, "--url", "one of the two: targets of others are not killed")
+    if options.kill and not options.timeline:
+        raise ConfigError.missing("timeline", "more than 0 seconds", required_by="--kill")
     check_load(options)
     check_folders(options)
     return options

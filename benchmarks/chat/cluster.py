@@ -108,9 +108,9 @@ def parse(argv: list[str]) -> Options:
         if mode not in GRAPHS:
             raise ConfigError(name, mode, f"{'one' if name == 'over' else 'some'} of {','.join(GRAPHS)}")
         if mode.startswith("1p1d") and name == "modes" and options.workers % 2:
-            raise ConfigError("workers", options.workers, f"an even number, with {mode}")
+            raise ConfigError.conflicting("workers", options.workers, f"--modes {mode}", "an even number")
     if options.kill and not options.timeline:
-        raise ConfigError("kill", options.kill, "nothing, without --timeline")
+        raise ConfigError.missing("timeline", "more than 0 seconds", required_by="--kill")
     check_load(options)
     check_folders(options)
     return options

@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.tiny is (given.model is not None):
-        raise ConfigError("model", given.model, "a folder, or --tiny")
+        raise ConfigError("model", given.model, "a folder with a config.json, or --tiny")
     names = set(Options.model_fields) - {"seed", "rounds"}
     with tempfile.TemporaryDirectory(prefix="kvtier-shared-", dir=given.dir) as folder:
         values = {name: value for name, value in vars(given).items() if name in names}

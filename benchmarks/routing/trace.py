@@ -55,61 +55,58 @@ def read(path: Path, requests_max: int | None = None) -> list[Traced]:
         for number in itertools.count(1):
             if requests_max is not None and len(lines) >= requests_max:
                 break
-            text = _text(file, number)
-            if text is None:
-                break
-            if not text.strip():
-                continue
-            line = _checked(text, number, lines[-1].timestamp if lines else 0.0)
-            blocks += len(line.hash_ids)
-            if blocks > BLOCKS_MAX:
-                raise _wrong(number, "hash_ids", f"{blocks} up to here", f"at most {BLOCKS_MAX} in a trace")
+            try:
+                text = _text(file)
+                if text is None:
+                    break
+                if not text.strip():
+                    continue
+                line = _checked(text, lines[-1].timestamp if lines else 0.0)
+                blocks += len(line.hash_ids)
+                if blocks > BLOCKS_MAX:
+                    raise ConfigError("hash_ids", f"{blocks} up to here", f"at most {BLOCKS_MAX} in a trace")
+            except ConfigError as error:
+                raise error.at(f"{path}:{number}") from None
             lines.append(line)
     if not lines:
         raise ConfigError("trace", path, "a file of JSON lines, one a request")
     return _shared(lines)
 
 
-def _wrong(number: int, field: str, value: object, expected: str) -> ConfigError:
-    return ConfigError(f"line {number}, {field}", value, expected)
-
-
-def _text(file: BinaryIO, number: int) -> bytes | None:
+def _text(file: BinaryIO) -> bytes | None:
     """The next line; None at the end."""
     text = file.readline(LINE_BYTES_MAX + 1)
     if len(text) > LINE_BYTES_MAX:
-        raise ConfigError(f"line {number}", f"more than {LINE_BYTES_MAX} bytes", "a line of a trace")
+        raise ConfigError("", f"more than {LINE_BYTES_MAX} bytes", "a line of a trace")
     return text or None
 
 
-def _checked(text: bytes, number: int, before: float) -> _Line:
+def _checked(text: bytes, before: float) -> _Line:
     try:
         found = msgspec.json.decode(text)
     except msgspec.DecodeError as error:
-        raise ConfigError(
-            f"line {number}", text[:80].strip().decode(errors="replace"), f"a JSON object ({error})"
-        ) from None
+        raise ConfigError("", text[:80].strip().decode(errors="replace"), f"a JSON object ({error})") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"line {number}", str(found)[:80], "a JSON object")
+        raise ConfigError("", str(found)[:80], "a JSON object")
 
     def whole(field: str, least: int, most: float) -> int:
         value = found.get(field)
         if type(value) is not int or not least <= value <= most:
-            raise _wrong(number, field, value, f"a whole number from {least} to {most:.0f}")
+            raise ConfigError(field, value, f"a whole number from {least} to {most:.0f}")
         return value
 
     timestamp: Any = found.get("timestamp")
     if type(timestamp) not in (int, float) or not before <= timestamp <= MILLISECONDS_MAX:
-        raise _wrong(number, "timestamp", timestamp, f"milliseconds, {before:.0f} or more as on the line before")
+        raise ConfigError("timestamp", timestamp, f"milliseconds, {before:.0f} or more as on the line before")
     prompt, answer = whole("input_length", 1, TOKENS_MAX), whole("output_length", 1, TOKENS_MAX)
     ids = found.get("hash_ids")
     if not isinstance(ids, list):
-        raise _wrong(number, "hash_ids", str(ids)[:80], "a list of whole numbers")
+        raise ConfigError("hash_ids", str(ids)[:80], "a list of whole numbers")
     if len(ids) != math.ceil(prompt / BLOCK_TOKENS):
         expected = f"{math.ceil(prompt / BLOCK_TOKENS)}, one for each {BLOCK_TOKENS} of {prompt} tokens"
-        raise _wrong(number, "hash_ids", f"{len(ids)} numbers", expected)
+        raise ConfigError("hash_ids", f"{len(ids)} numbers", expected)
     if (odd := next((one for one in ids if type(one) is not int), None)) is not None:
-        raise _wrong(number, "hash_ids", odd, "whole numbers")
+        raise ConfigError("hash_ids", odd, "whole numbers")
     return _Line(float(timestamp), prompt, answer, ids)
 
 

@@ -96,7 +96,7 @@ def _bytes(field: str, text: str) -> int:
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
-        raise ConfigError(field, text, "sizes such as 256KiB,4MiB") from None
+        raise ConfigError(field, text, "a size such as 256KiB or 4MiB") from None
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

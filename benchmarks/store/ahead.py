@@ -192,7 +192,7 @@ def parse() -> argparse.Namespace:
     options.value = _bytes("value", options.value)
     options.count = _bytes("chain", options.chain) // options.value
     if not options.count:
-        raise ConfigError("chain", options.chain, "at least a value")
+        raise ConfigError("chain", options.chain, "at least one value (--value)")
     return options
 
 

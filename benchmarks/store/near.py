@@ -117,7 +117,7 @@ def parse() -> argparse.Namespace:
     options.value = _bytes("value", options.value)
     options.count = _bytes("batch", options.batch) // options.value
     if not options.count:
-        raise ConfigError("batch", options.batch, "at least a value")
+        raise ConfigError("batch", options.batch, "at least one value (--value)")
     options.connections = options.connections or good_connections()
     return options
 

@@ -168,11 +168,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
     if options.targets < 2:
-        raise ConfigError("targets", options.targets, "2 or more")
+        raise ConfigError("targets", options.targets, "at least 2")
     options.value, options.set = _bytes("value", options.value), _bytes("set", options.set)
     options.count = options.set // options.value
     if not options.count:
-        raise ConfigError("set", options.set, "at least a value")
+        raise ConfigError("set", options.set, "at least one value (--value)")
     return options
 
 

@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 1 <= options.pages <= STORAGE_BATCH_SIZE:
         raise ConfigError("pages", options.pages, f"1 to {STORAGE_BATCH_SIZE}, SGLang's batch")
     if options.rounds < 1:
-        raise ConfigError("rounds", options.rounds, "1 or more")
+        raise ConfigError("rounds", options.rounds, "at least 1")
     try:
         sizes = [int(size) for size in options.page_tokens.split(",")]
     except ValueError:

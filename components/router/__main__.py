@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     model = Path(options.model_path or options.model_name)
     if model.is_absolute() and not (model / "config.json").is_file():
-        raise ConfigError("model-path", model, "a folder with a config.json, or a name on the hub")
+        raise ConfigError("model-path", model, "a folder with a config.json, or a name on the hub (owner/model)")
     access = options.access()
     configure_dynamo_logging()
     logging.getLogger("components").setLevel(logging.INFO)

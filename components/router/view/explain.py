@@ -137,7 +137,7 @@ def _question(options: argparse.Namespace) -> Question | None:
         try:
             text = options.file.read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("file", options.file, f"a text that can be read ({error})") from None
+            raise ConfigError("file", options.file, f"a file that can be read ({error})") from None
     if text is None:
         return None
     return Question(messages=[{"role": "user", "content": text}]) if options.chat else Question(prompt=text)

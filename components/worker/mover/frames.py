@@ -51,11 +51,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def settings_of(entry: Mapping[str, object]) -> Settings:
     """Raises ConfigError: of another type than the mover takes, it would end the mover again and again."""
+    fields = Settings.__struct_fields__
+    if unknown := next((name for name in entry if name not in fields), None):
+        raise ConfigError.unknown(f"secondary_tiers.{unknown}", fields)
+    if not entry.get("store"):
+        raise ConfigError.missing("secondary_tiers.store", "host:port, or etcd://host:port")
     try:
         return msgspec.convert(entry, Settings)
     except msgspec.ValidationError as error:
-        problem = str(error).replace("$.", "")
-        raise ConfigError.saying("secondary_tiers", problem, "the settings of kvtier's tier") from None
+        problem, _, field = str(error).rstrip("`").partition(" - at `$.")
+        expected = problem.removeprefix("Expected ").partition(", got ")[0]
+        raise ConfigError(f"secondary_tiers.{field}", entry.get(field), expected) from None
 
 
 class Setup(msgspec.Struct, frozen=True):
