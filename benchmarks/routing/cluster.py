@@ -29,7 +29,7 @@ from benchmarks.routing import policy_rules
 from benchmarks.routing.engine_model import Hardware
 from benchmarks.routing.policy_sim import CHAT, ClosedLoop, Request, Simulation
 from benchmarks.routing.sim_worker import MODEL as WORKER_MODEL
-from components.router.decisions import Decision
+from components.router.records import Decision
 from graphs import services
 from graphs.serve import Supervisor
 from graphs.service import Deployment, Process, Service, ServiceArgs, Setting, Settings, as_flags, replicas

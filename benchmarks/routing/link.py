@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from components.router.decisions import Decision
+from components.router.records import Decision
 from components.router.speeds import FORGET_MS
 from graphs.services import free_port, nats_url
 from graphs.tiny_model import make_tiny_model

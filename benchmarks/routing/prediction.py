@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from components.router.decisions import Decision
+from components.router.records import Decision
 from graphs.services import free_port
 from graphs.trial import CONFIG, Message, Trial
 

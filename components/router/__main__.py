@@ -18,10 +18,10 @@ from pydantic import Field, model_validator
 from components.options import CommonOptions, add_common_arguments
 from components.pricing.cost import Policy, Speeds
 from components.router.deadlines import Deadlines
-from components.router.decisions import BusCollector, ByRole
 from components.router.handover import Disaggregated
 from components.router.others import Others
 from components.router.router import Handover, Router
+from components.router.series import BusCollector, ByRole
 from components.router.speeds import LiveSpeeds
 from components.router.view.access import VARIABLE, Access, page_access
 from components.router.view.feed import Feed, Pool

@@ -21,7 +21,7 @@ from components.pricing import cost
 from components.pricing.cost import Candidate, Choice, Choices, Policy
 from components.router.constraints import Constraints
 from components.router.deadlines import ALIVE_FACTOR, Deadlines, Suspects
-from components.router.decisions import Decision, Decisions, Prefilled, explained, label, sources
+from components.router.decisions import Decisions
 from components.router.failures import (
     Disconnected,
     GivenUp,
@@ -35,6 +35,7 @@ from components.router.failures import (
 )
 from components.router.hints import Hints
 from components.router.others import TOKENS_MAX, Others
+from components.router.records import Decision, Prefilled, explained, label, sources
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Card, Workers
@@ -155,7 +156,7 @@ class Router:
         # all go to the same worker.
         self._unbooked_tokens: defaultdict[int, int] = defaultdict(int)
         self.decisions = Decisions(block_tokens)
-        self.decisions.suspects.set_function(lambda: self._suspects.count(self._clock()))
+        self.decisions.distributions.suspects.set_function(lambda: self._suspects.count(self._clock()))
 
     def booked(self) -> dict[str, int]:
         """The sums of all accounts of running prompts, over all workers. All are 0 once no prompt runs."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
-from components.router.decisions import Decision
+from components.router.records import Decision
 from components.router.view.access import TOKEN_HELP, bearer, page_token, unknown
 from components.router.view.question import Question
 from kvstore.errors import ConfigError, UnavailableError

@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from components.router.decisions import KEPT
+from components.router.history import KEPT
 from components.router.view.access import Access, Door, is_of_another_site
 from components.router.view.feed import Feed, Viewer
 from components.router.view.state import SOURCES
@@ -69,7 +69,7 @@ def make_app(
         if not limit.isdecimal() or not 0 < int(limit) <= KEPT:
             raise web.HTTPBadRequest(text=f"limit: {shown(limit)}: expected 1 to {KEPT}\n")
         worker = request.query.get("worker", "")
-        newest = feed.decisions_of(worker).newest(KEPT)
+        newest = feed.history_of(worker).newest(KEPT)
         wanted = [one.id for one in newest if worker in ("", one.chosen)][: int(limit)]
         found = []
         for name in wanted:
