@@ -3,7 +3,7 @@
 * A promotion of many chunks is split into several jobs, so that a long prompt does not block another's first chunks.
 * A fetched chunk may be evicted before the request that needs it is scheduled. Here its row is pinned until the request
   is scheduled, gone, or late. Pinned rows are limited to a share of all rows.
-* Chunks that a tier had no room to store are offered again while they are in DRAM: a gap in a prompt makes all later
+* Chunks that a tier had no room to store are offered again while they are in DRAM. A gap in a prompt makes all later
   chunks useless.
 * Stock requests wait for a chunk in flight without limit. Here they give up at their deadline.
 
