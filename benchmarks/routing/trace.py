@@ -1,7 +1,7 @@
 """Request traces in Mooncake's JSON lines, checked, with the prefixes that their prompts share.
 
 A line is an object with `timestamp` (ms), `input_length` and `output_length` (tokens) and `hash_ids`, a number for each
-block of 512 prompt tokens: prompts whose first n numbers are equal share their first n blocks. Other fields are ignored
+block of 512 prompt tokens. Prompts whose first n numbers are equal share their first n blocks. Other fields are ignored
 (https://github.com/kvcache-ai/Mooncake, FAST25-release).
 """
 
@@ -18,8 +18,8 @@ from kvstore.errors import ConfigError
 
 BLOCK_TOKENS = 512
 LINE_BYTES_MAX = 1 << 20
-TOKENS_MAX = 1 << 24  # of a prompt, of an answer
-BLOCKS_MAX = 4_000_000  # of all prompts together: about a gigabyte here
+TOKENS_MAX = 1 << 24  # of a prompt or an answer
+BLOCKS_MAX = 4_000_000  # of all prompts; they take about 1 GB of memory
 MILLISECONDS_MAX = 1 << 42
 
 
@@ -32,10 +32,10 @@ class _Line(msgspec.Struct):
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A request of a trace. `segments` are the parts of its prompt, from its start: a key, equal where prompts share
-    the part and all before it, and tokens. `follows` is the request that it continues, the turn before."""
+    """A request of a trace. `segments` are the parts of its prompt in order, each with a key and its tokens. Prompts
+    have equal keys if they share the part and all parts before it. `follows` is the preceding turn."""
 
-    key: int  # its place in the trace
+    key: int  # its index in the trace
     seconds: float  # since the first request of the trace
     prompt_tokens: int
     answer_tokens: int
@@ -43,7 +43,7 @@ class Traced:
     follows: int | None
 
     def path(self, tokens: int) -> tuple[tuple[int, int], ...]:
-        """Answers have no hashes of their own in a trace: they are not kept."""
+        """Without the answer: a trace has no hashes of answers."""
         return self.segments
 
 
@@ -111,7 +111,7 @@ def _checked(text: bytes, before: float) -> _Line:
 
 
 def _shared(lines: list[_Line]) -> list[Traced]:
-    """Cut prompts where they part or end, so that each part is there as a whole or not at all."""
+    """Cut prompts where they diverge or end, so that each part is cached as a whole or not at all."""
     nodes: dict[tuple[int, int], int] = {}  # (node before, hash) -> node; 0 is the root
     walks = []
     for line in lines:
@@ -131,7 +131,7 @@ def _shared(lines: list[_Line]) -> list[Traced]:
             for begin, end in itertools.pairwise([0, *ends])
         )
         before = (last[node] for node in reversed(walk) if node in last)
-        # Whoever goes on has the question and the answer in the prompt; others only begin alike.
+        # The next turn's prompt contains question and answer. Shorter prompts only share the beginning.
         follows = next((one for one in before if line.input_length >= _tokens(lines[one])), None)
         seconds = (line.timestamp - lines[0].timestamp) / 1000
         traced.append(Traced(key, seconds, line.input_length, line.output_length, segments, follows))
