@@ -1,7 +1,7 @@
 """The services of a deployment, and the command line of each. Uses Dynamo's stock programs where they exist.
 
-A service takes what it needs of another (the broker's URL, the targets' addresses) from the other's settings, so a YAML
-file contains each fact once.
+A service reads another's facts (the broker's URL, the targets' addresses) from the other's settings, so a YAML file
+contains each fact once.
 """
 
 import argparse

@@ -119,8 +119,8 @@ def parse(argv: list[str] | None = None) -> Options:
     )
     parser.add_argument(
         "--decode-endpoint",
-        help="Dynamo endpoint of the decode workers: the router also chooses the decode worker, and registers as the "
-        "public model; without it, the frontend chooses decode workers round-robin",
+        help="Dynamo endpoint of the decode workers. With it, the router also chooses the decode worker, and registers "
+        "as the public model; without it, the frontend chooses decode workers round-robin",
     )
     parser.add_argument(
         "--handover-gbytes-per-second", help="speed from a prefill worker's HBM to a decode worker's; default 10"
@@ -150,8 +150,8 @@ def parse(argv: list[str] | None = None) -> Options:
     )
     parser.add_argument(
         "--first-token-multiple",
-        help="deadline of a first token, as a multiple of its prediction: a worker that misses it becomes suspect, and "
-        "the prompt goes to another worker, if there is one; default 5",
+        help="deadline of a first token, as a multiple of its prediction; default 5. A worker that misses it becomes "
+        "suspect, and the prompt goes to another worker, if there is one",
     )
     parser.add_argument("--first-token-floor-seconds", help="lower bound of that deadline; default 10")
     parser.add_argument(

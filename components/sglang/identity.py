@@ -1,8 +1,8 @@
 """The identity of the model that SGLang's scheduler process has loaded, and whether it may have changed since.
 
 SGLang gives a storage backend only the model's name. A name does not identify content, so this module reads the loaded
-weights in place: the scheduler's process creates the backend after it has loaded the model. With tensor parallelism
-each rank reads its shard, and every rank's key covers the shards of all ranks: a layer's KV depends on the layers
+weights in place. The scheduler's process creates the backend after it has loaded the model. With tensor parallelism
+each rank reads its shard. Every rank's key covers the shards of all ranks, since a layer's KV depends on the layers
 before it.
 
 SGLang does not notify a backend of a change either. `watch` wraps its weight updater and its sleep to detect calls.

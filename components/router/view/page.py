@@ -36,8 +36,8 @@ VIEWERS_MAX = 16
 VIEWERS_OF_PEER_MAX = 8
 # A viewer that does not receive an update for this long is disconnected; it may reconnect.
 _SLOW_SECONDS = 20.0
-# Timeouts: for a request's header, since the connection or the previous response; for its body; for the whole request
-# until the client has received the response. The first text to explain loads a tokenizer.
+# Timeouts: of a request's header, since the connection or the previous response; of its body; and of the whole request
+# until its response is received. The first text to explain loads a tokenizer.
 _HEAD_SECONDS, _BODY_SECONDS, _ANSWER_SECONDS = 15.0, 10.0, 60.0
 _BODY_BYTES_MAX = 1 << 20
 NO_QUESTIONS: Mapping[str, Handler] = {}
