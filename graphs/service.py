@@ -27,6 +27,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from kvstore.errors import ConfigError, validated
 from kvstore.net.transport import split_address
+from kvstore.text import masked_variable
 
 Setting = str | int | float | bool
 CONTAINERS = "Containers"
@@ -441,7 +442,7 @@ def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any], wor
             )
     for key, value in env.items():
         if not isinstance(value, str):
-            raise ConfigError(f"{name}.env.{key}", value, "a text, in quotes")
+            raise ConfigError(f"{name}.env.{key}", masked_variable(key, str(value)), "a text, in quotes")
     flags = {**{key: common[key] for key in shared}, **section}
     for key, value in flags.items():
         if not isinstance(value, Setting):

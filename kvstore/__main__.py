@@ -99,6 +99,14 @@ class Options(BaseModel):
     metrics_port: int = Field(0, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    @field_validator("sync", mode="before")
+    @classmethod
+    def _is_sync(cls, sync: object) -> object:
+        with contextlib.suppress(ValueError):
+            if sync == "seal" or float(str(sync)) > 0:
+                return sync
+        raise ValueError("seal, or more than 0 milliseconds")
+
     @field_validator("etcd")
     @classmethod
     def _etcd_servers(cls, servers: str | None) -> str | None:

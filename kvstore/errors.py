@@ -151,12 +151,15 @@ def validated(model: type[Model], values: dict[str, object]) -> Model:
         if kind == "extra_forbidden":
             raise ConfigError.unknown(name, _settings(model, first["loc"][:-1])) from None
         value = None if kind == "missing" else first["input"]  # otherwise the whole mapping
-        raise ConfigError(name, value, _EXPECTED.get(kind) or _expected(first["msg"])) from None
+        raise ConfigError(name, value, _EXPECTED.get(kind) or _expected(kind, first["msg"])) from None
 
 
-def _expected(message: str) -> str:
+def _expected(kind: str, message: str) -> str:
     """Pydantic's message, in the words of our own errors."""
     message = message.removeprefix("Value error, ").removeprefix("Input should be ")
+    if kind == "literal_error":
+        values = message.replace("'", "").replace(" or ", ", ").split(", ")
+        return f"one of {', '.join(filter(None, values))}"  # "" is the option that is not given
     for words, ours in _LIMITS.items():
         if message.startswith(words):
             return message.replace(words, ours)

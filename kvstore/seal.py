@@ -239,7 +239,7 @@ def open_seal(path: str, mode: str) -> SealFile | None:
     if mode == "off":
         return None
     if mode not in (known.name.lower() for known in Mode):
-        raise ConfigError("seal", mode, "mac, encrypt or off")
+        raise ConfigError("seal", mode, "one of mac, encrypt, off")
     if not path:
         raise ConfigError.missing(_FIELD, "a file of keys, or seal off", required_by=f"seal {mode}")
     return SealFile(Path(path), Mode[mode.upper()])

@@ -97,7 +97,7 @@ def _checked(text: bytes, before: float) -> _Line:
 
     timestamp: Any = found.get("timestamp")
     if type(timestamp) not in (int, float) or not before <= timestamp <= MILLISECONDS_MAX:
-        raise ConfigError("timestamp", timestamp, f"milliseconds, {before:.0f} or more as on the line before")
+        raise ConfigError("timestamp", timestamp, f"milliseconds, at least {before:.0f} as on the line before")
     prompt, answer = whole("input_length", 1, TOKENS_MAX), whole("output_length", 1, TOKENS_MAX)
     ids = found.get("hash_ids")
     if not isinstance(ids, list):

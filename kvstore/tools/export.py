@@ -183,7 +183,7 @@ def _tokens(path: Path) -> list[int]:
         with path.open("rb") as file:
             raw = file.read(_TOKENS_BYTES_MAX + 1)
         if len(raw) > _TOKENS_BYTES_MAX:
-            raise ConfigError("tokens", path, f"a file of {_TOKENS_BYTES_MAX} bytes at most")
+            raise ConfigError("tokens", path, f"a file of at most {_TOKENS_BYTES_MAX} bytes")
         tokens = msgspec.json.decode(raw, type=list[Token] | Tokenized)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError("tokens", path, f"a file with token ids as JSON ({error})") from None

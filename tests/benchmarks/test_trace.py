@@ -24,7 +24,7 @@ def written(folder: Path, *lines: dict[str, object] | str) -> Path:
     ("line", "said"),
     [
         ({**GOOD, "timestamp": "soon"}, "trace.jsonl:2: timestamp: 'soon' given, expected milliseconds"),
-        ({**GOOD, "timestamp": 9}, "trace.jsonl:2: timestamp: '9' given, expected milliseconds, 10 or more"),
+        ({**GOOD, "timestamp": 9}, "trace.jsonl:2: timestamp: '9' given, expected milliseconds, at least 10"),
         ({**GOOD, "input_length": 0}, "trace.jsonl:2: input_length: '0' given, expected a whole number from 1"),
         ({**GOOD, "output_length": None}, "trace.jsonl:2: output_length: missing"),
         ({**GOOD, "output_length": True}, "trace.jsonl:2: output_length: 'True' given"),

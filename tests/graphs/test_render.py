@@ -611,6 +611,13 @@ def test_a_routers_flag_changes_no_worker() -> None:
     assert graphs[0] != graphs[1]
 
 
+@pytest.mark.parametrize(("variable", "shown"), [("PLACE", "rack-1"), ("A_TOKEN", r"\*\*\*")])
+def test_replicas_of_a_kubernetes_service_must_be_alike_and_no_secret_is_shown(variable: str, shown: str) -> None:
+    overrides = ["--VllmWorker.ServiceArgs.workers=2", f"--VllmWorker.env.{variable}=rack-{{replica}}"]
+    with pytest.raises(ConfigError, match=rf"VllmWorker\.env\.{variable}: '{shown}' given, expected no {{replica}}"):
+        render("k8s", ROUTED, CONFIGS / "two_gpu.yaml", overrides, Path("docker"))
+
+
 def test_the_operator_finds_the_frontend_at_its_own_port() -> None:
     with pytest.raises(ConfigError, match=r"Frontend\.port: '8001' given, expected 8000"):
         render("k8s", ROUTED, CONFIGS / "two_gpu.yaml", ["--Frontend.port=8001"], Path("docker"))

@@ -20,7 +20,7 @@ class Options(BaseModel):
     count: Annotated[int, Field(ge=1, le=9)] = 1
     seconds: Annotated[float, Field(gt=0, lt=5)] = 1.0
     capacity: ByteSize = ByteSize(1)
-    mode: Literal["fast", "slow"] = "fast"
+    mode: Literal["", "fast", "slow", "odd-even"] = "fast"
     is_on: bool = False
     parts: list[Inner] = []
     by_name: dict[str, Inner] = {}
@@ -88,7 +88,7 @@ def test_a_process_can_send_an_error_to_another() -> None:
         ({"seconds": 5}, "seconds: '5' given, expected less than 5"),
         ({"seconds": "s"}, "seconds: 's' given, expected a number"),
         ({"capacity": "lots"}, "capacity: 'lots' given, expected a size such as 500G or 1.5TiB"),
-        ({"mode": "odd"}, "mode: 'odd' given, expected 'fast' or 'slow'"),
+        ({"mode": "odd"}, "mode: 'odd' given, expected one of fast, slow, odd-even"),
         ({"is_on": "perhaps"}, "is-on: 'perhaps' given, expected true or false"),
         ({"parts": 3}, "parts: '3' given, expected a list"),
         ({"by_name": 3}, "by-name: '3' given, expected a mapping"),

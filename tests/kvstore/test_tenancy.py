@@ -387,7 +387,10 @@ ZERO = GOOD.replace("1G", "0")
             f"namespaces: [{{name: a, {ZERO}}}]",
             "namespaces.0.quota: '0' given, expected more than 0",
         ),
-        (f"namespaces: [{{name: a, {GOOD}, access: none}}]", "namespaces.0.access: 'none' given, expected 'read'"),
+        (
+            f"namespaces: [{{name: a, {GOOD}, access: none}}]",
+            "namespaces.0.access: 'none' given, expected one of read",
+        ),
         (f"namespaces: [{{name: a, {GOOD}, connections: 0}}]", "namespaces.0.connections: '0' given"),
         ("namespaces: [{name: a, quota: 1G}]", "namespaces.0: missing, expected one of credential, credential-file"),
         (
