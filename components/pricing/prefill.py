@@ -49,8 +49,8 @@ class Prefill(NamedTuple):
 
 
 class PrefillFit:
-    """Fits the model to engine steps by least absolute deviations (reweighted least squares), so that outliers count
-    little. No coefficient is negative."""
+    """Fits the model to engine steps. A step that was slow for another reason counts little: least absolute deviation,
+    by reweighted least squares, with no coefficient below zero."""
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, float, float]] = deque(maxlen=_SAMPLES_MAX)
@@ -67,7 +67,7 @@ class PrefillFit:
         data = np.array(self._samples)
         columns = np.column_stack([np.ones(len(data)), data[:, 0], data[:, 1]])
         seconds = data[:, 2]
-        # Errors are relative to the step. Otherwise long prompts alone would decide.
+        # Errors count in relation to the step, or long prompts alone would decide.
         weights = 1 / seconds
         for _ in range(_REWEIGHTINGS):
             coefficients = _non_negative(columns, seconds, weights)
