@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from components.router.decisions import Decision
+from components.router.records import Decision
 from components.router.view.access import TOKEN_HELP, bearer, page_token, unknown
 from components.router.view.state import SOURCES
 from kvstore.errors import UnavailableError

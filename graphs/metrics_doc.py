@@ -11,7 +11,8 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from components.pricing.cost import Speeds
-from components.router.decisions import BusCollector, Decisions
+from components.router.decisions import Decisions
+from components.router.series import BusCollector
 from components.router.speeds import LiveSpeeds
 from kvstore.__main__ import LabelledMetrics, Metrics, TlsMetrics
 from kvstore.bus.residency import Mirror

@@ -5,7 +5,6 @@ everywhere.
 """
 
 import ipaddress
-import json
 import math
 import os
 import re
@@ -89,7 +88,7 @@ def render(target: str, reference: str, config: Path | None, overrides: Sequence
     """Render a graph as a compose file for `folder`, as the configuration of that file's Prometheus, or as Kubernetes
     manifests. Raises ConfigError."""
     if target not in PLACES:
-        raise ConfigError("render", target, " or ".join(PLACES))
+        raise ConfigError("render", target, f"one of {', '.join(PLACES)}")
     names = {service.name for service in load_graph(reference)}
     forced = []
     if target != "k8s" and {"Frontend", "Etcd"} <= names:
@@ -337,7 +336,7 @@ def _check_published(services: Mapping[str, Any]) -> None:
         for published in service.get("ports", []):
             port = published.split(":")[-2]
             if port in taken:
-                raise ConfigError.saying(name, f"port {port} is taken by {taken[port]}", "another port")
+                raise ConfigError.conflicting(f"{name}.port", port, taken[port], "another port")
             taken[port] = name
 
 
@@ -798,10 +797,14 @@ def _same(process: Process, own_name: str) -> tuple[list[str], dict[str, str]]:
 
 
 def _must_be_alike(name: str, replicas: Sequence[tuple[list[str], dict[str, str]]]) -> None:
-    if any(replica != replicas[0] for replica in replicas):
-        raise ConfigError(
-            f"{name}.env", json.dumps(replicas[-1][1]), "no {replica}: all pods of a service are identical"
-        )
+    expected = "no {replica}: all pods of a service are identical"
+    command, first = replicas[0]
+    for other, env in replicas[1:]:
+        for key in {**first, **env}:
+            if first.get(key) != env.get(key):
+                raise ConfigError(f"{name}.env.{key}", masked_variable(key, env.get(key, "")), expected)
+        if other != command:
+            raise ConfigError(name, " ".join(other), expected)
 
 
 def _mebi(size: int) -> str:

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from kvstore.errors import ConfigError, validated
 from kvstore.net.transport import split_address
+from kvstore.text import masked_variable
 
 Setting = str | int | float | bool
 CONTAINERS = "Containers"
@@ -139,11 +140,11 @@ class Source:
     lines: dict[str, int] = field(default_factory=dict)  # by Service.key
 
     def find(self, dotted: str) -> str:
-        """`file:line: ` of a setting, or of the nearest enclosing key; "" if it is not from a file."""
+        """`file:line` of a setting, or of the nearest enclosing key; "" if it is not from a file."""
         service, _, key = dotted.partition(".")
         for name in (dotted, f"Common.{key}", dotted.rpartition(".")[0], service):
             if name in self.lines:
-                return f"{self.file}:{self.lines[name]}: "
+                return f"{self.file}:{self.lines[name]}"
         return ""
 
 
@@ -208,11 +209,9 @@ class Deployment:
             try:
                 processes += service.compose(self.of(service.name), self)
             except ConfigError as error:
-                text = str(error)
-                if text.partition(".")[0] not in self.settings:  # the setting may be another service's
-                    text = f"{service.name}.{text}"
-                error.args = (self.source.find(text.partition(":")[0]) + text,)
-                raise
+                if error.field.partition(".")[0] not in self.settings:  # the setting may be another service's
+                    error = error.within(service.name)
+                raise error.at(self.source.find(error.field)) from None
         for together in [[process] for process in processes] if self.environment.apart else [processes]:
             self._check_ports(together)
         return processes
@@ -225,9 +224,8 @@ class Deployment:
             metrics = [] if process.metrics_port in listened[:1] else [process.metrics_port]
             for port in filter(None, listened + metrics):
                 if port in taken:
-                    where = self.source.find(process.service)
-                    problem = f"port {port} is taken by {taken[port]}"
-                    raise ConfigError.saying(f"{where}{process.name}", problem, "another port")
+                    error = ConfigError.conflicting(f"{process.name}.port", port, taken[port], "another port")
+                    raise error.at(self.source.find(process.service))
                 taken[port] = process.name
 
     def of(self, name: str) -> Settings:
@@ -310,8 +308,7 @@ def load_deployment(
             for service in services
         }
     except ConfigError as error:
-        error.args = (source.find(str(error).partition(":")[0]) + str(error),)
-        raise
+        raise error.at(source.find(error.field)) from None
     return Deployment(services, settings, state_dir, environment or Environment(), source, containers)
 
 
@@ -353,7 +350,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
         line = min(mark.line, text.count("\n")) if mark else 0
         written = text.splitlines()[line : line + 1] or text.splitlines()[-1:]
         problem = getattr(error, "problem", error)
-        raise ConfigError(f"{path}:{line + 1}", "".join(written).strip(), f"YAML ({problem})") from None
+        raise ConfigError("", "".join(written).strip(), f"YAML ({problem})").at(f"{path}:{line + 1}") from None
     if not isinstance(content, dict):
         raise ConfigError("config", path, "a mapping of services to their settings")
     source = Source(path)
@@ -391,8 +388,8 @@ def _find_lines(node: yaml.Node | None, name: str, source: Source) -> None:
             below = f"{name}.{own}" if name else own
             line = key.start_mark.line + 1
             if below in source.lines:
-                expected = f"once; first defined on line {source.lines[below]}"
-                raise ConfigError.saying(f"{source.file}:{line}: {below}", "duplicate key", expected)
+                error = ConfigError.duplicate(below, own, f"line {source.lines[below]}")
+                raise error.at(f"{source.file}:{line}")
             source.lines[below] = line
             _find_lines(value, below, source)
 
@@ -445,7 +442,7 @@ def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any], wor
             )
     for key, value in env.items():
         if not isinstance(value, str):
-            raise ConfigError(f"{name}.env.{key}", value, "a text")
+            raise ConfigError(f"{name}.env.{key}", masked_variable(key, str(value)), "a text, in quotes")
     flags = {**{key: common[key] for key in shared}, **section}
     for key, value in flags.items():
         if not isinstance(value, Setting):
@@ -453,8 +450,7 @@ def _settings(name: str, section: dict[str, Any], common: Mapping[str, Any], wor
     try:
         checked = validated(ServiceArgs, {"workers": workers, **args})
     except ConfigError as error:
-        error.args = (f"{name}.ServiceArgs.{error}",)
-        raise
+        raise error.within(f"{name}.ServiceArgs") from None
     return Settings(checked, env, flags)
 
 

@@ -1,7 +1,7 @@
 """The services of a deployment, and the command line of each. Uses Dynamo's stock programs where they exist.
 
-A service takes what it needs of another (the broker's URL, the targets' addresses) from the other's settings, so a YAML
-file contains each fact once.
+A service reads another's facts (the broker's URL, the targets' addresses) from the other's settings, so a YAML file
+contains each fact once.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def _store(settings: Settings, deployment: Deployment) -> list[Process]:
             _check_reachable("addresses", address, host, deployment.environment)
         return []
     if not settings.args.workers:
-        raise ConfigError("ServiceArgs.workers", 0, "1 or more, or Store.addresses if targets run elsewhere")
+        raise ConfigError("ServiceArgs.workers", 0, "at least 1, or Store.addresses if targets run elsewhere")
     processes = []
     environment = deployment.environment
     flags, files = _placed(Options, settings.flags, environment)
@@ -204,7 +204,7 @@ def _vllm_worker(name: str, mode: str, settings: Settings, deployment: Deploymen
     flags, files = _placed(Options, settings.flags, environment)
     flags = {key: value for key, value in flags.items() if key not in ("tier", "system-port")}
     if "model" not in flags:
-        raise ConfigError("model", None, "a folder with a config.json, or a name on the hub (owner/model)")
+        raise ConfigError.missing("model", "a folder with a config.json, or a name on the hub (owner/model)")
     passed = _hub_token(flags["model"])
     if tier and "credential-file" not in flags:
         passed.append(credentials.VARIABLE)
@@ -315,9 +315,8 @@ def _share_chunks(workers: str, flags: Mapping[str, Setting], others: str, their
         default = Options.model_fields[name.replace("-", "_")].default
         mine, other = flags.get(name, default), theirs.get(name, default)
         if mine != other:
-            raise ConfigError(
-                f"{others}.{name}", other, f"{workers}'s '{mine}', so that either finds what the other stores"
-            )
+            expected = "the same, so that either finds what the other stores"
+            raise ConfigError.conflicting(f"{others}.{name}", other, f"{workers}.{name} {mine}", expected)
 
 
 def _router(workers: str, decode_workers: str, settings: Settings, deployment: Deployment) -> list[Process]:
@@ -686,5 +685,5 @@ def _binary(name: str, advice: str) -> str:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        raise ConfigError.saying(name, "not found", f"the program on the PATH: {advice}")
+        raise ConfigError.missing(name, f"a program on the PATH: {advice}")
     return found

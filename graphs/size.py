@@ -205,12 +205,12 @@ def _prefill(options: Options, card: Model | None, weights: str) -> tuple[float,
     if options.gpu not in GPUS:
         raise ConfigError("gpu", options.gpu, f"one of {', '.join(GPUS)}, or --prefill-tokens-per-second")
     if card is None:
-        expected = f"also --prefill-tokens-per-second, or one of {', '.join(MODELS)}"
-        raise ConfigError("model", options.model, expected)
+        expected = f"a worker's speed, or as --model one of {', '.join(MODELS)}"
+        raise ConfigError.missing("prefill-tokens-per-second", expected, required_by=f"--model {options.model}")
     gpu = GPUS[options.gpu]
     needed = math.ceil(VALUE_BYTES[weights] * card.parameters / (gpu.memory_bytes * _WEIGHTS_OF_MEMORY_MAX))
     if options.gpus_per_worker < needed:
-        expected = f"{needed} or more: the {weights} weights of {options.model} do not fit"
+        expected = f"at least {needed}: the {weights} weights of {options.model} do not fit"
         raise ConfigError("gpus-per-worker", options.gpus_per_worker, expected)
     measured = PREFILL.get((known_name(options.model), options.gpu, weights))
     estimated = EFFICIENCY * gpu.tflops[weights] * 1e12 / (2 * card.active)  # one multiply and one add per parameter

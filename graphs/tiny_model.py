@@ -104,8 +104,8 @@ def has_random_weights(model: str) -> bool:
 
 
 def make_tiny_adapter(folder: Path, model: Path, *, seed: int, rank: int = 4) -> Path:
-    """Write a LoRA adapter for the tiny model into `folder`, in place of one that is there: drawn from the seed, and
-    strong enough to change the text. Returns the folder."""
+    """Write a LoRA adapter for the tiny model into `folder`, and replace an existing one. It is drawn from the seed,
+    and strong enough to change the text. Returns the folder."""
     import torch
 
     config = json.loads((model / "config.json").read_text())

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         print(asyncio.run(_once(options)))
         return
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ConfigError("once", None, "--once where there is no terminal")
+        raise ConfigError.missing("once", "--once where there is no terminal")
     from graphs.top_app import TopApp  # imports the terminal library, which --once does not need
 
     TopApp(options).run()

@@ -99,6 +99,14 @@ class Options(BaseModel):
     metrics_port: int = Field(0, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    @field_validator("sync", mode="before")
+    @classmethod
+    def _is_sync(cls, sync: object) -> object:
+        with contextlib.suppress(ValueError):
+            if sync == "seal" or float(str(sync)) > 0:
+                return sync
+        raise ValueError("seal, or more than 0 milliseconds")
+
     @field_validator("etcd")
     @classmethod
     def _etcd_servers(cls, servers: str | None) -> str | None:
@@ -116,7 +124,8 @@ class Options(BaseModel):
     def check(self) -> None:
         """Raises ConfigError for options that conflict."""
         if self.namespaces and "namespace" in self.model_fields_set:
-            raise ConfigError("namespace", self.namespace, "none together with --namespaces, which names all of them")
+            expected = "one of the two: the file names all namespaces"
+            raise ConfigError.conflicting("namespace", self.namespace, "--namespaces", expected)
         certificates.checked(self.tls_files, certificates.SERVER)
         self._check_durability()
         self._check_name()
@@ -136,18 +145,19 @@ class Options(BaseModel):
         uses_tls = certificates.checked(self.peers_tls_files, certificates.CLIENT)
         if self.peers is None:
             if uses_tls:
-                raise ConfigError("store-tls-ca", self.store_tls_ca, "also --peers")
+                raise ConfigError.missing("peers", "the targets that hold replicas", required_by="--store-tls-ca")
             return
         if not self.hot:
-            raise ConfigError("peers", self.peers, "also --hot: replicas are sent from there")
+            raise ConfigError.missing("hot", "a size: replicas are sent from the hot cache", required_by="--peers")
         if self.tls_cert and not uses_tls:
-            raise ConfigError("peers", self.peers, "also --store-tls-ca, since targets have --tls-cert")
+            raise ConfigError.missing("store-tls-ca", "a file", required_by="--peers together with --tls-cert")
 
     def _check_durability(self) -> None:
         if self.durability == "memory" and not self.hot:
-            raise ConfigError("durability", self.durability, "also --hot: puts are kept there until they are written")
+            expected = "a size: the hot cache keeps puts until they are written"
+            raise ConfigError.missing("hot", expected, required_by="--durability memory")
         if self.dirty is not None and self.durability == "written":
-            raise ConfigError("dirty", self.dirty, "also --durability memory")
+            raise ConfigError.conflicting("dirty", self.dirty, "--durability written", "--durability memory")
         if self.dirty_bytes > self.hot:
             raise ConfigError("dirty", self.dirty, f"at most the {self.hot} bytes of --hot")
 
@@ -157,9 +167,10 @@ class Options(BaseModel):
         if self.advertise is not None:
             host, port = transport.split_address(membership.checked_address("advertise", self.advertise))
             if transport.is_wildcard(host) or not port:
-                raise ConfigError("advertise", self.advertise, "an address and a port at which clients reach it")
+                raise ConfigError("advertise", self.advertise, "host:port that clients can reach")
         elif (self.nats or self.etcd) and transport.is_wildcard(listening):
-            raise ConfigError("listen", self.listen, "also --advertise HOST:PORT, which clients can reach")
+            expected = "host:port that clients can reach"
+            raise ConfigError.missing("advertise", expected, required_by=f"--listen {self.listen}")
 
 
 def parse(argv: list[str] | None = None) -> Options:

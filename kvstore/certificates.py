@@ -53,7 +53,7 @@ def checked(files: Files, names: Names) -> bool:
     }
     for name in (name for name, is_missing in missing.items() if is_missing and any(files)):
         given = ", ".join(f"--{given}" for given, path in zip(names, files, strict=True) if path)
-        raise ConfigError(name, "", f"a file, together with {given}")
+        raise ConfigError.missing(name, "a file", required_by=given)
     return any(files)
 
 

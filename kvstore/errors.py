@@ -18,12 +18,19 @@ if TYPE_CHECKING:  # the mover starts with each engine, and does without
 
 # Replaces pydantic's text where that describes its parsing instead of the expected input.
 _EXPECTED = {
+    "missing": "a value: it has no default",
     "byte_size": "a size such as 500G or 1.5TiB",
     "byte_size_unit": "a size such as 500G or 1.5TiB",
     "string_type": "a text, in quotes",
     "int_parsing": "a whole number",
     "float_parsing": "a number",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
 }
+# The words of all other errors about a limit.
+_LIMITS = {"greater than or equal to": "at least", "less than or equal to": "at most", "greater than": "more than"}
 
 Model = TypeVar("Model", bound="BaseModel")
 
@@ -36,30 +43,62 @@ def _line(text: str) -> str:
 
 
 class ConfigError(Exception):
-    """Bad input, in one line: the field, the value given, the value expected. None or "" is a missing value."""
+    """Bad input, in one line: `PLACE: FIELD: PROBLEM, expected WHAT`. The place, a file and line, may be empty; so
+    may the field, if the whole line is bad. The constructor is for a bad value. The other kinds have their own.
+    """
 
-    def __init__(self, name: str, value: object, expected: str):
-        problem = "missing" if value in (None, "") else f"{str(value)!r} given"
-        super().__init__(_line(f"{name}: {problem}, expected {expected}"))
+    def __init__(self, field: str, value: object, expected: str):
+        """An empty value counts as missing."""
+        super().__init__(field, "", expected)  # for repr and pickle, without the value: it may hold a password
+        self.place = ""
+        self.field = field
+        self.problem = "missing" if value in (None, "") else f"{str(value)!r} given"
+        self.expected = expected
 
     @classmethod
-    def saying(cls, name: str, problem: str, expected: str) -> Self:
-        """For a field whose value is not the problem: the field is unknown, duplicate or in conflict."""
-        error = cls(name, None, expected)
-        error.args = (_line(f"{name}: {problem}, expected {expected}"),)
+    def missing(cls, field: str, expected: str, required_by: str = "") -> Self:
+        """`required_by` names the other option, and its value if that matters."""
+        error = cls(field, None, expected)
+        if required_by:
+            error.problem = f"missing, required by {required_by}"
         return error
 
     @classmethod
-    def unknown(cls, name: str, known: Collection[str], of: str = "one of") -> Self:
-        """For a field (the last part of `name`) that is not among the `known`. Hides its value, which may be secret."""
-        meant = difflib.get_close_matches(name.rpartition(".")[2], known, 1)
+    def unknown(cls, field: str, known: Collection[str], of: str = "one of") -> Self:
+        """For a field (its last part) that is not among the `known`. Hides its value, which may be secret."""
+        meant = difflib.get_close_matches(field.rpartition(".")[2], known, 1)
         hint = f"; did you mean {meant[0]}?" if meant and len(known) > 1 else ""
-        return cls.saying(name, "unknown", f"{of} {', '.join(known)}{hint}")
+        error = cls(field, None, f"{of} {', '.join(known)}{hint}")
+        error.problem = "unknown"
+        return error
 
-    def within(self, where: str) -> "ConfigError":
-        """The same error, with the field's name prefixed by `where`."""
-        self.args = (f"{where}.{self.args[0]}",)
+    @classmethod
+    def duplicate(cls, field: str, value: str, first: str) -> Self:
+        """`first` is where the same was given before."""
+        error = cls(field, value, "it once")
+        error.problem = f"{value!r} is a duplicate of {first}"
+        return error
+
+    @classmethod
+    def conflicting(cls, field: str, value: object, other: str, expected: str) -> Self:
+        """For a valid value that cannot stand together with that of another option."""
+        error = cls(field, value, expected)
+        error.problem = f"{str(value)!r} conflicts with {other}"
+        return error
+
+    def within(self, parent: str) -> Self:
+        """The same error, about a field of `parent`."""
+        self.field = f"{parent}.{self.field}"
         return self
+
+    def at(self, place: str) -> Self:
+        """The same error, with the file and line of the field, unless it has a place already."""
+        self.place = self.place or place
+        return self
+
+    def __str__(self) -> str:
+        subject = ": ".join(filter(None, (self.place, self.field, self.problem)))
+        return _line(f"{subject}, expected {self.expected}")
 
 
 class UnavailableError(Exception):
@@ -107,11 +146,24 @@ def validated(model: type[Model], values: dict[str, object]) -> Model:
         return model.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
+        kind = first["type"]
         name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        if first["type"] == "extra_forbidden":
+        if kind == "extra_forbidden":
             raise ConfigError.unknown(name, _settings(model, first["loc"][:-1])) from None
-        raise ConfigError(name, first.get("input"), _EXPECTED.get(first["type"], message)) from None
+        value = None if kind == "missing" else first["input"]  # otherwise the whole mapping
+        raise ConfigError(name, value, _EXPECTED.get(kind) or _expected(kind, first["msg"])) from None
+
+
+def _expected(kind: str, message: str) -> str:
+    """Pydantic's message, in the words of our own errors."""
+    message = message.removeprefix("Value error, ").removeprefix("Input should be ")
+    if kind == "literal_error":
+        values = message.replace("'", "").replace(" or ", ", ").split(", ")
+        return f"one of {', '.join(filter(None, values))}"  # "" is the option that is not given
+    for words, ours in _LIMITS.items():
+        if message.startswith(words):
+            return message.replace(words, ours)
+    return message
 
 
 def _settings(model: "type[BaseModel]", path: tuple[int | str, ...]) -> list[str]:

@@ -239,9 +239,9 @@ def open_seal(path: str, mode: str) -> SealFile | None:
     if mode == "off":
         return None
     if mode not in (known.name.lower() for known in Mode):
-        raise ConfigError("seal", mode, "mac, encrypt or off")
+        raise ConfigError("seal", mode, "one of mac, encrypt, off")
     if not path:
-        raise ConfigError("seal", mode, "off, or a seal-key")
+        raise ConfigError.missing(_FIELD, "a file of keys, or seal off", required_by=f"seal {mode}")
     return SealFile(Path(path), Mode[mode.upper()])
 
 
@@ -264,7 +264,7 @@ def ids(keys: Sequence[SealKey]) -> str:
 
 def read_keys(path: Path) -> tuple[SealKey, ...]:
     """The keys of a file, YAML or JSON: a list of {id: 1 to 2^32 - 1, key: 64 hexadecimal digits}. Raises ConfigError,
-    which quotes nothing of the content."""
+    which quotes no key."""
     import yaml
 
     try:
@@ -278,8 +278,10 @@ def read_keys(path: Path) -> tuple[SealKey, ...]:
     if not isinstance(listed, list) or not 1 <= len(listed) <= KEYS_MAX:
         raise _wrong(path, f"a list of 1 to {KEYS_MAX} keys, the one that seals first")
     keys = tuple(_key(path, number, entry) for number, entry in enumerate(listed, 1))
-    if len({key.id for key in keys}) < len(keys):
-        raise _wrong(path, "a different id for each key")
+    numbers: dict[int, int] = {}
+    for number, key in enumerate(keys, 1):
+        if (first := numbers.setdefault(key.id, number)) != number:
+            raise ConfigError.duplicate(f"{_FIELD}.{number}.id", str(key.id), f"{_FIELD}.{first}.id").at(str(path))
     return keys
 
 

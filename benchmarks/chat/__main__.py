@@ -90,14 +90,14 @@ MEDIA = {
     **dict.fromkeys(SEALED, ("cold", "hbm", "dram", "store")),
 }
 START_SECONDS = 400.0
-SETTLE_SECONDS = 3.0  # without another write: what is written behind the warm-up is written
+SETTLE_SECONDS = 3.0  # without another write; then the warm-up's write-behind has ended
 SETTLE_SECONDS_MAX = 30.0
-TARGET_FOUND_SECONDS = 5.0  # in which workers try a target again that was away
+TARGET_FOUND_SECONDS = 5.0  # the time in which workers retry a target that was down
 _CPU_THREADS = "VLLM_CPU_OMP_THREADS_BIND"
 ENGINE_ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
     "HF_HUB_OFFLINE": "1",
-    # On the CPU as many threads with a connector as without: vLLM gives one less to an engine without.
+    # On the CPU, the same number of threads in all modes: vLLM gives an engine without a connector one less.
     _CPU_THREADS: os.environ.get(_CPU_THREADS, ",".join(map(str, sorted(os.sched_getaffinity(0))))),
 }
 ROOT = Path(__file__).parents[2]
@@ -152,17 +152,17 @@ class Report(msgspec.Struct):
     points: list[Point] = []
     timelines: list[Timeline] = []
     machine: Facts = {}
-    energy: str = ""  # why nothing is measured
+    energy: str = ""  # the reason, if energy is not measured
     first_tokens: list[FirstToken] = []
     failed: dict[str, str] = {}
-    warm_ups: dict[str, dict[str, float]] = {}  # mode -> what the tier counted before the first point
-    # mode -> the most requests per second with a mean TPOT of at most so many ms, between the numbers of clients
+    warm_ups: dict[str, dict[str, float]] = {}  # mode -> the tier's counters before the first point
+    # mode -> TPOT limit in ms -> the highest requests per second within it, interpolated between numbers of clients
     best: dict[str, dict[str, float]] = {}
     over: list[Over] = []
 
 
 class EngineError(FailedError):
-    """An engine or a target that does not come up; its last words."""
+    """An engine or a target did not start. The text has the end of its log."""
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -206,7 +206,7 @@ def check_load(options: Options) -> None:
 
 
 def split(values: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, with lists of what has commas."""
+    """The arguments, with comma-separated values as lists."""
     for name in ("modes", "clients", "first_token", "earlier"):
         if values.get(name) is not None:
             values[name] = values[name].split(",")
@@ -238,8 +238,10 @@ def parse(argv: list[str]) -> Options:
     for name, mode in [("over", options.over), *(("modes", mode) for mode in options.modes)]:
         if mode not in known:
             raise ConfigError(name, mode, f"{'one' if name == 'over' else 'some'} of {','.join(known)}")
-    if options.kill and (options.url or not options.timeline):
-        raise ConfigError("kill", options.kill, "nothing, without --timeline or with --url")
+    if options.kill and options.url:
+        raise ConfigError.conflicting("kill", options.kill, "--url", "one of the two: targets of others are not killed")
+    if options.kill and not options.timeline:
+        raise ConfigError.missing("timeline", "more than 0 seconds", required_by="--kill")
     check_load(options)
     check_folders(options)
     return options
@@ -257,7 +259,7 @@ def check_folders(options: Options) -> None:
 
 @contextlib.contextmanager
 def running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process, in a group of its own that ends with the block."""
+    """A process in a group of its own, which is ended with the block."""
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True
@@ -274,7 +276,7 @@ def running(command: list[str], environment: dict[str, str], log: Path) -> Itera
 
 
 def leave_on_sigterm() -> None:
-    """So that what was started is stopped. From the main thread."""
+    """Exit on SIGTERM, so that started processes are stopped. To be called from the main thread."""
 
     def leave(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
@@ -304,7 +306,7 @@ async def until_ready(endpoint: Endpoint, session: aiohttp.ClientSession, proces
 def transfer_config(
     options: Options, mode: str, store: str, files: Path, seal_key: Path | None = None
 ) -> dict[str, object] | None:
-    """What goes into --kv-transfer-config; the same DRAM and the same chunks for all that have any."""
+    """The value of --kv-transfer-config; with the same DRAM size and chunk size in all modes."""
     stock = {
         "cpu_bytes_to_use": int(options.dram),
         "blocks_per_chunk": options.blocks_per_chunk,
@@ -351,7 +353,7 @@ def engine_arguments(options: Options, transfer: dict[str, object] | None) -> li
 def target_running(
     options: Options, mode: str, folder: Path, address: str, log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A target that listens, until the block ends."""
+    """A running target, until the block ends."""
     hot = 0 if mode == "store" else int(options.hot)
     command = [sys.executable, "-m", "kvstore", "--dir", str(folder), "--capacity", str(int(options.capacity))]
     command += ["--hot", str(hot), "--durability", options.durability if hot else "written"]
@@ -369,13 +371,13 @@ def target_running(
 
 
 class Bench:
-    """What is asked of the engines, one after the other, and what comes of it."""
+    """Runs the load against one engine after the other, and collects the results."""
 
     def __init__(self, options: Options, logs: Path, *, gpus: int = 0, module: str = "benchmarks.chat"):
         self.options = options
         self.logs = logs
         self._round = 0
-        self._of_store: dict[Path, Pool] = {}  # as far as it was played
+        self._of_store: dict[Path, Pool] = {}  # the pool as it was played so far
         self._target_pid = 0
         pool = self._pool(CHAT)
         self.report = Report(shlex.join(["python", "-m", module, *sys.argv[1:]]), pool.prompt_tokens)
@@ -389,7 +391,7 @@ class Bench:
             self.meter, self.report.energy = None, f"not measured: {error}"
 
     def describe_machine(self) -> None:
-        """Some seconds of its disk and its memory, before anything runs."""
+        """Measure disk and memory for some seconds, before anything else runs."""
         self.report.machine = facts(self.options.dir)
         if self.meter:
             self.report.machine["gpus"] = ", ".join(self.meter.names)
@@ -399,7 +401,7 @@ class Bench:
 
     async def run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        # A connection that the server is about to close is not taken again: vLLM's closes them after five seconds.
+        # vLLM closes idle connections after five seconds: do not reuse one that is about to be closed.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             if self.options.url:
@@ -480,7 +482,7 @@ class Bench:
                 await self._measure(endpoint, mode, pool)
                 is_broken = options.kill and mode.startswith("store")
                 await self._follow(endpoint, mode, pool, Breaking("target", kill, start) if is_broken else None)
-            # Last what pushes the pool out of a store that has room for little more.
+            # Last, because it evicts the pool from a store with little free room.
             for mode in reversed(modes) if options.first_token else ():
                 await served_by(mode)
                 await self._measure_first_tokens(endpoint, mode)
@@ -497,7 +499,7 @@ class Bench:
         return stack
 
     async def _idle(self) -> None:
-        """Of an engine that is up and has nothing to do."""
+        """Measure the idle power of an engine that is up."""
         say(f"{await self.meter.measure_idle():.0f} W idle" if self.meter else f"energy {self.report.energy}")
 
     async def _fill(self, endpoint: Endpoint, mode: str, pool: Pool) -> None:
@@ -578,7 +580,8 @@ class Bench:
 
 
 def by_engine(modes: list[str]) -> list[list[str]]:
-    """Modes that one engine serves, one after the other: the store's, the hot cache first, which the filling fills."""
+    """Modes in groups that share one engine. Of the store's modes, the one with a hot cache comes first, since the
+    warm-up fills it."""
     store = [mode for mode in reversed(MODES) if mode in modes and mode.startswith("store")]
     found = [[mode] for mode in modes if mode not in store]
     return [*found, store] if store else found

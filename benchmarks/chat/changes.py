@@ -1,4 +1,4 @@
-"""Whether answers stay right while the model under them changes: weights and adapters replaced, engines restarted.
+"""Whether answers stay correct while the model changes: weights and adapters are replaced, engines restarted.
 
     python -m benchmarks.chat.changes --requests 1000 --seed 1 [--dir DIR] [--json FILE]
 
@@ -43,11 +43,11 @@ from kvstore.errors import run_command, validated
 
 BLOCK_TOKENS = 128
 PROMPT_TOKENS, ANSWER_TOKENS = 600, 8
-# How far apart the logprobs of one answer may be that were computed in batches of other sizes, or from cached KV.
+# The largest difference between logprobs of one answer, computed with different batch sizes or from cached KV.
 ROUNDING = 2e-3
-# Of the model's sequences of weights, of adapters, of prompts.
+# The number of versions of weights and adapters, and of prompts.
 WEIGHTS, ADAPTERS, PROMPTS = 3, 3, 5
-NAMES = ("first", "second", "third")  # under which adapters are asked for
+NAMES = ("first", "second", "third")  # names of adapters in requests
 ADAPTERS_HELD = 2
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -71,7 +71,7 @@ class Answer(msgspec.Struct):
     logprobs: list[float]
 
     def off(self, other: "Answer") -> float:
-        """By how much a logprob differs; infinite if a token does."""
+        """The largest difference of a logprob; infinite if a token differs."""
         if self.tokens != other.tokens:
             return float("inf")
         return max(abs(one - two) for one, two in zip(self.logprobs, other.logprobs, strict=True))
@@ -96,8 +96,7 @@ class Report(msgspec.Struct):
 
 
 class Engine:
-    """An engine whose core runs in this process, of which there may be one at a time. `adapters` is the folder that has
-    its adapters by name."""
+    """An engine whose core runs in this process; one at a time. `adapters` is the folder of its adapters, by name."""
 
     def __init__(self, folder: Path, transfer: dict[str, object] | None, **options: object):
         self.folder = self.adapters = folder
@@ -123,7 +122,7 @@ class Engine:
         if transfer is not None:
             tier = self.engine.engine_core.engine_core.scheduler.connector._tier
             until = time.monotonic() + _ANSWER_SECONDS
-            while not tier.link.ready and time.monotonic() < until:  # a first prompt would not wait for that
+            while not tier.link.ready and time.monotonic() < until:  # the first prompt would not wait for the mover
                 tier.get_finished_jobs()
                 time.sleep(0.05)
 
@@ -135,7 +134,7 @@ class Engine:
         del self.llm, self.engine
 
     def counted(self) -> dict[tuple[str, str], float]:
-        """What the tier has counted since the start, by name and outcome."""
+        """The tier's counters since the start, by name and outcome."""
         return {
             (metric.name, metric.labels["outcome"]): metric.value
             for metric in self.llm.get_metrics()
@@ -148,8 +147,8 @@ class Engine:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
-        # vLLM's CPU kernels compute a request without an adapter with one that another request of the step has.
-        scheduler = self.engine.engine_core.engine_core.scheduler  # which knows of aborted requests, too
+        # vLLM's CPU kernels apply a request's adapter also to the requests without one in the same step.
+        scheduler = self.engine.engine_core.engine_core.scheduler  # it lists aborted requests, too
         while (adapter is not None) != self._adapters_asked and scheduler.has_unfinished_requests():
             self.step()
         self._adapters_asked = adapter is not None
@@ -174,13 +173,13 @@ class Engine:
                 return Answer(list(said.token_ids), logprobs), output.num_cached_tokens or 0
 
     def stored(self) -> int:
-        """Chunks that the store has of what was computed here. Takes a step, if only to find out."""
+        """The number of chunks that this engine has stored. Runs one step to learn it."""
         self.engine.step()
         counted = self.counted()
         return int(sum(counted.get(("vllm:kvtier_stored_chunks", outcome), 0) for outcome in ("stored", "known")))
 
     def begin(self, asked: list[tuple[list[int], str | None, int]], steps: int) -> None:
-        """Requests whose answers nobody waits for, and so many steps of them."""
+        """Start requests without waiting for their answers, and run `steps` steps."""
         for prompt, adapter, answer_tokens in asked:
             self.add(prompt, adapter, answer_tokens)
         for _ in range(steps):
@@ -189,7 +188,7 @@ class Engine:
     # ---- changes
 
     def forget(self, *, external: bool = False) -> None:
-        """Reset the engine's own cache, which it refuses as long as requests hold blocks."""
+        """Reset the engine's prefix cache. The engine refuses that while requests hold blocks."""
         for _ in range(_RESET_STEPS):
             if self.engine.reset_prefix_cache(reset_connector=external):
                 return
@@ -203,7 +202,7 @@ class Engine:
         self.llm.collective_rpc(_load_file, args=(str(self.folder / "model.safetensors"),))
 
     def sleep(self, level: int) -> None:
-        """And wake up. From level 1 on, requests in flight are aborted. Ranks on a CPU keep their weights then; all
+        """Sleep and wake up. From level 1 on, requests in flight are aborted. Ranks on a CPU keep their weights; all
         else is as on a GPU."""
         self.llm.sleep(level, mode="abort" if level else "keep")
         self.llm.wake_up()
@@ -226,7 +225,7 @@ def _load_file(worker: Any, path: str) -> None:
 
 
 def _nothing(worker: Any) -> None:
-    """A call of the user's own, of which nobody can know that it changes nothing."""
+    """A custom call, of which the tier cannot know that it changes nothing."""
 
 
 def _serve(orders: Connection, folder: Path, transfer: dict[str, object] | None, options: dict[str, object]) -> None:
@@ -241,15 +240,15 @@ def _serve(orders: Connection, folder: Path, transfer: dict[str, object] | None,
 
 
 class Served:
-    """An engine in another process. `weights` and `adapters` are the versions that it computes with, of those whose
-    files are in its folder."""
+    """An engine in another process. `weights` and `adapters` are the versions that it computes with; their files are in
+    its folder."""
 
     def __init__(self, folder: Path, models: list[Path], transfer: dict[str, object] | None):
         self.folder, self.models, self.transfer = folder, models, transfer
         shutil.copytree(models[0], folder)
         self.weights = 0
         self.adapters: dict[str, int] = {}
-        self.changed = False  # since it used a cache
+        self.changed = False  # since its last use of a cache
         self.counters: Counter[tuple[str, str]] = Counter()
         self.start()
 
@@ -299,14 +298,15 @@ class Soak:
         values = {"model": str(self.models[0]), "dir": folder, "dram": 64 << 20, "capacity": 4 << 30}
         chat = validated(ChatOptions, values)
         transfer: Any = transfer_config(chat, "store", address, folder)
-        # A machine that is slow for other reasons is no reason to compute.
+        # Long timeouts, so that a slow machine does not cause recompute.
         transfer["kv_connector_extra_config"]["secondary_tiers"][0] |= {"deadline_ms": 60_000, "lookup_ms": 60_000}
         self.transfer = transfer
         (folder / "store").mkdir()
         serving.enter_context(target_running(chat, "store", folder / "store", address, folder / "target.log"))
 
     def refer(self) -> None:
-        """What is right, from an engine without the tier; and whether versions can be told apart by their answers."""
+        """Compute the expected answers with an engine without the tier, and check that versions differ in their
+        answers."""
         engine = Served(self.folder / "plain", self.models, None)
         for weights in range(WEIGHTS):
             engine.replace_weights(weights)
@@ -382,7 +382,7 @@ class Soak:
         say(f"after {self.report.requests} requests, {engine.folder.name}: {kind}")
         engine.changed = True
         if "crash" not in kind and self.chance.random() < 0.5:
-            # In flight: nobody can say what is right for these.
+            # In flight during a change: their expected answers are undefined.
             self.report.in_flight += 1
             begun = [
                 (self.chance.choice(self.prompts), self.adapter(engine), self.chance.randint(1, 200))
@@ -404,7 +404,7 @@ class Soak:
                 level = self.chance.randrange(3)
                 say(f"sleep level {level}")
                 engine.call("sleep", level)
-                if level == 2:  # which on a GPU leaves no weights
+                if level == 2:  # on a GPU, level 2 discards the weights
                     engine.replace_weights(self.chance.randrange(WEIGHTS))
                     engine.call("reload")
                     engine.call("forget")

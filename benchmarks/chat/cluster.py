@@ -68,7 +68,7 @@ DEFAULT_MODES = ("stock", "kvtier-memory")
 WORKERS = ("VllmWorker", "PrefillWorker", "DecodeWorker")
 MODEL = "chat"
 _ANSWER_SECONDS = 120.0
-# What a target may take to write what is dirty.
+# Timeout for a target to write its dirty data.
 _WRITTEN_SECONDS = 120.0
 
 
@@ -108,9 +108,9 @@ def parse(argv: list[str]) -> Options:
         if mode not in GRAPHS:
             raise ConfigError(name, mode, f"{'one' if name == 'over' else 'some'} of {','.join(GRAPHS)}")
         if mode.startswith("1p1d") and name == "modes" and options.workers % 2:
-            raise ConfigError("workers", options.workers, f"an even number, with {mode}")
+            raise ConfigError.conflicting("workers", options.workers, f"--modes {mode}", "an even number")
     if options.kill and not options.timeline:
-        raise ConfigError("kill", options.kill, "nothing, without --timeline")
+        raise ConfigError.missing("timeline", "more than 0 seconds", required_by="--kill")
     check_load(options)
     check_folders(options)
     return options
@@ -132,7 +132,8 @@ def settings_of(arguments: list[str]) -> dict[str, str | bool]:
 
 
 def by_cluster(modes: Sequence[str]) -> list[list[str]]:
-    """Modes that one cluster serves, one after the other: the target's cache first, which the filling fills."""
+    """Modes in groups that share one cluster. The mode with the target's cache comes first, since the warm-up fills
+    it."""
     both = ["kvtier-memory", "kvtier-disk"]
     if not set(both) <= set(modes):
         return [[mode] for mode in modes]
@@ -165,7 +166,7 @@ def deployment_of(options: Options, mode: str, folder: Path, beside: Deployment 
 
 
 class ClusterBench(Bench):
-    """The same questions to one cluster after the other."""
+    """Runs the same load against one cluster after the other."""
 
     def __init__(self, options: Options, logs: Path):
         gpus = options.workers * options.gpus_per_worker
@@ -218,7 +219,7 @@ class ClusterBench(Bench):
 
 
 async def change_targets(session: aiohttp.ClientSession, supervisor: Supervisor, beside: Deployment) -> None:
-    """Start the targets as this deployment has them, over the same folders, once they have written everything."""
+    """Restart the targets with the settings of `beside`, over the same folders, once they have written everything."""
     targets = [child for child in supervisor.children.values() if child.process.service == "Store"]
     deadline = time.monotonic() + _WRITTEN_SECONDS
     while any([await dirty_bytes(session, child.process) for child in targets]) and time.monotonic() < deadline:
@@ -249,7 +250,7 @@ def breaking(supervisor: Supervisor, name: str) -> Breaking | None:
 
 
 async def until_answered(endpoint: Endpoint) -> None:
-    """The frontend has found the workers. Raises TimeoutError."""
+    """Wait until the frontend has found the workers. Raises TimeoutError."""
     deadline = time.monotonic() + _ANSWER_SECONDS
     while True:
         with contextlib.suppress(ConnectionError, TimeoutError):
@@ -261,7 +262,7 @@ async def until_answered(endpoint: Endpoint) -> None:
 
 
 async def run(bench: ClusterBench) -> None:
-    """Until all is measured, or SIGTERM or SIGINT comes: then what runs is taken down first."""
+    """Run until all is measured. SIGTERM and SIGINT stop running processes first."""
     running: Any = asyncio.current_task()
 
     def stop() -> None:

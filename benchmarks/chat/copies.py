@@ -2,9 +2,10 @@
 
     python -m benchmarks.chat.copies [--layers 80] [--kv-heads 8] [--head-bytes 128] [--blocks 137] [--json FILE]
 
-vLLM's own worker for offloading copies the blocks of one prompt, there and back: with the layers of a block apart
-(LBHNC, vLLM's default), and together (BHLNC, which the connector asks for). The default is Llama-3.1-70B with FP8 KV on
-one GPU: 2,192 tokens of 160 KiB. Medians over `--repeats`; the thread is the one that runs the model.
+vLLM's offloading worker copies the blocks of one prompt to DRAM and back. Once with the layers of a block apart (LBHNC,
+vLLM's default), and once together (BHLNC, which the connector requests). The default is Llama-3.1-70B with FP8 KV on
+one GPU: 2,192 tokens of 160 KiB. Figures are medians over `--repeats`. The thread time is that of the thread that runs
+the model.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def measure(options: Options, *, together: bool) -> list[Row]:
     found = []
     for direction, submit in (("HBM to DRAM", worker.submit_store), ("DRAM to HBM", worker.submit_load)):
         thread, speed = [], []
-        for number in range(options.repeats + 3):  # some to warm up
+        for number in range(options.repeats + 3):  # the first ones warm up
             hbm = GPULoadStoreSpec(blocks, group_sizes=[len(blocks)], block_indices=[0])
             specs = (hbm, CPULoadStoreSpec(rows)) if direction == "HBM to DRAM" else (CPULoadStoreSpec(rows), hbm)
             torch.cuda.synchronize()

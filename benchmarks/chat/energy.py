@@ -12,10 +12,10 @@ IDLE_SECONDS = 5.0
 
 
 class Meter:
-    """The GPUs in use. Raises RuntimeError where there is none, or where they do not count."""
+    """The GPUs in use. Raises RuntimeError if there is none, or if they have no energy counters."""
 
     def __init__(self, gpus: int = 0):
-        """The first so many of CUDA_VISIBLE_DEVICES, or of the machine; 0: all of them."""
+        """The first `gpus` of CUDA_VISIBLE_DEVICES, or of the machine; 0: all of them."""
         nvml = _nvml()
         self.idle_watts = 0.0
         self._nvml: Any = nvml
@@ -36,11 +36,11 @@ class Meter:
             raise RuntimeError("there is no GPU")
 
     def joules(self) -> float:
-        """All that they have drawn since their driver was loaded."""
+        """Their energy since the driver was loaded."""
         return float(sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) for gpu in self._gpus)) / 1000
 
     async def measure_idle(self, seconds: float = IDLE_SECONDS) -> float:
-        """Watts while nothing runs: from now on `idle_watts`."""
+        """Measure the idle power in watts, and set `idle_watts`."""
         before, begun = self.joules(), time.monotonic()
         await asyncio.sleep(seconds)
         self.idle_watts = round((self.joules() - before) / (time.monotonic() - begun), 1)
@@ -48,7 +48,7 @@ class Meter:
 
 
 def _nvml() -> ModuleType:
-    """nvidia-ml-py, or what vLLM brings."""
+    """nvidia-ml-py, or the copy in vLLM."""
     for name in ("pynvml", "vllm.third_party.pynvml"):
         with contextlib.suppress(ImportError):
             return importlib.import_module(name)

@@ -7,13 +7,12 @@
 
 A small model with random weights is served by an engine without the tier and by one with it. Each prompt is sent cold,
 from HBM, from DRAM and from the store. Cold answers must be equal between the engines. All answers from a cache must be
-equal, too; they may differ from cold ones, because a prefill that continues from a cache adds in a different order. As
+equal, too. They may differ from cold ones, because a prefill that continues from a cache adds in a different order. As
 a control, the chunks on disk are then forged with valid checksums: a comparison that does not detect this proves
 nothing.
 
-Engines of other tensor parallelism read the first engine's chunks from the store. They round differently, so an
-answer's first logprob may differ from that with their own KV by a few times the difference between the engines' own
-answers.
+Engines of other tensor parallelism read the first engine's chunks from the store. They round differently. So an
+answer's first logprob may differ from the reader's own by a few times the difference between the engines' cold answers.
 """
 
 import argparse
@@ -54,8 +53,8 @@ from graphs.tiny_model import ALPHABET, make_tiny_model
 from kvstore.errors import run_command, validated
 
 ANSWER_TOKENS = 32
-CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB of "HBM", where the engine runs on the CPU
-# An answer from KV that the other engine made may be so many times as far off as the engines' own, or off by this.
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB of "HBM" of the CPU engine
+# The limit for an answer from another engine's KV: so many times the difference of cold answers, but at least this.
 ROUNDING, ROUNDING_MIN = 4.0, 1e-4
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -73,7 +72,7 @@ class Answer(msgspec.Struct):
         return self.tokens == other.tokens and self.logprobs == other.logprobs
 
     def off(self, other: "Answer") -> float:
-        """By how much the first logprob differs; infinite if the token does."""
+        """The difference of the first logprob; infinite if the token differs."""
         return abs(self.logprobs[0] - other.logprobs[0]) if self.tokens[0] == other.tokens[0] else math.inf
 
 
@@ -91,7 +90,7 @@ async def ask(endpoint: Endpoint, session: aiohttp.ClientSession, prompt: list[i
     async with session.post(f"{endpoint.url}/v1/completions", json={**body, "ignore_eos": True}) as reply:
         reply.raise_for_status()
         said = (await reply.json())["choices"][0]["logprobs"]
-    await asyncio.sleep(1.5)  # what is written behind the answer is there now, and counted
+    await asyncio.sleep(1.5)  # by now, the answer's write-behind has ended and is counted
     after = await endpoint.counters()
     tiers, hbm = (
         round(after.get(name, 0.0) - before.get(name, 0.0))
@@ -109,7 +108,7 @@ async def answers(endpoint: Endpoint, session: aiohttp.ClientSession, prompts: l
 
 
 async def from_tiers(endpoint: Endpoint, session: aiohttp.ClientSession, prompts: list[list[int]]) -> list[Answer]:
-    """And from DRAM and from the store."""
+    """Each prompt from DRAM and from the store."""
     found = []
     for prompt in prompts:
         for medium in ("dram", "store"):
@@ -119,7 +118,7 @@ async def from_tiers(endpoint: Endpoint, session: aiohttp.ClientSession, prompts
 
 
 def judge(report: Report) -> list[str]:
-    """What does not hold."""
+    """The violations, one text each."""
     faults = []
     reference = {(one.ranks, one.prompt_tokens, one.medium): one for one in report.plain}
     for one in report.store:
@@ -141,7 +140,7 @@ def judge(report: Report) -> list[str]:
 
 
 def tiny_model(folder: Path, kind: str) -> tuple[Path, str]:
-    """A model of the kind, and more arguments for its engine."""
+    """A model of the kind, and its engine's further arguments."""
     if kind == "dense":
         return make_tiny_model(folder, layers=8), ""
     make_tiny_kind(folder, kind)
@@ -162,10 +161,10 @@ class Identity:
         options = self.options.model_copy(update={"tensor_parallel": ranks})
         port = free_port()
         environment = {**CPU_ENVIRONMENT, **ENGINE_ENVIRONMENT}
-        if ranks > 1:  # on the CPU: which cores belong to which rank
+        if ranks > 1:  # on the CPU: assign cores to ranks
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, sorted(os.sched_getaffinity(0))[:ranks]))
         transfer: Any = transfer_config(options, mode, self.address, own)
-        if transfer is not None:  # a machine that is slow is no reason to compute
+        if transfer is not None:  # long timeouts, so that a slow machine does not cause recompute
             transfer["kv_connector_extra_config"]["secondary_tiers"][0] |= {"deadline_ms": 60_000, "lookup_ms": 60_000}
         command = engine_command(options, port, transfer)
         with running(command, environment, self.logs / f"{mode}-{ranks}.log") as process:
@@ -201,7 +200,7 @@ class Identity:
             forge(one, number_bytes)
         say("the chunks on disk are wrong now")
         with self.target(own):
-            await asyncio.sleep(5)  # until the engine finds it again
+            await asyncio.sleep(5)  # until the engine finds the target again
             for prompt in self.prompts:
                 await endpoint.forget(external=True)
                 self.report.forged += self.of(ranks, [await ask(endpoint, self.session, prompt, "forged")])

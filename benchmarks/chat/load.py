@@ -25,7 +25,7 @@ from benchmarks.chat.energy import Meter
 
 
 class Shape(NamedTuple):
-    """Of conversations: the fewest and the most turns, and tokens of the opening, a question, an answer."""
+    """The shape of conversations: ranges of turns, and of tokens of the opening, a question and an answer."""
 
     turns: tuple[int, int]
     opening: tuple[int, int]
@@ -33,15 +33,15 @@ class Shape(NamedTuple):
     answer: tuple[int, int]
 
 
-# A turn adds 40 + 165 tokens on average, and turns are 9 into their conversation on average: with this opening the mean
-# prompt has 2,200.
+# A turn adds 40 + 165 tokens on average, and the average turn is number 9. With this opening, the mean prompt has 2,200
+# tokens.
 CHAT = Shape((2, 28), (200, 500), (20, 60), (100, 230))
-# The same prompts and answers, and nobody ever goes on: a cache can only be in the way.
+# The same lengths without further turns: a cache can only cost.
 FRESH = Shape((1, 1), (400, 4000), (20, 60), (100, 230))
-# Ids of plain text in any vocabulary: past the special ones, and in a tokenizer of bytes still bytes.
+# Ids of plain text in any vocabulary: above the special tokens, and still bytes in a byte tokenizer.
 TOKEN_IDS = (40, 120)
 REQUEST_SECONDS = 120.0
-_BEGINNING = 0.9  # of the ramp: in the rest of it the last client's first prompt is computed
+_BEGINNING = 0.9  # share of the ramp in which clients start; in the rest the last client's first prompt is computed
 _COUNTER = re.compile(r'vllm:(?P<name>\w+)_total(?:\{(?:.*(?:source|outcome)="(?P<label>\w+)")?.*\})? (?P<value>\S+)$')
 
 
@@ -54,7 +54,7 @@ class Conversation:
         self._scale = scale
         self.turns = self._chance.randint(*shape.turns)
         self.turn = 0
-        self.known = 0  # leading tokens of the prompt that were asked or answered before
+        self.known = 0  # leading prompt tokens from earlier turns
         self.prompt: list[int] = self._tokens(shape.opening)
         self.answer_tokens = self._length(shape.answer)
 
@@ -69,7 +69,7 @@ class Conversation:
         return self.turn >= self.turns
 
     def go_on(self, answer: Sequence[int]) -> None:
-        """The turn was answered: the next question follows."""
+        """Continue after an answered turn with the next question."""
         self.prompt += answer
         self.known = len(self.prompt)
         self.prompt += self._tokens(self._shape.question)
@@ -77,13 +77,13 @@ class Conversation:
         self.turn += 1
 
     def skip_to(self, turn: int) -> None:
-        """As if the turns before had been played."""
+        """Skip to a turn, as if the turns before it had been played."""
         while self.turn < turn:
             self.go_on(self._chance.choices(range(*TOKEN_IDS), k=self.answer_tokens))
 
 
 class Pool:
-    """Conversations at all stages. Each waits until all others have had a turn; one that ended begins anew."""
+    """Conversations at all stages. They take turns in order; one that has ended is replaced by a new one."""
 
     def __init__(self, size: int, seed: int, shape: Shape = CHAT, *, scale: float = 1.0):
         self._shape = shape
@@ -93,7 +93,7 @@ class Pool:
         self._waiting: deque[Conversation] = deque()
         while len(self._waiting) < size:
             one = self._new()
-            # A conversation of many turns is met more often than one of few, at any of them.
+            # Long conversations are sampled in proportion to their turns, at any turn.
             if chance.random() < one.turns / shape.turns[1]:
                 one.skip_to(chance.randrange(one.turns))
                 self._waiting.append(one)
@@ -112,7 +112,7 @@ class Pool:
         self._waiting.append(self._new() if one.ended else one)
 
     def known(self) -> list[list[int]]:
-        """What the next turns go on with, as far as there is any, in the order of the turns."""
+        """The known prefixes of the next turns, in the order of the turns."""
         return [one.prompt[: one.known] for one in self._waiting if one.known]
 
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ class Answer:
     last: float = 0.0
     tokens: list[int] = field(default_factory=list)
     count: int = 0
-    gaps: list[float] = field(default_factory=list)  # seconds between what came
+    gaps: list[float] = field(default_factory=list)  # seconds between chunks of the stream
 
     @property
     def ttft_seconds(self) -> float:
@@ -140,9 +140,9 @@ class Answer:
 
 
 class Endpoint:
-    """An OpenAI-compatible server. Its completions must take token ids; where it does not give them back
-    (`return_token_ids`), answers are taken for other tokens of that number, and only prompts are ever reused. Stock
-    dynamo.frontend refuses to be asked: `asks_ids`."""
+    """An OpenAI-compatible server whose completions take token ids. If it does not return token ids
+    (`return_token_ids`), answers are replaced by other tokens of the same number, so only prompts are reused. Stock
+    dynamo.frontend rejects that option: `asks_ids`."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class Endpoint:
         model: str,
         *,
         asks_ids: bool = True,
-        metrics: Sequence[str] = (),  # where the engines' counters are; default: its own
+        metrics: Sequence[str] = (),  # URLs of the engines' counters; default: the server's own
     ):
         self._session = session
         self._asks_ids = asks_ids
@@ -160,7 +160,7 @@ class Endpoint:
         self._metrics = metrics or (f"{self.url}/metrics",)
 
     async def complete(self, prompt: Sequence[int], tokens: int) -> Answer:
-        """Raises ConnectionError or TimeoutError if it does not answer in full."""
+        """Raises ConnectionError or TimeoutError without a complete answer."""
         body = {
             "model": self.model,
             "prompt": list(prompt),
@@ -199,7 +199,8 @@ class Endpoint:
         return answer
 
     async def counters(self) -> dict[str, float]:
-        """The sums of the engines' Prometheus counters, by source or outcome where they tell; of those that answer."""
+        """The sums of the engines' Prometheus counters, by source or outcome if labelled. Engines that do not answer
+        are left out."""
         sums: dict[str, float] = {}
         for line in itertools.chain(*await asyncio.gather(*(page_lines(self._session, url) for url in self._metrics))):
             found = _COUNTER.match(line)
@@ -209,7 +210,7 @@ class Endpoint:
         return sums
 
     async def forget(self, *, external: bool) -> None:
-        """Empty the engine's HBM cache, and with `external` its DRAM tier, too: what a store holds stays."""
+        """Reset the engine's HBM cache and, with `external`, its DRAM tier. A store keeps its content."""
         query = "?reset_external=true" if external else ""
         async with self._session.post(f"{self.url}/reset_prefix_cache{query}") as reply:
             if reply.status != 200:
@@ -217,7 +218,7 @@ class Endpoint:
 
 
 async def page_lines(session: aiohttp.ClientSession, url: str) -> list[str]:
-    """Of a page of metrics; none if it does not come within five seconds."""
+    """The lines of a metrics page; none if it takes longer than five seconds."""
     with contextlib.suppress(aiohttp.ClientError, TimeoutError):
         async with session.get(url, timeout=aiohttp.ClientTimeout(5)) as reply:
             if reply.status == 200:
@@ -226,7 +227,7 @@ async def page_lines(session: aiohttp.ClientSession, url: str) -> list[str]:
 
 
 class Point(msgspec.Struct):
-    """One mode with so many clients, over the requests that ended in the window."""
+    """One mode with one number of clients, over the requests that ended in the window."""
 
     mode: str
     clients: int
@@ -240,16 +241,16 @@ class Point(msgspec.Struct):
     ttft_ms_p50: float
     ttft_ms_p99: float
     tpot_ms_mean: float
-    gap_ms_p50: float  # between a request's tokens: a step of the engine, while it decodes
+    gap_ms_p50: float  # between a request's tokens: the time of a decode step
     gap_ms_p99: float
-    hbm_hit_share: float  # of prompt tokens, by the engine's own counters
+    hbm_hit_share: float  # share of prompt tokens, by the engine's counters
     external_hit_share: float
-    store_bytes_per_second: float  # fetched, where the tier counts them
-    tier: dict[str, float]  # what the tier counted meanwhile
+    store_bytes_per_second: float  # fetched, if the tier counts them
+    tier: dict[str, float]  # the tier's counters in the window
     first_failure: str = ""
     tpot_ms_p50: float = 0.0
     tpot_ms_p99: float = 0.0
-    # Of the GPUs, by their own counters; 0 where nothing is measured. `over_idle` is what the load alone drew.
+    # Energy counters of the GPUs; 0: not measured. `over_idle` is the part above idle power.
     watts: float = 0.0
     idle_watts: float = 0.0
     joules_per_request: float = 0.0
@@ -267,11 +268,11 @@ class _Sample(msgspec.Struct):
     gaps: list[float]
 
 
-Samples = list[_Sample | str]  # in the order in which they ended; why, of what failed
+Samples = list[_Sample | str]  # in the order in which they ended; of failed ones, the reason
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value at that rank; NaN of nothing."""
+    """The value at that rank; NaN without values."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else math.nan
 
 
@@ -280,8 +281,8 @@ def mean(values: Sequence[float]) -> float:
 
 
 async def warm_up(endpoint: Endpoint, pool: Pool, clients: int) -> None:
-    """Each conversation's prompt and a made-up answer once, for one token: from now on every tier holds what it has
-    room for, and every turn that is measured goes on with something that was there before."""
+    """Send each conversation's prompt, with a synthetic answer, for one output token. After it, all tiers are full, and
+    every measured turn continues a known prefix."""
     left = len(pool)
     chance = random.Random(left)
 
@@ -299,7 +300,7 @@ async def warm_up(endpoint: Endpoint, pool: Pool, clients: int) -> None:
 
 
 async def ask_again(endpoint: Endpoint, pool: Pool, clients: int) -> None:
-    """What every conversation goes on with once more, so that it lies where what was read lately lies."""
+    """Send all known prefixes once more, so that they count as recently read."""
     prompts = iter(pool.known())
 
     async def ask() -> None:
@@ -310,7 +311,7 @@ async def ask_again(endpoint: Endpoint, pool: Pool, clients: int) -> None:
 
 
 async def settled(endpoint: Endpoint, seconds: float, seconds_max: float) -> dict[str, float]:
-    """Wait until nothing was stored for so long; the counters then. Where nothing is counted, wait once."""
+    """Wait until nothing was stored for `seconds`; returns the counters. Without counters, wait once."""
     until = time.monotonic() + seconds_max
     counted = await endpoint.counters()
     while True:
@@ -326,12 +327,12 @@ def of_tier(counted: dict[str, float]) -> dict[str, float]:
 
 
 def stored_bytes(counted: dict[str, float]) -> float:
-    """By the tier's counters: vLLM's own from HBM to DRAM, and what went on to a store."""
+    """Stored bytes by the tier's counters: vLLM's from HBM to DRAM, and kvtier's to the store."""
     return counted.get("kv_offload_store_bytes", 0.0) + counted.get("kvtier_stored_bytes", 0.0)
 
 
 async def play(endpoint: Endpoint, pool: Pool) -> _Sample | str:
-    """The next turn of a conversation; why, if it was not answered."""
+    """Play the next turn of a conversation. Returns the reason if it failed."""
     one = pool.take()
     prompt_tokens = len(one.prompt)
     try:
@@ -356,11 +357,11 @@ async def measure(
     meter: Meter | None = None,
     watch: Callable[[Samples], Awaitable[None]] | None = None,
 ) -> Point:
-    """Closed loop: each client plays one turn after the other. What ends in the window after the ramp counts. `watch`
-    runs in the window.
+    """A closed loop: each client plays one turn after the other. Requests that end in the window after the ramp count.
+    `watch` runs in the window.
 
-    Clients begin one by one over the ramp: together, their first prompts would wait for each other, and where a request
-    takes longer than the ramp, that is what would be measured. The ramp must be longer than a request takes."""
+    Clients start one by one over the ramp. If they started together, their first prompts would wait for each other. The
+    ramp must be longer than a request, or the window would measure that wait."""
     samples: Samples = []
     begin = time.monotonic() + ramp_seconds
     end = begin + seconds
@@ -389,8 +390,8 @@ async def measure(
 
 
 async def measure_all(endpoint: Endpoint, pool: Pool, mode: str, clients: int, requests: int) -> Point:
-    """Closed loop over so many turns, the same for every engine, until all are answered: finer than a window, in which
-    one request more or less is some percent."""
+    """A closed loop over `requests` turns, the same for every engine, until all are answered. It is more precise than a
+    window, in which a single request changes the result by some percent."""
     samples: Samples = []
     left = requests
 
@@ -460,7 +461,7 @@ def summary(
 
 
 def with_energy(point: Point, joules: float, idle_watts: float) -> Point:
-    """The point, and what was drawn in its window."""
+    """The point, with the energy of its window."""
     over_idle = joules - idle_watts * point.seconds
     requests, thousands = point.requests or math.nan, point.output_tokens_per_second * point.seconds / 1000 or math.nan
     return msgspec.structs.replace(
@@ -475,14 +476,14 @@ def with_energy(point: Point, joules: float, idle_watts: float) -> Point:
 
 
 class FirstToken(msgspec.Struct):
-    """Times to first token of one prompt at a time, by where it was found."""
+    """TTFT of single prompts, by the tier that held them."""
 
     mode: str
     prompt_tokens: int
     medium: str
     ttft_ms_median: float
     ttft_ms: list[float]  # sorted
-    computed_share: float  # of the prompts' tokens, by the engine's own counters: 1 is cold wherever it was looked for
+    computed_share: float  # share of prompt tokens, by the engine's counters; 1: no hit in any tier
 
 
 _SETTLING_TOKENS = 300  # more than a chunk
@@ -491,7 +492,7 @@ _SETTLING_TOKENS = 300  # more than a chunk
 async def first_tokens(
     endpoint: Endpoint, mode: str, prompt_tokens: int, repeats: int, seed: int, media: Sequence[str]
 ) -> list[FirstToken]:
-    """Each repeat takes a new prompt, and asks for it again after emptying one tier after the other."""
+    """Each repeat sends a new prompt, then sends it again after clearing one tier after the other."""
     chance, others = random.Random(seed), random.Random(-seed)
     times: dict[str, list[float]] = {medium: [] for medium in media}
     computed = dict.fromkeys(media, 0.0)
@@ -504,13 +505,13 @@ async def first_tokens(
             counted = difference(await endpoint.counters(), before)
             computed[medium] += counted.get("prompt_tokens_by_source:local_compute", 0.0)
 
-    for repeat in range(-1, repeats):  # one to warm up
+    for repeat in range(-1, repeats):  # the first one warms up
         prompt = chance.choices(range(*TOKEN_IDS), k=prompt_tokens)
         for medium in media:
-            await asyncio.sleep(1.0)  # what is written behind the request is there now; the same pause in every mode
+            await asyncio.sleep(1.0)  # for the write-behind; the same pause in every mode
             if medium in ("dram", "store"):
                 await endpoint.forget(external=medium == "store")
-                # With the tier, the identity of the weights is established anew: another prompt waits for it.
+                # With the tier, the identity of the weights is checked again; let another prompt wait for that.
                 other = others.choices(range(*TOKEN_IDS), k=_SETTLING_TOKENS)
                 await asyncio.wait_for(endpoint.complete(other, 1), REQUEST_SECONDS)
             await ask(prompt, medium, counts=repeat >= 0)

@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on: what it is, and how fast its disk and its memory are by themselves."""
+"""The benchmark's machine: its hardware, and the speed of disk and memory without other load."""
 
 import mmap
 import os
@@ -18,7 +18,7 @@ _COPY_BYTES = 256 << 20
 
 
 def facts(folder: Path) -> Facts:
-    """Of this machine and the disk of `folder`, which is written to for some seconds. Raises OSError."""
+    """Facts about this machine and the disk of `folder`, to which it writes for some seconds. Raises OSError."""
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ":")
     return {
         "cpu": cpu.partition(":")[2].strip(),
@@ -38,7 +38,7 @@ def _copy_rate() -> float:
 
 
 def _disk_rates(folder: Path) -> Facts:
-    """Four threads, 8 MiB at a time, past the page cache where the file system can."""
+    """Four threads with 8 MiB requests, with O_DIRECT if the file system supports it."""
     if shutil.disk_usage(folder).free < 2 * _DISK_BYTES:
         return {}
     files, room = Files(), [mmap.mmap(-1, _PART_BYTES) for _ in range(_THREADS)]
@@ -57,7 +57,7 @@ def _disk_rates(folder: Path) -> Facts:
                 list(pool.map(share, range(_THREADS)))
                 return round(_DISK_BYTES / (time.monotonic() - begun) / 1e9, 2)
 
-            rate(files.write)  # space that was never written is slower
+            rate(files.write)  # writing to new space is slower
             return {"disk_write_gb_per_second": rate(files.write), "disk_read_gb_per_second": rate(files.read)}
         finally:
             files.close(fd)

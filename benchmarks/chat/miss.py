@@ -1,9 +1,9 @@
-"""What the tier costs when it does not help: cold prompts, with and without it.
+"""The cost of the tier when it cannot help: cold prompts, with and without it.
 
     python -m benchmarks.chat.miss --json FILE [--pairs N] [--tokens N]
 
-Each pair is one uncached prompt. It is sent to a worker with the tier, through the router with a running store, and to
-a stock worker directly from the frontend; the order alternates. The figure is the ratio of their TTFTs, pair by pair.
+Each pair is one uncached prompt. It is sent to a worker with the tier (through the router, with a running store) and to
+a stock worker (directly from the frontend). The order alternates. The figure is the ratio of their TTFTs, pair by pair.
 """
 
 import argparse
@@ -32,7 +32,7 @@ async def measure(trial: Trial, pairs: int, tokens: int, seed: int) -> Result:
     chance = random.Random(seed)
     times: dict[str, list[float]] = {MODEL: [], REFERENCE: []}
     prompt_tokens = 0
-    for number in range(-3, pairs):  # three to warm up
+    for number in range(-3, pairs):  # the first three warm up
         text = "".join(chance.choices("abcdefghijklmnopqrstuvwxyz ", k=tokens))
         order = [MODEL, REFERENCE] if number % 2 else [REFERENCE, MODEL]
         for model in order:
@@ -40,7 +40,7 @@ async def measure(trial: Trial, pairs: int, tokens: int, seed: int) -> Result:
             prompt_tokens = answer.prompt_tokens
             if number >= 0:
                 times[model].append(answer.ttft_seconds)
-        await asyncio.sleep(0.3)  # the tier writes behind; not into the next pair
+        await asyncio.sleep(0.3)  # so that write-behind does not overlap the next pair
     ratios = [with_tier / without for with_tier, without in zip(times[MODEL], times[REFERENCE], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     return Result(

@@ -12,21 +12,21 @@ from typing import NamedTuple, Protocol
 from benchmarks.chat.machine import Facts
 from benchmarks.chat.timeline import Timeline
 
-# Told apart by people who do not see red and green, too (Okabe and Ito, 2008).
+# Safe for colour-blind readers (Okabe and Ito, 2008).
 COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 PANEL = (360, 240)
 MARGIN = 60
 _ROW = PANEL[1] + MARGIN + 40
 _TEXT_LINE = 18
 
-Lines = list[tuple[str, list[tuple[float, float]]]]  # of each mode
-Panels = dict[str, Lines]  # by their titles
+Lines = list[tuple[str, list[tuple[float, float]]]]  # by mode
+Panels = dict[str, Lines]  # by title
 
 _DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Drawn(Protocol):
-    """What is drawn of a point."""
+    """The plotted fields of a point."""
 
     @property
     def mode(self) -> str: ...
@@ -47,7 +47,7 @@ class Row(NamedTuple):
     clients: int
     requests_per_second: float
     ttft_ms_mean: float
-    requests: int = 1  # the table does not say how many
+    requests: int = 1  # the table has no number of requests
 
 
 def rows(page: str, heading: str) -> list[Row]:
@@ -58,12 +58,12 @@ def rows(page: str, heading: str) -> list[Row]:
 
 
 def picture() -> str:
-    """Of the table of the page."""
+    """The plot of the page's table."""
     return plot(rows((_DOCS / "benchmarks.md").read_text(), "Chat that HBM cannot hold"))
 
 
 def plot(points: Sequence[Drawn], timelines: Sequence[Timeline] = (), facts: Facts | None = None) -> str:
-    """A row of two panels over clients, one over time if there are time lines, and below them the machine."""
+    """Two panels over clients, one over time if there are timelines, and the machine below them."""
     modes = list(dict.fromkeys([*(point.mode for point in points), *(one.mode for one in timelines)]))
     colours = {mode: COLOURS[number % len(COLOURS)] for number, mode in enumerate(modes)}
     by_mode = {

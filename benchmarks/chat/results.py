@@ -1,4 +1,4 @@
-"""What the multi-turn benchmark's points say, over rounds and beside each other. Plain arithmetic."""
+"""Statistics over the multi-turn benchmark's points: medians over rounds, and ratios between modes."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ Spread = tuple[float, float, float]  # median, lowest, highest
 
 
 class Over(msgspec.Struct):
-    """A mode's figures over those of another, `base`, in the same round with as many clients, over all rounds."""
+    """Ratios of a mode's figures to those of the mode `base`, in the same round with the same number of clients."""
 
     mode: str
     base: str
@@ -31,7 +31,7 @@ def by_mode_and_clients(points: Sequence[Point]) -> dict[tuple[str, int], list[P
 
 
 def medians(points: Sequence[Point]) -> list[Point]:
-    """One point for all rounds: of every number the median, of requests, failures and what the tier counted the sum."""
+    """One point for all rounds: medians of all numbers, but sums of requests, failures and the tier's counters."""
     found = []
     for of_one in by_mode_and_clients(points).values():
         values = {
@@ -47,8 +47,8 @@ def medians(points: Sequence[Point]) -> list[Point]:
 
 
 def best(points: Sequence[Point]) -> dict[str, dict[str, float]]:
-    """The most requests per second of each mode with a mean TPOT within each limit. Between two numbers of clients of
-    which only one is within it, on the line from one to the other."""
+    """Each mode's highest requests per second with a mean TPOT within each limit. If only one of two numbers of clients
+    is within it, interpolated linearly between them."""
     found: dict[str, dict[str, float]] = {}
     for mode in dict.fromkeys(point.mode for point in points):
         line = sorted((point for point in points if point.mode == mode), key=lambda point: point.clients)
@@ -70,7 +70,7 @@ def _at(limit: float, one: Point, other: Point) -> float:
 
 
 def over(base: str, points: Sequence[Point]) -> list[Over]:
-    """Round by round. Prompts without reuse are compared with the base's."""
+    """Ratios round by round. Prompts without reuse are compared with the base's."""
     grouped = by_mode_and_clients(points)
     found = []
     for (mode, clients), of_one in grouped.items():

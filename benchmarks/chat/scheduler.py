@@ -2,7 +2,7 @@
 
     python -m benchmarks.chat.scheduler [--prompt-tokens 2200] [--running 16] [--requests 64] [--rounds 7] [--json FILE]
 
-vLLM's own scheduler runs at a GPU's block size. A stub replaces the model: it answers every step at once with one token
+vLLM's own scheduler runs at a GPU's block size. A stub replaces the model. It answers every step at once with one token
 per request, and reports copies between HBM and DRAM as done one step later. The timed thread is the scheduler's: adding
 requests, `schedule` and `update_from_output`. Modes: plain (no connector), dram (vLLM's own offloading), and store
 (this project, with its mover and a target). Every mode gets the same requests; the order of modes alternates. Figures
@@ -56,10 +56,10 @@ class Options(BaseModel):
 
 
 class Cost(msgspec.Struct):
-    """Medians over rounds, with the quartiles of the round's ratio to the first mode."""
+    """Medians over rounds, with quartiles of the ratio to the first mode in the same round."""
 
     mode: str
-    request_us: float  # of the scheduler's thread for a whole request, arrival to end
+    request_us: float  # time of the scheduler's thread for a request, from arrival to end
     decode_step_us: float  # a step in which every running request decodes
     decode_step_us_p99: float
     ratio: float
@@ -67,7 +67,7 @@ class Cost(msgspec.Struct):
 
 
 class Drive:
-    """One scheduler of vLLM, and what stands in for the rest of the engine."""
+    """One scheduler of vLLM, with a stub for the rest of the engine."""
 
     def __init__(self, options: Options, model: Path, transfer: dict[str, object] | None, *, hbm_blocks: int = 0):
         import torch
@@ -108,7 +108,7 @@ class Drive:
         self._received: dict[int, str] = {}
 
     def until_ready(self) -> None:
-        """The mover takes commands."""
+        """Wait until the mover takes commands."""
         deadline = time.monotonic() + _READY_SECONDS
         tier = getattr(self._scheduler.connector, "_tier", None)
         while tier is not None and not tier.link.ready and time.monotonic() < deadline:
@@ -116,7 +116,7 @@ class Drive:
             time.sleep(0.05)
 
     def play(self, seed: int) -> tuple[float, list[float]]:
-        """Seconds of the scheduler's thread for all requests, and those of each step in which all decode."""
+        """Seconds of the scheduler's thread for all requests, and for each step in which all decode."""
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
@@ -144,7 +144,7 @@ class Drive:
                 decodes.append(took)
         until = time.monotonic() + _READY_SECONDS
         while scheduler.has_requests() and time.monotonic() < until:
-            self.idle_step()  # until what is written behind is out of the next round's way
+            self.idle_step()  # until write-behind cannot overlap the next round
         return spent, decodes
 
     def idle_step(self) -> None:
@@ -152,8 +152,8 @@ class Drive:
         self._scheduler.update_from_output(output, self._answer(output))
 
     def _answer(self, output: Any) -> Any:
-        """A token for every request whose prompt is computed, and the copies that the last step began, or this one as
-        far as it came after them."""
+        """A token for every request whose prompt is computed. It reports the copies that the last step began, and those
+        that this step waited for."""
         from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
@@ -181,9 +181,9 @@ class Drive:
 
 
 def standing_in(config: Any) -> Any:
-    """An executor of vLLM whose ranks compute nothing. Asked what they have loaded, each says `loaded`, which tests may
-    set to something else; `asked` counts how often, and `adapters_asked` has the numbers of adapters asked for. They
-    have room for any."""
+    """A stub of vLLM's executor whose ranks compute nothing. When asked for their weights, they answer `loaded`, which
+    tests may replace. `asked` counts the questions, and `adapters_asked` lists the adapters' numbers. Their room for
+    adapters is unlimited."""
     from vllm.v1.executor.abstract import Executor
 
     from components.worker import weights
@@ -239,11 +239,11 @@ def measure(options: Options, found: dict[str, Drive]) -> list[Cost]:
     import vllm.envs
 
     gc.collect()
-    gc.freeze()  # this and the next as vLLM's engine does when it is up
+    gc.freeze()  # this and the next line: as vLLM's engine does at start
     vllm.envs.enable_envs_cache()
     spent: dict[str, list[float]] = {mode: [] for mode in found}
     decodes: dict[str, list[float]] = {mode: [] for mode in found}
-    for number in range(-1, options.rounds):  # one to warm up
+    for number in range(-1, options.rounds):  # the first one warms up
         modes = list(found) if number % 2 else list(reversed(found))
         for mode in modes:
             profile = cProfile.Profile() if mode == options.profile and number >= 0 else None

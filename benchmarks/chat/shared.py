@@ -1,11 +1,11 @@
-"""Many requests that share a long prefix and arrive at once: the first token of each, by where the prefix lies.
+"""TTFT of many requests that share a long prefix and arrive at once, by the tier that holds the prefix.
 
     python -m benchmarks.chat.shared --model DIR [--requests 32] [--shared 8000] [--own 40] [--rounds 5] --dir DIR
     python -m benchmarks.chat.shared --tiny --requests 16 --shared 6000 --block-tokens 128 --dtype float32   # on a CPU
 
 The prefix is in HBM, only in the store (hot cache), or uncached. Each request ends with tokens of its own. Every round
-has its own prompts and sends them in the three cases. A line has medians over rounds: of a round's mean TTFT and of its
-last one. A single request is timed, too.
+has its own prompts and sends them in the three cases. A line has medians over rounds, of the mean and of the highest
+TTFT of a round. A single request is timed, too.
 """
 
 import argparse
@@ -40,8 +40,8 @@ from graphs.tiny_model import make_tiny_model
 from kvstore.errors import ConfigError, run_command, validated
 
 WAYS = ("HBM", "store", "cold")
-_WRITTEN_SECONDS = 2.0  # until what is written behind an answer is in the store
-_FIRST, _LAST = 40, 120  # token ids that every model of the benchmarks has
+_WRITTEN_SECONDS = 2.0  # until an answer's write-behind has ended
+_FIRST, _LAST = 40, 120  # token ids that exist in all models of the benchmarks
 
 
 class Row(msgspec.Struct):
@@ -49,11 +49,11 @@ class Row(msgspec.Struct):
     requests: int
     mean_ms: float
     last_ms: float
-    from_tiers: float  # of the requests' tokens
+    from_tiers: float  # tokens of the requests
 
 
 async def first_tokens(endpoint: Endpoint, prompts: list[list[int]]) -> list[float]:
-    """Milliseconds to the first token of prompts that are asked at once."""
+    """TTFT in milliseconds of prompts that are sent at once."""
     answers = await asyncio.gather(*(endpoint.complete(prompt, 2) for prompt in prompts))
     return [1000 * answer.ttft_seconds for answer in answers]
 
@@ -65,7 +65,7 @@ async def measure(endpoint: Endpoint, given: argparse.Namespace) -> list[Row]:
         return chance.choices(range(_FIRST, _LAST), k=count)
 
     found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
-    for _ in range(given.rounds + 1):  # one to warm up: speeds are learnt
+    for _ in range(given.rounds + 1):  # the first one warms up: workers learn speeds
         for count in (1, given.requests):
             for way in WAYS:
                 shared = tokens(given.shared)
@@ -93,7 +93,7 @@ async def measure(endpoint: Endpoint, given: argparse.Namespace) -> list[Row]:
 async def run(options: Options, given: argparse.Namespace, folder: Path) -> list[Row]:
     address, port, own = f"127.0.0.1:{free_port()}", free_port(), folder / "store"
     own.mkdir()
-    # A connection that the server is about to close is not taken again: vLLM's closes them after five seconds.
+    # vLLM closes idle connections after five seconds: do not reuse one that is about to be closed.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300), connector=connector) as session:
         endpoint = Endpoint(session, f"http://127.0.0.1:{port}", options.model)
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.tiny is (given.model is not None):
-        raise ConfigError("model", given.model, "a folder, or --tiny")
+        raise ConfigError("model", given.model, "a folder with a config.json, or --tiny")
     names = set(Options.model_fields) - {"seed", "rounds"}
     with tempfile.TemporaryDirectory(prefix="kvtier-shared-", dir=given.dir) as folder:
         values = {name: value for name, value in vars(given).items() if name in names}

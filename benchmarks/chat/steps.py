@@ -45,7 +45,7 @@ from kvstore.errors import run_command, validated
 FIGURES = ("step_ms_p50", "step_ms_p99", "scheduler_ms_p50", "scheduler_ms_p99")
 _READY_SECONDS = 60.0
 _SETTLE_SECONDS = 60.0
-_DECODER_TOKENS = 64  # their prompts are short, and what they cost is to decode
+_DECODER_TOKENS = 64  # their prompts are short, so that they mostly decode
 
 
 class Options(EngineOptions):
@@ -66,12 +66,12 @@ class Window(msgspec.Struct):
     scheduler_ms_p50: float
     scheduler_ms_p99: float
     visits: int
-    left_out: int  # steps that computed more
-    tier: dict[str, float]  # what the tier counted
+    left_out: int  # steps that computed more than that
+    tier: dict[str, float]  # the tier's counters
 
 
 class Report(msgspec.Struct):
-    """Ratios are heavy over quiet: the median over pairs of windows, the lowest, the highest."""
+    """Ratios are heavy / quiet: median, lowest and highest over pairs of windows."""
 
     windows: list[Window]
     step_ms_p50_ratio: tuple[float, float, float]
@@ -134,7 +134,7 @@ class Drive:
         self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
 
     def step(self) -> set[str]:
-        """What ended in it."""
+        """Run a step; returns the requests that ended in it."""
         return {output.request_id for output in self._engine.step() if output.finished}
 
     def until_ready(self) -> None:
@@ -146,7 +146,7 @@ class Drive:
             time.sleep(0.05)
 
     def until_idle(self) -> None:
-        """Everything is answered, and written to the store."""
+        """Run until all requests are answered, and written to the store."""
         deadline = time.monotonic() + _SETTLE_SECONDS
         core = self._engine.engine_core.engine_core
         while self._engine.has_unfinished_requests() or (core.scheduler.has_requests() and time.monotonic() < deadline):
@@ -198,14 +198,14 @@ class Drive:
 def measure(options: Options, drive: Drive) -> Report:
     drive.until_ready()
     pool = [drive.prompt(options.prompt_tokens) for _ in range(options.pool)]
-    for number, prompt in enumerate(pool):  # a few at once, so that they are put as they are computed
+    for number, prompt in enumerate(pool):  # a few at a time, so that the store keeps up
         drive.ask(f"warm-{number}", prompt, 1)
         if number % 4 == 3:
             drive.until_idle()
     drive.until_idle()
     say(f"the store holds {len(pool)} prompts")
     visitors = {True: itertools.cycle(pool), False: itertools.repeat(drive.prompt(options.prompt_tokens))}
-    drive.window(False, visitors[False])  # what is compiled or allocated at first use is
+    drive.window(False, visitors[False])  # trigger compilation and allocation at first use
     windows = []
     for number in range(options.repeats):
         for heavy in (True, False) if number % 2 else (False, True):
@@ -215,7 +215,7 @@ def measure(options: Options, drive: Drive) -> Report:
 
 
 def ratios(windows: list[Window], name: str) -> tuple[float, float, float]:
-    """Heavy over quiet: the median over pairs of windows, the lowest and the highest."""
+    """Heavy / quiet: median, lowest and highest over pairs of windows."""
     heavy, quiet = ([getattr(one, name) for one in windows if one.heavy is kind] for kind in (True, False))
     found = sorted(one / other for one, other in zip(heavy, quiet, strict=True))
     return round(statistics.median(found), 3), round(found[0], 3), round(found[-1], 3)

@@ -1,4 +1,5 @@
-"""A long window in steps: what clients saw every few seconds, and what a fault did to them. One event loop."""
+"""A long window in steps of a few seconds: the clients' figures over time, and the effect of a fault. One event
+loop."""
 
 import asyncio
 import itertools
@@ -19,7 +20,7 @@ _STORE_HITS = "kvtier_fetched_chunks:hit"
 
 
 class Moment(msgspec.Struct):
-    """What ended in a step. None where nothing did."""
+    """Figures of the requests that ended in a step; None without any."""
 
     second: float  # of the window, at the end of the step
     requests_per_second: float
@@ -29,12 +30,12 @@ class Moment(msgspec.Struct):
 
 
 class Fault(msgspec.Struct):
-    """A process that was killed and started again, in seconds of the window."""
+    """A process that was killed and restarted; times are seconds of the window."""
 
     process: str
     killed: float | None = None
     started: float | None = None  # when it was ready again
-    hits_back_seconds: float | None = None  # from then until something was fetched from the store again
+    hits_back_seconds: float | None = None  # from `started` until the first fetch from the store
 
 
 class Timeline(msgspec.Struct):
@@ -42,13 +43,13 @@ class Timeline(msgspec.Struct):
     clients: int
     moments: list[Moment] = []
     lowest: float | None = None  # requests per second in the lowest 30 s
-    lowest_second: float | None = None  # when they began
-    whole: Point | None = None  # once it has ended
+    lowest_second: float | None = None  # the begin of those 30 s
+    whole: Point | None = None  # the whole window, once it has ended
     fault: Fault | None = None
 
 
 class Breaking(NamedTuple):
-    """How a process is killed, at a third of the window, and started again, at two thirds."""
+    """How to kill a process at a third of the window, and restart it at two thirds."""
 
     process: str
     kill: Callable[[], Awaitable[None]]
@@ -66,7 +67,7 @@ async def follow(
     meter: Meter | None = None,
     breaking: Breaking | None = None,
 ) -> None:
-    """Fill in the timeline, for so many seconds after the ramp. `tell` gets each step as it ends."""
+    """Fill in the timeline for `seconds` after the ramp. `tell` is called with each step as it ends."""
 
     async def watch(samples: Samples) -> None:
         begin, taken = time.monotonic(), len(samples)
@@ -120,7 +121,7 @@ async def _break(endpoint: Endpoint, breaking: Breaking, fault: Fault, begin: fl
 
 
 def add(timeline: Timeline, samples: Samples, second: float) -> None:
-    """The step that ends at `second`, in which these ended."""
+    """Add the step that ends at `second`, with the requests that ended in it."""
     earlier = timeline.moments[-1].second if timeline.moments else 0.0
     ended = answered(samples)
     ttfts = [1000 * one.ttft_seconds for one in ended]
@@ -138,7 +139,7 @@ def add(timeline: Timeline, samples: Samples, second: float) -> None:
 
 
 def lowest(moments: Sequence[Moment]) -> tuple[float | None, float | None]:
-    """Requests per second in the lowest 30 s of whole steps, and when they began; None before there were as many."""
+    """The lowest requests per second over 30 s of whole steps, and its begin; None before 30 s."""
     found: tuple[float, float] | None = None
     begins = [0.0, *(one.second for one in moments)]
     for first, begin in enumerate(begins):

@@ -2,11 +2,11 @@
 
     python -m benchmarks.chat.waiting [--gb-per-second 1.05] [--kv-bytes 163840] [--clients 8 16 24] [--seeds N]
 
-One worker, its disk, and clients of multi-turn chat in a closed loop, each of whose prompts lies in the store but for
-the last question. The engine steps: all that run get a token, and what is left of the budget goes to prompts in the
-order of their arrival. At each step what decides is components.pricing.patience.worth_waiting_for itself, with so many
-seconds of patience for each second of prefill that is saved: `none` is no tier, `always` never computes what is stored,
-`ours` is what workers have. Times are those of engine_model.Hardware, with a GPU that is --gpu times as fast.
+One worker, its disk, and clients of multi-turn chat in a closed loop. Each prompt is in the store, except its last
+question. The engine runs in steps: each decoding request gets a token, and the rest of the token budget goes to prompts
+in order of arrival. At each step, components.pricing.patience.worth_waiting_for decides, with the given seconds of
+patience per second of saved prefill. `none` is no tier, `always` never recomputes stored chunks, `ours` is the workers'
+policy. Times are those of engine_model.Hardware, with a GPU that is --gpu times as fast.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from components.pricing import patience as rule
 from components.pricing.patience import due_seconds, worth_waiting_for
 from components.pricing.throughput import Throughput
 
-BUDGET_TOKENS = 8192  # of a step
+BUDGET_TOKENS = 8192  # per step
 CHUNK_TOKENS = 16
 PIECE_CHUNKS = 4
 DEADLINE_SECONDS = 2.0
@@ -46,9 +46,9 @@ class Request:
     arrived: float
     prompt_tokens: int
     answer_tokens: int
-    wanted: float  # chunks that it waits for
+    wanted: float  # chunks that the request waits for
     fetched: float = 0.0
-    left: int | None = None  # tokens to compute, from when that was decided
+    left: int | None = None  # tokens to compute, once that is decided
     first: float = 0.0
     ended: float = 0.0
     answered: int = 0
@@ -63,7 +63,7 @@ class Result(NamedTuple):
 
 
 class Worker:
-    """A worker with `clients` in a closed loop. `bytes_per_second` 0: it has no store."""
+    """A worker with `clients` in a closed loop. With `bytes_per_second` 0 it has no store."""
 
     def __init__(self, hardware: Hardware, bytes_per_second: float, clients: int, seed: int):
         self._hardware = hardware
@@ -99,7 +99,7 @@ class Worker:
         )
 
     def _arrive(self, when: float) -> None:
-        # A turn adds 205 tokens, and turns are 9 into their conversation on average.
+        # A turn adds 205 tokens, and the average turn is number 9.
         prompt = 350 + 205 * min(self._chance.randint(0, 27), self._chance.randint(0, 27))
         stored = (prompt - 40) // CHUNK_TOKENS if self._bytes_per_second else 0
         self._waiting.append(Request(when, prompt, self._chance.randint(100, 230), stored))
@@ -137,7 +137,7 @@ class Worker:
         self._arrivals.sort()
 
     def _waits(self, one: Request, ahead_chunks: float) -> float:
-        """For how many chunks; none: what is left to compute is set."""
+        """The number of chunks to wait for. If 0, sets the tokens to compute."""
         missing = one.wanted - one.fetched
         if missing > 1e-6:
             worth = worth_waiting_for(
@@ -159,7 +159,7 @@ class Worker:
         return 0.0
 
     def _fetch(self, seconds: float) -> None:
-        """What the disk brings meanwhile, a piece after the other in the order in which they are due."""
+        """Fetch for `seconds`, one piece after the other in the order of their virtual deadlines."""
         chunks = seconds * self._bytes_per_second / self._chunk_bytes
         wanting = [one for one in self._waiting if one.left is None and one.wanted - one.fetched > 1e-6]
         while chunks > 1e-6 and wanting:
@@ -171,7 +171,7 @@ class Worker:
 
 
 def simulate(hardware: Hardware, bytes_per_second: float, clients: int, seeds: int, patience: str) -> Result:
-    """Means over seeds."""
+    """Simulate all seeds; returns means over them."""
     rate = 0.0 if patience == "none" else bytes_per_second
     with mock.patch.object(rule, "patience", PATIENCE[patience]):
         found = [Worker(hardware, rate, clients, seed).run() for seed in range(seeds)]

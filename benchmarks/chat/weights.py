@@ -1,9 +1,9 @@
-"""How fast a rank reads its weights for their digest: tensors of the sizes that a 70B model in FP8 has, with scales.
+"""The speed at which a rank hashes its weights, with the tensor sizes of a 70B model in FP8, with scales.
 
     python -m benchmarks.chat.weights [--gigabytes 9] [--repeats 5]
 
-On the GPU where there is one, otherwise on the CPU. Each matrix lies transposed, as vLLM keeps FP8 weights, beside a
-scale for each of its outputs.
+Runs on a GPU if there is one, otherwise on the CPU. Each matrix is transposed, as vLLM keeps FP8 weights, and has a
+scale for each output.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def seconds(tensors: list[torch.Tensor]) -> float:
         matrix, _ = weights._matrix(tensor)
         with tensor.device:
             sums.append(weights.place_sum(matrix, *weights._whole(matrix)))
-    weights._numbers(sums)  # which waits for the device
+    weights._numbers(sums)  # waits for the device
     return time.perf_counter() - begun
 
 
@@ -40,7 +40,7 @@ def main() -> int:
     for _ in range(count):
         tensors.append(torch.zeros(OUTPUTS, INPUTS, dtype=torch.uint8, device=device).t())
         tensors.append(torch.zeros(OUTPUTS, 1, device=device))
-    seconds(tensors[:2])  # the kernel is compiled
+    seconds(tensors[:2])  # compiles the kernel
     rates = [count * OUTPUTS * INPUTS / seconds(tensors) / 1e9 for _ in range(given.repeats)]
     print(
         f"{device}, {torch.get_num_threads()} threads, {count} matrices of {OUTPUTS * INPUTS / 1e6:.0f} MB: "

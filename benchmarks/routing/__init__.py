@@ -1,1 +1,1 @@
-"""Routing: policies, simulators, the price of a decision, and how right predictions are."""
+"""Routing: policies, simulators, the cost of a decision, and the accuracy of predictions."""

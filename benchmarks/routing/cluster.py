@@ -1,12 +1,12 @@
-"""The real router, frontend, bus and targets over SIMULATED engines, beside the offline simulator of the same engines.
+"""The real router, frontend, bus and targets over SIMULATED engines, compared with the offline simulator.
 
     python -m benchmarks.routing.cluster --workers 16 --clients 64 --json FILE [--router kvtier dynamo] [--slow N]
 
 Plays multi-turn chat over HTTP through stock dynamo.frontend. What is live: tokenizing, routing, KV events, residency,
 plans and their deadlines. What is simulated: GPUs and links (sim_worker.py). With `dynamo` the frontend's own KV router
 replaces this project's router over the same workers. The report also has the result of policy_sim.py for the same
-policy, hardware and load. On a slow machine, --slow N stretches every second of the simulated hardware to N seconds;
-figures are then per simulated second, except the time of decisions.
+policy, hardware and load. On a slow machine, --slow N stretches each second of the simulated hardware to N seconds.
+Figures are then per simulated second, except decision times.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks.routing import policy_rules
 from benchmarks.routing.engine_model import Hardware
 from benchmarks.routing.policy_sim import CHAT, ClosedLoop, Request, Simulation
 from benchmarks.routing.sim_worker import MODEL as WORKER_MODEL
-from components.router.decisions import Decision
+from components.router.records import Decision
 from graphs import services
 from graphs.serve import Supervisor
 from graphs.service import Deployment, Process, Service, ServiceArgs, Setting, Settings, as_flags, replicas
@@ -46,13 +46,13 @@ Counted = dict[tuple[str, frozenset[tuple[str, str]]], float]  # samples of Prom
 
 
 class Figures(msgspec.Struct):
-    """Per second of the hardware's."""
+    """Rates are per second of the simulated hardware."""
 
     requests_per_second: float
     ttft_ms_mean: float
     ttft_ms_p99: float
     tpot_ms_mean: float
-    tokens: dict[str, float]  # of prompts, shares by source
+    tokens: dict[str, float]  # share of prompt tokens by source
 
 
 class Result(msgspec.Struct):
@@ -67,7 +67,7 @@ class Result(msgspec.Struct):
     offline: Figures
     prediction_error: float | None  # live, median of |predicted / actual - 1| of the time to first token
     decision_ms: dict[str, tuple[float, float]]  # by stage: p50 and p99, within their histogram's buckets
-    lag_ms_p99: float  # of the simulated engines behind their own clock
+    lag_ms_p99: float  # how far the simulated engines lag behind their clock
 
 
 class Cluster:
@@ -169,7 +169,7 @@ class Cluster:
         return counted
 
     async def decisions(self) -> list[Decision]:
-        """The last thousand, the latest first."""
+        """The last thousand decisions, the latest first."""
         async with self.http.get(f"{self.page_url}/decisions?limit=1000") as reply:
             return msgspec.json.decode(await reply.read(), type=list[Decision])
 
@@ -199,7 +199,7 @@ class Cluster:
 
 
 def quantile(before: Counted, after: Counted, name: str, share: float, **labels: str) -> float:
-    """Of a histogram's growth, by a straight line within the bucket; NaN of nothing."""
+    """The quantile of a histogram's increase, interpolated within the bucket; NaN without an increase."""
     bounds: dict[float, float] = {}
     for (sample, having), value in after.items():
         told = dict(having)

@@ -1,12 +1,12 @@
-"""What a decision costs the router beyond Dynamo's own overlap query, with millions of chunks mirrored.
+"""The cost of a routing decision beyond Dynamo's overlap query, with millions of chunks in the mirror.
 
     python -m benchmarks.routing.decision --json FILE [--workers N] [--chunks N] [--tokens N]
 
-In one process, without Dynamo, NATS or an engine: the router itself decides, with Dynamo's answers made up beforehand.
-Each decision hashes a new prompt, asks the mirror where its chunks are, and prices every worker. The store holds a
-random leading part of each prompt, so that lookups hit and miss; workers differ in what they hold and in their queues,
-and have reported their speeds. Ingestion is of announcements as they come decoded off the bus; a resync takes a whole
-snapshot, its pages at hand. Both go in steps, between which the event loop does other things; the longest counts.
+Runs in one process, without Dynamo, NATS or an engine. The real router decides, with prepared answers of Dynamo. Each
+decision hashes a new prompt, looks up its chunks in the mirror, and prices every worker. The store holds a random
+leading part of each prompt, so that lookups hit and miss. Workers differ in their caches and queues, and have reported
+their speeds. Ingestion applies decoded announcements. A resync applies a whole snapshot, whose pages are in memory.
+Both run in steps, between which the event loop does other work; the longest step is reported.
 """
 
 import argparse
@@ -57,11 +57,11 @@ class Result(msgspec.Struct):
     hash: Stage
     locate: Stage
     price: Stage
-    decision: Stage  # the three together
+    decision: Stage  # sum of the three
     decision_without_hashing: Stage
-    show: Stage  # counted, logged and kept, once the prompt is on its way
+    show: Stage  # counting, logging and recording, after the prompt was sent
     ingested_entries_per_second: float
-    longest_step_ms: float  # CPU time; of ingestion, of the resync, and of clearing what was known before
+    longest_step_ms: float  # CPU time; of ingestion, resync, and removal of old entries
     step_p99_ms: float
     bytes_per_entry: float
     process_bytes_per_entry: float
@@ -69,7 +69,7 @@ class Result(msgspec.Struct):
 
 
 def pages_of(hashes: "np.ndarray[tuple[int], np.dtype[np.uint64]]", epoch: int) -> list[SnapshotPage]:
-    """A snapshot at (epoch, 1) of those hashes."""
+    """A snapshot of those hashes at (epoch, 1)."""
     starts = range(0, len(hashes), PAGE_HASHES)
     return [
         SnapshotPage(
@@ -84,7 +84,7 @@ def announcement(epoch: int, seq: int, stored: list[int]) -> Residency:
 
 
 def seconds_of(steps: Steps) -> list[float]:
-    """CPU time of each step: what others do on the same cores does not count."""
+    """CPU time of each step, so that other processes on the cores do not count."""
     seconds = []
     while True:
         begun = time.thread_time()
@@ -106,7 +106,7 @@ def ingest(mirror: Mirror, hashes: "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
 
 def resync(mirror: Mirror, hashes: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> list[float]:
-    """Seconds of each step to take in a new epoch's snapshot in place of what is known."""
+    """Replace the mirror's content with a new epoch's snapshot; returns the seconds of each step."""
     pages = pages_of(hashes, 2)
     mirror.apply(announcement(2, 1, []), 0.0)
     seconds = seconds_of(mirror.joining(pages))
@@ -116,7 +116,7 @@ def resync(mirror: Mirror, hashes: "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
 
 def tidy(mirror: Mirror) -> list[float]:
-    """Seconds of each step of what is left to do."""
+    """Finish pending work; returns the seconds of each step."""
     seconds, more = [], True
     while more:
         begun = time.thread_time()
@@ -126,7 +126,7 @@ def tidy(mirror: Mirror) -> list[float]:
 
 
 class _Dynamo:
-    """Answers of Dynamo's router, made up before it is asked."""
+    """Prepared answers of Dynamo's router."""
 
     def __init__(self, workers: int, prompt_tokens: int, block_tokens: int, chance: random.Random):
         self._workers, self._tokens, self._block_tokens, self._chance = workers, prompt_tokens, block_tokens, chance
@@ -190,7 +190,7 @@ async def decide(
     router.decisions = timed = _Timed(block_tokens)
     gc.freeze()  # as the router does when it is ready
     seq = 1
-    for number in range(-3, decisions):  # some to warm up
+    for number in range(-3, decisions):  # the first ones warm up
         prompt = chance.choices(range(128_000), k=tokens)
         last_of_chunk = sequence_hashes(prompt, block_tokens)[_BLOCKS_PER_CHUNK - 1 :: _BLOCKS_PER_CHUNK]
         seq += 1
@@ -216,7 +216,7 @@ def stage(seconds: list[float]) -> Stage:
 def measure(workers: int, chunks: int, tokens: int, block_tokens: int, decisions: int) -> Result:
     hashes = np.frombuffer(random.Random(1).randbytes(8 * chunks), np.uint64)
     before = _resident_bytes()
-    ingest(Mirror(), hashes[:1000])  # what numpy loads only once
+    ingest(Mirror(), hashes[:1000])  # numpy's one-time initialization
     mirror = Mirror(max_entries=2 * chunks + 1_000_000)
     ingestion = ingest(mirror, hashes)
     process_bytes = _resident_bytes() - before

@@ -1,9 +1,9 @@
 """The queueing model of engines, their links and the store, for any clock: what policy_sim and sim_worker share.
 
 The numbers are those of Llama-3.1-70B FP8 on one H200: prefill, decode step by batch, KV bytes a token. A worker either
-prefills one prompt or decodes a batch; a prefill holds the decodes up but for one token every 2048 prompt tokens, as
-chunked prefill does. Fetches run from a prompt's arrival on, in the order of arrival, over the worker's link and that
-of all targets together. What tiers hold, and what a clock is, those say who build on this.
+prefills one prompt or decodes a batch. During a prefill, decoding requests get one token for every 2048 prompt tokens,
+as with chunked prefill. Fetches start when a prompt arrives, and run in order of arrival over the worker's link and the
+shared link of all targets. Subclasses define the tiers' content and the clock.
 """
 
 import heapq
@@ -18,14 +18,14 @@ from typing import Generic, TypeVar
 from components.pricing.prefill import Prefill
 from components.pricing.throughput import Throughput
 
-PREFILL_TOKENS = 2048  # at once; then what decodes gets a token
+PREFILL_TOKENS = 2048  # per chunk of a prefill; after each, decoding requests get a token
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Of each worker, and of the store."""
+    """The hardware of each worker, and of the store."""
 
-    # Through the cold times to first token of 2200 and 8000 tokens (290 and 1135 ms), less what does not keep the GPU.
+    # Fitted to the cold TTFT of 2200 and 8000 tokens (290 and 1135 ms), without the part that does not use the GPU.
     overhead_seconds: float = 0.03
     prefill_base_seconds: float = 0.012
     prefill_seconds_per_token: float = 9.68e-5
@@ -50,14 +50,14 @@ class Hardware:
         )
 
     def step_seconds(self, batch: int) -> float:
-        """A decode step of so many requests, by straight lines through what was measured."""
+        """A decode step of `batch` requests, interpolated linearly between measurements."""
         for (low, before), (high, after) in itertools.pairwise(self.steps):
             if batch <= high or high == self.steps[-1][0]:
                 return before + (after - before) * (batch - low) / (high - low)
         raise AssertionError
 
     def slower_gpu(self, factor: float) -> "Hardware":
-        """The same with a GPU that takes so many times as long for prefills and decode steps."""
+        """The same hardware with prefills and decode steps that take `factor` times as long."""
         return replace(
             self,
             prefill_base_seconds=self.prefill_base_seconds * factor,
@@ -67,7 +67,7 @@ class Hardware:
         )
 
     def slowed(self, factor: float) -> "Hardware":
-        """The same, every second of it that many seconds."""
+        """The same hardware with every duration multiplied by `factor`."""
         return replace(
             self.slower_gpu(factor),
             overhead_seconds=self.overhead_seconds * factor,
@@ -107,16 +107,16 @@ class Worker(Generic[AnyJob]):
     hardware: Hardware
     link_free: float = 0.0
     ready: deque[AnyJob] = field(default_factory=deque)
-    fetching: int = 0  # that wait for the store
+    fetching: int = 0  # requests that wait for the store
     fetching_tokens: int = 0
     fetching_requests_tokens: int = 0
-    requests: int = 0  # without a last token, wherever they are
-    requests_tokens: int = 0  # of their prompts, as Dynamo's books have it
-    queued_tokens: int = 0  # to compute, not begun
+    requests: int = 0  # requests without a last token, in any state
+    requests_tokens: int = 0  # of their prompts, as Dynamo counts
+    queued_tokens: int = 0  # tokens to prefill that have not begun
     prefilling: AnyJob | None = None
     prefill_ends: float = 0.0
-    prefills: Throughput = field(default_factory=Throughput)  # seconds of prompts a second
-    counted: float = 0.0  # until when they are
+    prefills: Throughput = field(default_factory=Throughput)  # seconds spent on prompts per second
+    counted: float = 0.0  # the time until which `prefills` is counted
     steps: float = 0.0
     since: float = 0.0
     version: int = 0
@@ -125,7 +125,7 @@ class Worker(Generic[AnyJob]):
 
     @property
     def prefill_tokens(self) -> int:
-        """To compute for prompts without a first token, as Dynamo's books have it."""
+        """Tokens to prefill of prompts without a first token, as Dynamo counts."""
         return self.queued_tokens + (self.prefilling.prefill_tokens if self.prefilling else 0)
 
     def prefill_share(self, now: float) -> float:
@@ -137,8 +137,8 @@ class Worker(Generic[AnyJob]):
 
 
 class Engines(ABC, Generic[AnyJob]):
-    """So many workers and their store. For one thread. `each` is the hardware of workers that are unlike, in turns: the
-    same HBM and DRAM, another GPU or link; the store is that of `hardware`."""
+    """Workers and their store. For one thread. With unequal workers, `each` lists their hardware, which they get in
+    turn: the same HBM and DRAM, another GPU or link. The store's hardware is `hardware`."""
 
     def __init__(self, hardware: Hardware, workers: int, each: Sequence[Hardware] = ()):
         self.hardware = hardware
@@ -158,30 +158,30 @@ class Engines(ABC, Generic[AnyJob]):
 
     @abstractmethod
     def _room(self, number: int, tokens: int) -> None:
-        """So many tokens of the worker's HBM are left for what nobody runs."""
+        """`tokens` of the worker's HBM are free for cached prefixes."""
 
     @abstractmethod
     def _began(self, job: AnyJob) -> None:
-        """It has its first token."""
+        """The job has its first token."""
 
     @abstractmethod
     def _ended(self, job: AnyJob) -> None:
-        """It has its last one."""
+        """The job has its last token."""
 
     def _off(self) -> float:
-        """By which factor what a prefill or a fetch takes is off this time."""
+        """The noise factor of the next prefill's or fetch's duration."""
         return 1.0
 
     def fetch_ends(self, worker: Worker[AnyJob], tokens: int) -> float:
-        """When so many tokens' KV would be in the worker's DRAM, asked for now."""
+        """When a fetch of `tokens` tokens that is requested now would end."""
         size = tokens * self.hardware.kv_bytes_per_token
         by_link = max(self.now, worker.link_free) + size / worker.hardware.worker_bytes_per_second
         by_pool = max(self.now, self.pool_free) + size / self.pool_rate
         return max(by_link, by_pool) + self.hardware.store_latency_seconds
 
     def _admit(self, job: AnyJob, hbm_tokens: int) -> None:
-        """Put it on its worker, where `loaded_tokens` need no prefill: `hbm_tokens` of them lie in HBM, `fetch_tokens`
-        come from the store, the others from DRAM."""
+        """Queue the job on its worker. Of its tokens, `loaded_tokens` need no prefill: `hbm_tokens` are in HBM,
+        `fetch_tokens` come from the store, the others from DRAM."""
         worker = self.workers[job.worker]
         worker.requests += 1
         worker.requests_tokens += job.prompt_tokens
@@ -201,7 +201,8 @@ class Engines(ABC, Generic[AnyJob]):
         self._at(ready + copied / worker.hardware.dram_bytes_per_second, lambda: self._ready(worker, job))
 
     def leave(self, job: AnyJob) -> None:
-        """Its client is gone: the worker drops it, at once unless it is being fetched for or computed."""
+        """The job's client is gone: the worker drops it, unless it is being fetched or computed; then it drops it
+        later."""
         job.left = True
         worker = self.workers[job.worker]
         if job in worker.ready:
@@ -216,7 +217,7 @@ class Engines(ABC, Generic[AnyJob]):
         self._step(worker)
 
     def produced(self, job: AnyJob) -> int:
-        """Tokens of its answer so far."""
+        """Tokens of the job's answer so far."""
         if not job.first:
             return 0
         worker = self.workers[job.worker]
@@ -237,13 +238,13 @@ class Engines(ABC, Generic[AnyJob]):
         self._step(worker)
 
     def _decode(self, worker: Worker[AnyJob]) -> None:
-        """Bring the worker's steps up to now."""
+        """Advance the worker's decode steps to now."""
         if worker.prefilling is None and worker.running:
             worker.steps += (self.now - worker.since) / worker.hardware.step_seconds(len(worker.running))
         worker.since = self.now
 
     def _step(self, worker: Worker[AnyJob]) -> None:
-        """Bring the worker up to now, and see what it does next."""
+        """Advance the worker to now, and start its next work."""
         self._decode(worker)
         while worker.prefilling is None and worker.running and worker.running[0][0] <= worker.steps + 1e-6:
             job = heapq.heappop(worker.running)[2]

@@ -1,13 +1,13 @@
-"""Load, load a part, or recompute: the router's choice against fixed choices, for links of different speeds.
+"""Load, load a part, or recompute: the router's choice compared with fixed choices, for links of different speeds.
 
     python -m benchmarks.routing.link --json FILE [--rates 2000,400,...] [--repeats N]
 
-A real cluster on the CPU engine: one worker, the router, and a target behind a link with a limited rate each way (a
-proxy on loopback with one token bucket per direction). Every prompt is only in the store. Its TTFT is measured with the
-router's choice, and with a forced one: load all, half, or nothing. Once with an idle worker, and once while the worker
-computes another prompt, which hides a part of the fetch. The router does not know the link: it learns from the worker's
-reports. When the link gets faster, the router recomputes until the old measurement expires; the benchmark waits for
-that.
+A real cluster on the CPU engine: one worker, the router, and a target behind a link of limited rate. The link is a
+proxy on loopback with one token bucket for each direction. Every prompt is only in the store. Its TTFT is measured with
+the router's choice, and with a forced one: load all, half, or nothing. Each is measured with an idle worker, and with a
+worker that computes another prompt, which hides a part of the fetch. The router does not know the link's rate; it
+learns it from the worker's reports. When the link gets faster, the router recomputes until the old measurement expires.
+The benchmark waits for that.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from components.router.decisions import Decision
+from components.router.records import Decision
 from components.router.speeds import FORGET_MS
 from graphs.services import free_port, nats_url
 from graphs.tiny_model import make_tiny_model
@@ -39,19 +39,19 @@ from kvstore.keys import sequence_hashes
 RATES_MB = (2000, 800, 400, 200, 100, 50, 400)
 CHUNKS = 24
 PROMPT_TOKENS = CHUNKS * BLOCK_TOKENS + 40
-LEARNING = 4  # prompts at each rate before those that count
-# Computing makes 32 KiB of KV a token with this many heads: some 100 MB/s on one core, in the middle of the rates.
+LEARNING = 4  # warm-up prompts at each rate
+# With this many heads, a token has 32 KiB of KV. One core computes some 100 MB/s, in the middle of the rates.
 HEADS = 16
 _PIECE_BYTES = 256 << 10
-_REPORTS_SECONDS = 8.0  # until the median of the reports that the router keeps is of this rate
-_HELD_SECONDS = 12.0  # a worker reports what it measured for ten
-_HEARD_SECONDS = 0.5  # until Dynamo's index has heard
+_REPORTS_SECONDS = 8.0  # until the median of the router's reports has this rate
+_HELD_SECONDS = 12.0  # a worker reports a measurement for 10 s
+_HEARD_SECONDS = 0.5  # until Dynamo's index is up to date
 FORCED = {"load": CHUNKS, "half": CHUNKS // 2, "compute": 0}
 
 
 class Link:
-    """A TCP proxy that passes on so many bytes a second each way, whatever the number of connections; one piece of each
-    is in its hands at a time."""
+    """A TCP proxy with a rate limit each way, for all connections together. It holds one piece of each connection at a
+    time."""
 
     def __init__(self, target: str):
         self._target = target
@@ -96,11 +96,11 @@ class Row(msgspec.Struct):
 
     mb_per_second: int
     worker: str  # idle or busy
-    chose: list[int]  # chunks to fetch, of CHUNKS, a repeat each
+    chose: list[int]  # chunks to fetch, of CHUNKS, for each repeat
     ttft_ms: dict[str, float]  # router, load, half, compute
     fetched_chunks: dict[str, float]
     predicted_ms: float
-    over_best: float  # the router's time over the least of all four
+    over_best: float  # the router's TTFT divided by the lowest of the four
 
 
 class Result(msgspec.Struct):
@@ -125,7 +125,7 @@ class Bench:
         return [self._chance.randrange(256) for _ in range(PROMPT_TOKENS)]
 
     async def stored(self) -> tuple[list[int], list[str | None]]:
-        """A new prompt that lies in the store alone, and where its chunks are."""
+        """A new prompt that is only in the store, and the targets of its chunks."""
         tokens = self.prompt()
         await self._first_token(tokens, 0)
         hashes = sequence_hashes(tokens, BLOCK_TOKENS)[:CHUNKS]
@@ -141,9 +141,9 @@ class Bench:
     async def measure(
         self, tokens: list[int], places: list[str | None], forced: str, busy: bool
     ) -> tuple[float, float]:
-        """Seconds to the first token, and chunks fetched for it."""
+        """TTFT in seconds, and the number of chunks fetched."""
         await self._trial.clear(self._worker)
-        await self._first_token([1] * 8, 0)  # an engine tells of what it cleared with its next step
+        await self._first_token([1] * 8, 0)  # an engine announces evictions with its next step
         await asyncio.sleep(_HEARD_SECONDS)
         before = await self._fetched()
         ahead = asyncio.create_task(self._first_token(self.prompt(), None)) if busy else None
@@ -164,7 +164,7 @@ class Bench:
         return values.get(("vllm:kvtier_fetched_chunks_total", "hit"), 0.0)
 
     async def _first_token(self, tokens: list[int], chunks: int | None, places: Sequence[str | None] = ()) -> float:
-        """As the router decides, or with `chunks` of the prompt to be loaded, however long it takes."""
+        """TTFT with the router's decision or, with `chunks`, with a forced load of so many chunks without deadline."""
         request: dict[str, Any] = {
             "model": "tiny",
             "token_ids": tokens,

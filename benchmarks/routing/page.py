@@ -1,11 +1,10 @@
-"""What it costs a router to be looked at: the same requests with its page open, served to nobody, and without a page.
+"""The cost of the router's page: the same requests with viewers, with a page and no viewer, and without a page.
 
     python -m benchmarks.routing.page [--viewers N] [--workers N] [--tokens N] [--rounds N] [--seconds N] [--json FILE]
 
-The real router decides and passes answers through, as fast as it can, in one process; what Dynamo would say of the
-workers and what they would answer is at hand at once, so that nothing hides the cost. A viewer reads the page's events
-in a process of its own. The three ways take turns within a round, in an order drawn by chance, and are compared within
-it. Time is the router's own, of its one core, so that others on the machine matter little.
+The real router decides and forwards answers as fast as it can, in one process. Dynamo's and the workers' answers are
+prepared, so that no wait hides the cost. A viewer reads the page's events in a process of its own. A round runs the
+three cases in random order, and compares them. Time is the router's CPU time, so that other processes matter little.
 """
 
 import argparse
@@ -50,12 +49,12 @@ while data := connection.recv(1 << 20):
 
 
 class Way(msgspec.Struct):
-    requests_per_second: list[float]  # of the router's time, a round each
+    requests_per_second: list[float]  # per second of the router's CPU time, for each round
     decision_ms: list[float]  # medians
 
 
 class Ratio(msgspec.Struct):
-    """Of one way over another, within a round."""
+    """The ratio of two cases within a round."""
 
     median: float
     lower_quartile: float
@@ -66,14 +65,14 @@ class Result(msgspec.Struct):
     viewers: int
     workers: int
     tokens: int
-    events: int  # that viewers got
+    events: int  # received by viewers
     ways: dict[str, Way]
     open_to_closed: dict[str, Ratio]
     open_to_without: dict[str, Ratio]
 
 
 class _Dynamo:
-    """In place of Dynamo's KvRouter: answers at once."""
+    """A stub of Dynamo's KvRouter that answers at once."""
 
     def __init__(self, workers: int, tokens: int):
         chance = random.Random(1)
@@ -109,7 +108,7 @@ class _Dynamo:
 
 
 class _Context:
-    """Of a client that stays."""
+    """The context of a client that does not disconnect."""
 
     def __init__(self) -> None:
         self._never = asyncio.Event()
@@ -168,7 +167,7 @@ class _Cluster:
             self.mirror.apply_snapshot([SnapshotPage(_TARGET, 1, 1, 1, 1, 7, bytes(8))])
 
     async def run(self, seconds: float) -> tuple[float, list[float]]:
-        """Requests a second of the router's time, and the seconds of each decision."""
+        """Requests per second of the router's CPU time, and the seconds of each decision."""
         took: list[float] = []
         self.router.took = took
         begun, beats, used = time.perf_counter(), 0, time.process_time()
@@ -185,7 +184,7 @@ class _Cluster:
 
 @contextlib.asynccontextmanager
 async def _looking(port: int, viewers: int, events: list[int]) -> AsyncIterator[None]:
-    """Viewers that have got their first event; how many each got in all is added to `events`."""
+    """A context with viewers that have received their first event. Each one's number of events is added to `events`."""
     started = [
         await asyncio.create_subprocess_exec(sys.executable, "-c", _VIEWER, str(port), stdout=asyncio.subprocess.PIPE)
         for _ in range(viewers)
@@ -208,7 +207,7 @@ async def measure(viewers: int, workers: int, tokens: int, rounds: int, seconds:
     cluster.beat()
     ways = {way: Way([], []) for way in _WAYS}
     events: list[int] = []
-    for number in range(-1, rounds):  # one to warm up
+    for number in range(-1, rounds):  # the first round warms up
         for way in random.sample(_WAYS, len(_WAYS)):
             async with contextlib.AsyncExitStack() as stack:
                 if way != "without":

@@ -4,13 +4,13 @@
         [--unequal no|gpus|links ...] [--clients N ...] [--seconds N] [--target-gb N]
     python -m benchmarks.routing.policy --trace FILE --json FILE [--paces X ...] [--workers N ...] [--seeds N] ...
 
-For each number of workers and each load: the most requests/s with a mean TPOT of at most 40 ms, over a sweep of
-clients; the same with a mean TTFT of at most half a second, too; for each of several seeds. Beside the policies stand
-an oracle, and a bound that nothing can pass (policy_bound.py). Before that, the simulator against what was
-measured on one H200, with the error.
+It sweeps the number of clients for each number of workers, load, policy and seed. The figure is the highest requests/s
+with a mean TPOT of at most 40 ms; a second one also limits the mean TTFT to half a second. For comparison there are an
+oracle, and an upper bound for any policy (policy_bound.py). First, it compares the simulator with measurements on one
+H200, and prints the error.
 
-With --trace, a trace in Mooncake's JSON lines is replayed instead (trace.py), at its own pace or faster: first tokens
-and TPOT of each policy at each pace.
+With --trace, it replays a trace in Mooncake's JSON lines instead (trace.py), at its own pace or faster. The figures are
+each policy's TTFT and TPOT at each pace.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from kvstore.errors import ConfigError, run_command
 TPOT_MS_MAX = 40.0
 TTFT_MS_MAX = 500.0
 POOL = 80  # conversations a worker
-SLOWER = 2.0  # every other worker, where GPUs are unequal
-NARROWER = 5.0  # the link of every other worker, where links are
-TRACE_NOISE = 0.1  # of durations, in logarithms: what makes one seed of a replay another
-# Policies of others over the same store, of which the best is what kvtier is compared with.
+SLOWER = 2.0  # factor of every other worker's GPU, with unequal GPUs
+NARROWER = 5.0  # factor of every other worker's link, with unequal links
+TRACE_NOISE = 0.1  # of durations, in logarithms: the only difference between a replay's seeds
+# Other projects' policies over the same store. kvtier is compared with the best of them.
 OTHERS = ("round robin", "least loaded", "dynamo", "dynamo, shared", "llm-d", "lmetric")
 # Clients, DRAM offload, and the requests/s, mean TTFT ms and TPOT ms measured on one H200 (no store, 80 conversations).
 MEASURED = (
@@ -49,18 +49,18 @@ MEASURED = (
 
 
 class Load(msgspec.Struct, frozen=True):
-    """What is asked for, and the memory of a worker that it takes."""
+    """A load, and a worker's memory for it."""
 
     shape: Shape
     hbm_tokens: int = 48_000
     dram_tokens: int = 100_000
-    clients: tuple[int, ...] = (4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 28, 32)  # a worker
+    clients: tuple[int, ...] = (4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 28, 32)  # per worker
 
 
 LOADS = {
     "chat": Load(CHAT),
     "agents": Load(AGENTS, clients=tuple(range(2, 17))),
-    # Prompts of 7,600 tokens: all that an H200 has left beside these weights, and 130 GB of DRAM.
+    # For prompts of 7,600 tokens: all HBM of an H200 without these weights, and 130 GB of DRAM.
     "kimi": Load(KIMI, 160_000, 400_000, tuple(range(2, 13))),
 }
 
@@ -83,17 +83,17 @@ class Row(msgspec.Struct):
     unequal: str
     policy: str
     seed: int
-    clients: int = 0  # with the most requests/s within the bound on TPOT; 0: none was
+    clients: int = 0  # with the highest requests/s within the TPOT limit; 0: none
     requests_per_second: float = 0.0
     ttft_ms_mean: float = 0.0
     ttft_ms_p99: float = 0.0
     tpot_ms_mean: float = 0.0
-    prompt_requests_per_second: float = 0.0  # the most within the bound on TTFT, too
+    prompt_requests_per_second: float = 0.0  # the highest within the TTFT limit, too
     p99_by_clients: dict[int, float] = {}  # TTFT in ms
 
 
 class Replayed(msgspec.Struct):
-    """A trace under a policy."""
+    """The result of a trace with a policy."""
 
     workers: int
     unequal: str
@@ -108,7 +108,7 @@ class Replayed(msgspec.Struct):
 
 
 class Ratio(msgspec.Struct):
-    """Over seeds."""
+    """A ratio over seeds."""
 
     median: float
     least: float
@@ -148,7 +148,7 @@ Makers = tuple[bool, list[Callable[[], Policy]]]
 
 
 def policies(seed: int, stall_price: float = STALL_PRICE, routers: int = 1) -> dict[str, Makers]:
-    """Name -> (with a store, what makes the policy; of several the best counts)."""
+    """Name -> (whether there is a store, constructors of the policy's variants). The best variant counts."""
     found: dict[str, Makers] = {
         "round robin, no store": (False, [policy_rules.round_robin]),
         "dynamo, no store": (False, [lambda: policy_rules.dynamo(0.0)]),
@@ -168,7 +168,7 @@ def policies(seed: int, stall_price: float = STALL_PRICE, routers: int = 1) -> d
 
 
 def unlike(hardware: Hardware, unequal: str) -> Sequence[Hardware]:
-    """Of the workers, in turns."""
+    """The workers' hardware, in turn."""
     return {
         "no": [],
         "gpus": [hardware, hardware.slower_gpu(SLOWER)],
@@ -182,12 +182,12 @@ def unlike(hardware: Hardware, unequal: str) -> Sequence[Hardware]:
 def sweep(
     load: Load, hardware: Hardware, workers: int, unequal: str, name: str, make: Makers, seed: int, seconds: float
 ) -> Row:
-    """The most requests/s within the bounds; more clients until that on TPOT is passed."""
+    """The highest requests/s within the limits: more clients until the TPOT limit is exceeded."""
     store, makers = make
     best = Row(load.shape.name, workers, unequal, name, seed)
     ramp = max(20.0, seconds / 2)
     for maker in makers:
-        # More clients only ever lengthen decoding, so the sweep ends where the bound is passed.
+        # TPOT only rises with the number of clients, so the sweep ends when it exceeds the limit.
         for each in load.clients:
             sim = ClosedLoop(
                 hardware, workers, each * workers, POOL * workers, load.shape, maker(),
@@ -209,11 +209,11 @@ def sweep(
 
 
 def over_others(rows: list[Row], bound: float) -> dict[str, Ratio]:
-    """kvtier's requests/s over others', of one load, one number of workers; each seed's beside its own."""
+    """kvtier's requests/s divided by the others', for one load and one number of workers, seed by seed."""
     found: dict[str, list[float]] = {}
 
     def over(name: str, ours: float, other: float) -> None:
-        if other:  # where the other has no point within the bounds there is no ratio
+        if other:  # without a point within the limits there is no ratio
             found.setdefault(name, []).append(ours / other)
 
     for seed in {row.seed for row in rows}:
@@ -241,7 +241,7 @@ def summed_up(found: dict[str, list[float]]) -> dict[str, Ratio]:
 def replays(
     requests: Sequence[Traced], hardware: Hardware, options: argparse.Namespace, workers: int, unequal: str, pace: float
 ) -> list[Replayed]:
-    """Of each policy, for each seed; of several of a name that with the smallest mean TTFT."""
+    """Each policy's results for each seed. Of a policy's variants, the one with the lowest mean TTFT."""
     rows = []
     for seed in range(1, 1 + options.seeds):
         for name, (store, makers) in policies(seed, options.stall_price).items():
@@ -263,7 +263,7 @@ def replays(
 
 
 def sooner(rows: list[Replayed]) -> dict[str, Ratio]:
-    """Others' over kvtier's, each seed's beside its own: more than 1 where kvtier's is the smaller."""
+    """The others' divided by kvtier's, seed by seed: above 1 if kvtier's is lower."""
     found: dict[str, list[float]] = {}
     for seed in {row.seed for row in rows}:
         of = {row.policy: row for row in rows if row.seed == seed}
@@ -321,7 +321,7 @@ def show_ratios(found: dict[str, Ratio]) -> None:
 
 
 def number(least: float, most: float, kind: type[int] | type[float] = float) -> Callable[[str], float]:
-    """Of an option."""
+    """A parser of an option's number."""
 
     def parse(text: str) -> float:
         if not least <= (value := kind(text)) <= most:

@@ -1,8 +1,8 @@
-"""The most requests/s that any policy could reach in policy_sim.py: its flows, without queues or chance.
+"""An upper bound on requests/s for any policy in policy_sim.py, from its flows, without queues or noise.
 
-Three things are short: a worker's time, which goes to prefills and decode steps; its HBM, which a request holds from
-the start of its prefill to its last token; and the store's bytes/s. As much of the pool as HBM and DRAM could hold,
-were nothing running, is taken to be there for nothing, so that no routing and no eviction can do better.
+Three resources are limited. A worker's time goes to prefills and decode steps. A request holds HBM from the start of
+its prefill to its last token. The store has a throughput. The bound assumes that HBM and DRAM hold as much of the pool
+as they could if idle, at no cost. So no routing and no eviction policy can do better.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,13 @@ BATCH_MAX = 128
 
 
 class Means(NamedTuple):
-    """Over a load's requests, in tokens."""
+    """Means over a load's requests, in tokens."""
 
     prompt: float
-    seen_before: float  # of the prompt: of the turns before, or shared
-    decoded: float  # by steps of the batch: all of the answer but its first token
+    seen_before: float  # prompt tokens from earlier turns or shared prefixes
+    decoded: float  # by decode steps: all tokens of the answer but the first
     tokens: float  # of prompt and answer
-    held_while_decoding: float  # those, times the number of steps that the request stays for
+    held_while_decoding: float  # `tokens` times the number of decode steps, over the answer
 
 
 def means(shape: Shape, conversations: int = 4000) -> Means:
@@ -41,7 +41,7 @@ def means(shape: Shape, conversations: int = 4000) -> Means:
 def requests_per_second(
     shape: Shape, hardware: Hardware, workers: int, pool: int, tpot_seconds_max: float, *, store: bool = True
 ) -> float:
-    """Of all workers, `pool` conversations each: the best share to compute again, and the best batch."""
+    """For all workers, with `pool` conversations each. It takes the best recomputed share and the best batch size."""
     load = means(shape)
     pool_rate = hardware.target_bytes_per_second * max(1, workers // hardware.workers_a_target) / workers
     link_rate = min(hardware.worker_bytes_per_second, pool_rate) if store else 0.0
@@ -60,9 +60,9 @@ def requests_per_second(
 
 
 def _by_gpu(load: Means, hardware: Hardware, missing: float, batch: int, tpot_seconds_max: float) -> float:
-    """Of one worker that decodes `batch` requests a step and computes `missing` tokens of each prompt. Each bound is
-    passed but once as the rate rises, so it is found by halving."""
-    # Without the quadratic term a prefill is cheaper than it is.
+    """For one worker that decodes `batch` requests in each step and computes `missing` tokens of each prompt. Each
+    limit is crossed once as the rate rises, so bisection finds it."""
+    # An underestimate: it omits the quadratic term.
     prefill = hardware.prefill_base_seconds + hardware.prefill_seconds_per_token * missing
     step = hardware.step_seconds(batch)
     low, high = 0.0, 1 / prefill
@@ -70,7 +70,7 @@ def _by_gpu(load: Means, hardware: Hardware, missing: float, batch: int, tpot_se
         rate = (low + high) / 2
         steps = (1 - rate * prefill) / step + rate * (1 + missing / PREFILL_TOKENS)  # a second
         held = load.held_while_decoding / steps + load.tokens * prefill  # token seconds a request
-        # By Little's law, the rate times what each request holds, times how long, is what lies in HBM.
+        # Little's law: tokens in HBM = rate * tokens of a request * time that it holds them.
         fits = rate * load.decoded <= batch * steps and rate * held <= hardware.hbm_tokens
         low, high = (rate, high) if fits and steps * tpot_seconds_max >= 1 else (low, rate)
     return low

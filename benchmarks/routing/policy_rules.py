@@ -21,11 +21,11 @@ from components.pricing import cost
 from components.router.others import REPORT_SECONDS
 
 STALL_PRICE = 0.2  # the router's default
-# With more workers than this, kvtier's policy looks at those that hold some of the prompt and at this many of the least
-# loaded ones alone: of two that hold nothing, the one with the longer queue is hardly ever the cheaper one.
+# With more workers than this, kvtier's policy prices only those that hold some of the prompt, and this many of the
+# least loaded. Of two workers that hold nothing, the one with the longer queue is hardly ever cheaper.
 MANY_WORKERS = 16
 
-# What several routers have sent to a worker adds up.
+# Fields that add up over several routers.
 _SUMMED = (
     "fetching",
     "fetching_tokens",
@@ -37,8 +37,8 @@ _SUMMED = (
     "running_tokens",
 )
 
-# llm-d: the share of a prompt that a worker must hold to be preferred for it, and by how many seconds its wait may be
-# the longer one (the default, and one that lets go sooner).
+# llm-d: the share of a prompt that a worker must hold to be preferred, and how many seconds longer its wait may be (the
+# default, and a lower one).
 LLMD_AFFINITY = 0.8
 LLMD_PENALTY_SECONDS = (18.0, 1.0)
 LLMD_CALIBRATION_TOKENS = 8192
@@ -50,7 +50,7 @@ def round_robin() -> Policy:
 
 
 def least_loaded() -> Policy:
-    """The fewest requests that are not answered, as Dynamo's and llm-d's policies of that name have it."""
+    """The worker with the fewest unfinished requests, as in Dynamo's and llm-d's policies of that name."""
 
     def decide(sim: Simulation, request: Request) -> tuple[int, int]:
         return min((worker.requests, worker.number) for worker in sim.workers)[1], request.prompt_tokens
@@ -59,9 +59,9 @@ def least_loaded() -> Policy:
 
 
 def dynamo(shared_credit: float) -> Policy:
-    """Dynamo's KV router: the fewest blocks to prefill and to keep. Of those to prefill, hits are taken off: 1 in HBM,
-    0.75 in DRAM, `shared_credit` in the store beyond HBM (0.5 where its shared cache is enabled, which for vLLM it
-    cannot be, otherwise 0); no fewer than none are left. The engine fetches whatever is there.
+    """Dynamo's KV router: the worker with the fewest blocks to prefill and to keep. A hit subtracts from the blocks to
+    prefill: 1 in HBM, 0.75 in DRAM, `shared_credit` in the store, but never below 0. `shared_credit` is 0.5 if Dynamo's
+    shared cache is enabled, which is not possible with vLLM, otherwise 0. The engine fetches all hits.
 
     Dynamo 1.6, lib/kv-router/src/scheduling/selector/default.rs, its defaults."""
 
@@ -78,9 +78,9 @@ def dynamo(shared_credit: float) -> Policy:
 
 
 def llmd(penalty_seconds: float) -> Policy:
-    """llm-d: among the workers that hold most of the prompt, unless their estimated wait exceeds that of the others by
-    more than a bound, and otherwise among all, the one with the fewest tokens to compute. The wait is estimated from
-    the tokens in flight and the speed of one measured prefill. The engine fetches whatever is there.
+    """llm-d: the worker with the fewest tokens to compute, among those that hold most of the prompt. If their estimated
+    wait exceeds that of the others by more than `penalty_seconds`, among all workers. The wait is estimated from the
+    tokens in flight and the speed of one measured prefill. The engine fetches all hits.
 
     llm-d-router, prefix-cache-affinity-filter and token-load-scorer, as their READMEs recommend them."""
 
@@ -105,8 +105,8 @@ def llmd(penalty_seconds: float) -> Policy:
 
 
 def lmetric() -> Policy:
-    """The smallest product of the prompt tokens that a worker has to compute, this prompt's with them, and its batch,
-    this request with it: no weights. The engine fetches whatever is there.
+    """The worker with the smallest product of its prompt tokens to compute and its batch size, both with this request.
+    There are no weights. The engine fetches all hits.
 
     LMetric: Simple is Better - Multiplication May Be All You Need for LLM Request Scheduling, arXiv 2603.15202."""
 
@@ -124,13 +124,13 @@ def lmetric() -> Policy:
 
 
 def _uncached_in_flight(worker: Worker) -> int:
-    """Prompt tokens of requests without a first token that HBM and DRAM lacked: books without a store count what is
-    fetched as well."""
+    """Prompt tokens, of requests without a first token, that were in neither HBM nor DRAM. Fetched ones count, as in
+    accounting that knows no store."""
     return worker.prefill_tokens + worker.fetching_tokens
 
 
 def ours(seed: int, stall_price: float = STALL_PRICE, noise: float = 0.1) -> Policy:
-    """This project's router, its speeds off by some 10 %."""
+    """This project's router, with speeds that are wrong by some 10%."""
     chance = random.Random(seed)
     speeds: dict[int, cost.Speeds] = {}
 
@@ -144,8 +144,8 @@ def ours(seed: int, stall_price: float = STALL_PRICE, noise: float = 0.1) -> Pol
 
 
 def side_by_side(routers: int, seed: int, *, told: bool, noise: float = 0.1) -> Policy:
-    """So many of this project's routers, which get requests in turn. Each knows what it has sent itself and, if they
-    are told, what the others had when they last said so."""
+    """Several of this project's routers, which get requests in turn. Each knows the requests that it has sent. If
+    `told`, it also knows the others' load as of their last report."""
     chance = random.Random(seed)
     speeds: dict[int, cost.Speeds] = {}
     sent: list[list[Request]] = [[] for _ in range(routers)]
@@ -173,7 +173,7 @@ def side_by_side(routers: int, seed: int, *, told: bool, noise: float = 0.1) -> 
 
 
 def _sent_by(sim: Simulation, requests: list[Request]) -> list[Worker]:
-    """The workers as who sent these alone knows them. Those that have ended are taken out."""
+    """The workers' load, as known to the sender of `requests` alone. Ended requests are removed."""
     decoding = {id(job) for worker in sim.workers for _, _, job in worker.running}
     fetched = {id(job) for worker in sim.workers for job in (*worker.ready, worker.prefilling)}
     requests[:] = [one for one in requests if not one.first or id(one) in decoding]
@@ -200,7 +200,7 @@ def _together(one: Worker, other: Worker) -> Worker:
 
 
 def known_speeds(hardware: Hardware, prefill: float = 1.0, dram: float = 1.0, store: float = 1.0) -> cost.Speeds:
-    """The hardware's, off by these factors."""
+    """The hardware's speeds, multiplied by these errors."""
     return cost.Speeds(
         prefill_base_seconds=hardware.prefill_base_seconds * prefill,
         prefill_seconds_per_token=hardware.prefill_seconds_per_token * prefill,
@@ -223,9 +223,9 @@ def choose(
     stall_price: float = STALL_PRICE,
     known: list[Worker] | None = None,
 ) -> cost.Choice:
-    """The router's own choice, with these speeds of each worker. `known` is what it knows of each one's load, if that
-    is not all."""
-    random.seed(request.conversation.key)  # of the ties that cost.choose leaves to chance
+    """The router's own choice, with these speeds of each worker. `known` is its view of the workers' load, if
+    incomplete."""
+    random.seed(request.conversation.key)  # cost.choose breaks ties at random
     one, hardware = request.conversation, sim.hardware
     seen = sim.seen_by_all(one)
     workers = known or sim.workers
@@ -257,7 +257,7 @@ def choose(
             blocks_per_chunk=CHUNK_TOKENS // BLOCK_TOKENS,
             chunk_bytes=CHUNK_TOKENS * hardware.kv_bytes_per_token,
             located=located,
-            target_share=1.0,  # all targets are one
+            target_share=1.0,  # all targets count as one
             target_fetching_bytes=int(max(0.0, sim.pool_free - sim.now) * sim.pool_rate),
             target_bytes_per_second=sim.pool_rate,
         )
@@ -267,19 +267,20 @@ def choose(
 
 
 class Prices(msgspec.Struct, frozen=True):
-    """What an oracle charges for each second: of a prefill for each request that it holds up, of the store's link for
-    each request that fetches."""
+    """An oracle's prices: for a second of prefill, per request that it delays; for a second of the store's link, per
+    request that fetches."""
 
     stall: float
     link: float
 
 
-# policy.py takes whichever turns out best, which only one who knows the future could have known.
+# policy.py takes the best in hindsight, which no real policy could know.
 ORACLES = (Prices(10.0, 0.0), Prices(1.0, 0.0), Prices(1.0, 1.0), Prices(0.3, 0.3), Prices(0.1, 0.0))
 
 
 def oracle(prices: Prices) -> Policy:
-    """Knows every queue, link and speed exactly, when each running request will end, how long the answer will be."""
+    """An oracle: it knows all queues, links and speeds exactly, the end of each running request, and the answer's
+    length."""
 
     def decide(sim: Simulation, request: Request) -> tuple[int, int]:
         one = request.conversation
@@ -311,7 +312,7 @@ def oracle(prices: Prices) -> Policy:
 
 
 def _wait_seconds(now: float, worker: Worker, request: Request) -> float:
-    """Until the prompts before this one are computed and there is room for it in HBM."""
+    """Seconds until the prompts before this one are computed and HBM has room for it."""
     hardware = worker.hardware
     wait = max(0.0, worker.prefill_ends - now) if worker.prefilling else 0.0
     wait += sum(hardware.prefill_seconds(queued.prefill_tokens, queued.loaded_tokens) for queued in worker.ready)

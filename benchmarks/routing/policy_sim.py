@@ -1,8 +1,7 @@
 """A simulator of workers, their tiers, the store and the load, to compare routing policies. Everything is simulated.
 
-The engines are those of engine_model.py. HBM and DRAM keep whole prefixes, least recently used first out; a
-hit is of whole blocks in HBM and of whole chunks below it, whoever routes. What is computed is in the store once the
-request has ended.
+The engines are those of engine_model.py. HBM and DRAM keep whole prefixes with LRU eviction. With every policy, hits
+have whole blocks in HBM and whole chunks in DRAM and store. Computed KV is in the store once the request has ended.
 """
 
 import heapq
@@ -25,8 +24,8 @@ CHUNK_TOKENS = 256
 
 @dataclass(frozen=True)
 class Shape:
-    """Of conversations: turns, tokens of what many share, of the opening, of a question, of an answer; how many
-    different shared beginnings there are."""
+    """The shape of conversations: ranges of turns, and of tokens of the shared prefix, opening, question and answer;
+    the number of different shared prefixes."""
 
     name: str
     turns: tuple[int, int]
@@ -39,13 +38,13 @@ class Shape:
 
 CHAT = Shape("multi-turn", (2, 28), (200, 500), (20, 60), (100, 230))
 AGENTS = Shape("agents and documents", (3, 20), (200, 4000), (50, 600), (30, 200), 1536, 8)
-# Made up to have the means of the trace of Kimi published with Mooncake (arXiv 2407.00079v3, section 4): 7,590 tokens
-# in, 182 out, half of the input seen before. Its distribution and its timing are not reproduced.
+# Synthetic, with the means of the Kimi trace that Mooncake published (arXiv 2407.00079v3, section 4). These are 7,590
+# tokens in, 182 out, half of the input seen before. Its distribution and timing are not reproduced.
 KIMI = Shape("means of Mooncake's trace", (1, 4), (500, 3000), (500, 9800), (80, 284), 500, 4)
 
 
 class Prompt(Protocol):
-    """What is asked for."""
+    """A request's prompt."""
 
     @property
     def key(self) -> int: ...
@@ -58,7 +57,7 @@ class Prompt(Protocol):
 
 
 class Conversation:
-    """Its turns; `key` names its prefix, `shared` the beginning it has in common with others."""
+    """A conversation's turns. `key` identifies its own prefix, `shared` the prefix that it shares with others."""
 
     def __init__(self, key: int, shape: Shape, seed: int):
         self.key = key
@@ -80,12 +79,11 @@ class Conversation:
         return ((self.shared, self.shared_tokens), own) if self.shared_tokens else (own,)
 
 
-Holders = defaultdict[int, Counter[int]]  # key -> worker -> its caches that have it
+Holders = defaultdict[int, Counter[int]]  # key -> worker -> how many of its caches hold it
 
 
 class Cache:
-    """Prefixes by key, least recently used first out. `holders` says for each key which workers' caches have it, and
-    how often."""
+    """An LRU cache of prefixes by key. `holders` counts for each key the caches of each worker that hold it."""
 
     def __init__(self, tokens: int, holders: Holders | None = None, worker: int = 0):
         self._holders = holders if holders is not None else defaultdict(Counter)
@@ -120,8 +118,8 @@ class Cache:
 @dataclass(eq=False, kw_only=True)
 class Request(Job):
     conversation: Prompt
-    predicted_seconds: float = 0.0  # to its first token, where the policy says it
-    queued: bool = False  # likewise, behind others
+    predicted_seconds: float = 0.0  # predicted TTFT, if the policy predicts
+    queued: bool = False  # predicted to queue, if the policy predicts
 
 
 Worker = engine_model.Worker[Request]
@@ -129,10 +127,10 @@ Worker = engine_model.Worker[Request]
 
 @dataclass(frozen=True)
 class Seen:
-    """What one worker has of a prompt, in tokens from its start."""
+    """The cached tokens of a prompt on one worker, from its start."""
 
     hbm: int
-    dram: int  # or HBM, whichever is more
+    dram: int  # or in HBM, whichever is more
     store: int
 
 
@@ -145,12 +143,12 @@ class Outcome:
     tpot_ms_mean: float
 
 
-Policy = Callable[["Simulation", Request], tuple[int, int]]  # worker, tokens of the prompt wanted from the store
+Policy = Callable[["Simulation", Request], tuple[int, int]]  # -> worker, prompt tokens to fetch from the store
 
 
 class Simulation(Engines[Request]):
-    """Workers, tiers and the store under a policy; subclasses say who asks for what. What a prefill and a fetch take is
-    off by `noise`, in logarithms; `observe` is told of each first token. Workers that are unlike are in `each`."""
+    """Workers, tiers and the store with a policy. Subclasses define the load. The durations of prefills and fetches
+    have lognormal `noise`. `observe` is called at each first token. `each` lists unequal workers' hardware."""
 
     def __init__(
         self, hardware: Hardware, workers: int, policy: Policy, *, store: bool, seed: int = 1, noise: float = 0.0,
@@ -171,7 +169,7 @@ class Simulation(Engines[Request]):
 
     @abstractmethod
     def _answered(self, request: Request) -> None:
-        """Its last token has come."""
+        """The request has its last token."""
 
     @property
     def now(self) -> float:
@@ -183,7 +181,7 @@ class Simulation(Engines[Request]):
             event()
 
     def _outcome(self, since: float, seconds: float) -> Outcome:
-        """Of the requests that ended after `since`, in so many seconds."""
+        """The result of the requests that ended in the `seconds` after `since`."""
         done = [(ttft, tpot) for ended, ttft, tpot in self._done if ended >= since]
         if not done:
             return Outcome(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -202,7 +200,7 @@ class Simulation(Engines[Request]):
         return Seen(hbm, dram, self._stored(one))
 
     def seen_by_all(self, one: Prompt) -> list[Seen]:
-        """By every worker: most have nothing of it."""
+        """The cached tokens on every worker. Most have none."""
         seen = [Seen(0, 0, self._stored(one))] * len(self.workers)
         first, _ = one.path(one.prompt_tokens)[0]
         for number in self._holders.get(first, ()):
@@ -243,7 +241,7 @@ class Simulation(Engines[Request]):
         self._answered(request)
 
     def _keep(self, number: int, one: Prompt, tokens: int) -> None:
-        """The beginning last, so that it is used no less recently than what follows it."""
+        """Touch the beginning last, so that it is evicted after what follows it."""
         for key, held in reversed(one.path(tokens)):
             self._hbm[number].put(key, held)
             self._dram[number].put(key, held)
@@ -252,7 +250,7 @@ class Simulation(Engines[Request]):
 
 
 def _held(one: Prompt, get: Callable[[int], int], unit: int) -> int:
-    """Tokens of the prompt from its start on, in whole units; the last one is always computed."""
+    """Cached tokens of the prompt from its start, in whole units. The last token is always computed."""
     total = 0
     for key, tokens in one.path(one.prompt_tokens):
         found = min(tokens, get(key))
@@ -263,7 +261,7 @@ def _held(one: Prompt, get: Callable[[int], int], unit: int) -> int:
 
 
 class ClosedLoop(Simulation):
-    """`clients` over a pool of conversations, each of which waits until all others had a turn."""
+    """A closed loop: `clients` over a pool of conversations, which take turns in order."""
 
     def __init__(
         self, hardware: Hardware, workers: int, clients: int, pool: int, shape: Shape, policy: Policy, *,
@@ -303,9 +301,9 @@ class ClosedLoop(Simulation):
 
 
 class Replay(Simulation):
-    """A trace, each request at its own time, `pace` times as fast. A turn waits for the answer before it, and from
-    then on for `think_seconds`: the more the trace is hurried, the more turns do. What no worker's HBM could hold is
-    left out: `left_out` counts it."""
+    """A trace: each request at its own time, `pace` times as fast. A turn waits for the answer before it, and then for
+    `think_seconds`. With a higher pace, more turns wait. Requests that no worker's HBM could hold are left out and
+    counted in `left_out`."""
 
     def __init__(
         self, hardware: Hardware, workers: int, trace: Sequence[Traced], policy: Policy, *, pace: float,
@@ -335,7 +333,7 @@ class Replay(Simulation):
         self._at(self.now + self._think, lambda: self._thought(key))
 
     def _thought(self, key: int) -> None:
-        """Whoever got this answer has read it, and asks on."""
+        """The think time after an answer is over: send the next turn."""
         self._open.remove(key)
         for one in self._next_turns.pop(key, ()):
             self._ask(one)

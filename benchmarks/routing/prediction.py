@@ -1,10 +1,10 @@
-"""How well the router predicts the time to first token: a real cluster on the CPU engine, its decisions compared.
+"""The accuracy of the router's TTFT predictions, on a real cluster with the CPU engine.
 
     python -m benchmarks.routing.prediction --json FILE [--requests N] [--clients N]
 
-Clients play turns of conversations through the frontend; some prompts are new, some lie in HBM, DRAM or the store. The
-figure is the error |predicted / actual - 1| of each decision as the router itself kept it, for the first 50 and for
-those after, when speeds have been learnt.
+Clients send turns of conversations through the frontend. Some prompts are new, some are in HBM, DRAM or the store. The
+figure is the error |predicted / actual - 1| of each decision in the router's history. It is reported for the first 50
+decisions, and for later ones, when the router has learnt the speeds.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from components.router.decisions import Decision
+from components.router.records import Decision
 from graphs.services import free_port
 from graphs.trial import CONFIG, Message, Trial
 
@@ -30,11 +30,11 @@ class Result(msgspec.Struct):
     requests: int
     clients: int
     error_median_first: float  # of the first 50
-    error_median: float  # of those after
+    error_median: float  # of later ones
     error_quartiles: tuple[float, float]
     ratio_median: float  # actual over predicted
     ttft_ms_median: float
-    by_tier: dict[str, float]  # median error of those that took most of their tokens from there
+    by_tier: dict[str, float]  # median error of decisions with most tokens from that tier
 
 
 async def play(trial: Trial, requests: int, clients: int, seed: int) -> None:
@@ -58,7 +58,7 @@ async def play(trial: Trial, requests: int, clients: int, seed: int) -> None:
 
 
 def judged(decisions: list[Decision], clients: int) -> Result:
-    """`decisions` in their order; those without a first token do not count."""
+    """`decisions` in their order. Those without a first token are ignored."""
     done = [(one, one.ttft_seconds) for one in decisions if one.ttft_seconds]
     errors = [abs(one.predicted_ttft_seconds / actual - 1) for one, actual in done]
     by_tier: dict[str, list[float]] = {}

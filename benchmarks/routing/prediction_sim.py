@@ -1,11 +1,11 @@
-"""How well the router predicts the time to first token in the simulator of policies. Every figure is simulated.
+"""The accuracy of the router's TTFT predictions in the policy simulator. Every figure is simulated.
 
     python -m benchmarks.routing.prediction_sim --json FILE [--noise N] [--seconds N]
 
-The router's own prices and live speeds: it begins with priors that are wrong by a factor of two, hears each worker's
-report once a second, and corrects itself by first tokens. What a prefill and a fetch take, and what is reported of
-them, is off by `--noise`, in logarithms. The figure is the error |predicted / actual - 1|, for the first 50 requests
-and for those after. `python -m benchmarks.routing.prediction` measures the same on a real cluster.
+It uses the router's own cost model and live speeds. The router begins with priors that are wrong by a factor of two. It
+gets each worker's report once a second, and corrects itself by actual first tokens. Durations of prefills and fetches,
+and the reports of them, have lognormal noise (`--noise`). The figure is the error |predicted / actual - 1|, for the
+first 50 requests and for later ones. `python -m benchmarks.routing.prediction` measures the same on a real cluster.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from kvstore.bus.messages import WorkerReport
 
 LEARNING = 50
 WORKERS, POOL = 2, 160
-CLIENTS = (2, 4, 8, 12, 16, 20, 24)  # a worker; with 24 they wait for HBM
+CLIENTS = (2, 4, 8, 12, 16, 20, 24)  # per worker; with 24, requests wait for HBM
 PRIOR_FACTOR = 2.0
 
 
@@ -34,14 +34,14 @@ class Result(msgspec.Struct):
     noise: float
     requests: int
     error_median_first: float  # of the first 50
-    error_median: float  # of those after
+    error_median: float  # of later ones
     error_quartiles: tuple[float, float]
     error_p90: float
     ratio_median: float  # actual over predicted
 
 
 class Predicting:
-    """The router, as a policy of the simulator, with speeds that it learns."""
+    """The router as a policy of the simulator, with learnt speeds."""
 
     def __init__(self, hardware: Hardware, noise: float, seed: int):
         self._noise, self._chance = noise, random.Random(seed)
@@ -92,7 +92,7 @@ class Predicting:
 
 
 def predict(clients: int, noise: float, seconds: float, seed: int) -> Result:
-    """With so many clients a worker, over so many simulated seconds."""
+    """Simulate `clients` per worker for `seconds` of simulated time."""
     hardware = Hardware()
     router = Predicting(hardware, noise, seed)
     sim = ClosedLoop(

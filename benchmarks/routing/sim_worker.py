@@ -1,11 +1,11 @@
-"""Workers whose engine is SIMULATED, and everything around it real: a router is tried on more than the GPUs at hand.
+"""Workers with a SIMULATED engine and everything else real, to test a router with more workers than there are GPUs.
 
     python -m benchmarks.routing.sim_worker --workers 16 --model DIR --store 127.0.0.1:7600 --metrics-port 9100
 
-Each is a Dynamo worker of its own, with an instance id, KV events through Dynamo's relay and a report on the bus; all
-share this process. The engine is that of engine_model.py against the wall clock. Chunks go to real targets,
-as values of eight bytes: who holds what is real, the time that KV of full size takes is simulated. As in policy_sim, a
-prompt's KV is in the tiers and the store once its answer has ended. Every token of an answer is the same.
+Each is a Dynamo worker with an instance id, KV events through Dynamo's relay, and heartbeats on the bus. All share this
+process. The engine is that of engine_model.py with the wall clock. Chunks go to real targets, as values of eight bytes.
+So residency is real, and the transfer time of full-size KV is simulated. As in policy_sim, a prompt's KV is in the
+tiers and the store once its answer has ended. All tokens of an answer are the same.
 """
 
 import argparse
@@ -47,17 +47,17 @@ from kvstore.net.wire import Outcome
 BLOCK_TOKENS = 16
 BLOCKS_PER_CHUNK = 16
 CHUNK_TOKENS = BLOCK_TOKENS * BLOCKS_PER_CHUNK
-MODEL = "simulated-engine"  # the workers' own name, under which a frontend finds them without a router
+MODEL = "simulated-engine"  # the workers' model name, for a frontend without a router
 CONTEXT_TOKENS = 8192
 ANSWER_TOKEN = 40
-# Answers are streamed in pieces, as vLLM's --stream-interval does: a message for each token would measure this machine.
+# Answers are streamed in pieces, as with vLLM's --stream-interval. One message per token would measure this machine.
 STREAM_SECONDS = 0.25
 _DIGEST = layout_digest({"engine": "simulated", "chunk_tokens": CHUNK_TOKENS})
 FINGERPRINT = fingerprint(_DIGEST)
 _VALUE_BYTES = 8
-# As many events may wait for Dynamo's relay before some are lost.
+# The queue of events for Dynamo's relay; beyond it, events are lost.
 _EVENTS_MAX = 100_000
-# And as many answers for being stored, before the chunks of some are left to the next turn.
+# The queue of answers to store; beyond it, the next turn stores their chunks.
 _PUTS_MAX = 1000
 _LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
@@ -122,8 +122,8 @@ class EventBatch(msgspec.Struct, array_like=True):
 
 
 class Blocks:
-    """A tier: blocks by Dynamo's sequence hash, least recently used first out. Of a prefix the tail goes first, so that
-    no block outlives the one before it. `tell` hears of what comes and goes."""
+    """A tier: an LRU cache of blocks by Dynamo's sequence hash. A prefix is evicted from its tail, so that no block
+    outlives the one before it. `tell` is called with added and evicted blocks."""
 
     def __init__(self, medium: str, tokens: int, tell: Callable[[BlockStored | BlockRemoved], None]):
         self._medium = medium
@@ -132,7 +132,7 @@ class Blocks:
         self._held: OrderedDict[int, None] = OrderedDict()
 
     def prefix(self, hashes: Sequence[int]) -> int:
-        """How many of the leading blocks are here."""
+        """How many leading blocks are cached."""
         return next((number for number, one in enumerate(hashes) if one not in self._held), len(hashes))
 
     def put(self, hashes: Sequence[int], tokens: Sequence[int]) -> None:
@@ -155,7 +155,7 @@ class Blocks:
 
 
 class Tiers:
-    """HBM and DRAM of one worker, and the socket on which Dynamo's relay hears of them."""
+    """HBM and DRAM of one worker, and the socket for their events to Dynamo's relay."""
 
     def __init__(self, number: int, hardware: Hardware, context: "zmq.Context[zmq.Socket[bytes]]"):
         self.endpoint = f"ipc:///tmp/kvtier-simulated-{os.getpid()}-{number}.sock"
@@ -188,7 +188,7 @@ class Prompt(Job):
 
 
 class LiveEngines(Engines[Prompt]):
-    """All workers of this process. What comes late because this machine is busy stays late: the metric of lag tells."""
+    """All workers of this process. If this machine is too slow, events are late; the lag metric shows it."""
 
     def __init__(self, options: Options, client: StoreClient):
         hardware, workers = options.hardware(), options.workers
@@ -214,14 +214,14 @@ class LiveEngines(Engines[Prompt]):
         return self._loop.time()
 
     async def admit(self, number: int, token_ids: list[int], answer_tokens: int, plan: Plan | None) -> Prompt:
-        """The prompt on its worker. Without a plan the whole of it is asked of the store."""
+        """Admit the prompt on its worker. Without a plan, all of it is looked up in the store."""
         prompt = Prompt(
             len(token_ids), answer_tokens, self.now, number,
             token_ids=token_ids, hashes=sequence_hashes(token_ids, BLOCK_TOKENS),
         )  # fmt: skip
         hbm, local = self._local(prompt)
         found = await self._found(prompt, local // BLOCKS_PER_CHUNK, plan)
-        hbm, local = self._local(prompt)  # now that the store has answered
+        hbm, local = self._local(prompt)  # again, since the store's answer took time
         first = local // BLOCKS_PER_CHUNK
         chunks = asked = max(0, found - first)
         while chunks and self.fetch_ends(self.workers[number], chunks * CHUNK_TOKENS) - prompt.arrived > (
@@ -230,7 +230,7 @@ class LiveEngines(Engines[Prompt]):
             chunks -= 1
         self.outcomes[number].update({"hit": chunks, "late": asked - chunks})
         prompt.fetch_tokens = chunks * CHUNK_TOKENS
-        most = len(token_ids) - 1  # a last one is computed always
+        most = len(token_ids) - 1  # the last token is always computed
         hbm_tokens = min(most, hbm * BLOCK_TOKENS)
         local_tokens = min(most, local * BLOCK_TOKENS)
         prompt.loaded_tokens = min(most, (first + chunks) * CHUNK_TOKENS) if chunks else local_tokens
@@ -251,7 +251,7 @@ class LiveEngines(Engines[Prompt]):
         return hbm, max(hbm, tiers.dram.prefix(prompt.hashes))
 
     async def _found(self, prompt: Prompt, first: int, plan: Plan | None) -> int:
-        """Up to which chunk, from `first` on, the store has given what was asked of it."""
+        """The end of the chunks, from `first` on, that the store returned without a gap."""
         lasts = prompt.hashes[BLOCKS_PER_CHUNK - 1 :: BLOCKS_PER_CHUNK]
         targets = None if plan is None else plan.targets()[: len(lasts)]
         wanted = lasts[first:] if targets is None else lasts[first : len(targets)]
@@ -297,7 +297,7 @@ class LiveEngines(Engines[Prompt]):
         prompt.done.set()
 
     def _store(self, lasts: list[int]) -> None:
-        """Put those that the store lacks."""
+        """Put the chunks that the store does not hold."""
         deadline = time.monotonic() + 5
         there = self._client.exists([_key(one) for one in lasts], deadline)
         missing = [one for one, outcome in zip(lasts, there, strict=True) if outcome is Outcome.MISS]
@@ -343,7 +343,7 @@ def _key(router_hash: int) -> bytes:
 
 
 class SimulatedEngine(LLMEngine):  # type: ignore[misc]
-    """One worker, for Dynamo's backend."""
+    """One worker, as Dynamo's backend expects it."""
 
     def __init__(self, number: int, engines: LiveEngines, options: Options):
         self._number = number
@@ -353,7 +353,7 @@ class SimulatedEngine(LLMEngine):  # type: ignore[misc]
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> Any:
-        """Dynamo's way to make the one engine of a process. Here several share one, and `main` makes them."""
+        """Dynamo constructs a process's only engine with this. Here `main` constructs several in one process."""
         raise TypeError(f"{cls.__name__} is made by main, not from {argv!r}")
 
     async def start(self, worker_id: int) -> EngineConfig:
@@ -390,7 +390,7 @@ class SimulatedEngine(LLMEngine):  # type: ignore[misc]
 
 
 def _plan(request: Any) -> Plan | None:
-    """Where the router puts it for a stock worker."""
+    """The plan, from the field where the router puts it for a stock worker."""
     return read_plan(((request.get("extra_args") or {}).get("sampling_options") or {}).get("extra_args"))
 
 

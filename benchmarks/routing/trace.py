@@ -1,7 +1,7 @@
 """Request traces in Mooncake's JSON lines, checked, with the prefixes that their prompts share.
 
 A line is an object with `timestamp` (ms), `input_length` and `output_length` (tokens) and `hash_ids`, a number for each
-block of 512 prompt tokens: prompts whose first n numbers are equal share their first n blocks. Other fields are ignored
+block of 512 prompt tokens. Prompts whose first n numbers are equal share their first n blocks. Other fields are ignored
 (https://github.com/kvcache-ai/Mooncake, FAST25-release).
 """
 
@@ -18,8 +18,8 @@ from kvstore.errors import ConfigError
 
 BLOCK_TOKENS = 512
 LINE_BYTES_MAX = 1 << 20
-TOKENS_MAX = 1 << 24  # of a prompt, of an answer
-BLOCKS_MAX = 4_000_000  # of all prompts together: about a gigabyte here
+TOKENS_MAX = 1 << 24  # of a prompt or an answer
+BLOCKS_MAX = 4_000_000  # of all prompts; they take about 1 GB of memory
 MILLISECONDS_MAX = 1 << 42
 
 
@@ -32,10 +32,10 @@ class _Line(msgspec.Struct):
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A request of a trace. `segments` are the parts of its prompt, from its start: a key, equal where prompts share
-    the part and all before it, and tokens. `follows` is the request that it continues, the turn before."""
+    """A request of a trace. `segments` are the parts of its prompt in order, each with a key and its tokens. Prompts
+    have equal keys if they share the part and all parts before it. `follows` is the preceding turn."""
 
-    key: int  # its place in the trace
+    key: int  # its index in the trace
     seconds: float  # since the first request of the trace
     prompt_tokens: int
     answer_tokens: int
@@ -43,7 +43,7 @@ class Traced:
     follows: int | None
 
     def path(self, tokens: int) -> tuple[tuple[int, int], ...]:
-        """Answers have no hashes of their own in a trace: they are not kept."""
+        """Without the answer: a trace has no hashes of answers."""
         return self.segments
 
 
@@ -55,66 +55,63 @@ def read(path: Path, requests_max: int | None = None) -> list[Traced]:
         for number in itertools.count(1):
             if requests_max is not None and len(lines) >= requests_max:
                 break
-            text = _text(file, number)
-            if text is None:
-                break
-            if not text.strip():
-                continue
-            line = _checked(text, number, lines[-1].timestamp if lines else 0.0)
-            blocks += len(line.hash_ids)
-            if blocks > BLOCKS_MAX:
-                raise _wrong(number, "hash_ids", f"{blocks} up to here", f"at most {BLOCKS_MAX} in a trace")
+            try:
+                text = _text(file)
+                if text is None:
+                    break
+                if not text.strip():
+                    continue
+                line = _checked(text, lines[-1].timestamp if lines else 0.0)
+                blocks += len(line.hash_ids)
+                if blocks > BLOCKS_MAX:
+                    raise ConfigError("hash_ids", f"{blocks} up to here", f"at most {BLOCKS_MAX} in a trace")
+            except ConfigError as error:
+                raise error.at(f"{path}:{number}") from None
             lines.append(line)
     if not lines:
         raise ConfigError("trace", path, "a file of JSON lines, one a request")
     return _shared(lines)
 
 
-def _wrong(number: int, field: str, value: object, expected: str) -> ConfigError:
-    return ConfigError(f"line {number}, {field}", value, expected)
-
-
-def _text(file: BinaryIO, number: int) -> bytes | None:
+def _text(file: BinaryIO) -> bytes | None:
     """The next line; None at the end."""
     text = file.readline(LINE_BYTES_MAX + 1)
     if len(text) > LINE_BYTES_MAX:
-        raise ConfigError(f"line {number}", f"more than {LINE_BYTES_MAX} bytes", "a line of a trace")
+        raise ConfigError("", f"more than {LINE_BYTES_MAX} bytes", "a line of a trace")
     return text or None
 
 
-def _checked(text: bytes, number: int, before: float) -> _Line:
+def _checked(text: bytes, before: float) -> _Line:
     try:
         found = msgspec.json.decode(text)
     except msgspec.DecodeError as error:
-        raise ConfigError(
-            f"line {number}", text[:80].strip().decode(errors="replace"), f"a JSON object ({error})"
-        ) from None
+        raise ConfigError("", text[:80].strip().decode(errors="replace"), f"a JSON object ({error})") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"line {number}", str(found)[:80], "a JSON object")
+        raise ConfigError("", str(found)[:80], "a JSON object")
 
     def whole(field: str, least: int, most: float) -> int:
         value = found.get(field)
         if type(value) is not int or not least <= value <= most:
-            raise _wrong(number, field, value, f"a whole number from {least} to {most:.0f}")
+            raise ConfigError(field, value, f"a whole number from {least} to {most:.0f}")
         return value
 
     timestamp: Any = found.get("timestamp")
     if type(timestamp) not in (int, float) or not before <= timestamp <= MILLISECONDS_MAX:
-        raise _wrong(number, "timestamp", timestamp, f"milliseconds, {before:.0f} or more as on the line before")
+        raise ConfigError("timestamp", timestamp, f"milliseconds, at least {before:.0f} as on the line before")
     prompt, answer = whole("input_length", 1, TOKENS_MAX), whole("output_length", 1, TOKENS_MAX)
     ids = found.get("hash_ids")
     if not isinstance(ids, list):
-        raise _wrong(number, "hash_ids", str(ids)[:80], "a list of whole numbers")
+        raise ConfigError("hash_ids", str(ids)[:80], "a list of whole numbers")
     if len(ids) != math.ceil(prompt / BLOCK_TOKENS):
         expected = f"{math.ceil(prompt / BLOCK_TOKENS)}, one for each {BLOCK_TOKENS} of {prompt} tokens"
-        raise _wrong(number, "hash_ids", f"{len(ids)} numbers", expected)
+        raise ConfigError("hash_ids", f"{len(ids)} numbers", expected)
     if (odd := next((one for one in ids if type(one) is not int), None)) is not None:
-        raise _wrong(number, "hash_ids", odd, "whole numbers")
+        raise ConfigError("hash_ids", odd, "whole numbers")
     return _Line(float(timestamp), prompt, answer, ids)
 
 
 def _shared(lines: list[_Line]) -> list[Traced]:
-    """Cut prompts where they part or end, so that each part is there as a whole or not at all."""
+    """Cut prompts where they diverge or end, so that each part is cached as a whole or not at all."""
     nodes: dict[tuple[int, int], int] = {}  # (node before, hash) -> node; 0 is the root
     walks = []
     for line in lines:
@@ -134,7 +131,7 @@ def _shared(lines: list[_Line]) -> list[Traced]:
             for begin, end in itertools.pairwise([0, *ends])
         )
         before = (last[node] for node in reversed(walk) if node in last)
-        # Whoever goes on has the question and the answer in the prompt; others only begin alike.
+        # The next turn's prompt contains question and answer. Shorter prompts only share the beginning.
         follows = next((one for one in before if line.input_length >= _tokens(lines[one])), None)
         seconds = (line.timestamp - lines[0].timestamp) / 1000
         traced.append(Traced(key, seconds, line.input_length, line.output_length, segments, follows))

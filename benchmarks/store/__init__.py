@@ -1,1 +1,1 @@
-"""The store: how fast it is beside others, and how it stands crashes, hostile frames and overload."""
+"""The store: its speed compared with others, and its behaviour under crashes, hostile frames and overload."""

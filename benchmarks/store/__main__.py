@@ -1,10 +1,10 @@
-"""The store against its limits and its peers: what get and put reach, beside what the disk and the sockets carry.
+"""Get and put throughput of the store, compared with its peers and with the limits of disk and sockets.
 
     python -m benchmarks.store --json FILE [--dir DIR] [--peer-python PYTHON] [--quick]
 
-One run starts our targets, the peers and the tools that measure the limits, on the same machine and device, and asks
-each for the same values in turn. A figure is the median over the rounds; a ratio is that of two figures of one round.
-Needs fio for the limits; iperf3 and redis-server are used if they are installed.
+One run starts our targets, the peers and the tools that measure the limits, on the same machine and device. Each gets
+and puts the same values in turn. A figure is the median over the rounds; a ratio is between figures of one round. Needs
+fio for the limits; iperf3 and redis-server are used if they are installed.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def _bytes(field: str, text: str) -> int:
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
-        raise ConfigError(field, text, "sizes such as 256KiB,4MiB") from None
+        raise ConfigError(field, text, "a size such as 256KiB or 4MiB") from None
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,7 +118,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_folder(asked: Path | None) -> Path:
-    """The folder asked for, or the first usual one that lies on a device."""
+    """The given folder, or the first usual one that is on a device."""
     folders = [asked] if asked else [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()]
     for folder in folders:
         if folder.is_dir() and servers.file_system(folder) not in NO_DEVICE:
@@ -151,7 +151,7 @@ def results(cells: list[Cell], clients: list[int]) -> list[Result]:
 
 
 def run(options: argparse.Namespace, folder: Path) -> Report:
-    """Everything, in a folder of its own that is gone afterwards."""
+    """Run all measurements in a temporary folder."""
     wanted = plan(options)
     check_space(folder, wanted.disk_bytes)
     facts = machine(folder)
@@ -202,7 +202,8 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 
 
 def command(measure: Callable[[], Reported], show: Callable[[Reported], str], json: Path | None) -> Reported:
-    """Measure, show the report, write it to a file, and return it. On SIGTERM, too, what was started is stopped."""
+    """Measure, print the report, write it to a file, and return it. Started processes are stopped, after SIGTERM,
+    too."""
     signal.signal(signal.SIGTERM, _leave)
     try:
         report = measure()

@@ -1,4 +1,4 @@
-"""A target that lies: it speaks the protocol, keeps what is put, and answers each GET as it is told."""
+"""A malicious target: it speaks the protocol, stores puts, and answers each GET as instructed."""
 
 import contextlib
 import socket
@@ -17,16 +17,17 @@ BOUND_SECONDS = 20.0
 
 
 class Answer(NamedTuple):
-    """What the adversary says to one key of a GET."""
+    """The adversary's answer for one key of a GET."""
 
     value: bytes
     outcome: int = Outcome.HIT
     crc: int | None = None  # None: the right one
-    sent: int | None = None  # only so many bytes of the value, and then the end of the connection
+    sent: int | None = None  # send only so many bytes of the value, then close the connection
 
 
 class Adversary:
-    """A target on a port of its own. `answer` is asked for each key of a GET, by its name and the client's room."""
+    """A target on a port of its own. `answer` is called for each key of a GET, with its name and the size of the
+    client's buffer."""
 
     def __init__(self) -> None:
         self.values: dict[bytes, bytes] = {}

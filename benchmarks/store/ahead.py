@@ -1,11 +1,11 @@
-"""A prompt's chunks from disk, from disk after a PREFETCH, and again out of the hot cache; and GETs beside read-ahead.
+"""Read-ahead: a prompt's chunks from disk, after a PREFETCH, and from the hot cache; and GETs during read-ahead.
 
     python -m benchmarks.store.ahead [--value 2560KiB] [--chain 160MiB] [--rounds 5] [--json FILE]
 
-Each round starts the target again, so that its memory is empty; it reads with O_DIRECT where the file system allows it.
-Every other round goes backward. `warming` is the time from the PREFETCH until all of it is in memory. `alone` and
-`beside` are 40 GETs of one value on disk each, one after the other: with nothing else to do, and while a chain is read
-ahead. Medians are compared round by round; p99 is of the GETs of all rounds together, so take many rounds for it.
+Each round restarts the target, so that its memory is empty. It reads with O_DIRECT if the file system allows it. Every
+other round runs in reverse order. `warming` is the time from the PREFETCH until all chunks are in memory. `alone` and
+`beside` are 40 consecutive GETs of single values on disk: on an idle target, and during read-ahead of a chain. Medians
+are compared round by round. p99 is over the GETs of all rounds, so it needs many rounds.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from kvstore.net.wire import Outcome
 
 CALL_SECONDS = 60.0
 GETS = 40
-# Of the target's memory a client may have an eighth read ahead; two chains are in each round.
+# A client may use an eighth of the target's memory for read-ahead, and a round has two chains.
 HOT_CHAINS = 20
 WAYS = ("cold", "ahead")
 BESIDE = ("alone", "beside")
@@ -63,10 +63,10 @@ class Bench:
         region = aligned(options.count * options.value).payload
         self._rooms = [region[start : start + options.value] for start in range(0, len(region), options.value)]
         self.samples: defaultdict[str, list[float]] = defaultdict(list)
-        self.gets: defaultdict[str, list[float]] = defaultdict(list)  # seconds of single ones
+        self.gets: defaultdict[str, list[float]] = defaultdict(list)  # seconds of single GETs
         content = random.Random(1).randbytes(options.value)
         with self._target(hot=False) as client:
-            for number in range(4 * options.count + 2 * GETS):  # chains, and values of their own
+            for number in range(4 * options.count + 2 * GETS):  # chains, and single values
                 item = Item(self._key(number), memoryview(content), number + 1, 1, 1)
                 if client.put([item], time.monotonic() + CALL_SECONDS) != [Outcome.STORED]:
                     raise BenchmarkError("a value was not stored")
@@ -192,7 +192,7 @@ def parse() -> argparse.Namespace:
     options.value = _bytes("value", options.value)
     options.count = _bytes("chain", options.chain) // options.value
     if not options.count:
-        raise ConfigError("chain", options.chain, "at least a value")
+        raise ConfigError("chain", options.chain, "at least one value (--value)")
     return options
 
 

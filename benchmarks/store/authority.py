@@ -1,4 +1,4 @@
-"""A certificate authority for tests and benchmarks: what it signs is good for loopback, for a day."""
+"""A certificate authority for tests and benchmarks. Its certificates are valid for loopback, for one day."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Authority:
         self.path.write_bytes(self._signed(name, self._key.public_key(), [], _DAY, is_authority=True))
 
     def issue(self, name: str, hosts: Sequence[str] = ("127.0.0.1",), valid: timedelta = _DAY) -> Files:
-        """A certificate and its key, which is new, and the authority that is to be believed: this one."""
+        """A new certificate with a new key, and this authority's certificate as the trusted one."""
         key = ec.generate_private_key(ec.SECP256R1())
         cert_path, key_path = self._folder / f"{name}.pem", self._folder / f"{name}.key"
         cert_path.write_bytes(self._signed(name, key.public_key(), hosts, valid))

@@ -1,16 +1,17 @@
-"""What a target takes in with durability memory and written: a burst as large as its hot cache, and puts without end.
+"""Put throughput of a target with durability memory and written: a burst of the hot cache's size, and sustained puts.
 
     python -m benchmarks.store.burst [--hot 1GiB] [--repeats 5] [--clients 2] [--transport unix] [--json FILE]
 
-Each round measures every figure again, on new targets; every other round goes backward.
+Each round measures all figures on new targets. Every other round runs in reverse order.
 
-- burst: as many bytes are put as the hot cache has. What is refused is not offered again, here and below.
-- sustained: three times as many, into a store that has room for them.
-- evicting: three times as many, into a store that is full with half of them.
+- burst: puts as many bytes as the hot cache has. In all cases, refused puts are not retried.
+- sustained: three times as many, into a store with room for them.
+- evicting: three times as many, into a full store that holds half of them.
 
 `acknowledged`: bytes answered STORED, until the last answer. `written`: bytes on the device, until the last write.
-`lost`: the share of the offered bytes that was not written. Limits of the same round: a bare socket that takes the same
-bytes; writes of 4 MiB to a file of the same disk, four at a time, with O_DIRECT; a copy in memory by one thread.
+`lost`: the share of the offered bytes that was not written. Limits, measured in the same round: a bare socket with the
+same bytes, and a copy in memory by one thread. The disk's limit is writes of 4 MiB to one file, four at a time, with
+O_DIRECT.
 """
 
 import argparse
@@ -47,7 +48,7 @@ LEAD_SECONDS = 0.05
 TOUCHED_BYTES_A_SECOND = 0.5 * GB  # by a target that starts (disk/buffers.py), at least
 FLUSH_SECONDS = 120.0
 DURABILITIES = ("memory", "written")
-# Operation -> what is put, and the capacity, both in hot caches.
+# Operation -> bytes put and capacity, both in multiples of the hot cache.
 SHAPES = {"burst": (1, 4), "sustained": (3, 4), "evicting": (3, 1.5)}
 
 
@@ -80,7 +81,7 @@ class Sample(msgspec.Struct):
 
 
 class Bench:
-    """All that runs. `stack` stops it."""
+    """All processes; `stack` stops them."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, stack: ExitStack):
         self.hot_bytes = options.hot
@@ -155,7 +156,7 @@ class Bench:
             name, self._folder / f"{name}.d", self._logs, capacity, SEGMENT_BYTES, unix, self.hot_bytes, *options
         )
         try:
-            if operation == "evicting":  # full, and its files were written once
+            if operation == "evicting":  # fill it first, so that all its files were written once
                 self._open(f"fill-{name}", "kvtier", target.address)
                 self._put(f"fill-{name}", capacity)
                 self._flushed(target)
@@ -174,7 +175,7 @@ class Bench:
         return Sample(good * put / GB / seconds, written / GB / written_seconds, 1 - good, 1 - written / put)
 
     def _flushed(self, target: Target) -> Status:
-        """Its status once nothing waits to be written."""
+        """Its status once all data is written."""
         client = StoreClient(StaticMembership([target.address]))
         deadline = time.monotonic() + FLUSH_SECONDS
         try:

@@ -1,9 +1,9 @@
-"""What an idle connection costs a target: threads, and memory of its process, in which socket buffers are not.
+"""The cost of an idle connection for a target: threads, and memory of its process, without socket buffers.
 
     python -m benchmarks.store.connections [--connections 200] [--rounds 5] [--json FILE]
 
-Each round starts a target, opens 20 connections over TCP, and then so many more; on each an EXISTS is answered. Memory
-is what the target's process holds more after those.
+Each round starts a target, opens 20 connections over TCP, then the given number. Each sends an EXISTS. The memory is
+the growth of the target's process after the first 20.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Usage(msgspec.Struct):
 
 
 def settled(pid: int) -> Usage:
-    """Once it does not grow any more: a target touches its memory for some time."""
+    """The usage once it stops growing: a target touches its memory for some time after its start."""
     before, now = None, usage(pid)
     while now != before:
         time.sleep(0.5)
@@ -58,7 +58,7 @@ def usage(pid: int) -> Usage:
 
 
 def connected(address: str, number: int) -> Stream:
-    """A connection on which a request was answered."""
+    """A connection with one answered request."""
     deadline = time.monotonic() + CALL_SECONDS
     stream = transport.connect(address, deadline)
     hello = wire.Hello("default", f"client-{number}", "another host")
@@ -72,7 +72,7 @@ def connected(address: str, number: int) -> Stream:
 
 
 def cost(options: argparse.Namespace, folder: Path, number: int) -> tuple[float, float]:
-    """KB and threads a connection."""
+    """KB and threads per connection."""
     (own := folder / str(number)).mkdir()
     address = f"127.0.0.1:{free_port()}"
     line = [sys.executable, "-m", "kvstore", "--dir", str(own), "--capacity", "512MiB", "--listen", address]

@@ -1,21 +1,21 @@
-"""Whether the store keeps its word when its process is killed and when its device lies.
+"""Checks the store's guarantees when its process is killed and when its device returns wrong data.
 
     python -m benchmarks.store.crash [--trials N] [--injections M] [--seed S] [--json FILE]
 
-Crash trials: a process writes to a store on a real file system and tells of each acknowledgement through a pipe. It is
-killed with SIGKILL, by the clock or in the middle of a chosen read, write or sync; often the next one is killed while
-it starts. Then the store is opened again: everything acknowledged and not evicted must be there, byte for byte, and
-nothing else. Part of the trials put through a target and a client, some of these with durability `memory`: what is
-acknowledged there may be lost, but what is served must be right. A store lives through many trials.
+Crash trials: a process writes to a store on a real file system and reports each acknowledgement through a pipe. It is
+killed with SIGKILL, at a random time or within a chosen read, write or sync. Often the next process is killed during
+its start. Then the store is opened. It must hold everything that was acknowledged and not evicted, byte for byte, and
+nothing else. Some trials put through a target and a client, a part of them with durability `memory`. There,
+acknowledged values may be lost, but served values must be right. A store lives through many trials.
 
-Injections: a file layer tears, flips, misdirects and loses writes, flips bits at rest and in reads, and fails opening,
-reading, writing and syncing, while a random workload runs beside a model; the store is reopened after a clean end, a
-crash, and a power cut that takes any part of what was not synced. A value that was acknowledged must be there unless
-the faults hit it: its own pages, or header and footer of its segment.
+Injections: a file layer tears, flips, misdirects and loses writes. It flips bits at rest and in reads, and fails opens,
+reads, writes and syncs. Meanwhile a random workload runs on the store and on a model. The store is reopened after a
+clean end, a crash, and a power cut that loses any part of the unsynced data. An acknowledged value must be there,
+unless faults hit its own pages, or its segment's header and footer.
 
-`lost` counts values that are missing without such an excuse, `wrong` values served with other bytes, `raised` what
-ended in an exception. Any of them makes the exit code 1. Every failure names the life (of a store) or the round (of
-injections) that repeats it.
+`lost` counts values that are missing without such a fault, `wrong` values served with other bytes, `raised` exceptions.
+Any of them makes the exit code 1. Every failure names the life (of a store) or the round (of injections) that
+reproduces it.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Result(msgspec.Struct):
 
 
 class Tally:
-    """What came out so far. `where` says how to repeat what is going on."""
+    """The results so far. `where` says how to reproduce the current trial."""
 
     def __init__(self, seed: int):
         self.result = Result(seed)
@@ -132,7 +132,7 @@ def value(number: int) -> Value:
 
 
 def read(log: Log, numbers: Sequence[int]) -> list[bytes | None]:
-    """What the log serves for each number."""
+    """The log's value for each number."""
     buffers = [aligned(length_of(number)) for number in numbers]
     found = log.read([key_of(number) for number in numbers], buffers)
     pairs = zip(found, buffers, strict=True)
@@ -140,7 +140,7 @@ def read(log: Log, numbers: Sequence[int]) -> list[bytes | None]:
 
 
 def random_length(chance: random.Random, most: int) -> int:
-    """Of all orders of magnitude, often at the edge of a page."""
+    """A random length of any order of magnitude, often near a page boundary."""
     length = int(most ** chance.uniform(0.3, 1))
     if chance.random() < 0.2:
         length = -(-length // PAGE_BYTES) * PAGE_BYTES + chance.choice((-1, 0, 1))
@@ -160,7 +160,7 @@ class Stage(enum.IntEnum):
 
 
 class Judge(Protocol):
-    """Hears what a log drops and what it is doing; called with the log's lock held."""
+    """Is notified of a log's drops and stages. Called with the log's lock held."""
 
     def evicted(self, entry: Entry, due: bool) -> None: ...
     def forgot(self, slot: int, entry: Entry) -> None: ...
@@ -168,7 +168,7 @@ class Judge(Protocol):
 
 
 class Watched(Log):
-    """A log that tells `judge` what it does."""
+    """A log that notifies `judge`."""
 
     def __init__(self, *arguments: Any, judge: Judge, **options: Any):
         self.judge = judge
@@ -178,7 +178,7 @@ class Watched(Log):
         self._enter(Stage.RUN)
 
     def segment_of(self, key: bytes) -> tuple[_Segment, Entry]:
-        """Where a visible chunk lies."""
+        """The segment and entry of a visible chunk."""
         entry = self.find(key)
         assert entry is not None
         return self._segments[self._index[key] >> 24], entry
@@ -188,7 +188,7 @@ class Watched(Log):
         return self._segments.get(segment.slot) is segment and segment.slot not in self._emptied
 
     def crash(self) -> None:
-        """Let go of the files as if the process had been killed."""
+        """Close the files as if the process had been killed."""
         self._closed.set()
         self._close_files()
 
@@ -245,7 +245,7 @@ Engine = Callable[..., Watched]
 
 @dataclass
 class Geometry:
-    """Of a store: where it lies and how large it is."""
+    """A store's place and sizes."""
 
     path: Path
     slots: int
@@ -259,7 +259,8 @@ class Geometry:
 
     @classmethod
     def drawn(cls, folder: Path, chance: random.Random) -> "Geometry":
-        """A directory, or a file in place of a device; with few slots, with enough to write chunks again, with many."""
+        """A random geometry: a directory, or a file as a device; with few slots, with enough for rewrites, or with
+        many."""
         segment_bytes = chance.choice((256 * KIB, MIB))
         slots = chance.choice((3, 12, 40 if segment_bytes < MIB else 16))
         length_max = chance.choice((PAGE_BYTES, 20_000, segment_bytes // 4, segment_bytes - 4 * PAGE_BYTES))
@@ -285,15 +286,15 @@ class Geometry:
 # ---- crash trials
 
 _EVENT = struct.Struct("<cQ")
-_PIPE_BYTES = 1 << 20  # more than a writer tells in its short life: it never waits for its reader
-# What is told, of which number.
+_PIPE_BYTES = 1 << 20  # more than a writer ever reports, so that it never blocks
+# The kinds of reports; each is followed by a value's number.
 STORED, ACKED, SHOWN, EVICTED, WRONG, DROPPED = b"S", b"A", b"M", b"E", b"W", b"D"
 _VALUES_MAX = 500  # a writer that nobody killed by then kills itself
 
 
 class Reporter:
-    """In the process that will be killed: tells its parent what happens, in the order in which it does. It is the log's
-    judge and its ledger. Opening a store that was `settled` evicts nothing: the last one who did has made room."""
+    """Runs in the process that will be killed: reports all events to its parent, in order. It is the log's judge and
+    ledger. Opening a `settled` store evicts nothing, since the last start has made room."""
 
     def __init__(self, pipe: int, stage: mmap.mmap, settled: bool):
         self._pipe = pipe
@@ -322,7 +323,7 @@ class Reporter:
 
 
 class DoomedFiles(Files):
-    """Kills its process in the middle of a read, write or sync: the first part of a write is done."""
+    """Kills its process within a read, write or sync. The first part of a write is done."""
 
     def __init__(self, *, direct: bool, chance: random.Random, stage: mmap.mmap):
         super().__init__(direct=direct)
@@ -333,7 +334,7 @@ class DoomedFiles(Files):
         self._lock = threading.Lock()
 
     def arm(self, operations: int, only: Stage | None = None) -> None:
-        """Kill at the last of so many operations, counting those of one stage alone if it is given."""
+        """Kill at the last of so many operations. With `only`, operations of that stage count."""
         self._left = operations
         self._only = only
 
@@ -378,7 +379,7 @@ def die() -> NoReturn:
 
 @dataclass
 class Kill:
-    """When a process dies: by the clock, or at an operation on files, counted from its start or once it is open."""
+    """The time of death: by the clock, or at a file operation, counted from the start or from the opened store."""
 
     seconds: float = 0.0
     start_operations: int = 0
@@ -403,7 +404,7 @@ class Kill:
 
 
 class Through(enum.Enum):
-    """What a writer puts through: nothing but the log, or a target with a durability."""
+    """The path of a writer's puts: the log, or a target with a durability."""
 
     LOG = ""
     WRITTEN = "target, "
@@ -414,7 +415,7 @@ class Through(enum.Enum):
 
 
 class Writer:
-    """In the process that will be killed: puts values, and reads some, until it is."""
+    """Runs in the process that will be killed: puts values, and reads some, until then."""
 
     def __init__(self, life: "Life", log: Watched, report: Reporter, trial: int, through: Through):
         self._life = life
@@ -475,7 +476,7 @@ class Writer:
             self._known.append(number)
 
     def _hot(self) -> list[int]:
-        """A few values that are asked for again and again."""
+        """A few values that are read repeatedly."""
         return [number for number in self._known if number >> 24 & 7 == 0][-3:]
 
     def _serve(self) -> None:
@@ -495,7 +496,7 @@ class Writer:
 
 
 class Verdict:
-    """In the process that looks after a crash: what opening the store dropped."""
+    """Runs in the process that checks after a crash: the values that opening the store dropped."""
 
     def __init__(self) -> None:
         self.dropped: set[int] = set()
@@ -512,7 +513,7 @@ class Verdict:
 
 
 class Life:
-    """A store that is crashed again and again, and the values that it must hold."""
+    """A store that is crashed many times, and the values that it must hold."""
 
     def __init__(self, folder: Path, seed: str, engine: Engine, tally: Tally):
         self.seed = seed
@@ -539,7 +540,7 @@ class Life:
         self._tally.result.trials += 1
 
     def _crash(self, trial: int, kill: Kill, threads: int, through: Through) -> None:
-        """Fork a writer, let it be killed, and take in what it told."""
+        """Fork a writer, wait for its death, and process its reports."""
         self._stage[0] = Stage.START
         pipe, its_pipe = os.pipe()
         fcntl.fcntl(its_pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
@@ -563,7 +564,7 @@ class Life:
         self._take_in(told)
 
     def _write(self, report: Reporter, trial: int, kill: Kill, threads: int, through: Through) -> None:
-        """In the child."""
+        """Run the writer in the child process."""
         try:
             files = DoomedFiles(direct=self._direct, chance=random.Random(trial), stage=self._stage)
             files.arm(kill.start_operations)
@@ -576,7 +577,7 @@ class Life:
             raise
 
     def _take_in(self, told: bytes) -> None:
-        """Bring `must` up to date: what is acknowledged and, as of the last word on it, not evicted."""
+        """Update `must`: the values that were acknowledged and, by their last report, not evicted."""
         gone: set[int] = set()
         for event, number in _EVENT.iter_unpack(told):
             if event == STORED:
@@ -613,7 +614,7 @@ class Life:
         log.close() if close else log.crash()
 
     def _intact(self, log: Watched) -> set[int]:
-        """Everything that the log says it has, read and compared."""
+        """Read and compare all values that the log lists."""
         there = set()
         for entry in log.entries():
             number = number_in(entry.key)
@@ -629,7 +630,7 @@ class Life:
 
 
 def rewriting_much() -> Any:
-    """A context in which values are kept by writing them again however small they are, and their headers large."""
+    """A context in which eviction rewrites reused values of any size, with large headers."""
     return mock.patch("kvstore.disk.log.WRITE_AMPLIFICATION_MAX", 50.0)
 
 
@@ -655,20 +656,20 @@ _DEVICE_FIRST_PAGE = RESERVED_BYTES // PAGE_BYTES
 
 
 class FaultyFiles(Files):
-    """Lies and fails, by a seed, and keeps account of the pages that it harmed."""
+    """A file layer with seeded faults. It tracks the pages that it damaged."""
 
     def __init__(self, seed: str, store: Geometry):
         super().__init__(direct=False)
         self.rate = 0.0
         self.step = 0  # of the workload
         self.faults: Counter[str] = Counter()
-        self.lied: set[Page] = set()  # hold something else than was written last
+        self.lied: set[Page] = set()  # hold other data than was written last
         self.failed: set[Page] = set()  # their last write was refused
         self.cut: set[Page] = set()  # lost their last write with the power
-        self._flipped: set[Page] = set()  # were read wrong in the operation under way
-        self._refused: set[Page] = set()  # were not read in it
-        self.generations: dict[Page, int] = {}  # that segment headers said last
-        self._unsynced: dict[Page, bytes] = {}  # as they were at the last sync
+        self._flipped: set[Page] = set()  # misread in the current operation
+        self._refused: set[Page] = set()  # failed to be read in it
+        self.generations: dict[Page, int] = {}  # of the last segment header
+        self._unsynced: dict[Page, bytes] = {}  # content at the last sync
         self._seed = seed
         self._chance = random.Random(seed)
         self._lock = threading.Lock()
@@ -764,7 +765,7 @@ class FaultyFiles(Files):
         self._unsynced = {page: old for page, old in self._unsynced.items() if page[0] != name}
 
     def rot(self) -> None:
-        """Flip a bit of something at rest."""
+        """Flip a bit at rest."""
         if not self._fds:
             return
         name = self._chance.choice(sorted(self._fds))
@@ -778,7 +779,7 @@ class FaultyFiles(Files):
         self.faults["at rest: flipped"] += 1
 
     def cut_power(self) -> set[Page]:
-        """Undo any part of what was not synced; all that was not."""
+        """Undo a random part of the unsynced writes. Returns all unsynced pages."""
         unsynced = set(self._unsynced)
         for page, old in self._unsynced.items():
             if self._chance.random() < 0.5:
@@ -795,13 +796,13 @@ class FaultyFiles(Files):
         return [(name, first + number) for number in range(record.pages(size))]
 
     def _remember(self, fd: int, pages: Sequence[Page]) -> None:
-        """Keep what pages held when they were last synced."""
+        """Remember the pages' content at the last sync."""
         for page in pages:
             if page not in self._unsynced:
                 self._unsynced[page] = os.pread(fd, PAGE_BYTES, page[1] * PAGE_BYTES)
 
     def _harm(self, lied: Sequence[Page], written: Sequence[Page]) -> None:
-        """Those `written` are as they should be, but for those `lied` about."""
+        """Note that the pages `written` are correct, except those in `lied`."""
         for pages in (self.lied, self.failed, self.cut):
             pages.difference_update(written)
         self.lied.update(lied)
@@ -817,7 +818,7 @@ class FaultyFiles(Files):
         raise OSError(errno.EIO if fault.endswith("eio") else errno.ENOSPC, "injected")
 
     def _misdirect(self, fd: int, whole: bytes, offset: int) -> None:
-        """Write a few pages aside, or to the same place of another segment."""
+        """Write a few pages off, or at the same place of another segment."""
         name = self._names[fd]
         if self._chance.random() < 0.5:
             offset += PAGE_BYTES * self._chance.choice((-8, -2, -1, 1, 2, 8))
@@ -834,7 +835,7 @@ class FaultyFiles(Files):
             self.lied.update(pages)
 
     def _chance_at(self, name: str, page: int, size: int) -> random.Random:
-        """For what recovery does on several threads, whichever comes first."""
+        """A random source that does not depend on the order of recovery's threads."""
         return random.Random(f"{self._seed}/{self.step}/{name}/{page}/{size}")
 
     def _draw(self, chance: random.Random, *faults: str) -> str:
@@ -848,7 +849,7 @@ class FaultyFiles(Files):
     def _draw_write(self, name: str, page: int) -> str:
         lies = ("write: lost", "write: flipped", "write: torn")
         self._starting = self._is_superblock(page)
-        if self._starting:  # one of the two is left sound
+        if self._starting:  # one of the two stays intact
             self._superblocks.add((name, page))
             may_lie = (name, 1 - page) in self._superblocks - self.lied
             return self._draw(self._chance, *lies) if may_lie else ""
@@ -864,7 +865,7 @@ class FaultyFiles(Files):
 
 
 class Round:
-    """A workload on a store whose device lies, and a model of what the store must hold. It is the log's judge."""
+    """A workload on a store with a faulty device, and a model of what the store must hold. It is the log's judge."""
 
     def __init__(self, folder: Path, seed: str, engine: Engine, tally: Tally):
         self._chance = random.Random(seed)
@@ -873,7 +874,7 @@ class Round:
         self._store = Geometry.drawn(folder, self._chance)
         self._files = FaultyFiles(seed, self._store)
         self._must: set[int] = set()  # what must be there
-        self._misread: dict[int, tuple[_Segment, Entry]] = {}  # what must be there again after a start
+        self._misread: dict[int, tuple[_Segment, Entry]] = {}  # must be there again after a restart
         self._recent: deque[int] = deque(maxlen=500)
         self._gone: set[int] = set()  # in the operation under way
         self._serial = 0
@@ -881,7 +882,7 @@ class Round:
         self._log.ledger = self
 
     def run(self, injections: int) -> int:
-        """Work until so many faults were injected; how many there were."""
+        """Run until so many faults were injected. Returns their number."""
         self._files.rate = self._chance.choice((0.03, 0.1, 0.3))
         while self._files.faults.total() < injections:
             self._files.next_step()
@@ -950,7 +951,7 @@ class Round:
             self._files.rot()
 
     def _compare(self, numbers: Sequence[int]) -> set[int]:
-        """Read, and compare what comes; those that were right."""
+        """Read and compare values. Returns the right ones."""
         must = self._must.intersection(numbers)
         right = set()
         for number, got in zip(numbers, read(self._log, numbers), strict=True):
@@ -983,7 +984,7 @@ class Round:
             if number in self._must and key_of(number) not in self._log:
                 excused = segment.slot in stale or self._excused(segment, entry, before | self._files.misread, unsynced)
                 self._drop(number, excused, "was not recovered")
-        # A header that was misread leaves the slot with what it held before until it is written again.
+        # A slot with a misread header keeps its previous content until it is written again.
         self._files.lied |= {self._page(slot, 0) for slot in range(self._store.slots)} & self._files.misread
         self._files.next_step()
         self._misread.clear()
@@ -994,7 +995,7 @@ class Round:
         assert sum(entry.length for entry in self._log.entries()) == self._log.stats.payload_bytes
 
     def _excused(self, segment: _Segment, entry: Entry, harmed: set[Page], unsynced: set[Page]) -> bool:
-        """Whether a value may be missing after a start: its own pages were harmed, or header and footer were."""
+        """Whether a value may be missing after a start: its own pages were damaged, or both header and footer."""
         if not self._own_pages(segment.slot, entry).isdisjoint(harmed | unsynced):
             return True
         pages = self._store.segment_bytes // PAGE_BYTES
@@ -1003,8 +1004,8 @@ class Round:
         return unsealed and self._page(segment.slot, 0) in harmed
 
     def _is_stale(self, segment: _Segment) -> bool:
-        """Whether a slot shows what it held before, because the header of its last use was lied about or misread. That
-        also hides what was stored elsewhere since."""
+        """Whether a slot shows its previous content, because the header of its last use was lost or misread. That also
+        hides values stored elsewhere since."""
         header = self._page(segment.slot, 0)
         return header in self._files.lied and self._files.generations[header] != segment.stamp.generation
 
@@ -1066,7 +1067,7 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, help="file system to work on; default: that of temporary files")
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
-    logging.disable(logging.CRITICAL)  # faults are what this is about
+    logging.disable(logging.CRITICAL)  # the injected faults would fill the log
     tally = Tally(options.seed)
     begun = time.monotonic()
     alone = options.life is not None or options.round is not None

@@ -1,11 +1,11 @@
-"""What the store keeps: hits of its eviction policy beside FIFO, S3-FIFO, LRU and the offline optimum.
+"""Hits of the store's eviction policy, compared with FIFO, S3-FIFO, LRU and the offline optimum.
 
     python -m benchmarks.store.eviction --json FILE [--seed S] [--seeds N] [--capacity-chunks N ...] [--trace FILE ...]
 
 Prompts arrive one after another. Each gets its chunks 0, 1, ... until one is missing, then puts all that the store
-lacks, its answer's chunks included. The figure is the share of the hits that a store without bounds would have given,
-at capacities that are shares of all that is ever put. `fifo`, `s3_fifo` and `kvtier` empty whole segments, with one
-slot empty ahead of need; what they write again counts as written. `lru` and `optimum` evict single chunks.
+lacks, its answer's chunks included. The figure is the hits relative to those of an unbounded store. Capacities are
+shares of the bytes that are ever put. `fifo`, `s3_fifo` and `kvtier` evict whole segments and keep one slot empty;
+rewrites count as written. `lru` and `optimum` evict single chunks.
 
 Shapes of traffic:
 chat       conversations of 2 to 28 turns with 100 to 230 output tokens each, prompts of 2,200 tokens on average that
@@ -52,7 +52,7 @@ class Turn(NamedTuple):
 
 
 class _Draft:
-    """A conversation that grows: its chunks so far, and the turns it took."""
+    """A growing conversation: its chunks so far, and its turns."""
 
     def __init__(self, numbers: Iterator[int], system: list[int], start_seconds: float):
         self._numbers = numbers
@@ -82,8 +82,8 @@ def _in_order(turns: list[tuple[float, Turn]]) -> list[Turn]:
 
 
 def chat(seed: int, *, conversations: int = 1000, one_shot: float = 0.2, period_seconds: float = 7200) -> list[Turn]:
-    """`one_shot` is the share of arrivals that are a single prompt. With arrivals over two hours, what is under way
-    at a time is about a fifth of the footprint."""
+    """`one_shot` is the share of arrivals with a single prompt. With arrivals over two hours, the active conversations
+    are about a fifth of the footprint."""
     chance = random.Random(seed)
     numbers = itertools.count()
     systems = [list(itertools.islice(numbers, chance.randint(1, 3))) for _ in range(20)]
@@ -145,7 +145,7 @@ def hits_unbounded(turns: Sequence[Turn]) -> int:
 
 
 def hits_lru(turns: Sequence[Turn], capacity: int) -> int:
-    """Of a prompt's chunks the last counts as used first, so that a chain is lost from its end."""
+    """The last chunk of a prompt counts as used first, so that chains are evicted from their end."""
     kept: OrderedDict[int, None] = OrderedDict()
     hits = 0
     for turn in turns:
@@ -159,9 +159,9 @@ def hits_lru(turns: Sequence[Turn], capacity: int) -> int:
 
 
 def hits_optimum(turns: Sequence[Turn], capacity: int) -> int:
-    """Belady's: evict what is asked for last, of one turn's chunks the deepest. A chunk is never asked for without
-    those before it, so this keeps chains whole, and no policy has more hits. It ignores that the future is unknown,
-    that space is gained by the segment, and that writes count."""
+    """Belady's algorithm: evict the chunk whose next use is last, of one turn's chunks the deepest. A chunk is never
+    read without those before it, so this keeps chains whole, and no policy has more hits. It knows the future, frees
+    space by the chunk, and ignores writes."""
     next_uses = _next_uses(turns)
     kept: dict[int, int] = {}
     heap: list[tuple[int, int, int]] = []
@@ -182,7 +182,7 @@ def hits_optimum(turns: Sequence[Turn], capacity: int) -> int:
 
 
 def _next_uses(turns: Sequence[Turn]) -> list[list[int]]:
-    """For each turn and chunk, the number of the next turn that asks for it; if none does, the number of turns."""
+    """For each turn and chunk, the index of the next turn that reads it; without one, the number of turns."""
     upcoming: dict[int, int] = {}
     uses = []
     for number in range(len(turns) - 1, -1, -1):
@@ -205,7 +205,7 @@ class Live(NamedTuple):
 
 
 class Policy(Protocol):
-    """As kvstore.disk.eviction, but told more, for S3-FIFO's sake."""
+    """As kvstore.disk.eviction, with more arguments, which S3-FIFO needs."""
 
     def queue(self, chunk: int) -> Queue: ...
     def opened(self, slot: int, queue: Queue) -> None: ...
@@ -239,15 +239,15 @@ class Kvtier:
 
 
 class Fifo(Kvtier):
-    """What kvtier's policy is with few slots."""
+    """kvtier's policy with few slots."""
 
     def __init__(self, slots: int):
         super().__init__(0)
 
 
 class S3Fifo:
-    """S3-FIFO as published, but over segments: a tenth of the slots is the small queue. Ghosts are as many as the store
-    holds values; what is among them goes to the main queue at once."""
+    """S3-FIFO as published, but over segments. A tenth of the slots is the small queue. There are as many ghosts as
+    values; a put that is among them goes to the main queue at once."""
 
     reused_min = 0.3  # of a segment's values, for it to stay; 0.1, 0.2 and 0.5 are no better
 
@@ -339,7 +339,7 @@ class SegmentStore:
         self.written_bytes += 3 * PAGE_BYTES  # header, footer, trailer
         while not self._free:
             self._empty()
-        return self._heads[queue]  # emptying may have filled it, or replaced it
+        return self._heads[queue]  # eviction may have filled or replaced it
 
     def _empty(self) -> None:
         slot = self._policy.choose()
@@ -363,7 +363,7 @@ class SegmentStore:
 def hits_segments(
     turns: Sequence[Turn], capacity: int, segment_chunks: int, policy: Callable[[int], Policy]
 ) -> tuple[int, float]:
-    """Hits, and bytes written over bytes accepted."""
+    """Hits, and the ratio of written to accepted bytes."""
     slots = capacity // segment_chunks
     store = SegmentStore(slots, segment_chunks, policy(slots))
     hits = 0

@@ -1,6 +1,6 @@
 """SGLang's own scheduler parts in this process, on the CPU: a model runner with a small Llama, host pools, controllers.
 
-They need no kernels. What does, copies between device and host pool, is not run: callers fill host pools themselves.
+They need no kernels. Copies between device and host pool would, so they do not run: callers fill host pools themselves.
 """
 
 import threading
@@ -46,7 +46,7 @@ def checkpoint(folder: Path, seed: int) -> str:
 
 
 def load(folder: Path, page_tokens: int) -> ModelRunner:
-    """The model of this process, as a scheduler loads it. Once."""
+    """Load the model of this process, as a scheduler does. To be called once."""
     arguments = ServerArgs(
         model_path=checkpoint(folder, 1),
         device="cpu",
@@ -63,7 +63,7 @@ def load(folder: Path, page_tokens: int) -> ModelRunner:
 
 
 class HiCache:
-    """Of one rank: SGLang's pools of a `pool_type` with `shape`, and its controller."""
+    """One rank's pools of SGLang (`pool_type` with `shape`), and its controller."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ def kvtier(store: str, **settings: object) -> dict[str, object]:
 
 
 def _host_pool(device_pool: Any, page_tokens: int, layout: str, layers: int) -> Any:
-    """As SGLang's assembler makes it, but for memory that a GPU is told of."""
+    """As SGLang's assembler makes it, but without memory registered with a GPU."""
     info = device_pool.get_device_pool_infos()[0].buffer_info
     options = {
         "host_to_device_ratio": 1.0,

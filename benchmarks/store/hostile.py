@@ -1,12 +1,12 @@
-"""An adversary that is the target: manipulated answers, and how many a client takes for hits, with seals and without.
+"""An adversary as target: manipulated answers, and how many a client accepts as hits, with and without seals.
 
     python -m benchmarks.store.hostile --seed S [--answers 10000] [--forged 300] [--json FILE]
 
-The adversary is a server that speaks the protocol. It keeps what honest workers put, of the seal keys in use, of older
-and retired ones, and of another tenant, and answers each GET with a value that it has manipulated. The crc that it
-sends along is right wherever it can be, so that nothing but a seal can tell. One answer in eleven is honest, and must
-be a hit. A manipulated answer is accepted if its outcome is HIT. The same manipulations are played to a client that
-authenticates, to one that encrypts, and, as the control, to one without seals.
+The adversary is a server that speaks the protocol. It stores the puts of honest workers: with seal keys in use, with
+older and retired ones, and of another tenant. It answers each GET with a manipulated value. The crc is right wherever
+possible, so that only a seal can detect the manipulation. One answer in eleven is honest, and must be a hit. A
+manipulated answer is accepted if its outcome is HIT. The same manipulations go to a client that authenticates, to one
+that encrypts, and, as the control, to one without seals.
 
 Then the adversary is on the bus and in etcd (hostile_bus.py).
 
@@ -51,7 +51,7 @@ _VERSION_AT, _MODE_AT, _KEY_ID_AT, _NONCE_AT, _TAG_AT = 4, 5, 8, 12, 36
 
 
 class Group(NamedTuple):
-    """Workers that share values: of each chunk its content, and what they put."""
+    """Workers that share values: each chunk's content, and the value that they put."""
 
     seal_key: SealKey | None
     contents: list[bytes]
@@ -103,7 +103,7 @@ class Manipulations:
         return self._groups[group].stored[chunk]
 
     def _another(self, chunk: int) -> int:
-        """Of the same length."""
+        """Another chunk of the same length."""
         return self._chance.choice([other for other in range(chunk % len(SIZES), CHUNKS, len(SIZES)) if other != chunk])
 
     def _flipped(self, value: bytes, begin: int = 0) -> bytes:
@@ -144,7 +144,7 @@ class Manipulations:
         return Answer(bytes(stored) + trailer)
 
     def _unsealed(self, chunk: int) -> Answer:
-        """What somebody without a seal key puts who knows the length."""
+        """A value from a writer that knows the length but has no seal key."""
         planted = self._groups["tenant"].contents[chunk]
         return Answer(planted + bytes(len(self._stored(chunk)) - len(planted)))
 
@@ -154,7 +154,7 @@ class Manipulations:
         return Answer(value[:-tag_bytes] + self._chance.randbytes(min(tag_bytes, len(value))))
 
     def _shifted(self, chunk: int) -> Answer:
-        """By some bytes, so that the end of the payload stands where the trailer should."""
+        """The value shifted by some bytes, so that the payload's end is where the trailer should be."""
         value, by = self._stored(chunk), self._chance.randint(1, TRAILER_BYTES)
         return Answer((self._chance.randbytes(by) + value)[: len(value)])
 
@@ -169,7 +169,7 @@ class Manipulations:
 
 
 class Side(msgspec.Struct):
-    """What one client made of the answers."""
+    """One client's results."""
 
     manipulated: int
     accepted: int  # of these, taken for hits
@@ -209,7 +209,7 @@ def chunk_key(chunk: int) -> bytes:
 
 
 class Client:
-    """A client of the adversary, made anew when an answer broke its connection: it would leave the target alone."""
+    """A client of the adversary. It is replaced after a broken connection, since it would back off from the target."""
 
     def __init__(self, address: str, seal: Seal | None):
         self.seal = seal
@@ -237,15 +237,15 @@ class Client:
 
 
 def play(mode: Mode | None, seed: int, answers: int) -> Side:
-    """So many manipulated answers to a client of one mode. Without seals the groups have plain values of the same
-    chunks."""
+    """Send `answers` manipulated answers to a client of one mode. Without seals, the groups have plain values of the
+    same chunks."""
     adversary = Adversary()
     groups = {name: _group(adversary, mode, seed, name, id) for name, id in _KEY_IDS.items()}
     ring = [key for name in ("ours", "older") if (key := groups[name].seal_key) is not None]
     client = Client(adversary.address, Seal(ring, mode) if mode is not None else None)
     logger = logging.getLogger("kvstore")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # each answer is one that the client would complain of
+    logger.setLevel(logging.ERROR)  # the client would log each answer
     try:
         return _Game(adversary, client, groups, mode, seed).run(answers)
     finally:
@@ -307,7 +307,7 @@ class _Game:
         )
 
     def _round(self, kind: str) -> int:
-        """One GET with manipulated answers; how many."""
+        """Run one GET with manipulated answers. Returns their number."""
         chunk = self._chance.randrange(CHUNKS)
         chunks = [chunk]
         if kind == EXCHANGED:
@@ -332,7 +332,7 @@ class _Game:
     def _manipulated(self, kind: str, chunk: int) -> Answer:
         honest = Answer(self._stored[chunk])
         answer = self._kinds[kind](chunk)
-        while kind != EXCHANGED and answer._replace(crc=None) == honest:  # chance has filled in what was there
+        while kind != EXCHANGED and answer._replace(crc=None) == honest:  # the random bytes equal the original
             answer = self._kinds[kind](chunk)
         return answer
 

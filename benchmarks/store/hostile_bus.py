@@ -1,10 +1,10 @@
-"""An adversary on the bus and in etcd: forged messages, rogue registrations, and how soon a router knows what is so.
+"""An adversary on the bus and in etcd: forged messages, rogue registrations, and a router's time to recover.
 
     python -m benchmarks.store.hostile --seed S
 
 A real target announces over a real NATS server and is registered in a real etcd. A router's half (mirror, speeds,
-workers) and a client with seals follow. The adversary publishes in the target's and a worker's name, answers the
-router's snapshot requests, and registers targets of its own, which answer every GET with a hit of made-up bytes.
+workers) and a client with seals follow. The adversary publishes in the names of the target and a worker, and answers
+the router's snapshot requests. It registers rogue targets, which answer every GET with a hit of random bytes.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ ESCAPES = "\x1b[31mred\r\n\u202etxt\x00"
 
 
 class Forged(msgspec.Struct):
-    """What came of it."""
+    """The results."""
 
     messages: int  # published
     snapshots: int  # answered in the target's place
@@ -82,14 +82,14 @@ class Forged(msgspec.Struct):
 
 
 def play(seed: int, rounds: int) -> Forged:
-    """So many forged messages of each kind."""
+    """Send `rounds` forged messages of each kind."""
     with tempfile.TemporaryDirectory() as folder, _servers(Path(folder)) as (nats_url, etcd, target):
         return asyncio.run(_Game(seed, nats_url, etcd, target).run(rounds))
 
 
 @contextlib.contextmanager
 def _servers(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """NATS, etcd and a target: where each is."""
+    """The addresses of NATS, etcd and a target."""
     port, client, peers, address = free_port(), free_port(), free_port(), f"127.0.0.1:{free_port()}"
     nats_url, etcd = f"nats://127.0.0.1:{port}", f"127.0.0.1:{client}"
     (folder / "store").mkdir()
@@ -257,7 +257,7 @@ class _Game:
             raise BenchmarkError(f"not all was stored: {outcomes}")
 
     def _get(self, client: StoreClient) -> tuple[int, int]:
-        """How many hits were right, and how many were not."""
+        """The numbers of right and of wrong hits."""
         rooms = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(CHUNKS)]
         outcomes = client.get([_key(number) for number in range(CHUNKS)], rooms, time.monotonic() + 10)
         answers = zip(outcomes, rooms, self._contents, strict=True)
@@ -283,7 +283,7 @@ class _Game:
         )
 
     async def _until(self, holds: Callable[[], bool], bound: float = 2 * RECOVERY_SECONDS_MAX) -> float:
-        """The time it takes; more than `bound` if it does not come true. It must hold for two seconds."""
+        """The time until `holds`, for two seconds; more than `bound` if it never does."""
         begin, since = time.monotonic(), None
         while time.monotonic() - begin < bound + 2:
             now = time.monotonic()
@@ -310,7 +310,7 @@ class _Game:
         await forger.subscribe(messages.subject(NAMESPACE, "snapshot"), cb=answer)
 
     def _chance_of_truth(self, message: Residency) -> bool:
-        """The adversary tells the target's messages from its own by their clock."""
+        """The adversary distinguishes the target's messages from its own by their clock."""
         return message.ts_ms > 0
 
     def _hashes(self, count: int = 100) -> list[int]:

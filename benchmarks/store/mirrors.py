@@ -1,12 +1,12 @@
-"""What routers' snapshots cost a target: how long GETs take meanwhile, and how soon every mirror is complete.
+"""The cost of routers' snapshots for a target: GET latency meanwhile, and the time until all mirrors are complete.
 
     python -m benchmarks.store.mirrors --json FILE [--targets N] [--routers N] [--chunks N] [--rounds N] [--nice N]
 
-Real targets, a real NATS server and mirrors in a process of their own. The stores are made up as those of
-`benchmarks.store.recovery`, with `--chunks` in each. A client gets single chunks from the targets' memory, one after
-the other with a pause of a millisecond: first without snapshots, then while all routers start at once. The ratio of p99
-is over all rounds together. Targets, mirrors and client share the machine's cores: with fewer cores than processes, the
-ratio includes the mirrors' work. So the result has the CPU seconds of a router and of a target until all know all. With
+Real targets, a real NATS server and mirrors in a process of their own. The stores are synthetic, as in
+`benchmarks.store.recovery`, with `--chunks` in each. A client gets single chunks from the targets' memory, with pauses
+of a millisecond. It does so first without snapshots, then while all routers start at once. The ratio of p99 is over all
+rounds. Targets, mirrors and client share the machine's cores. With fewer cores than processes, the ratio includes the
+mirrors' work. So the result also has the CPU seconds of a router and of a target until all mirrors are complete. With
 `--nice` the mirrors leave the cores to the others, as if they ran elsewhere.
 """
 
@@ -90,7 +90,7 @@ class Taken(msgspec.Struct):
 
 
 class _Getter(threading.Thread):
-    """Gets one chunk after the other, and notes how long each takes under the name of the phase."""
+    """Gets one chunk after the other, and records each one's duration under the phase's name."""
 
     def __init__(self, client: StoreClient):
         super().__init__(daemon=True)
@@ -211,7 +211,7 @@ def _gets(seconds: list[float]) -> Gets:
 
 
 async def run_routers(nats: str, routers: int, chunks: int) -> None:
-    """At each line, start that many mirrors, and say what was taken until all know as many chunks."""
+    """At each input line, start that many mirrors. Print the cost until all of them know `chunks` chunks."""
     print("ready", flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         begun, cpu = time.monotonic(), time.process_time()

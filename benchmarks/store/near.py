@@ -1,9 +1,9 @@
-"""Gets out of a target's memory on the client's host: by the UNIX socket, and copied from the mapped memory.
+"""Gets from a target's memory on the same host: over the UNIX socket, and copied from mapped memory.
 
     python -m benchmarks.store.near [--value 2560KiB] [--batch 256MiB] [--connections 0] [--rounds 5] [--json FILE]
 
-Two targets with the same values in their hot caches. In each round one client after the other asks for a batch,
-several times; every other round goes backward. Both check each value's checksum. The limit is a copy of the same bytes
+Two targets with the same values in their hot caches. In each round the clients get a batch several times, one after the
+other. Every other round runs in reverse order. Both check each value's checksum. The limit is a copy of the same bytes
 by one thread.
 """
 
@@ -117,7 +117,7 @@ def parse() -> argparse.Namespace:
     options.value = _bytes("value", options.value)
     options.count = _bytes("batch", options.batch) // options.value
     if not options.count:
-        raise ConfigError("batch", options.batch, "at least a value")
+        raise ConfigError("batch", options.batch, "at least one value (--value)")
     options.connections = options.connections or good_connections()
     return options
 

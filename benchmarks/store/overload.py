@@ -7,9 +7,9 @@ with four connections each, over TCP on loopback. Open-loop clients send at time
 earlier requests were answered. A value counts if it arrives intact before its deadline, which starts at the drawn time.
 
 (a) goodput: values delivered in time at multiples of the capacity, which closed-loop clients measure just before
-(b) the latency of well-behaved clients, alone and beside a crowd: some that ask for much and read nothing, some that
-    read slowly, some that stop in the middle of a PUT; what the crowd asks for at first counts, too
-(c) how soon a REFUSED comes at the highest load
+(b) the latency of well-behaved clients, alone and beside misbehaving ones. Some of these request much and read nothing,
+    some read slowly, some stop within a PUT. Their first requests count, too
+(c) the latency of REFUSED at the highest load
 
 Figures are medians over the repeats, with the lowest and the highest. Clients and target share the machine's cores;
 `cpu` has the share of each.
@@ -71,7 +71,7 @@ def _soon() -> float:
 
 
 class Task(msgspec.Struct):
-    """What a client process is told to do."""
+    """A client process's task."""
 
     begin: float  # time.monotonic() of all processes of a machine
     seconds: float
@@ -82,7 +82,7 @@ class Task(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """What became of it; of GETs that were due after the warm-up."""
+    """The task's results, for GETs that were due after the warm-up."""
 
     asked: int
     outcomes: dict[str, int]  # of values; `hit` only if in time, otherwise `too late`; `unanswered`
@@ -257,7 +257,7 @@ def serve_client(address: str, number: int) -> None:
 
 
 def serve_crowd(address: str) -> None:
-    """The crowd's process: it comes and goes with the lines on stdin."""
+    """The misbehaving clients' process, controlled by lines on stdin."""
     print("ready", flush=True)
     crowd = None
     for _ in sys.stdin:
@@ -273,7 +273,7 @@ def serve_crowd(address: str) -> None:
 
 
 class Child:
-    """A process of this module in another role, spoken to by lines."""
+    """A process of this module in another role, controlled by lines."""
 
     def __init__(self, *arguments: str):
         command = [sys.executable, "-m", __spec__.name, *arguments]
@@ -414,7 +414,7 @@ class Repeat(msgspec.Struct):
 
 
 def repeat(bench: Bench, *, upwards: bool) -> Repeat:
-    """One direction and then the other: what else runs on the machine must not favour a load."""
+    """Measure all loads in rising or falling order, so that a machine's drift favours none."""
     full = bench.run(bench.clients, 0)
     capacity = full.count("hit") / full.seconds
     loads = [

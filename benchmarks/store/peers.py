@@ -1,7 +1,7 @@
-"""How the store's benchmark talks to each store: ours, its peers, and the bare socket that limits them all.
+"""Clients of the store's benchmark: for our store, its peers, and the bare socket that limits them all.
 
-Every store is behind the same two calls, `put` and `get` of a batch, out of and into the caller's memory. Only the
-standard library is imported at the top: a peer's own interpreter runs this file, too.
+All have the same two calls, `put` and `get` of a batch, from and to the caller's memory. Only the standard library is
+imported at the top: a peer's own interpreter runs this file, too.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Views = Sequence[memoryview]
 
 
 class Client(Protocol):
-    """A store's client; each call returns how many values were stored, or came."""
+    """A store's client. Each call returns the number of stored or received values."""
 
     def put(self, keys: Keys, values: Views) -> int: ...
     def get(self, keys: Keys, rooms: Views) -> int: ...
@@ -137,8 +137,8 @@ class BareSocket(Pooled):
 
 
 def serve_bare_socket(address: str, memory_bytes: int) -> None:
-    """Answer BareSocket clients, a thread each, out of and into memory of that size, going round in it: a limit for a
-    hot cache must not be served from the processor's."""
+    """Answer BareSocket clients, with a thread each, from and to memory of that size, in a ring. The ring is larger
+    than the CPU's cache, as a hot cache is."""
     memory = allocate(memory_bytes, random_content(memory_bytes))
     if "/" in address:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -184,7 +184,7 @@ class Kvtier:
         self.refused = 0  # puts that a busy target turned away; they were offered again
 
     def put(self, keys: Keys, values: Views) -> int:
-        """Until everything is stored: a target under more load than its device takes turns some away."""
+        """Retry until everything is stored: a target refuses puts beyond its device's speed."""
         items = [self._item(key, value, 0, 0, 1) for key, value in zip(keys, values, strict=True)]
         deadline = time.monotonic() + CALL_SECONDS
         good = 0
@@ -205,7 +205,7 @@ class Kvtier:
 
 
 class KvtierOnce(Kvtier):
-    """The same, but what is turned away is not offered again."""
+    """The same, without retries of refused puts."""
 
     def put(self, keys: Keys, values: Views) -> int:
         items = [self._item(key, value, 0, 0, 1) for key, value in zip(keys, values, strict=True)]
@@ -321,7 +321,7 @@ class Mooncake:
 
 
 def random_content(count: int) -> bytes:
-    """The same again after each 64 MiB, which is more than anything here could compress or deduplicate."""
+    """Random bytes with a period of 64 MiB, too long for any compression or deduplication here."""
     piece = random.Random(SEED).randbytes(min(count, 64 << 20))
     return (piece * -(-count // len(piece)))[:count]
 

@@ -1,10 +1,10 @@
-"""A rack of workers at several targets, over links that delay and lose packets, and with a target that is stopped.
+"""A rack of workers and several targets, over links that delay and lose packets, and with a stopped target.
 
     python -m benchmarks.store.rack [--workers 64] [--targets 4] [--rounds 3] [--seconds 6] [--json FILE]
 
 Each worker has a client of its own and some conversations. In a turn it gets a prompt's chunks in order, asks which of
-the others exist, puts those that do not, and pauses. Every value that comes is compared with what was put. A wrong one
-passes once in 65,536: values are pieces of the same random memory, begun at one of so many places.
+the others exist, puts the missing ones, and pauses. Every received value is compared with the put one. A wrong value
+passes with probability 1 in 65,536: values are slices of one random buffer, from so many offsets.
 
 Each target has a network namespace, and so has each process of workers. Their links meet at a bridge: jumbo frames,
 each sent by itself, so that a lost packet is one frame.
@@ -14,10 +14,10 @@ delayed   every packet is delayed by --delay, each way, and lost with --loss
 lossy     as delayed; the link of one target loses --bad-loss
 stopped   clean links; one target gets SIGSTOP for the middle half of the time
 
-Delay needs netem in the kernel. Without netem, a BPF filter loses the packets, and there is no delay. With --switch a
-process of this benchmark delays and loses them in place of the bridge (benchmarks.store.switch); it takes a core under
-load, and the report says how late it was. Without root, ip or tc, everything is on loopback. What cannot be measured is
-left out, and the report says why.
+Delay needs netem in the kernel. Without netem, a BPF filter loses the packets, and there is no delay. With --switch, a
+process of this benchmark replaces the bridge (benchmarks.store.switch), and delays and loses packets. Under load it
+uses a core, and the report has its lateness. Without root, ip or tc, everything is on loopback. Conditions that cannot
+be measured are left out, and the report says why.
 """
 
 import argparse
@@ -73,7 +73,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Setup(msgspec.Struct):
-    """What a process of workers is told at its start."""
+    """A worker process's settings."""
 
     seed: int
     workers: list[int]
@@ -90,7 +90,7 @@ class Task(msgspec.Struct):
 
 
 class Tally(msgspec.Struct):
-    """What workers did."""
+    """Workers' results."""
 
     milliseconds: list[float] = []  # of each get of a prompt's chunks
     got: dict[str, int] = {}  # outcomes of chunks that the store had acknowledged, or returned before
@@ -132,7 +132,7 @@ class Worker:
         return tally
 
     def settle(self) -> None:
-        """Until every target answers again."""
+        """Wait until every target answers again."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while silent := set(self._setup.targets) - set(self._client.stat(time.monotonic() + 1.0)):
             if time.monotonic() > deadline:
@@ -512,7 +512,7 @@ class Bench:
 
     @property
     def conditions(self) -> dict[str, Condition]:
-        """Those that this network can show."""
+        """The conditions that this network supports."""
         options, network = self._options, self.network
         delay = options.delay if network.delays else 0.0
         conditions = {"clean": Condition()}
@@ -546,7 +546,7 @@ class Bench:
             raise
 
     def _stop_one(self, task: Task) -> None:
-        """For the middle half of the time."""
+        """Stop one target for the middle half of the time."""
         time.sleep(max(0.0, task.begin + task.seconds / 4 - time.monotonic()))
         os.kill(self._targets[0].pid, signal.SIGSTOP)
         try:
@@ -595,7 +595,7 @@ def figures(tallies: Sequence[Tally], usages: Sequence[Sequence[Usage]], seconds
 
 
 def measure(options: Options, parent: Path) -> Report:
-    """Everything, in a folder of its own. Signals do not end the take-down."""
+    """Run all measurements in a temporary folder. Signals do not interrupt the cleanup."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with tempfile.TemporaryDirectory(prefix="kvtier-rack-", dir=parent) as folder, ExitStack() as stack:

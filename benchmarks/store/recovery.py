@@ -1,12 +1,12 @@
-"""How long a target takes to find a million chunks again, and how much memory each of them costs.
+"""A target's start time with a million chunks, and the memory per chunk.
 
     python -m benchmarks.store.recovery --json FILE [--entries N] [--repeats N] [--value-bytes N]
         [--layout device|directory]
 
-The store is made up: sealed segments with sound headers and footers, and holes in place of the records, in sparse
-files, since the chunks themselves would be terabytes. That is fair, because a start that finds footers reads no record.
-Each repeat opens the store in a process of its own. Memory is what that process holds more once it is open, over the
-entries. With direct I/O, as a target has it, every footer comes from the device each time.
+The store is synthetic: sealed segments with valid headers and footers, and holes instead of records, in sparse files.
+The chunks themselves would be terabytes. That is fair, because a start that finds footers reads no records. Each repeat
+opens the store in a new process. The memory is that process's growth divided by the entries. With direct I/O, as a
+target has it, every footer comes from the device each time.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Shape(msgspec.Struct):
 
 
 class Start(msgspec.Struct):
-    """What one start was like."""
+    """The figures of one start."""
 
     entries: int
     seconds: float
@@ -95,7 +95,7 @@ class SparseFiles(Files):
 
 @contextlib.contextmanager
 def opened(shape: Shape) -> Iterator[Log]:
-    """The store; the check that its capacity is there is left out, because it is not."""
+    """The opened store, without the check of its capacity, which does not exist."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with mock.patch("kvstore.disk.space._DirectorySpace._check_room"):

@@ -1,11 +1,10 @@
-"""A target is killed under load: what is still a hit of a working set that was read before, with replicas and without.
+"""A target is killed under load: the hit ratio of a working set that was read before, with and without replicas.
 
     python -m benchmarks.store.replicas [--targets 3] [--value 2MiB] [--set 256MiB] [--seconds 4] [--rounds 3]
 
-Each round starts the targets twice, with `--peers` and without; every other round goes backward. A client puts the
-working set and asks for all of it again and again, in random order. `reading` is its speed in the seconds in which
-replicas are made. Then one target is killed. `hits after` is the share of all values that came in the seconds after
-that, the first call included.
+Each round starts the targets twice, with and without `--peers`. Every other round runs in reverse order. A client puts
+the working set and gets all of it repeatedly, in random order. `reading` is its speed while replicas are made. Then one
+target is killed. `hits after` is the share of hits in the seconds after that, the first call included.
 """
 
 import argparse
@@ -100,7 +99,7 @@ class Bench:
         return targets
 
     def _read(self, client: StoreClient, mode: str) -> tuple[float, float]:
-        """Ask for all until each value has a replica, and for some seconds in any case. GB/s, and how long it took."""
+        """Get all values until each has a replica, and for some seconds at least. Returns GB/s and the duration."""
         begun, read, made = time.monotonic(), 0, 0.0
         while not made or time.monotonic() < begun + self._options.seconds:
             for outcomes, _ in self._calls(client):
@@ -115,7 +114,7 @@ class Bench:
         return read / GB / (time.monotonic() - begun), made
 
     def _calls(self, client: StoreClient) -> list[tuple[list[Outcome], float]]:
-        """All of the working set once, some values a call: outcomes and seconds of each call."""
+        """Get the working set once, in calls of some values. Returns outcomes and seconds of each call."""
         numbers = list(range(self._options.count))
         self._chance.shuffle(numbers)
         calls = []
@@ -168,11 +167,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
     if options.targets < 2:
-        raise ConfigError("targets", options.targets, "2 or more")
+        raise ConfigError("targets", options.targets, "at least 2")
     options.value, options.set = _bytes("value", options.value), _bytes("set", options.set)
     options.count = options.set // options.value
     if not options.count:
-        raise ConfigError("set", options.set, "at least a value")
+        raise ConfigError("set", options.set, "at least one value (--value)")
     return options
 
 

@@ -1,6 +1,6 @@
-"""What the store's benchmark makes of its samples: medians, ratios of pairs, the report and its table.
+"""Statistics of the store's benchmark: medians, ratios of pairs, the report and its table.
 
-Samples of one round were taken within seconds of each other; only figures of the same round are divided.
+Samples of one round are taken within seconds of each other. Ratios are only between figures of the same round.
 """
 
 import statistics
@@ -13,7 +13,7 @@ import msgspec
 MIB = 1 << 20
 GB = 1e9
 
-# What of ours is compared with which peers, and where that peer holds its values.
+# Our configurations, the peers that each is compared with, and where that peer holds its values.
 RIVALS = {
     "cold": {"mooncake-ssd": "disk"},
     "hot": {"redis": "RAM", "lmcache": "RAM", "mooncake": "RAM"},
@@ -103,7 +103,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def paired(ours: Sequence[float], others: Sequence[float]) -> Spread:
-    """Of the ratios, pair by pair."""
+    """The spread of the ratios, pair by pair."""
     return spread(one / other for one, other in zip(ours, others, strict=True))
 
 
@@ -123,7 +123,7 @@ class Cell:
         return [sample.speed for sample in self._samples.get((operation, side, clients), [])]
 
     def limits(self, operation: str, medium: str, clients: int) -> list[float]:
-        """Per round: what the socket carries, the best of all ways it was tried, or the disk if that is slower."""
+        """The limit of each round: the best socket setting, or the disk if that is slower."""
         ways = [self.speeds(operation, side, clients) for side in ("socket-1", "socket-4")]
         ways.append(self.speeds("get", "iperf3", clients))  # once a round: it has one direction
         network = [max(round_) for round_ in zip(*(way for way in ways if way), strict=True)]

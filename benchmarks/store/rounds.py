@@ -1,6 +1,6 @@
-"""The store's benchmark at work: what runs, what is measured, in which order.
+"""The store's benchmark: its processes, measurements, and their order.
 
-Everything is measured in rounds: forward in one, backward in the next, so that what drifts meets all sides alike.
+Measurements run in rounds, alternately in forward and reverse order, so that drift affects all sides equally.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def say(line: str) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of what."""
+    """The numbers of values, batches and rounds."""
 
     sizes: list[int]
     clients: list[int]
@@ -296,7 +296,7 @@ class Bench:
     # ---- before the rounds of a size
 
     def load(self) -> None:
-        """Put what is read later; the first laps of the put ring and of fio's file, which are the slow ones."""
+        """Put the values that are read later. Run the first laps of the put ring and of fio's file, which are slow."""
         everyone = max(self.plan.clients)
         for size in self.plan.sizes:
             say(f"loading {size_name(size)}")
@@ -319,7 +319,7 @@ class Bench:
         if self.fio and ("read", size) not in self.fio.best:
             self.fio.choose("read", size, CALIBRATION_TRIES)
             self.fio.choose("write", size, CALIBRATION_TRIES)
-        for _ in range(2):  # a cache may let a value in only when it is wanted again
+        for _ in range(2):  # a cache may admit a value only at its second use
             self._measure("hot", "get", size, few, 1)
         for clients in self.plan.clients:
             for connections in CONNECTIONS:
@@ -337,7 +337,7 @@ class Bench:
         return peers
 
     def _peers_over(self, transport: str) -> list[str]:
-        """Those that speak it; Mooncake's sides stay while the transport changes, and speak TCP only."""
+        """The peers with this transport. Mooncake supports only TCP, and keeps running while the transport changes."""
         return [
             peer
             for peer in self._running
@@ -357,7 +357,7 @@ class Bench:
         server, client = side.server, side.clients[0]
         assert isinstance(server, Mooncake)
         client.do("clear", name="mooncake-ssd")
-        self._measure("mooncake-ssd", "put", size, range(self.plan.hot_batches + 2), 1)  # the last ones push the first
+        self._measure("mooncake-ssd", "put", size, range(self.plan.hot_batches + 2), 1)  # the last ones evict the first
         batches = list(range(self.plan.hot_batches))
         where = {"name": "mooncake-ssd", "owner": server.host, "dataset": "mooncake-ssd"}
         return bool(client.do("to_disk", **where, size=size, batches=batches)["on_disk"])

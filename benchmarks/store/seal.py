@@ -4,8 +4,8 @@
 
 A figure is the best of many short windows, as the machine may be shared. `off` is crc32c. Sealing is computed in
 addition to it, since the target checks it; opening replaces it. "Lock held" is the longest time that another thread was
-blocked while a value of 512 MiB was sealed or opened, as a share of that operation. It is near 1 if the package holds
-the interpreter's lock during a call, near 0 if it releases it.
+blocked while 512 MiB were sealed or opened, divided by the operation's time. It is near 1 if the package holds the
+interpreter's lock during a call, near 0 if it releases it.
 
 Then a client puts new values, and gets them from the target's hot cache, all at once and one at a time (`hit`). A round
 plays all modes in turn. Figures are medians over rounds; ratios are to another mode in the same round. Also reported
@@ -101,7 +101,7 @@ class Value(NamedTuple):
         return lambda: self.key.seal(_NAME, self.payload, mode)
 
     def open(self, mode: Mode | None) -> Work:
-        """Decrypting changes what it decrypts; how it ends does not change how long it takes."""
+        """Decryption works in place, so later runs decrypt garbage, which takes as long."""
         if mode is None:
             return lambda: crc32c(self.payload)
         content, trailer = self.key.seal(_NAME, self.payload, mode)
@@ -131,7 +131,7 @@ def rate(works: list[Work], value_bytes: int, seconds: float) -> float:
 
 
 def lock_held_share(work: Work) -> float:
-    """The best of some tries: a pause may be another process's doing."""
+    """The lowest of some tries, since another process may cause a pause."""
     shares = []
     for _ in range(_LOCK_TRIES):
         begun, done = threading.Event(), threading.Event()
@@ -213,7 +213,7 @@ def move(size: int, rounds: int, batch_bytes: int = _BATCH_BYTES) -> list[Moved]
 
 
 def _open(name: str, stack: contextlib.ExitStack) -> _Path:
-    """A target of its own for each mode, so that what one costs is not counted as another's."""
+    """Each mode has its own target, so that CPU times are not mixed."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     options, tls, seal = [*_TARGET_OPTIONS], None, None
     if name in ("tcp", "tls"):

@@ -1,6 +1,6 @@
-"""The servers and tools of the store's benchmark: how each is found, started, told from a dead one, and stopped.
+"""The servers and tools of the store's benchmark: how to find, start, check and stop each.
 
-Everything listens on loopback, on free ports; what a server says goes to a file in the benchmark's folder.
+All servers listen on loopback, on free ports. A server's output goes to a file in the benchmark's folder.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ class Process:
         self.popen.stdin.flush()
 
     def wait_for(self, address: str) -> None:
-        """Until it listens on `address`."""
+        """Wait until it listens on `address`."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.popen.poll() is None:
             with contextlib.suppress(OSError):
@@ -168,7 +168,7 @@ class Target(Process):
 
 
 def flush(folder: Path) -> None:
-    """Have the device hold everything that was written to the files of a folder."""
+    """Sync all files of a folder to the device."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -176,7 +176,7 @@ def flush(folder: Path) -> None:
 
 
 def evict(folder: Path) -> float:
-    """Flush a folder's files, and drop them from the page cache. The share of a sample that is in it all the same."""
+    """Flush a folder's files, and drop them from the page cache. Returns the share of a sample that is still cached."""
     samples: list[bool] = []
     for path in folder.rglob("*"):
         if path.is_file():
@@ -306,7 +306,8 @@ class Mooncake:
 
 
 class Fio:
-    """O_DIRECT on one preallocated file, as the segments are; of two engines and two depths the fastest."""
+    """fio with O_DIRECT on one preallocated file, like the segments. It takes the fastest of two engines and two
+    depths."""
 
     def __init__(self, path: Path, size: int):
         self.path = path

@@ -3,10 +3,9 @@
     python -m benchmarks.store.sglang [--dir DIR] [--page-tokens 16,64] [--pages N] [--rounds N] [--json FILE]
 
 Pages are those of Llama-3.1-8B in BF16 (128 KiB a token), in a host pool of layout page_first. `set` and `get` are the
-functions that the controller has chosen for a backend, on one batch: copies between host pool and backend are in the
-time where a backend needs them. In each round every side stores new pages, then loads them; what was loaded is
-compared with what was stored. A figure is the median over the rounds, beside the quartiles; a ratio is to the file
-backend in the same round.
+functions that the controller has chosen for a backend, on one batch. The time includes copies between host pool and
+backend, if the backend needs them. In each round every side stores new pages, then loads and compares them. A figure is
+the median over the rounds, with quartiles. A ratio is to the file backend in the same round.
 
 Memory:
 - `file`: SGLang's HiCacheFile in DIR, which writes to the page cache and reads from it;
@@ -14,8 +13,8 @@ Memory:
 - `mooncake`: Mooncake's store over TCP, with the values in another process (left out unless mooncake-transfer-engine is
   in this environment).
 
-Disk: `file` with an fdatasync of each file included, and read after the page cache was dropped; a target with
-durability written, read without a hot cache.
+Disk: `file` includes an fdatasync of each file, and reads after the page cache was dropped. The target has durability
+written, and reads without a hot cache.
 """
 
 import argparse
@@ -166,7 +165,7 @@ def _play(side: Side, hashes: list[str], content: torch.Tensor) -> tuple[float, 
 
 
 def _flush(folder: Path) -> None:
-    """Have the files of a folder on the disk, and there alone."""
+    """Sync a folder's files, and drop them from the page cache."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         os.fdatasync(descriptor)
@@ -203,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 1 <= options.pages <= STORAGE_BATCH_SIZE:
         raise ConfigError("pages", options.pages, f"1 to {STORAGE_BATCH_SIZE}, SGLang's batch")
     if options.rounds < 1:
-        raise ConfigError("rounds", options.rounds, "1 or more")
+        raise ConfigError("rounds", options.rounds, "at least 1")
     try:
         sizes = [int(size) for size in options.page_tokens.split(",")]
     except ValueError:

@@ -4,8 +4,8 @@
 
 The process makes a TAP device `eth0` in each namespace. A frame that it reads from one is written to the one that has
 its destination, or to all others. A frame waits as long as the slower of its two links delays it. At each line on
-standard input, `Links` in JSON, links change, and a line with `Passed` comes back. Python moves each frame by itself:
-what comes late, or finds too many waiting, is counted, so that a report can say how far to trust it.
+standard input, `Links` in JSON, links change, and a line with `Passed` comes back. Python moves each frame
+individually. It counts late frames, and frames dropped because too many waited. So a report can state its accuracy.
 """
 
 import ctypes
@@ -71,7 +71,7 @@ class Switch:
         return self._passed
 
     def run(self, seconds: float, *others: int) -> bool:
-        """Pass frames on for so long, or until one of the `others` can be read: True."""
+        """Forward frames for `seconds`. Returns True early if one of the `others` can be read."""
         until = time.monotonic() + seconds
         while (now := time.monotonic()) < until:
             due = self._waiting[0][0] if self._waiting else until
@@ -118,7 +118,7 @@ class Switch:
             self._late[min(_LATE_STEPS - 1, int((now - due) / _LATE_STEP_SECONDS))] += 1
 
     def _quantile(self, share: float) -> float:
-        """Of how late frames were."""
+        """A quantile of the frames' lateness."""
         left = share * self._passed.frames
         for step, count in enumerate(self._late):
             left -= count
@@ -150,7 +150,7 @@ def main() -> None:
         switch = Switch([open_tap(space) for space in sys.argv[1:]])
     except OSError as error:
         raise BenchmarkError(f"no TAP device: {error}") from None
-    os.nice(-15)  # or a frame waits for whoever has the core
+    os.nice(-15)  # otherwise a frame waits for other processes
     print("ready", flush=True)
     while True:
         if switch.run(_IDLE_SECONDS, sys.stdin.fileno()):

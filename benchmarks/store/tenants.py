@@ -2,14 +2,14 @@
 
     python -m benchmarks.store.tenants --operations 100000 --seed 1
 
-Three namespaces put, get and ask for the same keys, each with values of its own, in random order over real connections;
-the target is restarted in between. A crossing is any answer that another namespace's chunks affect: wrong bytes, a hit
-on a chunk that was never put here, a wrong count. Then a namespace's hit rate is measured alone, and while another one
-floods the target with new chunks; the control is the same load without namespaces and quotas. Last, the time of EXISTS
-is compared for keys that another namespace has and for keys that no namespace has.
+Three namespaces put, get and look up the same keys, each with its own values. The order is random, the connections are
+real, and the target is restarted in between. A crossing is any answer that another namespace's chunks affect: wrong
+bytes, a false hit, a wrong count. Then a namespace's hit rate is measured alone, and while another namespace floods the
+target with new chunks. The control is the same load without namespaces and quotas. Last, the time of EXISTS is compared
+for keys that another namespace has and for keys that no namespace has.
 
-The exit code is 1 if anything crossed, a quota was passed by more than a segment, or the flood changed the hit ratio by
-more than 5 percent.
+The exit code is 1 for a crossing, a quota exceeded by more than a segment, or a hit ratio changed by more than 5
+percent.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Result(msgspec.Struct):
 
 
 def content(name: str, number: int) -> bytes:
-    """Another for each namespace under the same key."""
+    """The content, which differs between namespaces under the same key."""
     return hashlib.shake_128(f"{name} {number}".encode()).digest(VALUE_BYTES)
 
 
@@ -109,7 +109,7 @@ class Site:
         listener = transport.listen("127.0.0.1:0")
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         self.shelves = dict(self.rack.shelves)
-        if mixed:  # the control: everybody is served from one shelf
+        if mixed:  # the control: one shelf for all namespaces
             self.shelves = dict.fromkeys(quotas, next(iter(self.rack.shelves.values())))
         for name, shelf in self.shelves.items():
             target = Target(shelf, name=address, epoch=1, namespace=name, buffer_bytes=_BUFFER_BYTES)
@@ -165,7 +165,7 @@ class Tenants:
 
     def _operate(self, site: Site) -> None:
         name = self._chance.choice(NAMES)
-        # Prompts have beginnings in common: some keys are asked for by everybody all the time.
+        # As with shared prefixes, some keys are much more frequent.
         first = int(_KEYS * self._chance.random() ** 2)
         numbers = list(range(first, first + self._chance.randint(1, _BATCH_MAX)))
         operation = self._chance.choices((self._do_put, self._do_get, self._do_exists, self._do_stat), (4, 4, 3, 1))[0]
@@ -214,7 +214,7 @@ class Tenants:
 
 
 def flood(folder: Path, seed: int, accesses: int) -> Flood:
-    """The hit ratio of a namespace whose prompts come back, beside one that puts what never does."""
+    """The hit ratio of a namespace with recurring prompts, beside one that puts chunks that never recur."""
     quotas = {"red": 16 * SEGMENT_BYTES, "green": 20 * SEGMENT_BYTES}
     ratios = []
     for flooding in (0, _BATCH_MAX):

@@ -3,10 +3,10 @@
     python -m benchmarks.store.wire_fuzz --frames 1000000 --seed S --json FILE [--socket-frames N]
 
 Every frame is decided by the seed. Most go to `decode_header` and `decode_control`, which must return or raise
-ProtocolError. The others go over sockets to a target process. A model of the protocol says what each connection is
-owed: all its answers, or an ERROR, or, for a truncated frame, a close once the stream ends. A connection that gets none
-of these within its bound has failed. Meanwhile an honest client reads what it wrote, and the
-target's memory is watched. The exit code is 1 if anything failed.
+ProtocolError. The others go over sockets to a target process. A model of the protocol gives the expected end of each
+connection: all answers, or an ERROR. After a truncated frame, it is a close once the stream ends. A connection without
+its expected end within the time limit has failed. Meanwhile an honest client reads what it wrote, and the target's
+memory is watched. The exit code is 1 if anything failed.
 """
 
 import argparse
@@ -304,7 +304,7 @@ class Frames:
 
 
 def parse(raw: bytes) -> str:
-    """What the parser makes of a frame. Anything but ProtocolError goes through."""
+    """The parser's result for a frame. Exceptions other than ProtocolError propagate."""
     try:
         header = wire.decode_header(raw[:HEADER_BYTES])
     except ProtocolError:
@@ -385,7 +385,7 @@ class Verdict(enum.Enum):
 
 
 class Ledger:
-    """What a connection is owed after each frame sent on it."""
+    """The answers that a connection must get, after each frame sent on it."""
 
     def __init__(self) -> None:
         self.greeted = False
@@ -471,7 +471,7 @@ def script(frames: Iterator[bytes], chance: random.Random) -> Script:
 
 
 def play(address: str, played: Script, chance: random.Random) -> str:
-    """Send it all and see that the target does what it owes. Raises AssertionError, which says what it did instead."""
+    """Send all frames, and check the target's answers. Raises AssertionError with the difference."""
     sock = socket.create_connection(transport.split_address(address), BOUND_SECONDS)
     stream = Stream(sock)
     try:
@@ -493,7 +493,7 @@ def _cut(raw: bytes, chance: random.Random) -> tuple[bytes, bytes]:
 
 
 def _receive(stream: Stream, played: Script, deadline: float) -> str:
-    """Take all answers that are owed, or all there are until the connection ends; how it ended."""
+    """Receive all expected answers, or those until the connection ends. Returns how it ended."""
     all_is_well = played.verdict is Verdict.ANSWERED
     count = 0
     try:
@@ -559,7 +559,7 @@ class TargetProcess:
         return self._log.read_text()
 
     def stop(self) -> list[str]:
-        """End it in an orderly way; what is wrong with that and with its log."""
+        """Stop the target. Returns the problems with its exit and its log."""
         self._process.send_signal(signal.SIGTERM)
         try:
             code = self._process.wait(60)
@@ -571,7 +571,7 @@ class TargetProcess:
 
 
 class Honest:
-    """A client that reads what it wrote, again and again, and writes what was evicted."""
+    """A client that repeatedly reads its values, and writes evicted ones again."""
 
     def __init__(self, address: str):
         self.outcomes: Counter[str] = Counter()
@@ -659,7 +659,7 @@ class SocketFuzz:
 
 
 class Stalled:
-    """Connections that stop in the middle of a frame and stay."""
+    """Connections that stop within a frame and stay open."""
 
     def __init__(self, address: str, seed: int, count: int):
         self._begin = time.monotonic()
@@ -674,7 +674,7 @@ class Stalled:
                 self._open.append(stream)
 
     def wait(self) -> list[float]:
-        """After how long each was closed; those that were not are left out."""
+        """The seconds until each was closed. Open ones are left out."""
         deadline = self._begin + STALL_SECONDS + BOUND_SECONDS
         seconds = []
         for stream in self._open:

@@ -26,14 +26,15 @@ def batch_keys(dataset: str, size: int, batch: int, count: int) -> list[bytes]:
 
 
 class Values:
-    """What is put, and where it is got: each value is its key and then a piece of the same random memory."""
+    """The values, and memory to get them into. A value is its key, followed by a slice of one random buffer."""
 
     def __init__(self, batch_bytes: int):
         self.source = peers.allocate(batch_bytes, peers.random_content(batch_bytes))
         self.rooms = peers.allocate(batch_bytes)
 
     def slots(self, memory: memoryview, size: int, batch: int = 0) -> list[memoryview]:
-        """The memory in pieces, begun at another one for each batch: no batch leaves what the next one expects."""
+        """Slices of the memory, with another first slice for each batch, so that a batch never leaves what the next
+        expects."""
         pieces = [memory[start : start + size] for start in range(0, len(memory), size)]
         first = batch % len(pieces)
         return pieces[first:] + pieces[:first]
@@ -85,7 +86,7 @@ class Worker:
                 self._clients[name] = pooled[kind](where, connections)
 
     def run(self, name: str, operation: str, dataset: str, size: int, batches: list[int], at: float) -> dict[str, Any]:
-        """Put or get batches, from the moment `at` on; when it ended, and how many values were good."""
+        """Put or get batches from the time `at` on. Returns the end, and the number of good values."""
         client = self._clients[name]
         count = self._batch_bytes // size
         keys = [batch_keys(dataset, size, batch, count) for batch in batches]
@@ -104,7 +105,7 @@ class Worker:
         return {"start": start, "end": end, "good": good, "asked": count * len(batches), "refused": refused}
 
     def check(self) -> None:
-        """Whether the last batch that was got is what was put."""
+        """Check the values of the last get."""
         self._values.check(*self._last)
 
     def clear(self, name: str) -> None:
@@ -127,7 +128,7 @@ class Worker:
             "to_disk": self.to_disk,
         }
         answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a peer's library prints is no answer
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a peer library's output must not mix with answers
         print("{}", file=answers, flush=True)
         for line in sys.stdin:
             command = json.loads(line)

@@ -1,13 +1,12 @@
 """LMCache's L2 adapter over the store: moves objects between the L1 memory of its server and targets, without a copy.
 
-LMCache's store and prefetch threads call it, and never block: a task runs on a thread of its kind, with a deadline that
-counts from the call, and its end wakes the caller through an event fd. A failing store is a miss. Only bad input at
-start raises.
+LMCache's store and prefetch threads call it, and never block. A task runs on a thread of its kind, with a deadline from
+the call on. Its end wakes the caller through an event fd. A failing store is a miss. Only bad input at start raises.
 
-LMCache names an object by a hash of its tokens and of the tokens before it, the model's name, world size and rank,
-object group and cache salt. The key covers all of these, and also shapes, dtypes, the setting `identity` and LMCache's
-version. A large object is stored as several values (parts), and is found if all of them are. Nothing is locked: targets
-evict by themselves, so a load may find less than its lookup.
+LMCache names an object by a hash of its tokens and all before it, model name, world size and rank, object group and
+cache salt. The key covers all of these, and also shapes, dtypes, the setting `identity` and LMCache's version. A large
+object is stored as several values (parts), and is found if all of them are. Nothing is locked: targets evict by
+themselves, so a load may find less than its lookup.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""How long answers are, and how long they take: no clock of its own."""
+"""Mean length and duration of answers. It has no clock of its own."""
 
 from collections import deque
 

@@ -9,15 +9,16 @@ For worker w and a plan that loads r chunks from the store:
              + requests that fetch to w * own time on w's link
     decode pressure = stall_price * share of w's KV memory that is in use * seconds of the answer on an average worker
 
-So the price is in seconds of everybody: the prompt's own wait, and what it adds to that of others. A load is planned
-only if the worker would wait for it: the fetch outlasts the wait by at most patience * prefill saved (patience.py).
-The largest such load is not looked for: it may be the best only where a prefill delays others for longer than that.
+So the price sums the time of all requests: the prompt's own wait, and the delay that it adds to others. A load is
+planned only if the worker would wait for it: the fetch outlasts the wait by at most patience * prefill saved
+(patience.py). The largest such load is not searched for. It could be the best only if a prefill delays others for
+longer than that.
 
-r is chosen with w: "load all", "load some" and "recompute" are one decision. Over r the price is a sum of a concave
-function (less prefill) and linear ones, with kinks where the fetch outlasts the wait and where its narrow place moves
-from the worker's link to the target's devices, so that its minimum lies at no chunk, at every chunk or at a kink: a
-handful of candidates, however long the prompt. So all workers are priced at once, in arrays with a row a worker and a
-column a number of chunks; what the caller sees are rows, made when they are looked at.
+r is chosen together with w: "load all", "load some" and "recompute" are one decision. As a function of r, the price is
+a concave function (the saved prefill) plus linear ones with kinks. There is a kink where the fetch outlasts the wait,
+and one where the bottleneck moves from the worker's link to the target's devices. So the minimum is at no chunk, at all
+chunks or at a kink: a handful of candidates for a prompt of any length. All workers are priced at once, in arrays with
+a row for each worker and a column for each number of chunks. Choice objects are built only when the caller reads them.
 """
 
 import math
@@ -38,7 +39,8 @@ Array: TypeAlias = npt.NDArray[np.float64]
 
 
 class Speeds(msgspec.Struct, frozen=True, gc=False):
-    """How fast a worker and its way to the store are. Rates are per second; the prefill model is that of prefill.py."""
+    """The speeds of a worker and of its link to the store. Rates are per second; the prefill model is that of
+    prefill.py."""
 
     prefill_base_seconds: float
     prefill_seconds_per_token: float
@@ -55,10 +57,10 @@ class Speeds(msgspec.Struct, frozen=True, gc=False):
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """What a second of others is worth. `stall_price` is what a second costs by which a prompt delays a request that
-    decodes on its worker: by its prefill and, as its answer takes a share of each step, by decoding. For one prompt,
-    `weight` is what a second of its own waiting counts against a second of others', and `answer_length` its answer's
-    against the usual one."""
+    """The value of other requests' time. `stall_price` is the cost of delaying one decoding request by a second. A
+    prompt delays it by its prefill, and by its answer's share of each step. For one prompt, `weight` is the value of a
+    second of its own wait, relative to others' seconds. `answer_length` is its answer's length, relative to the usual
+    one."""
 
     stall_price: float = 0.0
     weight: float = 1.0
@@ -66,30 +68,30 @@ class Policy(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
-    """One worker (one data-parallel rank) as a prompt finds it. Blocks are leading blocks of the prompt."""
+    """The state of one worker (one data-parallel rank) for a prompt. Blocks are leading blocks of the prompt."""
 
     worker: int
     speeds: Speeds
     dp_rank: int = 0
     hbm_blocks: int = 0
     dram_blocks: int = 0  # leading blocks found in HBM or, beyond that, in DRAM
-    is_handed_over: bool = False  # those blocks are not in its DRAM, a prefill worker hands them over
-    queued_prefill_tokens: int = 0  # of other requests, not counting what they fetch
-    fetching_bytes: int = 0  # on their way from the store for other requests
-    running_requests: int = 0  # that decode there
-    waiting_requests: int = 0  # without a first token, those that fetch with them
+    is_handed_over: bool = False  # a prefill worker hands those blocks over; they are not in this worker's DRAM
+    queued_prefill_tokens: int = 0  # of other requests, without what they fetch
+    fetching_bytes: int = 0  # in flight from the store, for other requests
+    running_requests: int = 0  # decoding requests
+    waiting_requests: int = 0  # requests without a first token, fetching ones included
     fetching_requests: int = 0
-    prefill_share: float = 0.0  # of its time of late, in which it computed prompts
-    # Shares of its KV memory, expected answers with them. Above 1 some requests wait for it.
+    prefill_share: float = 0.0  # recent share of its time spent on prompts
+    # Shares of its KV memory, expected answers included. Above 1, some requests wait for memory.
     memory_used: float = 0.0  # booked for other requests
-    memory_fetching: float = 0.0  # of that, for those that still fetch
+    memory_fetching: float = 0.0  # part of memory_used, for requests that still fetch
     memory_needed: float = 0.0  # by this request
-    answer_seconds: float = 0.0  # for which a request holds its share: from its first token to its last, on average
-    # The worker's tier, or 0 where it has none: chunks cannot be fetched.
+    answer_seconds: float = 0.0  # average time from first to last token, during which a request holds its share
+    # Of the worker's tier; 0: it has none and fetches nothing.
     blocks_per_chunk: int = 0
     chunk_bytes: int = 0
-    located: Sequence[str | None] = ()  # for each chunk of the prompt the target that holds it
-    # The target that holds most of them: its share of what is fetched, what others fetch there, what it reads.
+    located: Sequence[str | None] = ()  # the target of each chunk of the prompt
+    # The target with most of the chunks: its share of the fetched chunks, other requests' bytes, its read speed.
     target_share: float = 0.0
     target_fetching_bytes: int = 0
     target_bytes_per_second: float = math.inf
@@ -111,7 +113,7 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     prefill_seconds: float
     ttft_seconds: float
     delay_seconds: float  # of others, by this prompt's prefill and its fetch
-    pressure_seconds: float  # for those that decode beside it, and those that memory is taken from
+    pressure_seconds: float  # for decoding requests, and for those whose memory it takes
     price_seconds: float
 
     @property
@@ -120,7 +122,7 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def without_store(self) -> tuple[float, float]:
-        """Seconds to the first token and of prefill, had the same worker computed what it loads from the store."""
+        """TTFT and prefill seconds if the same worker recomputed the chunks from the store."""
         local = self.hbm_tokens + self.dram_tokens
         loaded = self.dram_tokens + self.store_tokens
         copy = self.copy_seconds * self.dram_tokens / loaded if loaded else 0.0
@@ -129,12 +131,13 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def targets(self) -> list[str | None]:
-        """Where the store holds each chunk, from chunk 0 to the last one to be local or loaded."""
+        """The target of each chunk, from chunk 0 to the last one that is local or loaded."""
         return list(self.candidate.located[: self.first_chunk + self.fetch_chunks])
 
 
 class _Columns(NamedTuple):
-    """Candidates side by side: an array a number, of one column, to be met by rows of numbers of chunks."""
+    """The candidates as arrays, one for each field. Each has one column, to broadcast with rows of numbers of
+    chunks."""
 
     prefill_base_seconds: Array
     prefill_seconds_per_token: Array
@@ -159,8 +162,8 @@ class _Columns(NamedTuple):
     target_share: Array
     target_fetching_bytes: Array
     target_bytes_per_second: Array
-    first_chunk: Array  # that is not wholly local
-    available_chunks: Array  # from there on, that the store holds without a gap
+    first_chunk: Array  # the first one that is not wholly local
+    available_chunks: Array  # how many from there on the store holds without a gap
 
     def prefill_seconds(self, missing_tokens: Array, context_tokens: Array) -> Array:
         return prefill_seconds(
@@ -179,7 +182,7 @@ _of_candidate = attrgetter(
 
 
 class _Terms(NamedTuple):
-    """The numbers of a Choice, of the same names."""
+    """The numbers of a Choice, with the same names."""
 
     first_chunk: Array
     fetch_chunks: Array
@@ -197,9 +200,9 @@ class _Terms(NamedTuple):
     price_seconds: Array
 
 
-# Added to what may be 0 and is divided by: the number of chunks that follows is then beyond any.
+# Added to divisors that may be 0: the resulting number of chunks is then larger than any.
 _NO_TIME = 1e-30
-_WHOLE = 6  # of the terms are numbers of chunks and tokens
+_WHOLE = 6  # the first terms, which are numbers of chunks and tokens
 
 
 class Choices(Sequence[Choice]):
@@ -207,14 +210,14 @@ class Choices(Sequence[Choice]):
 
     def __init__(self, candidates: Sequence[Candidate], terms: Array):
         self._candidates = candidates
-        self._terms = terms  # a row a candidate, columns as in _Terms
+        self._terms = terms  # a row for each candidate, columns as in _Terms
 
     @property
     def price_seconds(self) -> Array:
         return self._terms[:, _Terms._fields.index("price_seconds")]
 
     def least_ttft_but(self, chosen: Choice) -> float | None:
-        """Of the other candidates; None if there is no other."""
+        """The lowest TTFT of the other candidates; None if there is no other."""
         others = [number for number, one in enumerate(self._candidates) if one is not chosen.candidate]
         return float(self._terms[others, _Terms._fields.index("ttft_seconds")].min()) if others else None
 
@@ -253,7 +256,7 @@ def choose(
     for number, term in enumerate(terms):
         every[number] = term
     choices = Choices(candidates, every[:, np.arange(len(candidates)), cheapest].T)
-    # A microsecond is far below what the model can tell apart.
+    # A microsecond is far below the model's accuracy.
     price = choices.price_seconds.round(6)
     chance = np.array([random.random() for _ in candidates])
     rank = np.lexsort((chance, columns.memory_used[:, 0], columns.queued_prefill_tokens[:, 0], price))
@@ -261,8 +264,8 @@ def choose(
 
 
 def fetchable(candidates: Sequence[Candidate]) -> list[tuple[int, int]]:
-    """For each the first chunk that is not wholly local, and how many chunks from there on the store holds without a
-    gap. Candidates may share what was located."""
+    """For each candidate: the first chunk that is not wholly local, and how many chunks the store holds from there on
+    without a gap. Candidates may share `located`."""
     gaps: dict[int, list[int]] = {}
     found = []
     for one in candidates:
@@ -283,9 +286,8 @@ def _columns(candidates: Sequence[Candidate]) -> _Columns:
 
 
 def _counts(c: _Columns, wait: Array) -> Array:
-    """For each candidate the numbers of chunks worth a look: none, all, and those around each number, not rounded, at
-    which the fetch begins to outlast the wait, on either way, or at which the slower way of the two becomes the other
-    one."""
+    """For each candidate, the numbers of chunks to price: none, all, and the integers around each kink. At a kink the
+    fetch begins to outlast the wait, on the link or on the devices, or the bottleneck changes between the two."""
     link_seconds = c.chunk_bytes / c.store_bytes_per_second
     link_before = c.fetching_bytes / c.store_bytes_per_second
     devices_seconds = c.target_share * c.chunk_bytes / c.target_bytes_per_second
@@ -306,8 +308,8 @@ def _counts(c: _Columns, wait: Array) -> Array:
 
 
 def _wait_seconds(c: _Columns, overtaken: Array | float = 0.0) -> Array:
-    """Seconds until the worker has computed what is queued before this prompt, and has KV memory for it: all of that
-    changes hands once in the time that an answer takes. `overtaken` is the share booked for those it comes before."""
+    """Seconds until the worker has computed the queue before this prompt and has KV memory for it. All memory is freed
+    once in the duration of an answer. `overtaken` is the share booked for requests that this one overtakes."""
     queued = c.queued_prefill_tokens
     prefills = np.where(queued > 0, c.prefill_seconds(queued, np.zeros_like(queued)), 0.0)
     lacking = np.maximum(c.memory_used - overtaken + c.memory_needed - 1, 0)
@@ -316,7 +318,7 @@ def _wait_seconds(c: _Columns, overtaken: Array | float = 0.0) -> Array:
 
 
 def _fetch_seconds(c: _Columns, chunks: Array) -> Array:
-    """Seconds until `chunks` have come from the store into the worker's DRAM."""
+    """Seconds to fetch `chunks` from the store into the worker's DRAM."""
     own = chunks * c.chunk_bytes
     link = (c.fetching_bytes + own) / c.store_bytes_per_second
     devices = (c.target_fetching_bytes + c.target_share * own) / c.target_bytes_per_second
@@ -324,8 +326,8 @@ def _fetch_seconds(c: _Columns, chunks: Array) -> Array:
 
 
 def _price(c: _Columns, chunks: Array, in_turn: Array, prompt_tokens: int, block_tokens: int, policy: Policy) -> _Terms:
-    """Loading so many chunks, for each candidate (row). `in_turn` is the wait behind all that came before."""
-    # The last token of a prompt is always computed: its logits are what is asked for.
+    """The price of loading `chunks`, for each candidate (row). `in_turn` is the wait without overtaking."""
+    # The last token of a prompt is always computed, since the engine needs its logits.
     most = prompt_tokens - 1
     hbm = np.minimum(c.hbm_blocks * block_tokens, most)
     local = np.minimum(np.maximum(c.hbm_blocks, c.dram_blocks) * block_tokens, most)
@@ -336,14 +338,14 @@ def _price(c: _Columns, chunks: Array, in_turn: Array, prompt_tokens: int, block
     fetch = _fetch_seconds(c, chunks)
     copy = copied_bytes / c.dram_bytes_per_second
     prefill = c.prefill_seconds(prompt_tokens - loaded, loaded)
-    # Who fetches nothing gets its memory before those that still fetch. It is sooner by what they are later: that may
-    # be predicted, but it is no reason to compute.
+    # A request that fetches nothing gets memory before those that still fetch, and delays them by as much. So this
+    # shortens the predicted TTFT, but it does not favour recompute.
     wait = _wait_seconds(c, np.where(chunks > 0, 0.0, c.memory_fetching))
     ttft = np.maximum(wait, fetch) + copy + prefill
     own_link = chunks * c.chunk_bytes / c.store_bytes_per_second
     delayed = (c.waiting_requests + policy.stall_price * c.running_requests) * prefill + c.fetching_requests * own_link
     delay = delayed / policy.weight
-    # By its own answers, which take longer there anyway, a slow worker would be left to idle.
+    # The mean over all workers: with its own, longer answers, a slow worker would be left idle.
     decoding = policy.stall_price * c.memory_used * policy.answer_length * c.answer_seconds.mean()
     pressure = (decoding + np.maximum(in_turn, fetch) - np.maximum(wait, fetch)) / policy.weight
     saved = c.prefill_seconds(prompt_tokens - local, local) - prefill

@@ -1,4 +1,4 @@
-"""Whether a chunk is worth waiting for, and which one comes first.
+"""Which chunks are worth waiting for, and in which order they are fetched.
 
 Plain arithmetic: no I/O, no clock of its own, no engine.
 """
@@ -12,24 +12,25 @@ from components.pricing.prefill import Prefill
 
 Number = TypeVar("Number", float, npt.NDArray[np.float64])
 
-# A measured speed is good to about a quarter: a fetch is given up when it is clearly the slower way, not at a tie.
+# Measured speeds are accurate to about 25%. A fetch is cancelled only if recompute is clearly faster.
 _DOUBT = 1.25
-# Of a GPU that prompts keep busy beyond this share, a second is not worth more still.
+# Above this share of prompts, the value of a GPU second does not rise further.
 _PREFILL_SHARE_MAX = 0.75
 
 
 def due_seconds(arrived: float, chunks_before: int, chunk_bytes: int) -> float:
-    """When a piece of a request's fetch should come: the order in which pieces of several requests are fetched.
+    """The virtual deadline of a piece of a request's fetch. Pieces of all requests are fetched in this order (virtual
+    clock).
 
-    A request is owed its bytes at a fixed rate from its arrival on. So its first chunks come before its later ones, an
-    earlier request's before a later one's, and a short prompt does not wait for the tail of a long one; and since the
-    order is one of times, a tail does not wait for ever either.
+    It assumes that a request's bytes arrive at a fixed rate from its arrival on. So a request's first chunks come
+    before its later ones, and earlier requests before later ones. A short prompt does not wait for the tail of a long
+    one. The tail does not starve either, since the order is by time.
     """
     return arrived + chunks_before * chunk_bytes / _OWED_BYTES_PER_SECOND
 
 
-# Below what one connection brings, above what a store shared by many brings each: the tail of a prompt of several GB
-# gives way to those that arrive within the next second or so.
+# Less than one connection delivers, more than each of many requests gets from a shared store. The tail of a prompt of
+# several GB gives way to requests that arrive within the next second or so.
 _OWED_BYTES_PER_SECOND = 1e9
 
 
@@ -45,11 +46,11 @@ def worth_waiting_for(
     seconds_left: float,
     prefill_share: float = 0.0,
 ) -> int:
-    """How many of a request's next `chunks`, which are being fetched, to wait for rather than compute.
+    """How many of a request's next `chunks`, which are being fetched, to wait for instead of computing them.
 
-    `ahead_bytes` come first, `context_tokens` are there, and the engine could begin now. What is saved grows faster
-    than in proportion to the number and what the fetch takes in proportion, so the answer is 0 or as many as come by
-    the deadline. What was not measured yet decides nothing: then only the deadline counts.
+    `ahead_bytes` are fetched before them, `context_tokens` are cached, and the engine could begin now. With more
+    chunks, the saved prefill grows faster than linearly, and the fetch linearly. So the answer is 0, or as many as
+    arrive by the deadline. Without measured speeds, only the deadline counts.
     """
     if seconds_left <= 0:
         return 0
@@ -66,11 +67,11 @@ def worth_waiting_for(
 
 
 def patience(prefill_share: Number) -> Number:
-    """How many seconds a request waits for what saves a second of prefill, on a GPU that spends this share of its time
-    on prompts. Routers plan by it, too: a fetch that takes longer would be given up here.
+    """How many seconds a request waits to save one second of prefill, on a GPU that spends this share of its time on
+    prompts. Routers plan with it, too: the worker would cancel a longer fetch.
 
-    Whoever shares the GPU with prompts takes 1 / (1 - share) times as long, so that one more second of computing costs
-    them in proportion to the slope of that, 1 / (1 - share) ** 2. It is the same in a queue (M/M/1).
+    Requests that share the GPU with prompts take 1 / (1 - share) times as long. One more second of prefill costs them
+    in proportion to the derivative, 1 / (1 - share) ** 2. The same holds in a queue (M/M/1).
     """
     waits: Number = _DOUBT / (1 - np.minimum(prefill_share, _PREFILL_SHARE_MAX)) ** 2
     return waits

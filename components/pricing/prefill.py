@@ -1,4 +1,4 @@
-"""How long it takes to compute a prompt, fitted to the steps of an engine.
+"""The prefill model: the time to compute a prompt, fitted to the steps of an engine.
 
 Plain arithmetic: no I/O, no clock of its own, no engine.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-# Steps that the prefill model is fitted to. At one prefill a step that is the last minute or so.
+# The number of steps to fit. With one prefill in each step, that is about the last minute.
 _SAMPLES_MAX = 256
 _SAMPLES_MIN = 12
 _REWEIGHTINGS = 4
@@ -21,7 +21,7 @@ Number = TypeVar("Number", float, npt.NDArray[np.float64])
 def prefill_seconds(
     base: Number, per_token: Number, per_token_squared: Number, tokens: Number, context_tokens: Number
 ) -> Number:
-    """Seconds to compute so many tokens that follow so many others."""
+    """Seconds to compute `tokens` tokens after `context_tokens` cached ones."""
     return base + per_token * tokens + per_token_squared * (tokens * (context_tokens + tokens / 2))
 
 
@@ -36,11 +36,11 @@ class Prefill(NamedTuple):
         return prefill_seconds(*self, tokens, context_tokens)
 
     def saved_seconds(self, tokens: int, context_tokens: int) -> float:
-        """What it saves to have them: a prefill's base is paid anyway, since the last token is always computed."""
+        """The time saved if the tokens are cached, without the base: the last token is always computed."""
         return prefill_seconds(0.0, *self[1:], tokens, context_tokens)
 
     def step_seconds(self, tokens: int, attended: float) -> float:
-        """What the prompt tokens of a step add to it; `attended` is the sum of m * (c + m / 2) over its requests."""
+        """The time that a step's prompt tokens take; `attended` is the sum of m * (c + m / 2) over its requests."""
         return self.seconds_per_token * tokens + self.seconds_per_token_squared * attended
 
     @property
@@ -62,7 +62,7 @@ class PrefillFit:
             self._samples.append((float(tokens), attended, seconds))
 
     def fit(self) -> Prefill:
-        """The model; all zeros until enough was seen."""
+        """The model; all zeros until there are enough steps."""
         if len(self._samples) < _SAMPLES_MIN:
             return Prefill()
         data = np.array(self._samples)
@@ -81,8 +81,8 @@ class PrefillFit:
 
 
 def _non_negative(columns: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted least squares, the best over all choices of columns whose coefficients come out non-negative. Three
-    columns make seven choices."""
+    """Weighted least squares with non-negative coefficients: the best result over all subsets of columns that has none
+    below 0. Three columns make seven subsets."""
     count = columns.shape[1]
     best, best_error = np.zeros(count), np.inf
     scales = np.maximum(np.abs(columns).max(axis=0), 1e-30)

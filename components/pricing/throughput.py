@@ -1,11 +1,11 @@
-"""How fast bytes move, measured as they do: no clock of its own."""
+"""A moving estimate of throughput. It has no clock of its own."""
 
-# A speed is forgotten with this half-life, in seconds of work.
+# The half-life of samples, in seconds of work.
 _HALF_LIFE_SECONDS = 2.0
 
 
 class Throughput:
-    """Bytes per second while something moves, the recent past counting more."""
+    """Bytes per second of transfer time, with a bias to recent samples."""
 
     def __init__(self) -> None:
         self._bytes = 0.0
@@ -20,5 +20,5 @@ class Throughput:
 
     @property
     def bytes_per_second(self) -> float:
-        """0 until something moved."""
+        """0 before the first transfer."""
         return self._bytes / self._seconds if self._seconds > 0 else 0.0

@@ -18,10 +18,10 @@ from pydantic import Field, model_validator
 from components.options import CommonOptions, add_common_arguments
 from components.pricing.cost import Policy, Speeds
 from components.router.deadlines import Deadlines
-from components.router.decisions import BusCollector, ByRole
 from components.router.handover import Disaggregated
 from components.router.others import Others
 from components.router.router import Handover, Router
+from components.router.series import BusCollector, ByRole
 from components.router.speeds import LiveSpeeds
 from components.router.view.access import VARIABLE, Access, page_access
 from components.router.view.feed import Feed, Pool
@@ -119,8 +119,8 @@ def parse(argv: list[str] | None = None) -> Options:
     )
     parser.add_argument(
         "--decode-endpoint",
-        help="Dynamo endpoint of the decode workers: the router also chooses the decode worker, and registers as the "
-        "public model; without it, the frontend chooses decode workers round-robin",
+        help="Dynamo endpoint of the decode workers. With it, the router also chooses the decode worker, and registers "
+        "as the public model; without it, the frontend chooses decode workers round-robin",
     )
     parser.add_argument(
         "--handover-gbytes-per-second", help="speed from a prefill worker's HBM to a decode worker's; default 10"
@@ -150,8 +150,8 @@ def parse(argv: list[str] | None = None) -> Options:
     )
     parser.add_argument(
         "--first-token-multiple",
-        help="deadline of a first token, as a multiple of its prediction: a worker that misses it becomes suspect, and "
-        "the prompt goes to another worker, if there is one; default 5",
+        help="deadline of a first token, as a multiple of its prediction; default 5. A worker that misses it becomes "
+        "suspect, and the prompt goes to another worker, if there is one",
     )
     parser.add_argument("--first-token-floor-seconds", help="lower bound of that deadline; default 10")
     parser.add_argument(
@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     model = Path(options.model_path or options.model_name)
     if model.is_absolute() and not (model / "config.json").is_file():
-        raise ConfigError("model-path", model, "a folder with a config.json, or a name on the hub")
+        raise ConfigError("model-path", model, "a folder with a config.json, or a name on the hub (owner/model)")
     access = options.access()
     configure_dynamo_logging()
     logging.getLogger("components").setLevel(logging.INFO)

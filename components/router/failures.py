@@ -1,6 +1,6 @@
 """The errors of a request: how Dynamo's streams report them, and how the frontend gets them.
 
-If a handler raises an exception, Dynamo logs a traceback. An error frame in the stream avoids that: it carries the
+If a handler raises an exception, Dynamo logs a traceback. An error frame in the stream avoids that. It carries the
 error class, which the frontend maps to an HTTP status, and the text for the client.
 """
 

@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from components.router.decisions import Decision
 from components.router.failures import GivenUp, Refused, RequestError
+from components.router.records import Decision
 from components.router.router import HANDED_OVER, Request, Router, framed
 from kvstore.bus.plan import FIELD
 from kvstore.text import shown

@@ -21,7 +21,7 @@ from components.pricing import cost
 from components.pricing.cost import Candidate, Choice, Choices, Policy
 from components.router.constraints import Constraints
 from components.router.deadlines import ALIVE_FACTOR, Deadlines, Suspects
-from components.router.decisions import Decision, Decisions, Prefilled, explained, label, sources
+from components.router.decisions import Decisions
 from components.router.failures import (
     Disconnected,
     GivenUp,
@@ -35,6 +35,7 @@ from components.router.failures import (
 )
 from components.router.hints import Hints
 from components.router.others import TOKENS_MAX, Others
+from components.router.records import Decision, Prefilled, explained, label, sources
 from components.router.sessions import Sessions, session_of
 from components.router.speeds import LiveSpeeds
 from components.router.workers import Card, Workers
@@ -155,7 +156,7 @@ class Router:
         # all go to the same worker.
         self._unbooked_tokens: defaultdict[int, int] = defaultdict(int)
         self.decisions = Decisions(block_tokens)
-        self.decisions.suspects.set_function(lambda: self._suspects.count(self._clock()))
+        self.decisions.distributions.suspects.set_function(lambda: self._suspects.count(self._clock()))
 
     def booked(self) -> dict[str, int]:
         """The sums of all accounts of running prompts, over all workers. All are 0 once no prompt runs."""
@@ -353,8 +354,8 @@ class Router:
     async def _known_to_dynamo(
         self, tokens: list[int], identity: dict[str, Any]
     ) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
-        """Overlaps and loads by worker. Loads are asked for with one token of the prompt: with the whole prompt they
-        would double the time of the query, and add nothing about other requests."""
+        """Overlaps and loads by worker. Loads are queried with one token of the prompt. The whole prompt would double
+        the query's time, and add nothing about other requests."""
         overlaps, loads = await asyncio.gather(
             self._kv_router.get_overlap_scores(tokens, include_shared=False, **identity),
             self._kv_router.get_potential_loads(tokens[:1]),
@@ -510,8 +511,8 @@ class Router:
         self, request: Request, context: Any, decided: Decided, tried: Collection[int], arrived: float
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Send the request to the chosen worker. Dropping Dynamo's stream stops the worker's generation. So if the
-        client disconnects or a deadline is missed, this raises, which drops the stream. That works before the first
-        token only with a response buffer of 0: a buffered stream notices it only when it has an item to deliver."""
+        client disconnects or a deadline is missed, this raises, which drops the stream. Before the first token that
+        works only with a response buffer of 0. A buffered stream notices it only when it has an item to deliver."""
         choice, decision_id = decided.chosen, decided.id
         sent = self._clock()
         prepared, hints = self._prepared(request, choice, decision_id), self._hints(request)

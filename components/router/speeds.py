@@ -1,8 +1,8 @@
 """Current speeds of workers and targets: validated reports, with the command line's values as the prior.
 
-Plain state with one writer, the router's event loop; no I/O, no clock of its own. A speed is used once there are three
-reports of it, and then as the median of the last few, so that a single bad sample has no effect. An implausible report
-is rejected and counted, because the bus is shared and its messages are not authenticated.
+Plain state with one writer, the router's event loop; no I/O, no clock of its own. A speed is used from its third report
+on. It is the median of the last few, so that a single bad sample has no effect. An implausible report is rejected and
+counted, because the bus is shared and its messages are not authenticated.
 """
 
 import math

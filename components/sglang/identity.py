@@ -1,8 +1,8 @@
 """The identity of the model that SGLang's scheduler process has loaded, and whether it may have changed since.
 
 SGLang gives a storage backend only the model's name. A name does not identify content, so this module reads the loaded
-weights in place: the scheduler's process creates the backend after it has loaded the model. With tensor parallelism
-each rank reads its shard, and every rank's key covers the shards of all ranks: a layer's KV depends on the layers
+weights in place. The scheduler's process creates the backend after it has loaded the model. With tensor parallelism
+each rank reads its shard. Every rank's key covers the shards of all ranks, since a layer's KV depends on the layers
 before it.
 
 SGLang does not notify a backend of a change either. `watch` wraps its weight updater and its sleep to detect calls.
@@ -121,15 +121,20 @@ def _runner() -> Any:
     """The engine's model runner. Raises ConfigError if KV depends on more than the model and the tokens."""
     if get_lora().enable_lora:
         # SGLang's hashes identify an adapter of --lora-paths by name and path, not by content.
-        raise ConfigError("enable-lora", True, "no LoRA with this backend: adapters cannot be identified")
+        expected = "no LoRA: adapters cannot be identified"
+        raise ConfigError.conflicting("enable-lora", True, "this backend", expected)
     if get_spec().speculative_algorithm:
-        # The draft model's KV is in the same pages.
-        raise ConfigError("speculative-algorithm", get_spec().speculative_algorithm, "none with this backend")
+        expected = "none: the draft model's KV is in the same pages"
+        raise ConfigError.conflicting(
+            "speculative-algorithm", get_spec().speculative_algorithm, "this backend", expected
+        )
     runners = _instances(ModelRunner)
     if len(runners) != 1:
         raise ConfigError("hicache-storage-backend", f"{len(runners)} models in this process", "one")
     if runners[0].model_config.is_multimodal:
-        raise ConfigError("model-path", runners[0].model_config.model_path, "a text-only model with this backend")
+        raise ConfigError.conflicting(
+            "model-path", runners[0].model_config.model_path, "this backend", "a text-only model"
+        )
     return runners[0]
 
 

@@ -74,7 +74,8 @@ class KvtierStorage(HiCacheStorage):
         extra = config.extra_config or {}
         options = read_options(extra)
         if config.tp_lcm_size:
-            raise ConfigError("tp_lcm_size", config.tp_lcm_size, "none: pages depend on the tensor parallelism")
+            expected = "none: pages depend on the tensor parallelism"
+            raise ConfigError.conflicting("tp_lcm_size", config.tp_lcm_size, "this backend", expected)
         secrets = options.open_secrets()
         identity.watch()
         self._model = identity.loaded_model()

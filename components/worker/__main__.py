@@ -1,7 +1,7 @@
 """Compose the arguments of a stock `python -m dynamo.vllm` worker with this tier, and become it.
 
-A convenience: nothing of it is left once the worker runs. `--print` shows the command and the environment instead, for
-those who put them into a manifest of their own.
+A convenience: this process is replaced by the worker. With `--print` it shows the command and the environment instead,
+to be pasted into a manifest.
 """
 
 import argparse
@@ -47,11 +47,11 @@ def parse(argv: list[str]) -> tuple[Options, bool, list[str]]:
 
 
 def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command and what it needs in the environment beyond what is there."""
+    """The command, and the environment variables to add for it."""
     events = {
         "publisher": "zmq",
         "topic": "kv-events",
-        # A socket of its own for each worker process, beside vLLM's; with data parallelism give dynamo.vllm a
+        # Each worker process has a socket of its own, next to vLLM's. With data parallelism, give dynamo.vllm a
         # tcp://*:PORT instead.
         "endpoint": f"ipc://{os.environ.get('VLLM_RPC_BASE_PATH', '/tmp')}/kvtier-events-{os.getpid()}.sock",
         "enable_kv_cache_events": True,
@@ -60,7 +60,7 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
         *(sys.executable, "-m", "dynamo.vllm"),
         *("--model", options.model),
         *("--endpoint", f"dyn://{options.endpoint}"),
-        *("--endpoint-types", "none"),  # the router is the public model; a frontend must not go round it
+        *("--endpoint-types", "none"),  # frontends must see only the router's model, not the workers'
         *("--prefix-caching-hash-algo", "sha256_cbor"),
         *("--kv-transfer-config", json.dumps(transfer_config(options))),
     ]
@@ -71,7 +71,8 @@ def compose(options: Options, rest: list[str]) -> tuple[list[str], dict[str, str
 
 
 def check(options: Options) -> None:
-    """What can be found wrong before a minute of loading. Raises ConfigError and UnavailableError."""
+    """Check what can be checked before the model loads, which takes minutes. Raises ConfigError and
+    UnavailableError."""
     folder = Path(options.model)
     if not (folder / "config.json").is_file() and (folder.is_absolute() or "/" not in options.model or folder.exists()):
         raise ConfigError("model", options.model, "a folder with a config.json, or a name on the hub (owner/model)")

@@ -1,13 +1,13 @@
-"""Every name that this package takes from vLLM, in one place, and the differences between its releases.
+"""All names that this package imports from vLLM, and the differences between vLLM's releases.
 
-Runs on vLLM 0.31, which Dynamo 1.6 pins, and on 0.32. Every name is there under 0.33, too. What 0.33 changes for the
-callers of this module:
+Runs on vLLM 0.31, which Dynamo 1.6 pins, and on 0.32. All names exist in 0.33, too. What 0.33 changes for the callers
+of this module:
 
-* The tiering manager has a lock, and whoever calls it outside `schedule()` holds it (`manager_lock`).
-* Stock offloading makes small loads in their step by itself (`sync_load_budget_bytes`, `TransferJob.sync`): most of
-  loads.py can go. It waits for them on the rank's thread, though, where ours waits on the GPU's stream.
-* `SecondaryTierManager` has `cache_hit_source`, by which an answer's usage tells DRAM from the store, and
-  `config_info`; `reset_cache` holds promotions until ranks have reported what was in flight.
+* The tiering manager has a lock. Calls outside `schedule()` must hold it (`manager_lock`).
+* Stock offloading runs small loads inside their step (`sync_load_budget_bytes`, `TransferJob.sync`), so most of
+  loads.py can go. But it blocks the rank's thread on them; ours makes the GPU's stream wait.
+* `SecondaryTierManager` has `config_info` and `cache_hit_source`, with which an answer's usage distinguishes DRAM from
+  the store. `reset_cache` holds promotions until ranks have reported all transfers in flight.
 * `CachePolicy.insert` takes the request's context; workers take `submit_load(..., expedited=True)`.
 """
 
@@ -116,14 +116,14 @@ def check_manager(manager: TieringOffloadingManager) -> None:
 
 
 def manager_lock(manager: OffloadingManager) -> AbstractContextManager[object]:
-    """What to hold for a call of the manager outside `schedule()`: nothing before 0.33."""
+    """The lock to hold while calling the manager outside `schedule()`. Before 0.33 there is none."""
     lock: AbstractContextManager[object] = getattr(manager, "lock", contextlib.nullcontext())
     return lock
 
 
 def split_promotions(pending: dict[str, PendingPromotion], chunks_max: int) -> None:
-    """Cut the promotions that wait to be submitted, one a request, into several of at most so many chunks, in order.
-    The stock manager submits them one by one, and goes by their content and not by their name."""
+    """Split each pending promotion (there is one for each request) into several of at most `chunks_max` chunks, in
+    order. The stock manager submits them one by one and does not look at their names."""
     whole = dict(pending)
     pending.clear()
     for req_id, one in whole.items():
@@ -134,8 +134,8 @@ def split_promotions(pending: dict[str, PendingPromotion], chunks_max: int) -> N
 
 @dataclass
 class LaunchedMetadata(OffloadingWorkerMetadata):
-    """What a rank tells the scheduler of a step, and when it had launched it, in seconds of its time.monotonic(). Of
-    several ranks the last one counts."""
+    """A rank's report on a step, with the time.monotonic() at which the rank had launched it. With several ranks, the
+    last one counts."""
 
     launched: float = 0.0
 
@@ -146,8 +146,8 @@ class LaunchedMetadata(OffloadingWorkerMetadata):
 
 
 def compute_after_loads(worker: OffloadingWorker, job_ids: Collection[int]) -> None:
-    """Whatever the calling thread's stream is given from here on comes after these loads. The GPU waits for them where
-    it can be told to; otherwise the caller does."""
+    """Order all later work on the calling thread's stream after these loads. The GPU waits for them if it can;
+    otherwise this call blocks."""
     events = getattr(getattr(worker, "_load_handler", None), "_transfer_events", None)
     if events is None:
         worker.wait(set(job_ids))
@@ -162,7 +162,7 @@ def _idle_stream() -> Any:
 
 
 def beside_computing() -> AbstractContextManager[object]:
-    """Where copies are begun that wait for nothing else that the calling thread's stream was given."""
+    """A context for copies that must not wait for earlier work on the calling thread's stream."""
     if current_platform.is_cpu():
         return contextlib.nullcontext()
     stream: AbstractContextManager[object] = current_platform.stream(_idle_stream())
@@ -170,13 +170,14 @@ def beside_computing() -> AbstractContextManager[object]:
 
 
 def region_fd(spec: OffloadingSpec) -> int:
-    """The file of the shared memory behind the DRAM tier, open in this process, while its secondary tiers are made."""
+    """The open file of the DRAM tier's shared memory. Valid while the secondary tiers are constructed."""
     return int(spec._scheduler_mmap.fd)
 
 
 def beside_each_other(kv_caches: CanonicalKVCaches, ranks: int, rank: int) -> CanonicalKVCaches:
-    """Caches whose blocks are one piece a rank, so placed in a chunk that block follows block, and in each block rank
-    follows rank. (Stock offloading puts all blocks of a rank together, which depends on how many ranks there are.)"""
+    """The same caches with another order within a chunk: block after block, and in each block rank after rank. Each
+    rank's part of a block must be contiguous. (Stock offloading stores rank after rank, so its order depends on the
+    number of ranks.)"""
 
     def placed(ref: CanonicalKVCacheRef) -> CanonicalKVCacheRef:
         page = ref.page_size_bytes

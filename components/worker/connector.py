@@ -1,9 +1,9 @@
-"""The connector that vLLM loads: its own OffloadingConnector, with fetches that start when a request arrives.
+"""The connector that vLLM loads: vLLM's OffloadingConnector, with two changes.
 
-Stock offloading asks the tiers for a request's chunks when the scheduler has a slot for it. This one asks on arrival,
-so that a fetch runs while the request queues. And where stock copies a request's chunks from DRAM to HBM between steps,
-and hears of it two steps later, this one copies them at the head of the step that computes the rest of the prompt, as
-long as that does not hold up who decodes (loads.py).
+Prefetch: stock offloading asks the tiers for a request's chunks when the scheduler has a slot for it. This connector
+asks when the request arrives, so the fetch runs while the request queues. Loads in their step: stock copies chunks from
+DRAM to HBM between steps, and learns two steps later that they are there. This connector copies them at the start of
+the step that computes the rest of the prompt, unless that delays decoding requests too long (loads.py).
 """
 
 import contextlib
@@ -47,25 +47,25 @@ from components.worker.remote_tier import TIER_TYPE, RemoteTier
 from components.worker.step_clock import StepClock, prefilled
 from kvstore.bus.plan import FIELD, HINT_TYPE
 
-# With what a prefill worker hands over, in vLLM's kv_transfer_params: the digest of what it computes KV with, in
-# hexadecimal. Absent where it does not know, or has KV of something else in its own cache.
+# A field of a prefill worker's handover, in vLLM's kv_transfer_params: the hexadecimal digest of the identity that it
+# computes KV with. It is absent if the worker does not know it, or if its prefix cache may hold KV of another identity.
 _PREFILLED_WITH = f"{FIELD}.prefilled_with"
-# Of an answer, what is stored at once while it grows. A worker that dies loses as much of it.
+# A growing answer is stored in pieces of this size. A worker that dies loses at most one of them.
 ANSWER_PIECE_TOKENS = 128
 
 
 @dataclass
 class _Loading:
-    """A request with a load between steps that it was not computed after yet."""
+    """A request with a load between steps, until its first step after the load."""
 
     request: Request
     over: bool = False
-    void: bool = False  # what comes is not valid any more
+    void: bool = False  # the loaded KV is invalid
 
 
 class KvtierConnector(OffloadingConnector):
-    """One in the scheduler's process, one in each rank's. The methods here run on the scheduler's thread and must not
-    block, but for as long as the GPU is busy without them (step_clock.py); the tier's I/O is in a process of its own
+    """There is one in the scheduler's process and one in each rank's. Methods run on the scheduler's thread. They may
+    block only while the GPU is busy with an earlier step (step_clock.py). The tier's I/O is in a process of its own
     (mover/)."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
@@ -75,8 +75,8 @@ class KvtierConnector(OffloadingConnector):
         extra["canonical_layout"] = needs_canonical(vllm_config, kv_cache_config, extra)
         identity = _identity(vllm_config, kv_cache_config) if role == KVConnectorRole.SCHEDULER else None
         super().__init__(vllm_config, role, kv_cache_config)
-        # Stock loads begin after the step that runs, which may still zero their blocks; it does not write to them
-        # otherwise, since the scheduler does not give a block away that a step under way writes to.
+        # Stock loads begin after the running step, because that may still zero their blocks. It writes nothing else to
+        # them: the scheduler does not reassign a block while a running step writes to it.
         self._zeroes = kv_cache_config.needs_kv_cache_zeroing
         if self.connector_scheduler is None or identity is None:
             return
@@ -94,12 +94,12 @@ class KvtierConnector(OffloadingConnector):
         identity.on_unload = self._undo_unloaded
         self._known = KnownRequests(identity, self._note_answer, images=bool(extra.get("share_images")))
         self._loading: dict[str, _Loading] = {}
-        self._drop = False  # whether what is in DRAM is not valid any more
-        self._sources: dict[str, dict[str, int]] = {}  # of requests that run: cached tokens of the prompt by tier
-        # Requests whose prompt another connector brings from a prefill worker, which has stored it.
+        self._drop = False  # whether the DRAM tier's content is invalid
+        self._sources: dict[str, dict[str, int]] = {}  # of running requests: cached prompt tokens by tier
+        # Requests whose prompt KV another connector transfers from a prefill worker. That worker has stored it.
         self._handed_over: set[str] = set()
-        # Requests whose fetch has not all begun: without a plan, the store has yet to say what it holds; and there may
-        # be no row free. In order of arrival, which is that of scheduling.
+        # Requests whose fetch has not fully begun: the store has not answered yet (without a plan), or no row is free.
+        # In order of arrival, in which they are scheduled.
         self._arriving: dict[str, RequestOffloadState] = {}
         self._computed: list[str] = []  # requests of the last step that have something to store
         self._clock = StepClock()
@@ -112,11 +112,11 @@ class KvtierConnector(OffloadingConnector):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        """Block outermost: a block is copied at once, instead of in a piece for each layer. Layers of other shapes that
-        share their memory (hybrid models) exclude heads before layers."""
+        """Block outermost, so that a block is copied in one piece instead of one for each layer. Hybrid models, whose
+        layers of different shapes share memory, exclude heads before layers."""
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         if current_platform.is_cpu():
-            return None  # its kernels know but one, and that for MLA does not say so
+            return None  # its kernels support only one layout, and MLA's backend does not declare it
         wanted = "BLHNC" if vllm_config.model_config.is_hybrid else WANTED_LAYOUT
         layout: str | None = extra.get("kv_cache_layout", wanted)
         return layout
@@ -136,7 +136,7 @@ class KvtierConnector(OffloadingConnector):
         self._begin(request)
 
     def _begin(self, request: Request) -> None:
-        """See what the tier has of the request, once it is known what its KV is computed with."""
+        """Look up the request in the tier, once the identity of its KV is known."""
         status = self.connector_scheduler._req_status[request.request_id]
         identity = self._known.identity(request.request_id)
         if identity is None or self._drop:
@@ -144,7 +144,7 @@ class KvtierConnector(OffloadingConnector):
         if not self._tier.identify(request.request_id, identity) or request.skip_reading_prefix_cache:
             return
         if request.request_id in self._handed_over:
-            return  # it is to be stored, and nothing of it to be loaded
+            return  # it is only stored, never loaded
         keys = [key for state in status.group_states for key in state.offload_keys]
         self._tier.ask(request.request_id, sorted(keys, key=status.req_context.get_offload_key_position))
         self._manager.expect(request.request_id)
@@ -153,7 +153,7 @@ class KvtierConnector(OffloadingConnector):
             self._prefetch(status)
 
     def _engine_cache(self) -> object:
-        """The engine's own prefix cache: another object after it was thrown away."""
+        """The engine's prefix cache. A reset replaces the object."""
         return self._block_pool.cached_block_hash_to_block if self._block_pool is not None else None
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -161,7 +161,7 @@ class KvtierConnector(OffloadingConnector):
         if self._drop and not self._drop_cache() and self._copying():
             return None, False  # for a step or two
         self._begin(request)
-        self._arriving.pop(request.request_id, None)  # from here on the scheduler asks by itself
+        self._arriving.pop(request.request_id, None)  # from here on, the scheduler asks itself
         if request.request_id in self._handed_over:
             prefilled_with = (request.kv_transfer_params or {}).get(_PREFILLED_WITH)
             return 0 if self._known.admit(request, handed_over=str(prefilled_with)) else None, False
@@ -178,7 +178,7 @@ class KvtierConnector(OffloadingConnector):
             if self._tier.await_chunks(request.request_id, self._clock.spare_seconds(copy_seconds)):
                 self._manager.take_in()
         skip = request.skip_reading_prefix_cache
-        request.skip_reading_prefix_cache = skip or self._drop  # nothing is found in DRAM that is to be dropped
+        request.skip_reading_prefix_cache = skip or self._drop  # no hits in a DRAM tier that is about to be dropped
         with self._loads.waited_for(request.num_tokens - num_computed_tokens, speed):
             found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
         request.skip_reading_prefix_cache = skip
@@ -193,8 +193,8 @@ class KvtierConnector(OffloadingConnector):
         return found, not in_step
 
     def _note_answer(self, gone: Collection[str], outcome: str) -> None:
-        """The ranks have said what they compute KV with. That of these requests is not what would be computed now: let
-        nobody use it, and let what is being loaded for them be computed."""
+        """The ranks have reported their identity. The KV of the requests `gone` has another one: make it unusable, and
+        recompute what is being loaded for them."""
         if outcome not in ("same", "adapter"):
             self._drop = True
         for req_id in gone:
@@ -206,14 +206,14 @@ class KvtierConnector(OffloadingConnector):
         self._tier.announce(self._identity.base, self._known.adapters())
 
     def _undo_loaded(self) -> None:
-        """What was loaded may be of other weights, and the scheduler may be about to compute after it."""
+        """Loaded KV may be of other weights, and the scheduler may be about to use it: void all loads."""
         for req_id, loading in list(self._loading.items()):
             if loading.over:
                 self._void(req_id)
 
     def _void(self, req_id: str) -> None:
-        """Nothing of the request's load is to be used. Once it is over, the scheduler finds the request as it was
-        before it."""
+        """Make the request's load unusable. Once the load has ended, the scheduler finds the request in its state
+        before the load."""
         loading = self._loading[req_id]
         loading.void = True
         if loading.over:
@@ -223,22 +223,23 @@ class KvtierConnector(OffloadingConnector):
             self._kv_cache_manager.free(loading.request)
 
     def _undo_unloaded(self) -> None:
-        """An adapter may be another one when a request with it is computed after its load."""
+        """Void loads of requests with adapters: after an unload, an adapter may be another one when the request is
+        computed."""
         for req_id, loading in list(self._loading.items()):
             adapter = loading.request.lora_request
             if adapter is not None and self._identity.known(adapter) is None:
                 self._void(req_id)
 
     def _copying(self) -> bool:
-        """Whether ranks copy to or from DRAM, or a step is scheduled that has begun to load."""
+        """Whether ranks copy to or from DRAM, or a scheduled step has begun a load."""
         scheduler = self.connector_scheduler
         return bool(
             scheduler._jobs or scheduler._current_batch_allocated_block_ids or scheduler._current_batch_jobs_to_flush
         )
 
     def _drop_cache(self) -> bool:
-        """Forget what is in DRAM. Not while its rows are copied to or from, by ranks or by the mover, which would fill
-        them meanwhile. Until then nothing is looked up and nothing is stored."""
+        """Clear the DRAM tier. Not while ranks or the mover copy to or from its rows, since they would fill them
+        afterwards. Until then nothing is looked up and nothing is stored."""
         if self._copying() or not self._tier.drained():
             return False
         self.connector_scheduler.reset_cache()
@@ -266,7 +267,8 @@ class KvtierConnector(OffloadingConnector):
         self._manager.let_go(request.request_id)
 
     def _note_sources(self, request: Request, load_tokens: int) -> None:
-        """Of a prompt that runs for the first time: again after a load between steps, and no more once preempted."""
+        """Note the sources of a prompt's cached tokens when it first runs. Later calls, after a load between steps or a
+        preemption, change nothing."""
         if request.prefill_stats is None or request.num_preemptions or request.request_id in self._sources:
             return
         hbm = request.prefill_stats.num_local_cached_tokens
@@ -288,9 +290,10 @@ class KvtierConnector(OffloadingConnector):
         return meta
 
     def start_load_kv(self, forward_context: ForwardContext, **options: object) -> None:
-        """In the rank's process, as the next methods: before the step is computed if it has loads at its head."""
+        """Runs in the rank's process, as the next methods do: before the step is computed, if the step begins with
+        loads."""
         meta = self._connector_metadata
-        if meta.computed:  # stock copies what a step stores after the next one has begun: this is that one
+        if meta.computed:  # stock copies a step's stores after the next step has begun: this is the next one
             self.connector_worker.prepare_store_kv(meta)
             meta.store_jobs.clear()
         loads, meta.load_jobs = meta.load_jobs, {}
@@ -305,13 +308,13 @@ class KvtierConnector(OffloadingConnector):
         meta = self._connector_metadata
         if not meta.in_step:
             return super().get_finished(finished_req_ids)
-        # They end before the step is computed, so that this waits for nothing that the step would not.
+        # The step waits for these loads in any case, so this adds no wait.
         self.connector_worker.worker.wait(set(meta.in_step))
         sent, received = super().get_finished(finished_req_ids)
         return sent, received - {meta.load_jobs[job_id].req_id for job_id in meta.in_step}
 
     def build_connector_worker_meta(self) -> LaunchedMetadata:
-        """The last call of the rank's in a step, when the GPU has been told all but to sample."""
+        """The rank's last call in a step, when all of the step but sampling is launched on the GPU."""
         meta = super().build_connector_worker_meta() or LaunchedMetadata()
         return LaunchedMetadata(meta.completed_jobs, meta.transfer_stats, time.monotonic())
 
@@ -324,7 +327,7 @@ class KvtierConnector(OffloadingConnector):
         super().update_connector_output(connector_output)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """The scheduler asks once at the end of every step, whatever ran in it."""
+        """Called by the scheduler once at the end of every step."""
         if self.connector_scheduler is not None:
             now = time.monotonic()
             self._clock.end(now)
@@ -334,11 +337,11 @@ class KvtierConnector(OffloadingConnector):
         return super().get_kv_connector_stats()
 
     def _resident(self) -> tuple[int, int, int, int]:
-        """Blocks in HBM and chunks in DRAM that can be hit, each with the room for them."""
+        """Cached blocks in HBM and its capacity in blocks; cached chunks in DRAM and its capacity in chunks."""
         pool = self._block_pool
         if pool is None:
             return (0, 0, *self._manager.dram_chunks())
-        # A block may be known by several hashes.
+        # A block may be listed under several hashes.
         cached = min(len(pool.cached_block_hash_to_block), pool.num_gpu_blocks)
         return (cached, pool.num_gpu_blocks, *self._manager.dram_chunks())
 
@@ -353,8 +356,8 @@ class KvtierConnector(OffloadingConnector):
         return super().request_finished_all_groups(request, block_ids)[0], sources
 
     def _leave(self, request: Request) -> dict[str, object] | None:
-        """What the answer says beside its text, in vLLM's kv_transfer_params: where cached tokens came from, and for a
-        decode worker what they were computed with."""
+        """The answer's kv_transfer_params: the sources of cached tokens and, for a decode worker, the identity that the
+        KV was computed with."""
         self._arriving.pop(request.request_id, None)
         self._loading.pop(request.request_id, None)
         self._handed_over.discard(request.request_id)
@@ -367,24 +370,25 @@ class KvtierConnector(OffloadingConnector):
         return said or None
 
     def _prefetch(self, status: RequestOffloadState) -> None:
-        """Look up what is not in HBM, which makes the manager promote what the tier holds, up to the first miss."""
+        """Look up the chunks that are not in HBM. The manager then promotes those that the tier holds, up to the first
+        miss."""
         req_id = status.req.request_id
         if self._tier.undecided(req_id):
             return
         for group, state in zip(self._groups, status.group_states, strict=True):
             if group.sliding_window_size_in_chunks is not None:
-                continue  # only the window is needed, and where that is depends on what is hit
+                continue  # only the window is needed, and its place depends on the hits
             for key in state.offload_keys[self._chunks_in_hbm(status.req, group) :]:
                 if not self._tier.has_room:
-                    return  # the rest when rows are free again
+                    return  # the rest follows when rows are free again
                 if self._manager.lookup(key, status.req_context) is LookupResult.MISS:
                     break
         self._arriving.pop(req_id, None)
 
     def _chunks_in_hbm(self, request: Request, group: GroupOffloadConfig) -> int:
-        """Leading whole chunks that the engine's own prefix cache holds."""
+        """The number of leading whole chunks in the engine's prefix cache."""
         if self._block_pool is None or group.hashes_per_chunk * group.tokens_per_block != group.tokens_per_chunk:
-            return 0  # hashed in other units than this group's blocks
+            return 0  # hashed in units that are not this group's blocks
         blocks = 0
         for block_hash in request.block_hashes:
             if not self._block_pool.get_cached_block(block_hash, [group.group_idx]):
@@ -393,12 +397,12 @@ class KvtierConnector(OffloadingConnector):
         return blocks // group.hashes_per_chunk
 
     def _build_store_jobs(self, output: SchedulerOutput) -> dict[int, object]:
-        """The stores of prompts as they are computed, and of answers by the piece and at their end. Nobody needs an
-        answer's chunks before it ends, and to look for them in each step of each request, to copy each by itself and to
-        put it by itself takes the engine's time.
+        """Prompts are stored as they are computed, answers in pieces and at their end. No request needs an answer's
+        chunks before the answer ends. To look for them in every step, and to copy and put each alone, would take the
+        engine's time.
 
-        What a step computes is looked for when the next one is scheduled, while this one runs: a rank begins to copy
-        it then in any case, and a first token does not wait for the looking."""
+        A step's new chunks are looked up when the next step is scheduled, while the step runs. A rank begins to copy
+        them only then in any case, and the first token does not wait for the lookup."""
         statuses = self.connector_scheduler._req_status
         due = {
             req_id: tokens
@@ -425,7 +429,7 @@ class KvtierConnector(OffloadingConnector):
         return not self._drop and self._known.may_store(req_id)
 
     def _build_partial_tail_store_jobs(self, output: SchedulerOutput) -> dict[int, object]:
-        """The stores of hybrid models' states, which vLLM makes apart from the others."""
+        """The stores of hybrid models' states, which vLLM builds separately."""
         state = output.kv_connector_block_state
         if state is not None and state.boundary_state_offloads:
             kept = {key: one for key, one in state.boundary_state_offloads.items() if self._may_store(key)}
@@ -436,13 +440,14 @@ class KvtierConnector(OffloadingConnector):
         return jobs
 
     def _note_load(self, request: Request, key: OffloadKey, end: int) -> None:
-        """DRAM is about to announce a fetched chunk that ends at this token, and nobody has looked it up there yet."""
+        """DRAM is about to announce a fetched chunk that ends at the token `end`, before any lookup has found it
+        there."""
         group = self._groups[get_offload_group_idx(key)]
         self._events.record_lookup(request, group, end // group.tokens_per_chunk - 1, key)
 
 
 def _identity(config: VllmConfig, kv_cache: KVCacheConfig) -> Identity:
-    """Raises ValueError if this engine's chunks cannot be shared, or its model cannot be told from another."""
+    """Raises ValueError if this engine's chunks cannot be shared, or its model cannot be identified."""
     extra, parallel = config.kv_transfer_config.kv_connector_extra_config, config.parallel_config
     if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
         raise ValueError(
@@ -463,9 +468,9 @@ def _identity(config: VllmConfig, kv_cache: KVCacheConfig) -> Identity:
 
 
 def _hand_over_plan(request: Request) -> None:
-    """Put the router's plan where the tier sees it: of a request, vLLM shows kv_transfer_params alone to tiers. What a
-    client wrote there under the plan's name is none. The plan of a router that is not this project's comes as a hint,
-    which clients cannot set."""
+    """Put the router's plan into kv_transfer_params, the only part of a request that vLLM shows to tiers. An entry of
+    that name from a client is removed. A router that is not this project's sends the plan as a hint, which clients
+    cannot set."""
     transfer = {key: value for key, value in (request.kv_transfer_params or {}).items() if key != FIELD}
     extra_args = request.sampling_params.extra_args if request.sampling_params else None
     if extra_args and FIELD in extra_args:
@@ -478,12 +483,12 @@ def _hand_over_plan(request: Request) -> None:
 
 
 def _piece_ends(request: Request, tokens: int) -> bool:
-    """Whether the step that computes so many tokens of the request ends a piece of it: each does in the prompt."""
+    """Whether the step that computes `tokens` tokens of the request ends a piece. In the prompt, each step does."""
     answered = request.num_computed_tokens - request.num_prompt_tokens
     return answered < 0 or answered // ANSWER_PIECE_TOKENS != (answered + tokens) // ANSWER_PIECE_TOKENS
 
 
-# Beside NIXL, in vLLM's MultiConnector, statistics find their connector by its name in vLLM's register; without an
-# entry there the first request ends the engine.
+# In vLLM's MultiConnector (together with NIXL), statistics look up their connector by name in vLLM's registry. Without
+# an entry there, the first request ends the engine.
 if "KvtierConnector" not in KVConnectorFactory._registry:
     KVConnectorFactory.register_connector("KvtierConnector", __name__, "KvtierConnector")

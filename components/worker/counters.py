@@ -1,4 +1,4 @@
-"""The tier's series among vLLM's metrics: what they count, and the counts since vLLM took them last."""
+"""The tier's series in vLLM's metrics: their definitions, and the counts since vLLM collected them last."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ IDENTITY = "vllm:kvtier_identity_checks"
 REJECTED = "vllm:kvtier_rejected_values"
 MOVER_RESTARTS = "vllm:kvtier_mover_restarts"
 
-# What each is, its label, and the values of that.
+# Each series' help text, its label, and the label's values.
 _SERIES: dict[str, tuple[str, str, Iterable[str]]] = {
     FETCHED: (
         "Chunks requested from the kvtier store, by outcome. A miss is a false hit: the plan or the store "
@@ -58,7 +58,7 @@ DEFINITIONS = {
 
 
 class Counters:
-    """For the scheduler's thread. Begins with all series at 0: Prometheus sees no growth in one that appears with its
+    """For the scheduler's thread. All series begin at 0: Prometheus sees no increase in a series that appears with its
     first count."""
 
     def __init__(self) -> None:
@@ -68,11 +68,11 @@ class Counters:
                 self.add(name, 0, value)
 
     def add(self, name: str, count: int, value: str | None = None) -> None:
-        """`value` of the label, where the series has one."""
+        """`value` is the label's, if the series has a label."""
         self._stats.increase_counter(name, count, () if value is None else (value,))
 
     def take(self) -> OffloadingConnectorStats | None:
-        """What was counted since the last call; None if nothing was."""
+        """The counts since the last call; None if there are none."""
         if self._stats.is_empty():
             return None
         stats, self._stats = self._stats, OffloadingConnectorStats()

@@ -1,7 +1,7 @@
-"""KV events of the DRAM tier: vLLM's self-describing ones, with what else goes into a block's hash.
+"""KV events of the DRAM tier: vLLM's self-describing ones, with all inputs of a block's hash.
 
-Stock events leave out a prompt's cache salt and images, which the engine's own events for HBM name. Without them a
-router takes one tenant's chunks for another's.
+Stock events omit a prompt's cache salt and images, which the engine's events for HBM include. Without them a router
+confuses the chunks of two tenants.
 """
 
 from components.worker.compat import (
@@ -18,7 +18,7 @@ class ChunkEvents(OffloadingEventsTracker):
 
     @staticmethod
     def replace(scheduler: OffloadingConnectorScheduler) -> "ChunkEvents":
-        """Have the scheduler's own tracker work as this class does: how one is made differs between vLLM's releases."""
+        """Change the class of the scheduler's tracker, since constructors differ between vLLM's releases."""
         scheduler._events_tracker.__class__ = ChunkEvents
         tracker: ChunkEvents = scheduler._events_tracker
         return tracker

@@ -1,19 +1,19 @@
-"""Which model, and which adapters, the engine computes KV with now; and that it may have changed.
+"""Identity: which model and which adapters the engine computes KV with now, and when that may have changed.
 
-In the scheduler's process, on its thread. What ranks have loaded they say when they are asked (weights.py): once when
-the engine starts, and again before anything is loaded or stored after something happened that may have changed it. vLLM
-tells a connector of no such thing, so two are watched for:
+Runs in the scheduler's process, on its thread. Ranks report what they have loaded when they are asked (weights.py).
+They are asked when the engine starts. After an event that may have changed the weights, they are asked again, before
+the next load or store. vLLM does not notify connectors of such events, so this module watches for two:
 
-* a call that the engine makes to its ranks, and that is not known to leave weights alone. All of them go through the
-  executor: new weights by whatever route, sleeping and waking up, adapters, a function of somebody's own;
-* that the engine threw its own prefix cache away, which is how it is told that KV is not valid any more.
+* a call from the engine to its ranks that is not known to be harmless. All of them go through the executor: new weights
+  by any route, sleep and wake-up, adapters, custom functions;
+* a reset of the engine's prefix cache, which is how users declare KV invalid.
 
-Ranks are asked by such a call, too, in the order of the steps before it and after it, and only while the engine
-schedules: one that sleeps has no weights.
+The question to the ranks is such a call, too, so it is ordered between two steps. It is asked only while the engine
+schedules: a sleeping engine has no weights.
 
-An adapter is asked for when its first request is looked up; after that only when a request with it is about to be
-scheduled, and only if the adapter may have been unloaded since. Ranks unload one when the engine tells them to, or to
-make room for another one; and so that they tell of it, each one is asked for before a step computes with it.
+Ranks are asked for an adapter when its first request is looked up. They are asked again when a request with it is about
+to be scheduled, if it may have been unloaded since. Ranks unload an adapter on the engine's command, or to make room
+for another one. The answers reveal it: each adapter is asked for before a step computes with it.
 """
 
 import gc
@@ -41,18 +41,18 @@ _HARMLESS = frozenset(
         *("get_model_inspection", "save_sharded_state", "shutdown"),
     )
 )
-# Calls after which adapters may be others. A dummy batch unloads all of them.
+# Calls that may change adapters. A dummy batch unloads all of them.
 _ADAPTERS = frozenset(("add_lora", "remove_lora", "execute_dummy_batch"))
 _TOLD_MAX = 40  # characters of an input in the log
 # An adapter's name and path.
 _Owner = tuple[str, str]
-# That routers hear of; and by name and path, that are remembered.
+# Limits: adapters announced to routers; adapters remembered by name and path.
 _ADAPTERS_MAX = 64
 _LAST_MAX = 4096
 
 
 def _told(inputs: Mapping[str, object]) -> str:
-    """Each input by its name, so that the logs of two engines tell in which one they differ; a long one as a digest."""
+    """Each input by name, so that the logs of two engines show which input differs. Long ones are shown as digests."""
     texts = {name: json.dumps(value, sort_keys=True) for name, value in sorted(inputs.items())}
     short = {
         name: text if len(text) <= _TOLD_MAX and name != "hash_seed" else f"#{blake2b(text.encode()).hexdigest()[:8]}"
@@ -62,17 +62,17 @@ def _told(inputs: Mapping[str, object]) -> str:
 
 
 class Identity:
-    """`layout` is what is known without the weights (layout.py). `base` is the digest (32 bytes) that goes into keys of
-    requests without an adapter; None: it is not known, and nothing may be shared."""
+    """`layout` is the part that does not depend on the weights (layout.py). `base` is the digest (32 bytes) in the keys
+    of requests without an adapter. None: it is not known, and nothing may be shared."""
 
     def __init__(self, config: VllmConfig, layout: Mapping[str, object], ranks: list[int], *, alike: bool):
         self._layout, self._ranks, self._alike = layout, ranks, alike
-        # Adapters by name and path, which is all that blocks' hashes tell, and their digests as they were last loaded;
-        # and by vLLM's number those that are loaded still. None: the ranks could not tell.
+        # `_last`: each adapter's digest when it was last loaded, by name and path, which is all that block hashes
+        # contain. `_confirmed`: the loaded adapters, by vLLM's number. A digest of None: the ranks could not read it.
         self._confirmed: dict[int, tuple[_Owner, str | None]] = {}
         self._last: dict[_Owner, str] = {}
         self._executor = _find_executor(config)
-        self._forgotten = False  # whether there were more adapters than are remembered
+        self._forgotten = False  # whether adapters were forgotten because there were too many
         self.base: bytes | None = None
         self.stale = True
         self.on_stale: Callable[[], None] = lambda: None  # called at once, between two steps
@@ -81,7 +81,7 @@ class Identity:
         self._executor.kvtier_watchers = [*getattr(self._executor, "kvtier_watchers", ()), self._heard]
 
     def establish(self) -> str:
-        """Ask the ranks. Returns an empty text, or what stands in the way: `base` is None then."""
+        """Ask the ranks. Returns an empty text, or the problem. With a problem, `base` is None."""
         self.stale = False
         self.keep(())
         answers = self._ask(weights.model_digest)
@@ -102,29 +102,29 @@ class Identity:
         return ""
 
     def known(self, adapter: LoRARequest | None) -> bytes | None:
-        """The digest of requests with that adapter, as far as it is known without asking."""
+        """The digest of requests with that adapter, if it is known without asking the ranks."""
         if self.stale or self.base is None or adapter is None:
             return None if self.stale else self.base
         _, content = self._confirmed.get(adapter.lora_int_id, (None, None))
-        if content is None or adapter.load_inplace:  # which is loaded anew in every step
+        if content is None or adapter.load_inplace:  # it is reloaded in every step
             return None
         return adapter_digest(self.base, content)
 
     def confirmed(self, number: int) -> bool:
-        """Whether ranks were asked for the adapter of that number since it may have been unloaded."""
+        """Whether ranks were asked for the adapter of that number since it was last possibly unloaded."""
         return number in self._confirmed
 
     def confirm(self, adapter: LoRARequest, in_use: list[int]) -> bool:
-        """Ask the ranks which adapter they have under that number; they load it if they have none. Whether it may be
-        another one than requests of that name and path had before. `in_use` as in weights.loaded_adapter. Not to be
-        called while `stale`."""
+        """Ask the ranks which adapter they have under that number; they load it if they have none. Returns whether it
+        may differ from the one that earlier requests of that name and path had. `in_use` as in weights.loaded_adapter.
+        Precondition: not `stale`."""
         if len(self._last) >= _LAST_MAX:
             self._last.clear()
             self._forgotten = True
         owner = adapter.lora_name, adapter.lora_path
         before = self._last.pop(owner, None)
         changed = before is not None or self._forgotten
-        # Of adapters with one name and path, one at a time: DRAM does not tell them apart.
+        # Only one adapter at a time for each name and path: DRAM does not distinguish them.
         others = {number for number, (one, _) in self._confirmed.items() if one != owner} - {adapter.lora_int_id}
         if adapter.load_inplace:
             self.keep(others)
@@ -143,18 +143,18 @@ class Identity:
         return changed and before != digest
 
     def expected(self, adapter: LoRARequest | None) -> bytes | None:
-        """As `known`; and of an adapter that may have been unloaded, what it was."""
+        """As `known`. For an adapter that may have been unloaded, the digest that it last had."""
         if self.stale or adapter is None or adapter.load_inplace or self.confirmed(adapter.lora_int_id):
             return self.known(adapter)
         return self.last(adapter)
 
     def last(self, adapter: LoRARequest) -> bytes | None:
-        """The digest of requests with that adapter, when it was asked for last."""
+        """The digest of requests with that adapter, as of the last answer of the ranks."""
         content = self._last.get((adapter.lora_name, adapter.lora_path))
         return None if content is None or self.base is None else adapter_digest(self.base, content)
 
     def keep(self, numbers: Collection[int]) -> None:
-        """Of adapters, only these are loaded still."""
+        """Note that only these adapters are still loaded."""
         kept = {number: one for number, one in self._confirmed.items() if number in numbers}
         unloaded = len(kept) < len(self._confirmed)
         self._confirmed = kept
@@ -164,7 +164,7 @@ class Identity:
     def _ask(self, question: Callable[..., Any], *args: object) -> list[Any] | str:
         try:
             answers: list[Any] = self._executor.collective_rpc(weights.answer, args=(question.__name__, *args))
-        except Exception as error:  # of an executor that failed, say: whatever it is, the engine goes on as it would
+        except Exception as error:  # for example of a failed executor; the engine must not notice
             logger.exception("kvtier: ranks do not say what they have loaded")
             return repr(error)
         return next((answer for answer in answers if isinstance(answer, weights.Unknown)), answers)
@@ -182,26 +182,26 @@ class Identity:
 class _Known:
     digest: bytes
     adapter: LoRARequest | None
-    clean: bool  # whether what it may find in the engine's own cache was computed with the same; no, before it looks
+    clean: bool  # whether its hits in the engine's prefix cache have the same identity; False until it was admitted
 
 
-# What the tier is told: requests whose KV is not what would be computed now, and what was found: "same", "changed",
-# "failed" of the model, "adapter", "adapter_changed" of an adapter.
+# A notification for the tier: the requests whose KV is outdated, and the result. For the model that is "same",
+# "changed" or "failed"; for an adapter "adapter" or "adapter_changed".
 Note = Callable[[Collection[str], str], None]
 
 
 class KnownRequests:
-    """Which requests are computed with what, as far as it is known. `note` hears of every answer of the ranks.
-    `images`: whether what names an image is believed."""
+    """The identity of each request, as far as it is known. `note` is called for every answer of the ranks. `images`:
+    whether image hashes are trusted."""
 
     def __init__(self, identity: Identity, note: Note, *, images: bool = False):
         self._identity, self._note, self._images = identity, note, images
         self._requests: dict[str, _Known] = {}
-        self._running: dict[str, LoRARequest] = {}  # that have blocks, and their adapter
+        self._running: dict[str, LoRARequest] = {}  # requests that have blocks -> adapter
         self._computed: Container[str] = ()  # in the last step
         self._names: dict[str, LoRARequest] = {}
         self._cache: weakref.ref[object] | None = None
-        # Of the engine's own prefix cache: what the first of its KV was computed with, by adapter.
+        # The identity of the first KV in the engine's prefix cache, by adapter.
         self._served: dict[_Owner | None, bytes] = {}
         self._warned = b""
 
@@ -211,8 +211,8 @@ class KnownRequests:
         self._take(request)
 
     def look(self, request: Request, cache: object) -> None:
-        """The scheduler is about to look the request up. What it is computed with is known, and for an adapter that was
-        asked for before it is expected to be what it was."""
+        """The scheduler is about to look the request up: establish its identity. An adapter that was asked for before
+        is assumed to be unchanged."""
         self._see(cache)
         if self._identity.stale:
             self._renew()
@@ -222,9 +222,9 @@ class KnownRequests:
         self._take(request)
 
     def admit(self, request: Request, *, handed_over: str | None = None) -> bool:
-        """The scheduler is about to give the request what was found of it, or to compute it. Whether what it was looked
-        up with is what it is computed with; if not, it has to be looked up again. `handed_over`: its prompt comes from
-        another worker, which computed it with what has this digest, in hexadecimal."""
+        """The scheduler is about to use the request's hits, or to compute it. Returns whether its identity is still
+        that of the lookup; if not, it has to be looked up again. `handed_over`: the prompt's KV comes from another
+        worker, with this identity (hexadecimal)."""
         adapter, looked_up = request.lora_request, self.identity(request.request_id)
         if adapter is not None:
             self._confirm(adapter)
@@ -232,7 +232,7 @@ class KnownRequests:
         if looked_up is not None and looked_up != digest:
             self._requests.pop(request.request_id, None)
             return False
-        # What the engine's own cache holds was computed with, if not all of it with this.
+        # From here on, the engine's prefix cache may hold KV of another identity.
         if handed_over is not None and (digest is None or handed_over != digest.hex()):
             self._served[_owner(adapter)] = b""
         clean = self._served.setdefault(_owner(adapter), digest or b"") == digest
@@ -248,7 +248,7 @@ class KnownRequests:
         return True
 
     def computed_with(self, request: Request) -> bytes | None:
-        """What the request's KV was computed with, what is in the engine's own cache, too; None if not known."""
+        """The identity of all the request's KV, hits in the engine's prefix cache included. None: unknown or mixed."""
         digest = self._identity.known(request.lora_request)
         return digest if self._served.get(_owner(request.lora_request)) == digest else None
 
@@ -270,17 +270,18 @@ class KnownRequests:
         self._running.pop(req_id, None)
 
     def step_ends(self, scheduled: Container[str]) -> None:
-        """The requests that the step computes. Adapters among them that may have been unloaded are asked for."""
+        """`scheduled` are the requests that the step computes. Ask for those of their adapters that may have been
+        unloaded."""
         self._computed = scheduled
         adapters = {one.lora_int_id: one for req_id, one in self._running.items() if req_id in scheduled}
         for adapter in adapters.values():
-            if adapter.load_inplace:  # what makes room for it, ranks do not tell
+            if adapter.load_inplace:  # ranks do not report which adapters they unload for it
                 self._identity.keep(adapters)
             else:
                 self._confirm(adapter)
 
     def reset(self) -> None:
-        """The engine wants all KV forgotten."""
+        """The engine declares all KV invalid."""
         self._identity.stale = True
 
     def adapters(self) -> dict[str, bytes]:
@@ -308,7 +309,7 @@ class KnownRequests:
         self._note(gone, "failed" if problem else "changed")
 
     def _confirm(self, adapter: LoRARequest) -> None:
-        """Once for each time that it may have been unloaded."""
+        """Ask for the adapter, unless it is confirmed."""
         if self._identity.base is None or self._identity.stale:
             return
         if self._identity.confirmed(adapter.lora_int_id) and not adapter.load_inplace:
@@ -333,19 +334,19 @@ class KnownRequests:
 
     def _take(self, request: Request) -> None:
         digest = self._identity.expected(request.lora_request)
-        # vLLM knows an image by its hash, by what its client calls it, or by what it says of itself, and does not tell.
+        # vLLM identifies an image by its hash, a client's name for it, or its own metadata, and does not say by which.
         if digest is not None and (self._images or not request.mm_features):
             self._requests.setdefault(request.request_id, _Known(digest, request.lora_request, False))
 
 
 def _owner(adapter: LoRARequest | None) -> _Owner | None:
-    """Whose KV the engine's own cache takes it for: it goes by an adapter's name and path."""
+    """The engine's prefix cache distinguishes adapters by name and path only."""
     return None if adapter is None else (adapter.lora_name, adapter.lora_path)
 
 
 def _find_executor(config: VllmConfig) -> Any:
-    """The executor of the engine that this code runs in, which vLLM shows no connector."""
-    frozen = gc.get_freeze_count()  # one that computes in this process has frozen the heap, and is not listed
+    """The executor of the engine that this code runs in. vLLM does not pass it to connectors."""
+    frozen = gc.get_freeze_count()  # an executor in this process freezes the heap, and frozen objects are not listed
     gc.unfreeze()
     found = [one for one in gc.get_objects() if issubclass(type(one), Executor)]
     if frozen:

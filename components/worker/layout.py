@@ -1,8 +1,8 @@
-"""What decides the meaning of a chunk's bytes, written down as the layout that goes into every key.
+"""The layout: everything that decides the meaning of a chunk's bytes. It goes into every key.
 
-Two workers with the same layout may use each other's chunks; anything that could make their bytes differ must be in it.
-Names and paths are not: the same checkpoint may lie in different places, and a name may be given to different weights.
-What is not known from the engine's configuration, its ranks say (weights.py). docs/identity.md lists all of it.
+Workers with the same layout may use each other's chunks, so it must contain everything that could make their bytes
+differ. Names and paths are left out: a checkpoint may have several places, and a name several checkpoints. The ranks
+report what the engine's configuration does not contain (weights.py). docs/identity.md lists all inputs.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from components.worker.compat import (
 )
 from kvstore.seal import seal_mode
 
-# Block outermost, then heads: a block of all layers is one piece, and the pieces of tensor-parallel ranks side by side
-# are the piece of an engine with one rank.
+# Block outermost, then heads. So a block of all layers is contiguous. The parts of tensor-parallel ranks, side by side,
+# are the block of an engine with one rank.
 WANTED_LAYOUT = "BHLNC"
 
-# vLLM seeds its block hashes with it, where it is set.
+# If it is set, vLLM seeds its block hashes with it.
 _HASH_SEED = "PYTHONHASHSEED"
 
-# Of a model's configuration, what does not say what it computes.
+# Fields of a model's configuration that do not affect what it computes.
 _NAMES = ("_name_or_path", "transformers_version")
 _MULTIMODAL = (
     "media_io_kwargs",
@@ -46,7 +46,7 @@ _MULTIMODAL = (
     "video_pruning_method",
 )
 
-# Of layers whose KV was seen to come back from the store and to give the answers of computed KV: docs/models.md.
+# Kinds of layers that were tested: answers with loaded KV equal those with computed KV (docs/models.md).
 _TESTED = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, MambaSpec)
 _UNTESTED = {
     "ChunkedLocalAttentionSpec": "chunked local attention",
@@ -60,15 +60,15 @@ _UNTESTED = {
 
 
 def choose_block_hash(config: VllmConfig) -> None:
-    """Before the engine makes its hash function: SHA-256 over a pickle, which is vLLM's default, becomes SHA-256 over
-    CBOR, which Dynamo's workers have. Without a seed given, either is the same in every process."""
+    """Replace vLLM's default block hash, SHA-256 over a pickle, with SHA-256 over CBOR, which Dynamo's workers use. To
+    be called before the engine creates its hash function. Without a seed, either is the same in every process."""
     if config.cache_config.prefix_caching_hash_algo == "sha256":
         config.cache_config.prefix_caching_hash_algo = "sha256_cbor"
 
 
 def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> dict[str, object]:
-    """The layout of this engine's chunks, but for what ranks say of their weights (identity.py). Raises ValueError,
-    with what to do, if they cannot be shared."""
+    """The layout of this engine's chunks, without the part that ranks report (identity.py). Raises ValueError, with
+    what to do, if the chunks cannot be shared."""
     cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
     if not str(cache.prefix_caching_hash_algo).startswith("sha256"):
         raise ValueError(
@@ -104,9 +104,9 @@ def engine_layout(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[st
             }
         ),
         "draft": described_draft(config),
-        # Or a router would plan fetches of sealed chunks for workers without seals, and the other way round.
+        # Otherwise a router would plan fetches of sealed chunks for workers without seals, and vice versa.
         **({"sealed": True} if _sealed(extra) else {}),
-        # Of another seed all block hashes are others.
+        # Another seed changes all block hashes.
         **({"hash_seed": os.environ[_HASH_SEED]} if _HASH_SEED in os.environ else {}),
     }
 
@@ -117,7 +117,7 @@ def _sealed(extra: Mapping[str, object]) -> bool:
 
 
 def check_kinds(kv_cache: KVCacheConfig, *, speculative: bool = False) -> None:
-    """Raises ValueError for a model with layers whose KV was never seen to come back right."""
+    """Raises ValueError for a model with kinds of layers that were not tested."""
     for spec in _layer_specs(kv_cache):
         name = type(spec).__name__
         if isinstance(spec, KVCacheSpec) and type(spec) not in _TESTED:
@@ -142,7 +142,7 @@ def _layer_specs(kv_cache: KVCacheConfig) -> list[KVCacheSpec]:
 
 
 def tp_agnostic(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> bool:
-    """Whether a chunk has the same bytes, but for rounding, however many tensor-parallel ranks make it."""
+    """Whether a chunk has the same bytes, except for rounding, for any number of tensor-parallel ranks."""
     parallel = config.parallel_config
     ranks = parallel.tensor_parallel_size
     if extra.get("tp_private") or parallel.world_size != ranks or parallel.decode_context_parallel_size != 1:
@@ -160,9 +160,9 @@ def tp_agnostic(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str,
         return False
     layout = config.cache_config.get_resolved_kv_cache_layout()
     if not layout.is_block_outermost:
-        # vLLM places every layer's heads by itself (canonical_layout), and leaves padding out, which one rank has.
+        # vLLM places each layer's heads separately (canonical_layout) and omits padding, which a single rank has.
         return all(spec.page_size_padded is None for spec in specs)
-    # The heads of a rank follow those of the one before only where nothing but heads is in a block.
+    # Ranks' heads are adjacent only if a block holds nothing but heads.
     block_bytes = build_offloading_config(config, kv_cache).worker_kv_bytes_per_block
     return layout.name == WANTED_LAYOUT and all(
         len(set(iter_layer_specs(group.kv_cache_spec))) == 1
@@ -172,19 +172,19 @@ def tp_agnostic(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str,
 
 
 def is_latent(kv_cache: KVCacheConfig) -> bool:
-    """Whether all KV is MLA's, of which every rank has the whole, and one of them stores it."""
+    """Whether all KV is MLA's. Then every rank has all of it, and one rank stores it."""
     return all(type(spec) is MLAAttentionSpec for spec in _layer_specs(kv_cache))
 
 
 def needs_canonical(config: VllmConfig, kv_cache: KVCacheConfig, extra: Mapping[str, object]) -> bool:
-    """Whether ranks have to place their parts of a block beside each other for the chunk to be TP-agnostic; where one
-    rank is all, or each has all, it is so anyway."""
+    """Whether ranks have to place their parts of a block side by side for the chunk to be TP-agnostic. With one rank,
+    or if each rank has all KV, it is TP-agnostic anyway."""
     ranks = config.parallel_config.tensor_parallel_size
     return ranks > 1 and not is_latent(kv_cache) and tp_agnostic(config, kv_cache, extra)
 
 
 def described_draft(config: VllmConfig) -> list[object]:
-    """The model that guesses tokens, whose KV is in the same chunks; empty where there is none."""
+    """The draft model, whose KV is in the same chunks; empty if there is none."""
     speculative = config.speculative_config
     if speculative is None or not speculative.uses_draft_kv_cache() or speculative.draft_model_config is None:
         return []
@@ -192,14 +192,14 @@ def described_draft(config: VllmConfig) -> list[object]:
 
 
 def described(model: ModelConfig) -> list[str]:
-    """A model's architecture: what its code does with the weights."""
+    """A model's architecture: how its code uses the weights."""
     config = {name: value for name, value in model.hf_config.to_dict().items() if name not in _NAMES}
     return [repr(sorted(config.items())), str(model.quantization)]
 
 
 def _multimodal(model: ModelConfig) -> list[str]:
-    """How images and the like become embeddings, as far as weights do not say so. vLLM's hash of one covers its bytes
-    and the request's own settings."""
+    """How images and other media become embeddings, apart from the weights. vLLM's hash of a medium covers its bytes
+    and the request's settings."""
     settings = model.multimodal_config
     if settings is None:
         return []

@@ -1,22 +1,22 @@
-"""Loads from DRAM to HBM: at the head of the step that computes the rest of the prompt, where that pays, and who waits
-for another request's.
+"""Loads from DRAM to HBM inside the step that computes the rest of the prompt, and which requests wait for another's
+load.
 
-Stock offloading gives a load steps of its own: the request waits for the worker to report it, which with asynchronous
-scheduling takes until two more steps have run, and is computed in the one after. But a step is scheduled while the one
-before it still runs: a copy that begins at once is over before its own step begins, or nearly so. The GPU then waits
-for the copy, not the scheduler for a report, and the first token comes three steps sooner. What is left of the copy
-holds up all who decode, so that only so much is copied in a step as takes IN_STEP_SECONDS, and nothing while a load
-between steps is under way: vLLM's copies to HBM come one after the other.
+Stock offloading loads between steps. The request waits for the worker's report, which with asynchronous scheduling
+takes two more steps, and is computed in the step after. But a step is scheduled while the step before it still runs. A
+copy that begins at once is over, or nearly over, when its own step begins. So the GPU waits for the copy, not the
+scheduler for a report, and the first token comes three steps earlier. The rest of the copy delays all decoding
+requests. Therefore a step's copies are limited to IN_STEP_SECONDS. While a load between steps is in flight, a step has
+none, since vLLM runs copies to HBM one after the other.
 
-On the scheduler's thread. vLLM asks each connector whether a load is asynchronous; its offloading, however, was written
-for loads that are, and what it takes for granted is kept true here:
+Runs on the scheduler's thread. vLLM asks each connector whether a load is asynchronous, but its offloading was written
+for asynchronous loads only. Two of its assumptions have to be kept:
 
-* it takes blocks that have a hash for present, and blocks of a request that is computed have theirs at once;
-* it forbids a request with a load under way to be preempted, or to store.
+* blocks with a hash are present; but blocks of a computed request get their hash at once;
+* a request with a load in flight is not preempted and does not store.
 
-Stock offloading also holds every request that shares a chunk with a load under way until the whole load is over. Blocks
-of a load in its step are found in HBM from then on, so that nobody waits for it, and what is loaded once is copied
-once. A load between steps is waited for only by a request whose own copy would take as long as what is left of it.
+Stock offloading also holds every request that shares a chunk with a load in flight until the whole load is over. Here,
+the blocks of a load inside a step are HBM hits from then on: no request waits, and each chunk is copied once. A request
+waits for a load between steps only if its own copy would take longer than the rest of that load.
 """
 
 import time
@@ -33,20 +33,20 @@ from components.worker.compat import (
     SchedulerOutput,
 )
 
-# Of a step that decodes for a 70B model a half to a third, and most of it runs beside the step before. At 50 GB/s it is
-# 1 GB: 6,000 tokens of such a model in FP8.
+# A third to a half of a 70B model's decode step, and most of it overlaps the step before. At 50 GB/s it is 1 GB: 6,000
+# tokens of such a model in FP8.
 IN_STEP_SECONDS = 0.02
 
 
 @dataclass
 class InStepMetadata(OffloadingConnectorMetadata):
-    in_step: frozenset[int] = frozenset()  # those of load_jobs that the step's computation comes after
+    in_step: frozenset[int] = frozenset()  # the load_jobs that the step's computation waits for
     computed: bool = False  # whether store_jobs are of steps before this one
 
 
 @dataclass
 class Loads:
-    """Which loads are made in their step. `row_bytes` is what a chunk has on all ranks together."""
+    """Decides which loads run inside their step. `row_bytes` is the size of a chunk on all ranks together."""
 
     scheduler: OffloadingConnectorScheduler
     row_bytes: int
@@ -57,22 +57,22 @@ class Loads:
 
     @property
     def possible(self) -> bool:
-        """Whether this model's loads can be in a step: of one kind of block, none of which is left out or shifted."""
+        """Whether this model's loads can run inside a step: it has one KV group, without sliding window or EAGLE."""
         groups = self.scheduler.config.kv_group_configs
         return len(groups) == 1 and not groups[0].is_eagle_group and groups[0].sliding_window_size_in_chunks is None
 
     def worth_loading(self, request: Request, computed_tokens: int, load_tokens: int) -> int:
-        """How many of so many tokens after those that are there to load. Of a prompt of which nothing would be left to
-        compute, the last chunk is computed, as it is after a hit in HBM: after a load between steps the engine takes
-        one token back and computes it two steps later."""
+        """How many of the `load_tokens` after the computed ones to load. If nothing would be left to compute, the last
+        chunk is recomputed, as after a hit in HBM. A load of all would run between steps, and the engine would
+        recompute one token two steps later."""
         if not self.possible or computed_tokens + load_tokens < request.num_tokens:
             return load_tokens
         return load_tokens - self.scheduler.config.kv_group_configs[0].tokens_per_chunk
 
     def admit(self, request: Request, load_tokens: int, bytes_per_second: float) -> bool:
-        """Whether the load of so many tokens should be made in the step that is being scheduled, which computes the
-        rest. `bytes_per_second` from DRAM to one rank's HBM; 0: not known yet."""
-        self._admitted.pop(request.request_id, None)  # there was no room in HBM when it was admitted before
+        """Whether to load these tokens inside the step that is being scheduled and computes the rest.
+        `bytes_per_second` is the speed from DRAM to one rank's HBM; 0: not known yet."""
+        self._admitted.pop(request.request_id, None)  # an earlier admission found no room in HBM
         seconds = self.seconds(load_tokens, bytes_per_second)
         if not seconds:
             return False
@@ -82,7 +82,7 @@ class Loads:
         return True
 
     def seconds(self, tokens: int, bytes_per_second: float) -> float:
-        """What their copy to HBM takes; 0 where that is not known, or not in a step."""
+        """The duration of their copy to HBM inside a step; 0 if it is unknown, or if such loads are not possible."""
         return self._copy_seconds(tokens, bytes_per_second) if self.possible else 0.0
 
     def _copy_seconds(self, tokens: int, bytes_per_second: float) -> float:
@@ -91,8 +91,8 @@ class Loads:
 
     @contextmanager
     def waited_for(self, tokens: int, bytes_per_second: float) -> Iterator[None]:
-        """While stock offloading looks up a request of so many tokens that are not in HBM: let it wait for those loads
-        only that will be over before the request's own would be."""
+        """A context for stock offloading's lookup of a request with `tokens` tokens that are not in HBM. In it, the
+        request waits only for loads that will end before its own load would."""
         loading, jobs = self.scheduler._chunks_being_loaded, self.scheduler._jobs
         self._between = {job_id: ends for job_id, ends in self._between.items() if job_id in jobs}
         until = time.monotonic() + self._copy_seconds(tokens, bytes_per_second)
@@ -106,7 +106,7 @@ class Loads:
             self.scheduler._chunks_being_loaded = loading
 
     def _between_steps(self) -> bool:
-        """Whether a load of any request is under way, or about to be, that no step waits for."""
+        """Whether any request has a load between steps in flight or pending."""
         return any(not job.is_store and job_id not in self._jobs for job_id, job in self.scheduler._jobs.items())
 
     def allocated(
@@ -117,7 +117,7 @@ class Loads:
         bytes_per_second: float,
         stock: Callable[[Request, KVCacheBlocks, int], None],
     ) -> None:
-        """The request has its blocks: let stock offloading make the job, of blocks that are not there yet."""
+        """The request has its blocks: let stock offloading create the job for those that are not in HBM."""
         req_id = request.request_id
         status = self.scheduler._req_status.get(req_id)
         if not load_tokens or req_id not in self._admitted:
@@ -139,13 +139,13 @@ class Loads:
     def scheduled(
         self, output: SchedulerOutput, stock: Callable[[SchedulerOutput], OffloadingConnectorMetadata]
     ) -> InStepMetadata:
-        """The step is scheduled: what stock offloading tells the workers, and which loads come first in it."""
+        """The step is scheduled: stock offloading's metadata for the workers, with the loads inside the step."""
         for job_id in [job_id for job_id in self._jobs if job_id not in self.scheduler._jobs]:
             del self._jobs[job_id]
         hidden = []
         for job_id, req_id in self._jobs.items():
             status = self.scheduler._req_status[req_id]
-            if not status.req.is_finished():  # which is kept until its load is reported
+            if not status.req.is_finished():  # a finished request is kept until its load is reported
                 status.transfer_jobs.remove(job_id)
                 hidden.append((status, job_id))
         meta = stock(output)
@@ -156,5 +156,5 @@ class Loads:
         return InStepMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, new, self.possible)
 
     def in_step(self, req_id: str) -> bool:
-        """Whether the request has a load in a step that is not reported as done yet: until then it stores nothing."""
+        """Whether the request has an unreported load inside a step. Until the report, it stores nothing."""
         return req_id in self._jobs.values()

@@ -1,12 +1,11 @@
 """vLLM's tiering manager, with four refinements.
 
-* A promotion of many chunks is several jobs, so that one request's hundreds of chunks do not stand before another's
-  first ones.
-* A chunk that came from a lower tier may be evicted before the request that wanted it is scheduled. Here its row is
-  held for the request until that is scheduled, gone, or late, within a share of all rows.
-* What a tier had no room to store is offered again while it is in DRAM: a hole in the middle of a prompt makes what
-  follows it useless.
-* A request waits for a chunk that is on its way however long that takes. Here it passes over it past its deadline.
+* A promotion of many chunks is split into several jobs, so that a long prompt does not block another's first chunks.
+* A fetched chunk may be evicted before the request that needs it is scheduled. Here its row is pinned until the request
+  is scheduled, gone, or late. Pinned rows are limited to a share of all rows.
+* Chunks that a tier had no room to store are offered again while they are in DRAM. A gap in a prompt makes all later
+  chunks useless.
+* Stock requests wait for a chunk in flight without limit. Here they give up at their deadline.
 
 All of it runs on the scheduler's thread.
 """
@@ -29,16 +28,16 @@ from components.worker.compat import (
     split_promotions,
 )
 
-# A request that has not been scheduled so long after its chunks came may find them evicted.
+# Chunks are pinned for this long after they came. A request that is scheduled later may find them evicted.
 HOLD_SECONDS = 30.0
-# Of all rows. With those being filled and those that wait to be put (remote_tier.py, a quarter each) a tenth is
-# left in any case for what the engine computes.
+# Share of all rows. Loads and puts (remote_tier.py, puts.py) may occupy a quarter each. So a tenth is always left for
+# newly computed chunks.
 HOLD_SHARE = 0.4
 
 
 @dataclass
 class _Holding:
-    """Rows that are held for a request that is not scheduled yet."""
+    """Rows that are pinned for a request that is not scheduled yet."""
 
     context: ReqContext
     until: float
@@ -55,18 +54,18 @@ class HoldingTieringManager(TieringOffloadingManager):
         self._held_rows_max = int(HOLD_SHARE * self.primary_tier._num_chunks)
 
     def dram_chunks(self) -> tuple[int, int]:
-        """Chunks in DRAM, those that are still written included, and the room for them."""
+        """Chunks in DRAM, those still being written included, and the capacity in chunks."""
         room: int = self.primary_tier._num_chunks
         return room - self.primary_tier._get_num_free_chunks(), room
 
     # ---- requests
 
     def expect(self, req_id: str) -> None:
-        """The request is going to be scheduled: hold what is promoted for it."""
+        """The request is going to be scheduled: pin what is promoted for it."""
         self._waiting.add(req_id)
 
     def let_go(self, req_id: str) -> None:
-        """The request is scheduled, and its loads hold their rows themselves; or it is gone."""
+        """The request is scheduled, and its loads pin their rows themselves; or it is gone."""
         self._waiting.discard(req_id)
         self._drop(req_id)
 
@@ -88,18 +87,18 @@ class HoldingTieringManager(TieringOffloadingManager):
     def reset_cache(self) -> None:
         for req_id in list(self._holdings):
             self._drop(req_id)
-        waiting, self._waiting = self._waiting, set()  # what comes in meanwhile is not worth holding
+        waiting, self._waiting = self._waiting, set()  # chunks that arrive meanwhile are not pinned
         super().reset_cache()
         self._waiting = waiting
 
     # ---- jobs
 
     def take_in(self) -> None:
-        """What has come since the last lookup of this step; stock looks once a step."""
+        """Take in finished jobs again in this step. Stock does it once a step."""
         self._process_finished_jobs()
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
-        """In the order of the prompt: stock keeps a job's keys as a set, and a prefix is of use without its tail."""
+        """In the order of the prompt, since a prefix is useful without its tail. Stock keeps a job's keys as a set."""
         in_order = sorted(keys, key=lambda key: req_context.get_offload_key_position(key) or 0)
         super().complete_store(in_order, req_context, success)
 
@@ -118,7 +117,7 @@ class HoldingTieringManager(TieringOffloadingManager):
         self._hold(list(job.keys if completed_job.success else completed_job.successful_keys or ()), job.req_context)
 
     def _pin(self, tier: int, keys: list[OffloadKey], context: ReqContext) -> TransferJob | None:
-        """A job to store those of `keys` that are in DRAM, or None if none is."""
+        """A job that stores those of `keys` that are in DRAM; None if there are none."""
         present = [key for key in keys if self.primary_tier.lookup(key, context) is LookupResult.HIT]
         return self.create_store_job(present, context, tier) if present else None
 

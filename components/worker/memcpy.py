@@ -1,7 +1,7 @@
 """HBM <-> DRAM on an engine without a GPU: both are host memory, so a transfer is a copy.
 
-It copies on the caller's thread, the engine's worker, and is done when `submit_*` returns. vLLM's own mover for GPUs
-(CPUOffloadingWorker) is used wherever there is one.
+Copies run on the caller's thread, the engine's worker, and have ended when `submit_*` returns. On GPUs, vLLM's
+CPUOffloadingWorker is used instead.
 """
 
 import time
@@ -24,9 +24,9 @@ from components.worker.compat import (
 class MemcpyWorker(OffloadingWorker):
     """Moves KV blocks between the engine's tensors and the rows of the shared DRAM tier.
 
-    A row holds `blocks_per_chunk` blocks of every tensor; a transfer may begin and end inside a row. `canonical`: the
-    ranks' parts of a block lie in it as their mappings say, so that the row does not depend on how many ranks there
-    are; otherwise each rank has its own part of a row. One instance per engine rank, one thread.
+    A row holds `blocks_per_chunk` blocks of every tensor. A transfer may begin and end inside a row. With `canonical`,
+    the ranks' parts are placed within each block by their mappings, so that a row does not depend on the number of
+    ranks. Without, each rank has a contiguous part of the row. One instance for each rank; one thread.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class MemcpyWorker(OffloadingWorker):
         return finished
 
     def wait(self, job_ids: set[int]) -> None:
-        """Nothing is ever under way."""
+        """No transfer is ever in flight."""
 
     def shutdown(self) -> None:
         self._engine.clear()
@@ -85,7 +85,7 @@ class MemcpyWorker(OffloadingWorker):
         for refs, count, first in zip(self._groups, engine.group_sizes, engine.block_indices, strict=True):
             if count == 0:
                 continue
-            # Where each block of the group lies within its rows: `first` is its index in the request.
+            # Each block's offset within its row; `first` is the first block's index in the request.
             places = first % self._blocks_per_chunk + np.arange(count)
             row_count = int(places[-1]) // self._blocks_per_chunk + 1
             block_ids = engine.block_ids[block : block + count]
@@ -93,7 +93,7 @@ class MemcpyWorker(OffloadingWorker):
             in_row = places % self._blocks_per_chunk
             for ref in refs:
                 tensor, rows = self._engine[ref.tensor_idx], self._rows[ref.tensor_idx]
-                # One copy a page: twenty times the speed of one indexed assignment for all of them (512 KiB pages).
+                # One copy for each page is 20 times as fast as one indexed assignment for all (512 KiB pages).
                 for block_id, row_id, place in zip(block_ids, row_ids, in_row, strict=True):
                     page, part = tensor[block_id], rows[row_id, place]
                     if self._canonical:
@@ -112,7 +112,7 @@ class MemcpyWorker(OffloadingWorker):
 
 
 def _copy_runs(page: torch.Tensor, part: torch.Tensor, mapping: CanonicalPageMapping, *, store: bool) -> None:
-    """Between a rank's page and its places in the page of all ranks; both (bytes,), int8."""
+    """Copy between a rank's page and its parts of the page of all ranks. Both are int8 with shape (bytes,)."""
     for run in mapping.runs:
         shape = (run.num_fragments, run.fragment_size)
         ours = page.as_strided(shape, (run.local_stride, 1), page.storage_offset() + run.local_offset)

@@ -1,7 +1,7 @@
-"""Chunks on their way to the store, behind the requests that computed them.
+"""Write-behind: chunks on their way to the store, after the requests that computed them.
 
-A job to store is put in pieces. What a mover leaves unanswered when it ends, the next one tries once more: to put twice
-does no harm. What has no room is left over, in the order of the prompt, and put later if it is still in DRAM.
+A store job is put in pieces. If a mover ends without an answer, the next mover retries the piece once: puts are
+idempotent. Chunks without room are left over, in the order of the prompt, and put later if they are still in DRAM.
 """
 
 import time
@@ -16,15 +16,15 @@ from components.worker.mover import frames
 from components.worker.mover.link import Job, MoverLink
 from components.worker.tier_request import TierRequest, names
 
-# Of all rows. Those that wait for a put cannot be evicted: with more of them the tier would stand in the engine's way.
+# Share of all rows. Rows that wait for a put cannot be evicted: with more of them the engine would run out of rows.
 ROWS_SHARE = 0.25
-# Of one piece.
+# The size of a piece.
 PIECE_CHUNKS = 256
 PIECE_BYTES = 64 << 20
-# With puts under way, the mover answers one at least so often, unless it hangs: it gives a piece 10 seconds, and gives
-# way to loads for a moment before each 8 MiB of it.
+# A mover with puts in flight that answers none for this long hangs. A put times out after 10 seconds, plus a moment
+# before each 8 MiB of it, for which it gives way to loads.
 HUNG_SECONDS = 60.0
-# Puts wait for a mover that is back so soon; for longer their rows are not kept from the engine.
+# Puts wait this long for the next mover. After it, the engine gets their rows back.
 GONE_SECONDS = 1.0
 
 Pin = Callable[[list[OffloadKey], ReqContext], TransferJob | None]
@@ -32,7 +32,7 @@ Pin = Callable[[list[OffloadKey], ReqContext], TransferJob | None]
 
 @dataclass(eq=False)
 class _Piece(Job):
-    """A part of a job to store."""
+    """A part of a store job."""
 
     command: frames.Put
     job_id: JobId
@@ -42,14 +42,14 @@ class _Piece(Job):
 
 @dataclass(eq=False)
 class _Leftover:
-    """What of a job to store had no room, in the order of the prompt."""
+    """The chunks of a store job that had no room, in the order of the prompt."""
 
     request: TierRequest
     keys: list[OffloadKey]
 
 
 class Puts:
-    """For the scheduler's thread, with the tier (remote_tier.py). No method blocks. Jobs that have ended are added to
+    """For the scheduler's thread; used by the tier (remote_tier.py). No method blocks. Ended jobs are added to
     `finished`."""
 
     def __init__(self, link: MoverLink, counters: Counters, finished: list[JobResult], *, rows: int, row_bytes: int):
@@ -58,13 +58,13 @@ class Puts:
         self._piece_chunks = max(1, min(PIECE_CHUNKS, PIECE_BYTES // max(1, row_bytes)))
         self._rows_max = int(ROWS_SHARE * rows)
         self._rows = 0
-        self._pieces: dict[int, _Piece] = {}  # by a number of their own
-        self._pieces_left: dict[JobId, int] = {}  # of a job, how many are under way
+        self._pieces: dict[int, _Piece] = {}  # by their own number
+        self._pieces_left: dict[JobId, int] = {}  # pieces in flight, by job
         self._number = 0
-        self._progress = 0.0  # when the mover answered last, or need not have
+        self._progress = 0.0  # when the mover answered last, or had nothing to answer
         self._leftovers: deque[_Leftover] = deque()
         self._leftover_chunks = 0
-        self._leftover_chunks_max = rows  # what is put later has to be in DRAM still
+        self._leftover_chunks_max = rows  # leftovers have to be in DRAM, so there are no more than rows
 
     @property
     def pending(self) -> bool:
@@ -73,19 +73,19 @@ class Puts:
     # ---- jobs
 
     def submit(self, job: TransferJob, request: TierRequest | None) -> None:
-        """Put a job's chunks as far as there is room. What waits already goes first."""
+        """Put as many of a job's chunks as have room. Leftovers go first."""
         if request is None or request.identity is None:
             self._counters.add(STORED, len(job.keys), "dropped")
             self._finished.append(JobResult(job.job_id, True))
             return
-        # The leading chunks are of use without the rest, not the other way round.
+        # The leading chunks are useful without the rest, but not vice versa.
         kept = 0 if self._leftovers else self._room
         self._leave_over(request, list(job.keys)[kept:])
         self._put(job, request, kept)
 
     def submit_leftovers(self, pin: Pin) -> None:
-        """Put what had no room, as far as there is some now. `pin` makes a job of those keys that are in DRAM still;
-        None: none is."""
+        """Put as many leftovers as have room now. `pin` makes a job of the keys that are still in DRAM, or returns
+        None."""
         while self._leftovers and self._room >= min(self._piece_chunks, self._rows_max):
             request, keys = self._leftovers[0].request, self._leftovers[0].keys[: self._piece_chunks]
             self._take_over(len(keys))
@@ -97,7 +97,7 @@ class Puts:
                 self._put(job, request, found)
 
     def forget_leftovers(self) -> None:
-        """Their rows are about to go."""
+        """Their rows are about to be evicted."""
         self._leftovers.clear()
         self._leftover_chunks = 0
 
@@ -125,7 +125,7 @@ class Puts:
             self._leftovers.popleft()
 
     def _put(self, job: TransferJob, request: TierRequest, count: int) -> None:
-        """The first so many chunks of a job."""
+        """Put the first `count` chunks of a job."""
         keys, rows = list(job.keys)[:count], job.chunk_ids.tolist()[:count]
         if not keys:
             self._finished.append(JobResult(job.job_id, True))
@@ -150,7 +150,7 @@ class Puts:
         self._link.flush()
 
     def _send(self, piece: _Piece) -> None:
-        """Its request's tokens first, of which the chunks' router hashes are made."""
+        """Send the request's tokens first: the mover computes the chunks' router hashes from them."""
         request = piece.request
         self._send_tokens(request, max(piece.command.chunks, default=-1))
         self._link.add(piece)
@@ -158,8 +158,8 @@ class Puts:
             request.tokens_sent = 0
 
     def _send_tokens(self, of: TierRequest, chunk: int) -> None:
-        """The request's tokens up to the end of the chunk, where its blocks depend on nothing but tokens, LoRA and
-        salt: a router can compute the hashes of no others."""
+        """Send the request's tokens up to the end of the chunk. Only if its blocks depend on nothing but tokens, LoRA
+        and salt: routers cannot compute the hashes of others."""
         request = of.engine_request
         if request is None or request.mm_features or request.prompt_embeds is not None:
             return
@@ -189,7 +189,7 @@ class Puts:
             self._link.kill("a put is not answered")
 
     def mover_ended(self) -> None:
-        """What it had not stored, the next one tries once more."""
+        """Let the next mover retry the unanswered pieces once."""
         for piece in list(self._pieces.values()):
             piece.request.tokens_sent = 0
             if piece.retried:
@@ -203,13 +203,13 @@ class Puts:
             self._send(piece)
 
     def wait_for_mover(self) -> None:
-        """Give up if the next one is not started soon, or never."""
+        """Give up if the next mover does not start soon."""
         if self._link.gone_seconds > GONE_SECONDS:
             for piece in list(self._pieces.values()):
                 self._give_up(piece)
 
     def retry_none(self) -> None:
-        """When the mover ends, what it had not stored has failed."""
+        """From here on, unanswered pieces fail when the mover ends."""
         for piece in self._pieces.values():
             piece.retried = True
 
@@ -217,7 +217,7 @@ class Puts:
         self._finish(piece, ["unreachable"] * len(piece.command.rows))
 
     def _finish(self, piece: _Piece, outcomes: list[str]) -> None:
-        """The mover reads none of the piece's rows any more."""
+        """Precondition: the mover no longer reads the piece's rows."""
         for name, chunks in Counter(outcomes).items():
             self._counters.add(STORED, chunks, name)
         self._counters.add(STORED_BYTES, outcomes.count("stored") * self._row_bytes)

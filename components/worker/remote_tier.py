@@ -1,12 +1,13 @@
-"""The store as a tier of the engine: lookups, fetches, timeouts, and load or recompute. Stores are in puts.py.
+"""The store as a tier of the engine: lookups, fetches, timeouts, and the choice to load or recompute. Writes are in
+puts.py.
 
-A state machine on the scheduler's thread. It takes no lock, and blocks only where it is told for how long (`await_*`,
-`wait`): whatever touches the network is done by the mover, a process of its own (mover/), under a deadline. What
-fails, is late or does not check out is reported as missing, and the engine computes it.
+A state machine on the scheduler's thread. It takes no lock. It blocks only in `await_*` and `wait`, up to a given time.
+All network I/O runs in the mover, a process of its own (mover/), with deadlines. Chunks that fail, are late or do not
+verify are reported as missing, and the engine computes them.
 
-One rule stands above speed: a load is reported as finished only when nobody can write into its rows any more. Either
-the mover says so, or the mover is dead and reaped. A request does not wait for that: past its deadline `gave_up` tells
-the manager to pass over what is still pending.
+The invariant: a load is reported as finished only when no process can write to its rows any more. Either the mover has
+answered, or the mover is dead and reaped. A request does not wait for that: past its deadline, `gave_up` makes the
+manager skip pending chunks.
 """
 
 import logging
@@ -52,38 +53,38 @@ from kvstore.seal import open_seal
 logger = logging.getLogger(__name__)
 
 TIER_TYPE = "kvtier"
-# A chunk that was fetched and pushed out of DRAM again before its request was scheduled is fetched once more, not more
-# often: under such pressure the request would wait for ever.
+# A chunk that DRAM evicted before its request was scheduled is fetched once more, but not again. Under such pressure
+# the request would otherwise wait without end.
 FETCHES_PER_CHUNK = 2
-# A load that the mover has not answered so long after its deadline is in the hands of a mover that hangs. A request
-# does not wait for it; its rows do.
+# A mover that has not answered a load this long after its deadline hangs. The request does not wait for it, but the
+# rows do.
 HUNG_SECONDS = 1.0
-# Pieces of this size keep every connection busy and let another request's first chunks in between.
+# Fetches are split into pieces of this size: enough to keep all connections busy, small enough to interleave requests.
 JOB_BYTES = 8 << 20
 JOB_CHUNKS = 64
-# Of all rows. Those that are being filled cannot be evicted; the bound on rows is one on bytes in flight, too.
+# Share of all rows. Rows that are being filled cannot be evicted. The limit also bounds the bytes in flight.
 LOAD_SHARE = 0.25
 _STOP_SECONDS = 2.0
 _DRAIN_SECONDS = 5.0
 _WAIT_SECONDS = 0.001
-# What the store holds is known some 0.6 ms after it was asked (a target on the same host, UNIX socket); a request that
-# does not wait for that loses a step, tens of milliseconds. A target that is slower costs the GPU no more than this.
+# The store answers a lookup in some 0.6 ms (a target on the same host, UNIX socket). A request that does not wait for
+# the answer loses a step, tens of milliseconds. A slower target costs the GPU at most this.
 _ANSWER_SECONDS = 0.002
 
-# dynamo.vllm leaves its instance id here for the engine's process.
+# dynamo.vllm passes its instance id to the engine's process in this variable.
 _DYNAMO_WORKER_ID = "DYN_FPM_WORKER_ID"
 
 
 def blocks_per_chunk(spec: OffloadingSpec) -> int:
-    """How many hashed blocks, which are what a router counts in, make a chunk of the first group."""
+    """How many hashed blocks, the router's unit, make a chunk of the first KV group."""
     return int(spec.tokens_per_block[0] * spec.blocks_per_chunk // spec.tokens_per_hash)
 
 
 class RemoteTier(SecondaryTierManager):
-    """The kvtier store as a secondary tier. vLLM makes it from the `secondary_tiers` entry (frames.Settings); see
-    SecondaryTierManager for the contract of each method. `on_load` is called for each fetched chunk, with the token
-    that it ends at; `prefill` is what computing costs here, as far as it is known, and `prefill_share` how much of its
-    time the engine spends on prompts.
+    """The kvtier store as a secondary tier. vLLM constructs it from the `secondary_tiers` entry (frames.Settings). See
+    SecondaryTierManager for the contract of each method. `on_load` is called for each fetched chunk, with the token at
+    its end. `prefill` is this engine's prefill model, as far as it is fitted. `prefill_share` is the share of its time
+    that the engine spends on prompts.
     """
 
     medium = Medium.STORAGE
@@ -100,7 +101,7 @@ class RemoteTier(SecondaryTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = Locality.REMOTE
         settings = frames.settings_of(entry)
-        # Files that cannot be read would end the mover, and the engine would go on without the store.
+        # Fail at start: with unreadable files the mover would exit, and the engine would run without the store.
         credentials.load(Path(settings.credential_file) if settings.credential_file else None)
         open_seal(settings.seal_key, settings.seal)
         tls.open_client(settings.tls, settings.carrier)
@@ -109,13 +110,13 @@ class RemoteTier(SecondaryTierManager):
         self._block_tokens = offloading_spec.tokens_per_hash
         self._blocks_per_chunk = blocks_per_chunk(offloading_spec)
         self._chunk_tokens = self._block_tokens * self._blocks_per_chunk
-        # A plan knows the chunks of one group. Where there are more, the store itself is asked.
+        # A plan lists the chunks of one KV group. With several groups, the store is asked.
         self._plans = len(offloading_spec.config.groups) == 1
         self._deadline_seconds = settings.deadline_ms / 1000
         self._lookup_seconds = settings.lookup_ms / 1000
         self._load_rows_max = max(1, int(LOAD_SHARE * rows))
         self._load_rows = 0
-        self._promised_rows = 0  # looked up as there, not submitted yet
+        self._promised_rows = 0  # rows of hits that are not submitted yet
         self._waited_seconds = 0.0  # in this step
         self._listened = False  # in this step
         self._requests: dict[str, TierRequest] = {}
@@ -152,23 +153,23 @@ class RemoteTier(SecondaryTierManager):
     # ---- requests
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        self._step()  # an engine that was idle has not listened to its mover
+        self._step()  # an idle engine has not read its mover's reports
         plan, now = read_plan(req_context.kv_transfer_params) if self._plans else None, time.monotonic()
         self._number += 1
         deadline = now + self._deadline_seconds
         request = TierRequest(self._number, req_context, plan, now, deadline, self._chunk_tokens)
         self._requests[req_context.req_id] = self._by_number[self._number] = request
-        # A chunk that this worker should hold and no target does was lost to an outage, or evicted while it was read
-        # from HBM alone: offer all of the request again, hits included, and the store is whole again.
+        # This worker should hold a chunk that no target holds. It was lost in an outage, or evicted while only HBM
+        # served it. Offer all of the request again, hits included, to close the gap.
         holes = plan is not None and any(run.target is None for run in plan.runs)
         return RequestOffloadingContext(OffloadPolicy.REQUEST_LEVEL if holes else OffloadPolicy.CHUNK_LEVEL)
 
     def arrived(self, request: Request) -> None:
-        """The request whose context came just before."""
+        """Add the request whose context vLLM passed just before."""
         self._requests[request.request_id].engine_request = request
 
     def identify(self, req_id: str, identity: bytes) -> bool:
-        """The request's KV is computed with this. Whether that is news."""
+        """Set the identity of the request's KV. Returns whether it is new."""
         news = self._requests[req_id].identity != identity
         if news:
             self.forget([req_id])
@@ -176,8 +177,8 @@ class RemoteTier(SecondaryTierManager):
         return news
 
     def forget(self, req_ids: Collection[str]) -> None:
-        """What these requests' KV is computed with has changed: what is under way for them ends as if it were missing,
-        nothing that was computed is stored, and they are as new."""
+        """The identity of these requests has changed. Their fetches end as misses, nothing already computed is stored,
+        and they start as new."""
         for req_id in req_ids:
             request = self._requests.get(req_id)
             if request is not None and request.identity is not None:
@@ -187,7 +188,7 @@ class RemoteTier(SecondaryTierManager):
                 self._requests[req_id].engine_request = request.engine_request
 
     def announce(self, base: bytes | None, adapters: dict[str, bytes]) -> None:
-        """For routers: which chunks this worker can use, and those of requests with an adapter by its name."""
+        """Tell routers which identity this worker's chunks have, and that of each adapter, by its name."""
         identified = frames.Identified(
             fingerprint(base) if base is not None else 0, {name: fingerprint(one) for name, one in adapters.items()}
         )
@@ -199,7 +200,7 @@ class RemoteTier(SecondaryTierManager):
         self._counters.add(counters.IDENTITY, 1, outcome)
 
     def ask(self, req_id: str, keys: Sequence[OffloadKey]) -> None:
-        """For a request without a plan: find out which of its leading chunks, in order, the store holds."""
+        """For a request without a plan: ask the store which of its leading chunks it holds."""
         request = self._requests.get(req_id)
         if request is None or request.plan is not None or request.asked is not None or request.identity is None:
             return
@@ -210,13 +211,13 @@ class RemoteTier(SecondaryTierManager):
             request.targets = {}
 
     def undecided(self, req_id: str) -> bool:
-        """Whether it is not known yet what the store holds of the request, and may be soon."""
+        """Whether the store's answer for the request is pending."""
         request = self._requests.get(req_id)
         return request is not None and request.undecided
 
     def await_answer(self, req_id: str, spare_seconds: float) -> None:
-        """The engine is about to look the request up: let the store's answer come first if it comes at once. Once for
-        each request; blocks for `_ANSWER_SECONDS` a step at most, or for as long as the GPU is busy without it."""
+        """The engine is about to look the request up: wait shortly for the store's answer, once for each request.
+        Blocks for at most `_ANSWER_SECONDS` a step, or for as long as the GPU is busy with an earlier step."""
         request = self._requests.get(req_id)
         if request is None or request.awaited or not request.undecided:
             return
@@ -224,12 +225,12 @@ class RemoteTier(SecondaryTierManager):
         self._await(lambda: not request.undecided, max(spare_seconds, _ANSWER_SECONDS))
 
     def await_chunks(self, req_id: str, spare_seconds: float) -> bool:
-        """The engine is about to look the request up: let what is fetched for it come first if it comes within so many
-        seconds. The request is computed in this step then, and not in the next one. Whether there are finished jobs
-        that nobody has asked for."""
+        """The engine is about to look the request up: wait for its fetch, if it will end within `spare_seconds`. Then
+        the request is computed in this step instead of the next one. Returns whether there are finished jobs to
+        collect."""
         request, left_seconds = self._requests.get(req_id), spare_seconds - self._waited_seconds
         if request is not None and request.loads and left_seconds > 0:
-            if not self._listened:  # once a step: it looks at whatever is under way
+            if not self._listened:  # once a step, for all requests
                 self._step()
             left_bytes = self.row_bytes * sum(len(load.keys) for load in request.loads.values())
             if left_bytes <= left_seconds * self._store_bytes_per_second:
@@ -237,7 +238,7 @@ class RemoteTier(SecondaryTierManager):
         return bool(self._finished)
 
     def _await(self, done: Callable[[], bool], seconds: float) -> None:
-        """Hear what the mover says until that is so, or so many seconds of this step were spent on waiting."""
+        """Process the mover's reports until `done`, or until this step has spent `seconds` on waiting."""
         begun, before = time.monotonic(), self._waited_seconds
         while not done() and self._waited_seconds < seconds:
             self.link.wait(seconds - self._waited_seconds)
@@ -245,21 +246,21 @@ class RemoteTier(SecondaryTierManager):
             self._waited_seconds = before + time.monotonic() - begun
 
     def fetched_tokens(self, req_id: str, first: int, end: int) -> int:
-        """How many of the request's tokens from `first` to `end` were fetched for it. What was for another request
-        first, this one found in DRAM."""
+        """How many of the request's tokens from `first` to `end` were fetched for it. Tokens that were fetched for
+        another request count as found in DRAM."""
         request, size = self._requests.get(req_id), self._chunk_tokens
         chunks = request.fetched if request is not None else ()
         return sum(max(0, min(end, (chunk + 1) * size) - max(first, chunk * size)) for chunk in chunks)
 
     def hurry(self, req_id: str) -> None:
-        """The engine has a slot for the request, and could begin now."""
+        """Prioritize the request: the engine has a slot for it and could begin now."""
         request = self._requests.get(req_id)
         if request is None or request.hurried:
             return
         request.hurried = True
         now = time.monotonic()
         if not request.submitted and request.asked is None and now > request.until:
-            # It queued for longer than a fetch may take, and none was begun, for want of rows: its time begins now.
+            # It queued for longer than a fetch may take, and for lack of rows none began. Its deadline counts from now.
             request.arrived, request.deadline = now, now + self._deadline_seconds
         if request.loads:
             self.link.say(frames.Hurry(request.number))
@@ -278,7 +279,8 @@ class RemoteTier(SecondaryTierManager):
         ):
             return LookupResult.MISS
         if not self.has_room:
-            # A request that queues, or waits for other chunks anyway, takes its turn; one that could begin does.
+            # A request that queues, or waits for other chunks anyway, waits for rows. A request that could begin does
+            # not.
             return LookupResult.MISS if request.hurried and not request.loads else LookupResult.RETRY
         self._promised_rows += 1
         return LookupResult.HIT
@@ -289,12 +291,12 @@ class RemoteTier(SecondaryTierManager):
         return self._load_rows + self._promised_rows < self._load_rows_max
 
     def gave_up(self, req_id: str) -> bool:
-        """Whether the request waits for nothing of this tier any more, whatever is still under way for it."""
+        """Whether the request no longer waits for this tier, even if fetches are still in flight."""
         request = self._requests.get(req_id)
         return request is not None and request.gave_up
 
     def cancel(self, req_id: str) -> None:
-        """The request is gone: stop what is fetched for it."""
+        """The request is gone: cancel its fetches."""
         request = self._requests.get(req_id)
         if request is not None:
             request.abandoned = True
@@ -308,7 +310,7 @@ class RemoteTier(SecondaryTierManager):
             del self._by_number[request.number]
             if request.tokens_sent or request.hurried:
                 self.link.say(frames.Forget(request.number))
-            request.tokens_sent = 0  # what is left over needs them again
+            request.tokens_sent = 0  # leftovers need them again
             request.gone = True
 
     # ---- jobs
@@ -351,7 +353,7 @@ class RemoteTier(SecondaryTierManager):
         self.puts.submit(job_metadata, self._requests.get(job_metadata.req_context.req_id))
 
     def store_leftovers(self, pin: Pin) -> None:
-        """Store what had no room, as far as there is some now; called after `get_finished_jobs`."""
+        """Put as many leftovers as have room now. Called after `get_finished_jobs`."""
         self.puts.submit_leftovers(pin)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
@@ -361,7 +363,7 @@ class RemoteTier(SecondaryTierManager):
         return finished
 
     def on_schedule_end(self, context: object) -> None:
-        self._promised_rows = 0  # those that were promoted were submitted just before
+        self._promised_rows = 0  # promotions were submitted just before
         self._waited_seconds = 0.0
         self._listened = False
 
@@ -369,13 +371,14 @@ class RemoteTier(SecondaryTierManager):
         return bool(self._loads or self.puts.pending or self._finished)
 
     def wait(self) -> None:
-        """With nothing to run and a job under way: until the mover says something, at most for a millisecond."""
+        """For an engine with nothing to run and a job in flight: wait for the mover's next report, at most a
+        millisecond."""
         if self._loads or self.puts.pending:
             self.link.wait(_WAIT_SECONDS)
 
     def drained(self) -> bool:
-        """End what is under way, without blocking; True once it has ended. To be called until then. After some seconds
-        the mover is killed, and what it had not finished has failed."""
+        """End all transfers in flight without blocking. To be called until it returns True. After some seconds the
+        mover is killed, and unfinished transfers fail."""
         self.puts.forget_leftovers()
         for load in list(self._loads.values()):
             self._cancel(load)
@@ -402,7 +405,7 @@ class RemoteTier(SecondaryTierManager):
     # ---- the state machine
 
     def _step(self) -> None:
-        """Take in what the mover said, look after it, and give up what is not worth waiting for."""
+        """Process the mover's reports, watch the mover, and cancel fetches that are not worth waiting for."""
         self._listened = True
         for report in self.link.receive():
             match report:
@@ -428,7 +431,7 @@ class RemoteTier(SecondaryTierManager):
         self._cut()
 
     def _watch(self, now: float) -> None:
-        """End what is past its deadline, and a mover that does not."""
+        """Time out overdue loads, and kill a mover that hangs."""
         if not self._loads and not self.puts.pending:
             self._suspect = False
             return
@@ -437,19 +440,19 @@ class RemoteTier(SecondaryTierManager):
             load.overdue = load.overdue or not load.cancelled
             self._cancel(load)
         sent_until = [load.command.deadline for load in self._loads.values() if load.sent]
-        # Loads share threads and connections, so that one may end with another's deadline; none is added meanwhile.
+        # Loads share threads and connections, so a load may end only at another's deadline. Meanwhile none is added.
         self._suspect = any(load.sent and now > load.command.deadline + HUNG_SECONDS for load in overdue)
         if sent_until and now > max(sent_until) + HUNG_SECONDS:
             self.link.kill("a load is not answered past its deadline")
         self.puts.watch(now)
 
     def _say_identified(self) -> None:
-        """Not kept until the mover is ready, of which an idle engine does not hear: routers plan for no worker whose
-        identity they do not know."""
+        """Send the identity at once, even before the mover is ready, since an idle engine does not notice that. Routers
+        plan only for workers whose identity they know."""
         self.link.send(self._identified)
 
     def _end_all(self) -> None:
-        """The mover is no more: what it had not loaded is missing; what it had not stored, the next one may try."""
+        """The mover is dead: its loads end as misses, its puts may be retried by the next mover."""
         for load in list(self._loads.values()):
             self._finish_load(load, [Outcome.UNREACHABLE] * len(load.keys))
         self.puts.mover_ended()
@@ -476,12 +479,12 @@ class RemoteTier(SecondaryTierManager):
         self._finish_load(load, [Outcome(one) for one in report.outcomes])
 
     def _finish_load(self, load: Load, outcomes: list[Outcome]) -> None:
-        """Nobody writes to the load's rows any more."""
+        """Precondition: no process writes to the load's rows any more."""
         failed = frozenset(key for key, outcome in zip(load.keys, outcomes, strict=True) if outcome is not Outcome.HIT)
         request = load.request
         for key in load.keys:
             if key in failed:
-                request.fetches[key] = FETCHES_PER_CHUNK  # not again for this request
+                request.fetches[key] = FETCHES_PER_CHUNK  # no retry for this request
             elif request.engine_request is not None and (end := request.context.get_offload_key_position(key)):
                 request.fetched.add((end - 1) // self._chunk_tokens)
                 self.on_load(request.engine_request, key, end)
@@ -499,7 +502,7 @@ class RemoteTier(SecondaryTierManager):
     # ---- load or recompute
 
     def _cut(self) -> None:
-        """Stop fetching, from a chunk boundary on, what the engine has sooner by computing it."""
+        """Cancel fetches, from a chunk boundary on, of chunks that the engine computes sooner."""
         if not self._loads:
             return
         now, ahead_bytes = time.monotonic(), 0
@@ -521,7 +524,7 @@ class RemoteTier(SecondaryTierManager):
                 )
             kept = 0
             for load in loads:
-                # What began to come in is let through up to the end of its piece, a boundary in any case.
+                # A piece whose first bytes have arrived is fetched to its end, which is a chunk boundary, too.
                 if kept + len(load.keys) > worth and not load.cancelled:
                     self._cancel(load)
                     self._counters.add(counters.ABANDONED, len(load.keys))
@@ -532,11 +535,11 @@ class RemoteTier(SecondaryTierManager):
     # ---- what others see
 
     def tell_pace(self, dram_bytes_per_second: float, queue: int, resident: tuple[int, int, int, int]) -> None:
-        """For the heartbeat, about once a second. `queue` counts requests that the engine has not begun with,
-        `resident` blocks in HBM and chunks in DRAM that can be hit, each with the room for them."""
+        """Send statistics for the heartbeat, about once a second. `queue` counts requests that have not started.
+        `resident` has cached blocks in HBM and cached chunks in DRAM, each with the capacity."""
         bytes_per_token = self.row_bytes // self._chunk_tokens
         in_flight = self._load_rows * self.row_bytes
-        self._say_identified()  # again, in case that there was no room for it
+        self._say_identified()  # again, in case the command queue was full
         rates = (*self.prefill, self.prefill_share, dram_bytes_per_second)
         self.link.say(frames.Pace(*rates, bytes_per_token, in_flight, queue, *resident))
 

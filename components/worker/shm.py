@@ -1,7 +1,7 @@
 """The DRAM tier's shared memory files, and cleaning up after engines that were killed.
 
-`/dev/shm/vllm_offload_*.mmap` holds a whole DRAM tier and survives kill -9, and some ways of stopping. Regions of this
-project carry a lock file that their processes hold until they end, however they end; one that nobody holds is stale.
+`/dev/shm/vllm_offload_*.mmap` holds a whole DRAM tier. It survives kill -9 and some kinds of shutdown. Each region of
+this project has a lock file, which its processes hold until they end. A region whose lock is free is stale.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SHM = Path("/dev/shm")
-MARK = "kvtier-"  # begins the engine id, and so the file names, of this project's regions
+MARK = "kvtier-"  # prefix of the engine id, and so of the file names, of this project's regions
 
 
 def sweep_stale_regions() -> None:
-    """Delete the DRAM tiers of engines that are gone."""
+    """Delete the DRAM tiers of dead engines."""
     for lock in SHM.glob(f"vllm_offload_{MARK}*.lock"):
         with contextlib.suppress(OSError), lock.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -29,7 +29,8 @@ def sweep_stale_regions() -> None:
 
 
 def hold_region(engine_id: str) -> int:
-    """Hold the region's lock until this process ends; shared with the engine's other processes. Returns the file."""
+    """Hold the region's lock until this process ends. The lock is shared with the engine's other processes. Returns the
+    file."""
     path = SHM / f"vllm_offload_{engine_id}.lock"
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -37,4 +38,4 @@ def hold_region(engine_id: str) -> int:
         with contextlib.suppress(OSError):
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
                 return fd
-        os.close(fd)  # swept between open and lock: take a new one
+        os.close(fd)  # deleted between open and lock: create a new one

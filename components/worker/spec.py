@@ -1,4 +1,5 @@
-"""The offloading spec: vLLM's DRAM tier with our manager, on CUDA and on the CPU engine, and a clean start."""
+"""The offloading spec: vLLM's DRAM tier with our manager, for CUDA and for the CPU engine. Stale regions are deleted
+first."""
 
 import contextlib
 from typing import Any
@@ -19,7 +20,7 @@ from components.worker.memcpy import MemcpyWorker
 from components.worker.remote_tier import TIER_TYPE
 from components.worker.shm import MARK, hold_region, sweep_stale_regions
 
-# Fewer, and the chunks of one prompt push each other out before it is scheduled.
+# With fewer rows, the chunks of one prompt evict each other before it is scheduled.
 _ROWS_MIN = 8
 
 with contextlib.suppress(ValueError):  # registered already: this module was imported before
@@ -27,7 +28,7 @@ with contextlib.suppress(ValueError):  # registered already: this module was imp
 
 
 class KvtierSpec(TieringOffloadingSpec):
-    """Made once in the scheduler's process and once in each rank's, from `kv_connector_extra_config`."""
+    """Constructed from `kv_connector_extra_config`, once in the scheduler's process and once in each rank's."""
 
     _engine_id: str
     _manager: Any
@@ -56,7 +57,7 @@ class KvtierSpec(TieringOffloadingSpec):
             if self.config.canonical_layout and all(
                 ref.mapping is None for refs in kv_caches.group_data_refs for ref in refs
             ):
-                # A block is one piece for all layers, of which stock offloading does not know what is in it.
+                # A block is one piece for all layers, and stock offloading does not know its parts.
                 kv_caches = beside_each_other(kv_caches, parallel.world_size, parallel.rank)
             if not current_platform.is_cpu():
                 return super().get_worker(kv_caches)

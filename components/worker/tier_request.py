@@ -1,4 +1,4 @@
-"""What the tier knows of a request in the engine: where its chunks are, and for how long it waits for them."""
+"""The tier's state of one request: the places of its chunks, its fetches, and its deadline."""
 
 import time
 from collections.abc import Iterable
@@ -18,20 +18,20 @@ from kvstore.bus.plan import Plan
 
 
 def names(keys: Iterable[OffloadKey]) -> list[frames.Name]:
-    """The chunks' names to the mover."""
+    """The chunks' names, as the mover knows them."""
     return [(get_offload_block_hash(key), get_offload_group_idx(key)) for key in keys]
 
 
 @dataclass(eq=False)
 class Load(Job):
-    """A fetch of some of a request's chunks, of which `first_chunk` is the first."""
+    """A fetch of consecutive chunks of a request, from `first_chunk` on."""
 
     command: frames.Load
     keys: list[OffloadKey]
     request: "TierRequest"
     first_chunk: int
     cancelled: bool = False
-    overdue: bool = False  # its deadline came first
+    overdue: bool = False  # it reached its deadline unfinished
 
 
 @dataclass(eq=False)
@@ -42,20 +42,20 @@ class TierRequest:
     context: ReqContext
     plan: Plan | None
     arrived: float
-    deadline: float  # after it the request waits for nothing of this tier
+    deadline: float  # after it, the request no longer waits for this tier
     chunk_tokens: int
-    identity: bytes | None = None  # what its KV is computed with; None: not known, and nothing is loaded or stored
+    identity: bytes | None = None  # of its KV; None: not known, and nothing is loaded or stored
     engine_request: Request | None = None
-    asked: list[OffloadKey] | None = None  # without a plan: what the store itself was asked for
-    targets: dict[OffloadKey, str | None] | None = None  # and its answer
-    awaited: bool = False  # whether a step has waited for that
+    asked: list[OffloadKey] | None = None  # without a plan: the chunks that the store was asked for
+    targets: dict[OffloadKey, str | None] | None = None  # the store's answer
+    awaited: bool = False  # whether a step has waited for the answer
     hurried: bool = False  # whether it has a slot in the engine
     gone: bool = False  # whether the engine is done with it
     abandoned: bool = False  # whether nothing more is fetched for it
     submitted: int = 0  # chunks whose fetch was begun
     fetches: dict[OffloadKey, int] = field(default_factory=dict)  # how often each chunk was
     loads: dict[JobId, Load] = field(default_factory=dict)
-    fetched: set[int] = field(default_factory=set)  # chunks of which something came from the store
+    fetched: set[int] = field(default_factory=set)  # chunks that came from the store, at least in part
     tokens_sent: int = 0
     _planned: list[str | None] = field(init=False)  # by chunk
 
@@ -75,22 +75,22 @@ class TierRequest:
 
     @property
     def undecided(self) -> bool:
-        """Whether it is not known yet what the store holds of the request, and may be soon."""
+        """Whether the store's answer is pending."""
         return self.asked is not None and self.targets is None and time.monotonic() <= self.deadline
 
     def answer(self, targets: list[str | None], seconds: float) -> None:
-        """The store's answer to what was asked, which may be cut short; fetches have so many seconds more."""
+        """Take the store's answer, which may be shorter than the question. Fetches get `seconds` from now."""
         if self.targets is None:
             self.targets = dict(zip(self.asked or (), targets, strict=False))
             self.deadline += seconds
 
     def chunk(self, key: OffloadKey) -> int:
-        """Which chunk of the request it is; -1: not a whole one, or not known."""
+        """The chunk's number in the request; -1: it is not a whole one, or not known."""
         end = self.context.get_offload_key_position(key)
         return end // self.chunk_tokens - 1 if end is not None and end % self.chunk_tokens == 0 else -1
 
     def target(self, key: OffloadKey) -> str | None:
-        """Where the store has the chunk, if it has."""
+        """The target that holds the chunk; None: no target."""
         if self.plan is None:
             return self.targets.get(key) if self.targets is not None else None
         chunk = self.chunk(key)

@@ -1,4 +1,4 @@
-"""The tier as vLLM is told of it: what goes into `--kv-transfer-config`, and the options that it is composed of.
+"""The value of `--kv-transfer-config`, which tells vLLM to load the tier, and the options that it is composed of.
 
 `kvtier connector` prints it, for `vllm serve`; `python -m components.worker` hands it to a dynamo.vllm. Neither imports
 vLLM.
@@ -33,7 +33,7 @@ etcd and no Dynamo. Engines that are to share chunks must agree on model, block 
 
 
 class TierOptions(CommonOptions, ClientOptions):
-    """What concerns the tier, on the command line of whoever starts an engine; checked."""
+    """The tier's options, for all commands that start an engine; checked."""
 
     store: str
     dram: ByteSize = ByteSize(8 << 30)
@@ -57,7 +57,7 @@ class TierOptions(CommonOptions, ClientOptions):
 
 
 class Options(TierOptions):
-    """The same for an engine that no router sees, unless it is told otherwise."""
+    """The same for an engine without a router, which is the default."""
 
     nats: NatsUrls = ""
 
@@ -68,41 +68,41 @@ def add_tier_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks-per-chunk", help="KV blocks in one stored chunk; aim at 1 to 8 MiB; default 1")
     parser.add_argument(
         "--carrier",
-        help="of targets that have it: 'memory' to copy out of the memory of those on this host, 'nixl' to fetch by "
-        "RDMA; default none",
+        help="'memory': copy values from the memory of targets on this host; 'nixl': fetch them by RDMA. Targets must "
+        "offer it; default none",
     )
     parser.add_argument(
         "--credential-file",
-        help="file with the secret of the namespace, where targets ask for one; default: the environment's "
-        "KVTIER_CREDENTIAL, if it is set",
+        help="file with the secret of the namespace, if targets need one; default: the variable KVTIER_CREDENTIAL, if "
+        "it is set",
     )
     parser.add_argument(
         "--seal-key",
-        help="file with keys that workers share and targets do not have: values are sealed, and what a target returns "
-        "is believed only if its seal holds (docs/security.md); default none",
+        help="file with keys that workers share and targets do not have. Values are sealed, and a value whose seal "
+        "fails is not used (docs/security.md); default none",
     )
     parser.add_argument(
         "--seal",
-        help="'mac': values are authenticated (default with --seal-key); 'encrypt': targets cannot read them either; "
-        "'off': as without --seal-key",
+        help="'mac': values are authenticated (default with --seal-key); 'encrypt': they are encrypted, too; 'off': as "
+        "without --seal-key",
     )
     add_client_arguments(parser)
     parser.add_argument(
         "--tp-private",
         action="store_true",
-        help="share chunks only with workers of the same tensor parallelism; default: with all, whose KV differs by "
-        "rounding alone",
+        help="share chunks only with workers of the same tensor parallelism; default: with all, although their KV "
+        "differs by rounding",
     )
     parser.add_argument(
         "--share-images",
         action="store_true",
-        help="share KV of prompts with images, audio or video, too: where clients are trusted to name them truly "
+        help="share KV of prompts with images, audio or video, too. Only if clients are trusted to name them truly "
         "(docs/identity.md)",
     )
 
 
 def transfer_config(options: TierOptions) -> dict[str, Any]:
-    """The value of --kv-transfer-config. No secret is in it: of files their paths."""
+    """The value of --kv-transfer-config. It contains no secrets, only paths of their files."""
     files = options.tls_files
     tier = {
         "type": "kvtier",
@@ -138,7 +138,7 @@ def transfer_config(options: TierOptions) -> dict[str, Any]:
 
 
 def check_files(options: TierOptions) -> None:
-    """Before a minute of loading. Raises ConfigError."""
+    """Check files before the model loads, which takes minutes. Raises ConfigError."""
     credentials.load(options.credential_file)
     open_seal(str(options.seal_key or ""), options.seal)
     tls.open_client(options.tls_files, options.carrier)

@@ -1,13 +1,13 @@
-"""What a rank has loaded, in a few bytes: digests of its model and of its LoRA adapters, taken where they lie.
+"""Digests of a rank's loaded model and LoRA adapters, computed where the tensors are.
 
-In the rank's process. Not files are read but tensors on their device, after vLLM has packed, quantized, merged and
-sharded them: whatever way they came, they are what KV is made with.
+Runs in the rank's process. It reads tensors on their device instead of files, after vLLM has packed, quantized, merged
+and sharded them. These tensors are what KV is computed with, whatever their source.
 
-A tensor is taken as 64-bit words. Each is mixed with its place (the finalizer of splitmix64: Steele, Lea, Flood, "Fast
-splittable pseudorandom number generators", 2014), and the mixtures are summed modulo 2^64. A sum does not depend on who
-adds what: ranks that each hold a part of a tensor, and know its place in the whole, have sums that add up to that of
-one rank which holds it all. This finds what was changed by mistake or on purpose, but is no defence against someone who
-can choose weights freely and looks for two models with one digest.
+A tensor is a sequence of 64-bit words. Each word is mixed with its place (the finalizer of splitmix64: Steele, Lea,
+Flood, "Fast splittable pseudorandom number generators", 2014), and the results are summed modulo 2^64. A sum does not
+depend on the order. So if each rank holds a part of a tensor and knows its place, their sums add up to that of a single
+rank. This detects changes made by mistake or on purpose. It does not resist an attacker who chooses weights to make two
+models with the same digest.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ from components.worker.compat import (
 
 logger = logging.getLogger(f"vllm.{__name__}")  # which vLLM shows, INFO included
 
-# At once: what a core's cache holds beside the intermediate results.
+# Bytes hashed at once: they fit a core's cache together with the intermediate results.
 _PIECE_BYTES = 1 << 20
-# A tensor that does not lie in rows is copied in pieces.
+# A tensor whose rows are not contiguous is copied in pieces of this size.
 _GPU_PIECE_BYTES = 256 << 20
-# Of a positional encoding that is the same function of the position for every length, rows that show which it is.
+# So many rows identify a positional encoding that is one function of the position for every length.
 _ROTARY_ROWS = 64
 _IDENTITY_ROWS = 512
-# What a module holds beside its weights: the KV cache itself, and what every module has.
+# Attributes of a module that are not weights: the KV cache, and those that every module has.
 _NOT_WEIGHTS = {"kv_cache", *vars(nn.Module())}
 
 _GOLDEN, _MIX_1, _MIX_2 = (
@@ -55,7 +55,8 @@ _GOLDEN, _MIX_1, _MIX_2 = (
 
 @dataclass(frozen=True)
 class RankDigest:
-    """`common` covers what every rank should have alike, `sums` what tensor parallelism divides, a number a tensor."""
+    """`common` covers tensors that every rank should have equal. `sums` has a number for each tensor that tensor
+    parallelism divides."""
 
     common: bytes
     sums: tuple[int, ...]
@@ -64,11 +65,12 @@ class RankDigest:
 
 
 class Unknown(str):
-    """Why a rank cannot say what it has loaded."""
+    """Why a rank cannot compute its digest."""
 
 
 def answer(worker: Any, question: str, *args: Any) -> Any:
-    """What the scheduler's process has the ranks call. Raises nothing: to an engine, a rank that does has failed."""
+    """The function that the scheduler's process calls on the ranks. It raises nothing, since the engine takes a raising
+    rank for failed."""
     try:
         return (model_digest if question == "model_digest" else loaded_adapter)(worker, *args)
     except ValueError as error:
@@ -79,7 +81,7 @@ def answer(worker: Any, question: str, *args: Any) -> Any:
 
 
 def model_digest(worker: Any) -> RankDigest:
-    """Of the rank's model and of its draft model. Raises ValueError where there are weights that it cannot read."""
+    """The digest of the rank's model and draft model. Raises ValueError for weights that it cannot read."""
     begun = time.monotonic()
     digest = _Digest()
     runner = worker.model_runner
@@ -94,8 +96,8 @@ def model_digest(worker: Any) -> RankDigest:
 
 
 def combined(ranks: list[RankDigest], *, alike: bool) -> tuple[str, bool]:
-    """The digest of a model on all its ranks, and whether it does not depend on how many they are. `alike`: whether it
-    should not."""
+    """The digest of a model on all its ranks, and whether it is independent of their number. `alike`: whether it should
+    be."""
     first = ranks[0]
     alike = alike and all(rank.common == first.common and len(rank.sums) == len(first.sums) for rank in ranks)
     hasher = hashlib.blake2b(digest_size=16)
@@ -121,12 +123,12 @@ class LoadedAdapter:
 
 
 def loaded_adapter(worker: Any, request: LoRARequest, in_use: list[int]) -> LoadedAdapter:
-    """The adapter that this rank computes the request's tokens with, which is loaded if it is not. It is read once for
-    each time that it was loaded. Of those `in_use` (vLLM's numbers) none makes room for it if others can, the first of
-    them last."""
+    """The adapter that this rank computes the request's tokens with. It is loaded if it is not, and read once after
+    each load. To make room, adapters that are not `in_use` (vLLM's numbers) are unloaded first, then those in use, from
+    the last one on."""
     manager = worker.model_runner.lora_manager
     for number in reversed(in_use):
-        manager._adapter_manager.get_adapter(number)  # which vLLM's LRU cache takes for a use
+        manager._adapter_manager.get_adapter(number)  # counts as a use in vLLM's LRU cache
     if request.lora_int_id not in manager.list_adapters():
         worker.add_lora(request)
     adapter = manager._adapter_manager.get_adapter(request.lora_int_id)
@@ -155,7 +157,7 @@ class _Digest:
     def add(self, prefix: str, model: nn.Module) -> None:
         for name, module in model.named_modules():
             if isinstance(module, BaseLayerWithLoRA):
-                continue  # what it wraps follows by itself; its own tensors are slots for adapters
+                continue  # a wrapper, whose own tensors are slots for adapters; the wrapped module comes separately
             name = prefix + name.replace(".base_layer", "")
             self._note(name, type(module).__qualname__, type(getattr(module, "impl", None)).__qualname__)
             self._note(sorted(_floats(vars(module)).items()))
@@ -187,7 +189,7 @@ class _Digest:
             tensor = tensor[:_ROTARY_ROWS]
         self.hashed_bytes += tensor.numel() * tensor.element_size()
         matrix, order = _matrix(tensor)
-        with tensor.device:  # where places are made, too
+        with tensor.device:  # the places are created there, too
             place = _place(module, matrix) or _place_of_heads(module, tensor, order)
             if place is None:
                 self._note(name, str(tensor.dtype), tuple(tensor.shape))
@@ -202,7 +204,8 @@ class _Digest:
 
 
 def _weights(name: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """A module's own tensors: parameters, buffers, and those that it, or its way of quantization, keeps otherwise."""
+    """A module's own tensors: parameters, buffers, and those in attributes of the module or of its quantization
+    method."""
     own: dict[str, object] = {**module._parameters, **module._buffers}
     own |= {field: value for field, value in vars(module).items() if field not in _NOT_WEIGHTS}
     method = getattr(module, "quant_method", None)
@@ -221,7 +224,7 @@ def _unreadable(name: str) -> ValueError:
 
 
 def _unpacked(name: str, module: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weights that the CPU engine has packed away: its products with rows of the identity are exact."""
+    """Weights that the CPU engine has packed, read as products with rows of the identity matrix, which are exact."""
     size = next((getattr(module, field) for field in _INPUT_SIZES if hasattr(module, field)), None)
     if size is None:
         raise _unreadable(name)
@@ -247,7 +250,7 @@ def _tensors_in(fields: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _scalars(fields: dict[str, Any]) -> dict[str, str]:
-    """Numbers, words, and lists of them."""
+    """The fields that are numbers, words, or lists of them."""
 
     def plain(value: object) -> bool:
         if isinstance(value, list | tuple):
@@ -258,7 +261,7 @@ def _scalars(fields: dict[str, Any]) -> dict[str, str]:
 
 
 def _floats(fields: dict[str, Any]) -> dict[str, str]:
-    """What a layer computes with beside tensors: scales, epsilons, caps."""
+    """A layer's numeric constants: scales, epsilons, caps."""
     return {name: repr(value) for name, value in fields.items() if isinstance(value, float)}
 
 
@@ -269,17 +272,17 @@ _Place = tuple[torch.Tensor, int, torch.Tensor, int]
 
 
 def _place(module: Any, matrix: torch.Tensor) -> _Place | None:
-    """Of a tensor that tensor parallelism divides, with outputs in its rows: the row in the whole of each row, how many
-    rows that has, and the same of columns. Rows that the rank has beyond those are padding. None: every rank should
-    have all of it. A tensor that ranks have parts of, and that this does not know, keeps engines of other tensor
-    parallelism apart."""
+    """For a tensor that tensor parallelism divides, with outputs in its rows: each row's place in the whole, and the
+    whole's number of rows. The same follows for columns. Further rows of the rank are padding. None: every rank should
+    have all of it. If ranks hold parts of a tensor that this does not know, engines of other tensor parallelism do not
+    share chunks."""
     rows, columns = matrix.shape
     if isinstance(module, RoutedExperts):
         return _place_of_experts(module, matrix)
     if isinstance(module, VocabParallelEmbedding):
         shard = module.shard_indices
         if rows != module.num_embeddings_per_partition or shard.num_added_elements:
-            return None  # words that were added lie behind the padding
+            return None  # added words come after the padding
         place = torch.arange(shard.org_vocab_start_index, shard.org_vocab_end_index)
         return place, module.org_vocab_size, torch.arange(columns), columns
     if isinstance(module, ColumnParallelLinear) and rows == module.output_size_per_partition:
@@ -293,7 +296,7 @@ def _place(module: Any, matrix: torch.Tensor) -> _Place | None:
 
 
 def _place_of_experts(module: Any, matrix: torch.Tensor) -> _Place | None:
-    """Of a layer of experts, each of which is on every rank in part: w13 has gates and ups in its rows, w2 is divided
+    """For a layer of experts, of each of which every rank has a part. w13 has gates and ups in its rows; w2 is divided
     by columns."""
     parallel, inner = module.moe_config.moe_parallel_config, module.intermediate_size_per_partition
     experts, outer = module.local_num_experts, module.hidden_size
@@ -311,7 +314,7 @@ def _place_of_experts(module: Any, matrix: torch.Tensor) -> _Place | None:
 
 
 def _place_of_heads(module: Any, tensor: torch.Tensor, order: list[int]) -> _Place | None:
-    """Of MLA's projections, which vLLM keeps by head, in whatever order they lie in memory."""
+    """For MLA's projections, which vLLM keeps by head, in any memory order."""
     if not isinstance(module, MLAAttention) or tensor.ndim != 3 or tensor.shape[0] != module.num_heads:
         return None
     group = get_tp_group()
@@ -324,7 +327,7 @@ def _place_of_heads(module: Any, tensor: torch.Tensor, order: list[int]) -> _Pla
 
 
 def _dealt(parts: list[int], ranks: Any) -> torch.Tensor:
-    """Places of a rank's rows, where each part is dealt out evenly to the ranks."""
+    """The places of a rank's rows if each part is divided evenly among the ranks."""
     places, begin = [], 0
     for part in parts:
         first = begin * ranks.tp_size + part * ranks.tp_rank
@@ -342,7 +345,7 @@ def _whole(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 def _matrix(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """In two dimensions, and in the order of dimensions that its bytes lie in, which comes with it."""
+    """The tensor in two dimensions, in memory order, and that order of its dimensions."""
     if tensor.ndim < 2:
         return tensor.reshape(-1, 1) if tensor.numel() <= 1 << 20 else tensor.reshape(1, -1), [0]
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
@@ -350,13 +353,13 @@ def _matrix(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
 
 
 def place_sum(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, column_count: int) -> torch.Tensor:
-    """The sum, on the matrix's device, of its words mixed with their places. `rows` and `columns` say for each row and
-    column of the matrix which it is in the whole, of so many columns. Parts may be given in any order."""
+    """The sum, on the matrix's device, of its words mixed with their places. `rows` and `columns` are the places of its
+    rows and columns in the whole, which has `column_count` columns. Parts may come in any order."""
     size, device = matrix.element_size(), matrix.device
     if not matrix.numel():
         return torch.zeros((), dtype=torch.int64, device=device)
     words_per_row = -(-column_count * size // 8)
-    # The places of words, from those of the columns that they begin with.
+    # A word's place is that of its first column.
     per_word = 8 // size if 8 % size == 0 and len(columns) % (8 // size) == 0 else 0
     words = columns[::per_word] * size // 8 if per_word else torch.arange(-(-len(columns) * size // 8))
     word_terms = (words * _GOLDEN).to(device)
@@ -400,7 +403,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _numbers(sums: list[torch.Tensor]) -> list[int]:
-    """One copy from the device for all."""
+    """The sums as numbers, with a single copy from the device."""
     if not sums:
         return []
     device = sums[0].device

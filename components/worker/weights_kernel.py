@@ -1,4 +1,4 @@
-"""weights.place_sum in one pass over a GPU's memory, which is then what bounds it."""
+"""weights.place_sum in one pass over a GPU's memory, so that it is bound by memory bandwidth."""
 
 import torch
 import triton
@@ -8,8 +8,8 @@ _BLOCK_WORDS = 1024
 
 
 def launch(words: torch.Tensor, row_terms: torch.Tensor, word_terms: torch.Tensor, total: torch.Tensor) -> None:
-    """Add to `total` (int64, one number) the mixed words of a matrix (int64, rows contiguous), whose places come as
-    terms of its rows and of its columns. All on one GPU."""
+    """Add the mixed words of a matrix (int64, rows contiguous) to `total` (int64, one number). The terms of rows and
+    columns give the words' places. All tensors are on one GPU."""
     rows, columns = words.shape
     _add[rows, triton.cdiv(columns, _BLOCK_WORDS)](
         words, words.stride(0), columns, row_terms, word_terms, total, BLOCK=_BLOCK_WORDS

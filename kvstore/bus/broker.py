@@ -23,9 +23,10 @@ from pydantic import AfterValidator
 from kvstore.errors import ConfigError, readable, without_userinfo
 
 DEFAULT_URLS = os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222")
+_USER, _PASSWORD = "NATS_AUTH_USERNAME", "NATS_AUTH_PASSWORD"
 _CA, _CERTIFICATE, _KEY = "NATS_TLS_CA_CERT_PATH", "NATS_TLS_CLIENT_CERT_PATH", "NATS_TLS_CLIENT_KEY_PATH"
 _EXPECTED = "nats://host:port or tls://host:port, several with commas between them"
-_INSTEAD = "give NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD in the environment"
+_INSTEAD = f"give {_USER} and {_PASSWORD} in the environment"
 
 
 def checked_urls(field: str, urls: str) -> str:
@@ -64,11 +65,11 @@ def connect_options(urls: str) -> dict[str, Any]:
 
 def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
     """The first secret that is set, in Dynamo's order."""
-    user, password = environ.get("NATS_AUTH_USERNAME"), environ.get("NATS_AUTH_PASSWORD")
+    user, password = environ.get(_USER), environ.get(_PASSWORD)
     if user or password:
         if not (user and password):
-            missing = "NATS_AUTH_PASSWORD" if user else "NATS_AUTH_USERNAME"
-            raise ConfigError(missing, "", "a value: user and password belong together")
+            missing, given = (_PASSWORD, _USER) if user else (_USER, _PASSWORD)
+            raise ConfigError.missing(missing, "a value", required_by=given)
         return {"user": user, "password": password}
     if token := environ.get("NATS_AUTH_TOKEN"):
         return {"token": token}
@@ -83,15 +84,14 @@ def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _need_nkeys(field: str) -> None:
     if find_spec("nkeys") is None:
-        raise ConfigError.saying(field, "cannot be read", "the package nkeys: pip install nkeys")
+        raise ConfigError.missing("nkeys", "a Python package: pip install nkeys", required_by=field)
 
 
 def _context(environ: Mapping[str, str]) -> ssl.SSLContext:
     authority, certificate, key = (environ.get(name) for name in (_CA, _CERTIFICATE, _KEY))
     if bool(certificate) is not bool(key):
-        raise ConfigError(
-            _KEY if certificate else _CERTIFICATE, "", f"a file: {_CERTIFICATE} and {_KEY} belong together"
-        )
+        missing, given = (_KEY, _CERTIFICATE) if certificate else (_CERTIFICATE, _KEY)
+        raise ConfigError.missing(missing, "a file", required_by=given)
     try:
         context = ssl.create_default_context(cafile=readable(_CA, authority) if authority else None)
     except ssl.SSLError:

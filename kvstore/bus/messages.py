@@ -165,8 +165,8 @@ def subject(namespace: str, kind: str, name: str = "*") -> str:
     return f"kvtier.{namespace}.{kind}.{token}"
 
 
-def checked_namespace(namespace: str) -> str:
+def checked_namespace(namespace: str, field: str = "namespace") -> str:
     """The namespace, if it can stand in a subject. Raises ConfigError."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", namespace):
-        raise ConfigError("namespace", namespace, "1 to 64 letters, digits, '-' or '_'")
+        raise ConfigError(field, namespace, "1 to 64 letters, digits, '-' or '_'")
     return namespace

@@ -275,7 +275,7 @@ def _agent(role: str) -> Any:
             continue
         config = api.nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
         return api.nixl_agent(f"kvtier-{role}-{secrets.token_hex(8)}", config)
-    raise ConfigError("carrier", "nixl", "the package nixl-cu12 (pip install nixl-cu12)")
+    raise ConfigError.missing("nixl-cu12", "a Python package: pip install nixl-cu12", required_by="--carrier nixl")
 
 
 def _register(agent: Any, memory: memoryview) -> None:

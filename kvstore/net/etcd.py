@@ -74,11 +74,12 @@ class Etcd:
 def _options(environ: Mapping[str, str]) -> dict[str, str]:
     user, password = environ.get(_USER), environ.get(_PASSWORD)
     if bool(user) is not bool(password):
-        raise ConfigError(_PASSWORD if user else _USER, "", "a value: user and password belong together")
+        missing, other = (_PASSWORD, _USER) if user else (_USER, _PASSWORD)
+        raise ConfigError.missing(missing, "a value", required_by=other)
     authority, certificate, key = (environ.get(name) for name in (_CA, _CERTIFICATE, _KEY))
     if bool(certificate) is not bool(key) or (certificate and not authority):
         missing = _CA if not authority else _KEY if certificate else _CERTIFICATE
-        raise ConfigError(missing, "", f"a file: {_CERTIFICATE}, {_KEY} and {_CA} belong together")
+        raise ConfigError.missing(missing, "a file", required_by=_CERTIFICATE if certificate else _KEY)
     for name, path in ((_CA, authority), (_CERTIFICATE, certificate), (_KEY, key)):
         if path:
             readable(name, path)

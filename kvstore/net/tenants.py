@@ -58,7 +58,8 @@ def load(path: Path, environ: Mapping[str, str] | None = None) -> Grants:
             raise ConfigError(where, type(entry).__name__, "a mapping with name, quota and a credential")
         tenant = _tenant(where, {name: value for name, value in entry.items() if name not in _SECRETS})
         if tenant.name in grants:
-            raise ConfigError(f"{where}.name", tenant.name, "a name that no other namespace of the file has")
+            first = f"namespaces.{list(grants).index(tenant.name)}.name"
+            raise ConfigError.duplicate(f"{where}.name", tenant.name, first)
         grants[tenant.name] = tenant, _credential(where, entry, path.parent, environ)
     return grants
 
@@ -101,10 +102,10 @@ def _tenant(where: str, values: dict[Any, Any]) -> Tenant:
         raise ConfigError.unknown(f"{where}.{unknown[0]}", [*sorted(known), *_SECRETS])
     for name in ("name", "quota"):
         if values.get(name) is None:
-            raise ConfigError(f"{where}.{name}", "", "a value: it has no default")
+            raise ConfigError.missing(f"{where}.{name}", "a value: it has no default")
     try:
         tenant = validated(Tenant, values)
-        messages.checked_namespace(tenant.name)
+        messages.checked_namespace(tenant.name, "name")
     except ConfigError as error:
         raise error.within(where) from None
     return tenant
@@ -112,12 +113,15 @@ def _tenant(where: str, values: dict[Any, Any]) -> Tenant:
 
 def _credential(where: str, entry: Mapping[str, Any], folder: Path, environ: Mapping[str, str] | None) -> Credential:
     given = [name for name in _SECRETS if name in entry]
-    if len(given) != 1:
-        raise ConfigError(where, ", ".join(given), f"one of {', '.join(_SECRETS)}")
+    one_of = f"one of {', '.join(_SECRETS)}"
+    if not given:
+        raise ConfigError.missing(where, one_of)
+    if len(given) > 1:
+        raise ConfigError.conflicting(where, given[1], given[0], one_of)
     (name,) = given
     field, value = f"{where}.{name}", entry[name]
     if not isinstance(value, str):
-        raise ConfigError(field, f"(hidden, {type(value).__name__})", "text; a number needs quotes")
+        raise ConfigError(field, f"(hidden, {type(value).__name__})", "a text, in quotes")
     if name == "credential":
         return credentials.checked(field, "(hidden)", value.strip().encode())
     if name == "credential-file":

@@ -377,5 +377,6 @@ def _asked(files: Files, names: certificates.Names, carrier: str) -> bool:
         return False
     if carrier:
         option = names.cert if names is SERVER else names.ca
-        raise ConfigError("carrier", carrier, f"none together with --{option}: a carrier moves values without TLS")
+        expected = "one of the two: a carrier moves values without TLS"
+        raise ConfigError.conflicting("carrier", carrier, f"--{option}", expected)
     return True

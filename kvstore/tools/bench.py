@@ -100,9 +100,9 @@ def main(argv: list[str]) -> int:
     models = _models(options)
     messages.checked_namespace(options.namespace)
     if options.dir is None and options.store is None:
-        raise ConfigError("dir", "", "a directory on the device to measure, or --store with a target")
+        raise ConfigError.missing("dir", "a directory on the device to measure, or --store with a target")
     if options.dir is not None and not options.dir.is_dir():
-        raise ConfigError("dir", options.dir, "an existing directory; measure a target on a raw device with --store")
+        raise ConfigError("dir", options.dir, "a directory that exists; measure a target on a raw device with --store")
     measured: list[Speed] = []
     seconds = options.seconds / speeds.RUNS
     if options.dir is not None:
@@ -150,9 +150,9 @@ def _models(options: Options) -> Sequence[Model]:
     if given == (None, None):
         return MODELS
     if options.bytes_per_token is None:
-        raise ConfigError("bytes-per-token", "", "the model's KV bytes per token, together with --tokens-per-second")
+        raise ConfigError.missing("bytes-per-token", "the model's KV bytes per token", "--tokens-per-second")
     if options.tokens_per_second is None:
-        raise ConfigError("tokens-per-second", "", "a worker's prefill speed, together with --bytes-per-token")
+        raise ConfigError.missing("tokens-per-second", "a worker's prefill speed", "--bytes-per-token")
     return [Model("your model", int(options.bytes_per_token), options.tokens_per_second)]
 
 

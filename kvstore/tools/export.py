@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
                 print(msgspec.json.encode(held).decode() if options.as_json else _table(held))
                 return 0
             if len(held) != 1:
-                raise ConfigError("fingerprint", "", f"one of: {', '.join(held) or '(the targets hold no chunk)'}")
+                raise ConfigError.missing("fingerprint", f"one of {', '.join(held) or '(the targets hold no chunk)'}")
             fingerprint = parse_fingerprint(*held)
         result = Exported(str(options.file), f"{fingerprint:016x}")
         wanted = {number for hashes in prompts.values() for number in hashes} if options.tokens else None
@@ -166,7 +166,7 @@ def parse_fingerprint(text: str) -> int:
 def _prompts(options: Options) -> dict[Path, list[int]]:
     """The router hash of each block, by the prompt's file. Raises ConfigError."""
     if options.tokens and options.block_size is None:
-        raise ConfigError("block-size", "", "the engine's tokens per block, together with --tokens")
+        raise ConfigError.missing("block-size", "the engine's tokens per block", required_by="--tokens")
     return {
         path: sequence_hashes(
             _tokens(path),
@@ -183,7 +183,7 @@ def _tokens(path: Path) -> list[int]:
         with path.open("rb") as file:
             raw = file.read(_TOKENS_BYTES_MAX + 1)
         if len(raw) > _TOKENS_BYTES_MAX:
-            raise ConfigError("tokens", path, f"a file of {_TOKENS_BYTES_MAX} bytes at most")
+            raise ConfigError("tokens", path, f"a file of at most {_TOKENS_BYTES_MAX} bytes")
         tokens = msgspec.json.decode(raw, type=list[Token] | Tokenized)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError("tokens", path, f"a file with token ids as JSON ({error})") from None

@@ -51,7 +51,7 @@ def open_client(options: TargetOptions, targets: Membership, name: str) -> Store
     """A client without seal keys, which gets and puts values as they are stored. Closing it closes `targets`. Raises
     ConfigError, also if there is no target."""
     if not targets.targets():
-        raise ConfigError("address", options.address, "targets: none is registered there")
+        raise ConfigError("address", options.address, "one where targets are registered")
     return StoreClient(
         targets,
         namespace=options.namespace,

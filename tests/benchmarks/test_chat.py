@@ -197,7 +197,7 @@ def model(tmp_path: Path) -> Path:
         ({"--dir": "/nowhere"}, "dir: '/nowhere' given, expected a folder that exists"),
         ({"--clients": "0"}, "clients.0: '0' given"),
         ({"--clients": "81"}, "clients: '81' given, expected at most the pool's 80 conversations"),
-        ({"--kill": "target"}, "kill: 'target' given, expected nothing, without --timeline"),
+        ({"--kill": "target"}, "timeline: missing, required by --kill"),
         ({"--dram": "much"}, "dram: 'much' given, expected a size such as 500G"),
     ],
 )

@@ -76,8 +76,8 @@ def test_stock_workers_publish_their_events_each_at_a_port_of_its_own(model: Pat
     ("words", "says"),
     [
         (["--modes", "stock,magic"], "modes: 'magic' given, expected some of stock,"),
-        (["--modes", "1p1d-stock"], "workers: '1' given, expected an even number"),
-        (["--kill", "Store-0"], "kill: 'Store-0' given, expected nothing, without --timeline"),
+        (["--modes", "1p1d-stock"], "workers: '1' conflicts with --modes 1p1d-stock, expected an even number"),
+        (["--kill", "Store-0"], "timeline: missing, required by --kill"),
         (["--gpus-per-worker", "some"], "gpus-per-worker: 'some' given"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.routing.cluster import MODEL, Cluster, Counted, quantile
 from benchmarks.routing.engine_model import Engines, Hardware, Job
 from benchmarks.routing.sim_worker import BLOCK_TOKENS, BlockRemoved, Blocks, BlockStored
-from components.router.decisions import Decision
+from components.router.records import Decision
 from kvstore.keys import sequence_hashes
 
 HARDWARE = Hardware(hbm_tokens=8192)

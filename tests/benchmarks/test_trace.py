@@ -23,17 +23,20 @@ def written(folder: Path, *lines: dict[str, object] | str) -> Path:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ({**GOOD, "timestamp": "soon"}, "line 2, timestamp: 'soon' given, expected milliseconds"),
-        ({**GOOD, "timestamp": 9}, "line 2, timestamp: '9' given, expected milliseconds, 10 or more"),
-        ({**GOOD, "input_length": 0}, "line 2, input_length: '0' given, expected a whole number from 1"),
-        ({**GOOD, "output_length": None}, "line 2, output_length: missing"),
-        ({**GOOD, "output_length": True}, "line 2, output_length: 'True' given"),
-        ({**GOOD, "hash_ids": [1, 2]}, "line 2, hash_ids: '2 numbers' given, expected 3, one for each 512 of 1100"),
-        ({**GOOD, "hash_ids": [1, 2, "x"]}, "line 2, hash_ids: 'x' given, expected whole numbers"),
-        ({**GOOD, "hash_ids": 7}, "line 2, hash_ids: '7' given, expected a list"),
-        ("[1]", "line 2: '[1]' given, expected a JSON object"),
-        ('{"timestamp": ', "line 2: '{\"timestamp\":' given, expected a JSON object"),
-        (" " * (trace.LINE_BYTES_MAX + 1), "line 2: 'more than 1048576 bytes' given"),
+        ({**GOOD, "timestamp": "soon"}, "trace.jsonl:2: timestamp: 'soon' given, expected milliseconds"),
+        ({**GOOD, "timestamp": 9}, "trace.jsonl:2: timestamp: '9' given, expected milliseconds, at least 10"),
+        ({**GOOD, "input_length": 0}, "trace.jsonl:2: input_length: '0' given, expected a whole number from 1"),
+        ({**GOOD, "output_length": None}, "trace.jsonl:2: output_length: missing"),
+        ({**GOOD, "output_length": True}, "trace.jsonl:2: output_length: 'True' given"),
+        (
+            {**GOOD, "hash_ids": [1, 2]},
+            "trace.jsonl:2: hash_ids: '2 numbers' given, expected 3, one for each 512",
+        ),
+        ({**GOOD, "hash_ids": [1, 2, "x"]}, "trace.jsonl:2: hash_ids: 'x' given, expected whole numbers"),
+        ({**GOOD, "hash_ids": 7}, "trace.jsonl:2: hash_ids: '7' given, expected a list"),
+        ("[1]", "trace.jsonl:2: '[1]' given, expected a JSON object"),
+        ('{"timestamp": ', "trace.jsonl:2: '{\"timestamp\":' given, expected a JSON object"),
+        (" " * (trace.LINE_BYTES_MAX + 1), "trace.jsonl:2: 'more than 1048576 bytes' given"),
     ],
 )
 def test_a_bad_line_is_refused_by_line_field_and_value(
@@ -48,7 +51,7 @@ def test_a_trace_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path = written(tmp_path, *[GOOD] * 5)
     assert len(trace.read(path, 2)) == 2
     monkeypatch.setattr(trace, "BLOCKS_MAX", 12)
-    with pytest.raises(ConfigError, match="line 5, hash_ids: '15 up to here' given, expected at most 12"):
+    with pytest.raises(ConfigError, match=r"trace\.jsonl:5: hash_ids: '15 up to here' given, expected at most 12"):
         trace.read(path)
 
 

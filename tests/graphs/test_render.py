@@ -297,10 +297,10 @@ def test_prefill_and_decode_workers_are_found_by_their_router_alone(tmp_path: Pa
     assert "-m dynamo.vllm " in decode
     assert "--endpoint-types none --kv-events-config" in decode
     assert "Kvtier" not in decode
-    with pytest.raises(ConfigError, match=r"DecodeWorker.namespace: 'default' .* PrefillWorker's 'ours'"):
+    with pytest.raises(ConfigError, match=r"DecodeWorker.namespace: 'default' conflicts with PrefillWorker.namespace"):
         load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", overrides[:2], tmp_path).processes()
     apart = ["--PrefillWorker.blocks-per-chunk=4"]
-    with pytest.raises(ConfigError, match=r"DecodeWorker.blocks-per-chunk: .* PrefillWorker's '4'"):
+    with pytest.raises(ConfigError, match=r"DecodeWorker.blocks-per-chunk: '.*' conflicts with PrefillWorker"):
         load_deployment("graphs.disagg_router:Frontend", CONFIGS / "disagg.yaml", apart, tmp_path).processes()
 
 
@@ -531,9 +531,9 @@ def test_values_reach_the_process_as_they_are_written(target: str) -> None:
     ("overrides", "says"),
     [
         (["--Frontend.host=gateway"], r"Frontend\.host: 'gateway' given, expected an IP address"),
-        (["--Router.page=127.0.0.1:8000"], "frontend-0: port 8000 is taken by router-0, expected another port"),
-        (["--Router.page=127.0.0.1:3000"], "grafana: port 3000 is taken by router-0, expected another port"),
-        (["--Router.page=127.0.0.1:9200"], "Router-0: port 9200 is taken"),
+        (["--Router.page=127.0.0.1:8000"], "frontend-0.port: '8000' conflicts with router-0, expected another port"),
+        (["--Router.page=127.0.0.1:3000"], "grafana.port: '3000' conflicts with router-0, expected another port"),
+        (["--Router.page=127.0.0.1:9200"], r"Router-0\.port: '9200' conflicts with "),
         (["--Store.dir=/dev/nvme1n1"], r"Store\.dir: '/dev/nvme1n1.*' given, expected a folder"),
         (["--Nats.ServiceArgs.workers=0"], r":10: Nats\.listen: '127.0.0.1:4222' given, expected an address that"),
         (["--Nats.servers=localhost:4222"], r"Nats\.servers: 'localhost:4222' given, expected an address that"),
@@ -541,9 +541,9 @@ def test_values_reach_the_process_as_they_are_written(target: str) -> None:
         (["--Store.addresses=127.0.0.1:7600"], r"Store\.addresses: '127.0.0.1:7600' given, expected an address that"),
         (
             ["--Store.durability=memory", "--Store.hot=0"],
-            r"Store\.durability: 'memory' given, expected also --hot",
+            r"Store\.hot: missing, required by --durability memory",
         ),
-        (["--Store.tls-cert=c.pem"], r"Store\.tls-key: missing, expected a file, together with --tls-cert"),
+        (["--Store.tls-cert=c.pem"], r"Store\.tls-key: missing, required by --tls-cert"),
         (["--Store.ServiceArgs.resources.memory=1XB"], r"memory: '1XB' given, expected a size such as 500G"),
         (["--Containers.tag=1.0"], r"Containers\.tag: '1.0' given, expected a text, in quotes"),
         (["--Containers.tag=-a"], r"Containers\.tag: '-a' given, expected at most 128 letters"),
@@ -609,6 +609,13 @@ def test_a_routers_flag_changes_no_worker() -> None:
     workers = [[one for one in graph["spec"]["components"] if "type" in one] for graph in graphs]
     assert workers[0] == workers[1]
     assert graphs[0] != graphs[1]
+
+
+@pytest.mark.parametrize(("variable", "shown"), [("PLACE", "rack-1"), ("A_TOKEN", r"\*\*\*")])
+def test_replicas_of_a_kubernetes_service_must_be_alike_and_no_secret_is_shown(variable: str, shown: str) -> None:
+    overrides = ["--VllmWorker.ServiceArgs.workers=2", f"--VllmWorker.env.{variable}=rack-{{replica}}"]
+    with pytest.raises(ConfigError, match=rf"VllmWorker\.env\.{variable}: '{shown}' given, expected no {{replica}}"):
+        render("k8s", ROUTED, CONFIGS / "two_gpu.yaml", overrides, Path("docker"))
 
 
 def test_the_operator_finds_the_frontend_at_its_own_port() -> None:

@@ -134,10 +134,10 @@ def test_it_ends_in_settings_that_render(model: str, tmp_path: Path, capsys: pyt
         (["--model", "qwen3-32b", "--gpu", "tpu"], "gpu: 'tpu' given, expected one of h100, h200, a100"),
         (
             ["--model", "llama-3.1-70b", "--gpu", "l40s"],
-            "gpus-per-worker: '1' given, expected 2 or more: the fp8 weights of llama-3.1-70b do not fit",
+            "gpus-per-worker: '1' given, expected at least 2: the fp8 weights of llama-3.1-70b do not fit",
         ),
         (["--model", "llama-3.1-8b", "--workers", "0"], "workers: '0' given"),
-        (["--model", "llama-3.1-8b", "--kv-dtype", "int3"], "kv-dtype: 'int3' given, expected 'bf16' or 'fp8'"),
+        (["--model", "llama-3.1-8b", "--kv-dtype", "int3"], "kv-dtype: 'int3' given, expected one of bf16, fp8"),
     ],
 )
 def test_bad_input_is_named(arguments: list[str], says: str) -> None:

@@ -108,7 +108,7 @@ async def test_without_a_router_targets_are_still_looked_at(cluster: Cluster) ->
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--every", "0"], "every: '0' given, expected greater than or equal to 0.5"),
+        (["--every", "0"], "every: '0' given, expected at least 0.5"),
         (["--store", "nonsense"], "store: 'nonsense' given, expected host:port"),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_store_is_exported_by_fingerprint(
     store = joined(source, second)
     held = run("export", store, "--json").lines[0]
     assert held == {FINGERPRINT: {"chunks": 20, "bytes": 20 * LENGTH}, OTHER: {"chunks": 5, "bytes": 5 * LENGTH}}
-    assert f"expected one of: {FINGERPRINT}, {OTHER}" in run("export", store, file).complained
+    assert f"expected one of {FINGERPRINT}, {OTHER}" in run("export", store, file).complained
     assert run("export", store, file, "--fingerprint", "7", "--json").lines[0]["chunks"] == 20
     some = run("export", store, tmp_path / "some", "--fingerprint", "7", "--max", 3 * LENGTH, "--json").lines[0]
     assert (some["chunks"], some["cut"]) == (3, True)
@@ -288,9 +288,9 @@ def test_pages_hold_what_a_log_holds(tmp_path: Path, seed: int) -> None:
         (["export", "127.0.0.1:9"], "store: 127.0.0.1:9 does not list its chunks: "),
         (["export", "127.0.0.1:9", __file__], "expected a file that does not exist yet"),
         (["export", "127.0.0.1:9", "--fingerprint", "xyz"], "fingerprint: 'xyz' given, expected up to 16 hexadecimal"),
-        (["export", "127.0.0.1:9", "--tokens", "/nowhere"], "block-size: missing, expected the engine's tokens"),
+        (["export", "127.0.0.1:9", "--tokens", "/nowhere"], "block-size: missing, required by --tokens"),
         (["export", "127.0.0.1:9", "--tokens", __file__, "--block-size", "16"], "expected a file with token ids"),
-        (["export", "127.0.0.1:9", "--max", "0"], "max: '0' given, expected greater than 0"),
+        (["export", "127.0.0.1:9", "--max", "0"], "max: '0' given, expected more than 0"),
         (["import", "127.0.0.1:9", "/nowhere"], "file: '/nowhere' given, expected a file that can be read"),
         (["import", "127.0.0.1:9", __file__], "expected an undamaged export"),
     ],

@@ -137,7 +137,7 @@ def test_keys_are_read_in_order(tmp_path: Path, content: object) -> None:
         ([], "a list of 1 to 16 keys"),
         ({"id": 1, "key": SECRETS[1]}, "a list of 1 to 16 keys"),
         (listed(1) * 17, "a list of 1 to 16 keys"),
-        (listed(1, 1), "a different id for each key"),
+        (listed(1, 1), "keys: seal-key.2.id: '1' is a duplicate of seal-key.1.id, expected it once"),
         ([{"id": 0, "key": SECRETS[1]}], "a whole number from 1 to 4294967295 as id of key number 1"),
         ([{"id": True, "key": SECRETS[1]}], "a whole number"),
         ([{"id": 1 << 32, "key": SECRETS[1]}], "a whole number"),
@@ -152,7 +152,7 @@ def test_keys_are_read_in_order(tmp_path: Path, content: object) -> None:
         ("x" * (64 << 10) + "y", "a regular file of at most 65536 bytes"),
     ],
 )
-def test_a_file_that_makes_no_sense_is_refused_without_a_word_of_it(
+def test_a_file_that_makes_no_sense_is_refused_without_its_secrets(
     tmp_path: Path, content: object, expected: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -389,7 +389,7 @@ def test_a_worker_passes_the_path_on_and_no_key(tmp_path: Path, capsys: pytest.C
     ("options", "expected"),
     [
         (["--seal-key", "{path}"], "only its owner can read, not with mode 0644 (chmod 600)"),
-        (["--seal", "mac"], "seal: 'mac' given, expected off, or a seal-key"),
+        (["--seal", "mac"], "seal-key: missing, required by seal mac, expected a file of keys"),
         (["--seal", "other"], "seal: 'other' given, expected"),
         (["--seal-key", "{path}.not"], "a file that can be read (No such file or directory)"),
     ],

@@ -205,7 +205,7 @@ def test_each_start_has_an_epoch_of_its_own_also_of_a_wiped_store(arguments: lis
         ({"--capacity": "900T"}, "expected at most the"),
         ({"--listen": "nonsense"}, "listen: 'nonsense' given, expected host:port"),
         ({"--namespace": "a b"}, "namespace: 'a b' given, expected 1 to 64 letters"),
-        ({"--connections": "0"}, "connections: '0' given, expected greater than or equal to 1"),
+        ({"--connections": "0"}, "connections: '0' given, expected at least 1"),
         ({"--nats": "nats://127.0.0.1:9"}, "nats: no server answers at nats://127.0.0.1:9"),
         ({"--etcd": "127.0.0.1:9"}, "etcd: no server answers at 127.0.0.1:9"),
     ],

@@ -371,12 +371,12 @@ ZERO = GOOD.replace("1G", "0")
         (f"namespaces:\n- {{name: a, {GOOD}\n- x", "this is not YAML: see line"),
         ("namespaces: [&secret {a: *secret-secret}]", "this is not YAML: see line 1"),
         ("namespaces: [secret-secret-secret]", "namespaces.0: 'str' given, expected a mapping"),
-        (f"namespaces: [{{name: a b, {GOOD}}}]", "namespaces.0.namespace: 'a b' given, expected 1 to 64 letters"),
+        (f"namespaces: [{{name: a b, {GOOD}}}]", "namespaces.0.name: 'a b' given, expected 1 to 64 letters"),
         (f"namespaces: [{{name: 7, {GOOD}}}]", "namespaces.0.name: '7' given, expected a text, in quotes"),
         (f"namespaces: [{{{GOOD}}}]", "namespaces.0.name: missing, expected a value"),
         (
             f"namespaces: [{{name: a, {GOOD}}}, {{name: a, {GOOD}}}]",
-            "namespaces.1.name: 'a' given, expected a name",
+            "namespaces.1.name: 'a' is a duplicate of namespaces.0.name",
         ),
         (
             "namespaces: [{name: a, credential: 'a secret of a, long'}]",
@@ -385,18 +385,24 @@ ZERO = GOOD.replace("1G", "0")
         (f"namespaces: [{{name: a, {GOOD.replace('1G', 'lots')}}}]", "quota: 'lots' given, expected a size such as"),
         (
             f"namespaces: [{{name: a, {ZERO}}}]",
-            "namespaces.0.quota: '0' given, expected greater than 0",
+            "namespaces.0.quota: '0' given, expected more than 0",
         ),
-        (f"namespaces: [{{name: a, {GOOD}, access: none}}]", "namespaces.0.access: 'none' given, expected 'read'"),
+        (
+            f"namespaces: [{{name: a, {GOOD}, access: none}}]",
+            "namespaces.0.access: 'none' given, expected one of read",
+        ),
         (f"namespaces: [{{name: a, {GOOD}, connections: 0}}]", "namespaces.0.connections: '0' given"),
         ("namespaces: [{name: a, quota: 1G}]", "namespaces.0: missing, expected one of credential, credential-file"),
         (
             f"namespaces: [{{name: a, {GOOD}, credential-env: E}}]",
-            "'credential, credential-env' given, expected one",
+            "namespaces.0: 'credential-env' conflicts with credential, expected one",
         ),
         (f"namespaces: [{{name: a, {GOOD}, kredential: secret}}]", "namespaces.0.kredential: unknown, expected one of"),
         ("namespaces: [{name: a, quota: 1G, credential: secret}]", "namespaces.0.credential: '(hidden)' given"),
-        ("namespaces: [{name: a, quota: 1G, credential: 123456789012345678}]", "'(hidden, int)' given, expected text"),
+        (
+            "namespaces: [{name: a, quota: 1G, credential: 123456789012345678}]",
+            "'(hidden, int)' given, expected a",
+        ),
         ("namespaces: [{name: a, quota: 1G, credential-env: NOWHERE}]", "credential-env: 'NOWHERE' given, expected a"),
         ("namespaces: [{name: a, quota: 1G, credential-file: nowhere}]", "expected a file that can be read (No such"),
         ("namespaces: [{name: a, quota: 1G, credential: !!python/object:os.system x}]", "this is not YAML"),
@@ -570,7 +576,7 @@ def test_bad_starts_are_told_in_one_line(tmp_path: Path, arguments: list[str]) -
     path = names_file(tmp_path, {"a": "60MiB", "b": "20MiB"})
     for more, says in (
         (["--namespaces", str(path)], "the sum of all quotas: '83886080' given, expected at most 67108864"),
-        (["--namespaces", str(path), "--namespace", "a"], "namespace: 'a' given, expected none together"),
+        (["--namespaces", str(path), "--namespace", "a"], "namespace: 'a' conflicts with --namespaces"),
         (["--namespaces", str(tmp_path / "no")], "expected a file that can be read (No such file or directory)"),
     ):
         ended = run("kvstore", *arguments, *more)

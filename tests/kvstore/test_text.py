@@ -130,7 +130,7 @@ async def test_top_and_explain_print_nothing_of_what_a_router_says(capsys: pytes
     mirrored = msgspec.to_builtins(feed.state) | {"model": ESCAPES, "outcomes": {ESCAPES: 1}}
     lane = {"target": "127.0.0.1:1", "heard_seconds": 1.0, "chunks": 1}
     mirrored |= {"alarms": [{"id": ESCAPES, "level": "bad", "text": ESCAPES}], "targets": [lane]}
-    decision = msgspec.to_builtins(decisions.find("d1")) | {
+    decision = msgspec.to_builtins(decisions.history.find("d1")) | {
         "id": ESCAPES,
         "outcome": ESCAPES,
         "targets": [[ESCAPES, 1]],

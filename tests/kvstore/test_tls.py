@@ -518,8 +518,8 @@ def test_wrong_files_are_named(made: Certificates, tmp_path: Path, names: certif
     locked.write_bytes(encrypted)
     for files, name, expected in (
         (Files(cert, str(readable), ca), names.key, "a file that only its owner can read, not with mode 0644"),
-        (Files(cert, "", ca), names.key, "a file, together with --"),
-        (Files("", key, ca), names.cert, "a file, together with --"),
+        (Files(cert, "", ca), names.key, ", required by --"),
+        (Files("", key, ca), names.cert, ", required by --"),
         (Files(cert, made.client.key, ca), names.key, f"the private key of the first certificate in {cert}"),
         (Files(cert, str(locked), ca), names.key, "a private key in PEM, without a passphrase"),
         (Files(cert, ended.key, key), names.ca, "certificates in PEM"),
@@ -537,13 +537,13 @@ def test_wrong_files_are_named(made: Certificates, tmp_path: Path, names: certif
 def test_a_target_with_a_wrong_file_changes_nothing(made: Certificates, tmp_path: Path) -> None:
     options = ["--dir", str(tmp_path / "store"), "--capacity", "64MiB", "--nats", "", "--tls-cert", made.target.cert]
     ended = run("kvstore", *options)
-    said = "kvstore: error: tls-key: missing, expected a file, together with --tls-cert\n"
+    said = "kvstore: error: tls-key: missing, required by --tls-cert, expected a file\n"
     assert (ended.code, ended.complained) == (2, said)
     assert not (tmp_path / "store").exists()
 
 
 def test_no_carrier_goes_around_it(made: Certificates) -> None:
-    expected = "carrier: 'nixl' given, expected none together with --{}: a carrier moves values without TLS"
+    expected = "carrier: 'nixl' conflicts with --{}, expected one of the two: a carrier moves values without TLS"
     for opened, option in ((tls.open_server, "tls-cert"), (tls.open_client, "store-tls-ca")):
         with pytest.raises(ConfigError, match=expected.format(option)):
             opened(made.target, "nixl")

@@ -324,9 +324,9 @@ def test_models_with_the_same_tokens_leave_each_others_prompts_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--durability", "memory"], "durability: 'memory' given, expected also --hot"),
+        (["--durability", "memory"], "hot: missing, required by --durability memory, expected a size"),
         (["--durability", "disk"], "durability: 'disk' given"),
-        (["--hot", "1G", "--dirty", "1G"], "dirty: .* expected also --durability memory"),
+        (["--hot", "1G", "--dirty", "1G"], "dirty: '1.*' conflicts with --durability written"),
         (["--durability", "memory", "--hot", "1G", "--dirty", "2G"], "dirty: .* at most the 10* bytes of --hot"),
         (["--durability", "memory", "--hot", "1G", "--flush", "-1"], "flush: '-1' given"),
     ],

@@ -328,7 +328,7 @@ def test_a_target_with_tls_is_reached_by_certificate(server: Make, start_target:
         ({"deadline_ms": 0}, "deadline-ms: '0' given"),
         ({"namespace": "a b"}, "namespace: 'a b' given"),
         ({"carrier": "rdma"}, "carrier: 'rdma' given, expected"),
-        ({"seal": "mac"}, "seal: 'mac' given, expected off, or a seal-key"),
+        ({"seal": "mac"}, "seal-key: missing, required by seal mac, expected a file of keys"),
         ({"sotre": "host:1"}, "sotre: unknown, expected one of store_tls_ca"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -107,7 +107,7 @@ async def main(endpoint_name: str, count: int, seed: int) -> dict[str, Any]:
         while any(after.values()):
             await asyncio.sleep(0.1)
             after = await booked(router, kv_router)
-    outcomes = Counter(decision.outcome for decision in router.decisions.last())
+    outcomes = Counter(decision.outcome for decision in router.decisions.history.last())
     cards.shutdown()
     runtime.shutdown()
     return {"during": during, "after": after, "outcomes": outcomes}

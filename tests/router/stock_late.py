@@ -111,7 +111,7 @@ async def under(
         if loop.time() - since > 30:
             raise TimeoutError(f"only {served} serve again")
         await asyncio.gather(*(one(router, FINISH, 1000 + number) for number in range(PROMPTS)))
-        last = router.decisions.last(PROMPTS)
+        last = router.decisions.history.last(PROMPTS)
         served |= {decision.chosen for decision in last if decision.outcome == "finished"}
         await asyncio.sleep(0.1)
     return {

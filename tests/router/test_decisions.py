@@ -6,7 +6,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from components.pricing.cost import Candidate, Policy, Speeds, choose
-from components.router.decisions import BusCollector, ByRole, Decisions
+from components.router.decisions import Decisions
+from components.router.series import BusCollector, ByRole
 from components.router.speeds import LiveSpeeds
 from kvstore.bus.messages import Residency, WorkerReport
 from kvstore.bus.residency import Mirror
@@ -27,9 +28,81 @@ def test_regret_is_what_another_worker_would_have_saved() -> None:
     assert 'kvtier_router_regret_seconds_bucket{le="0.0"} 1.0' in shown
     assert "kvtier_router_regret_seconds_count 2.0" in shown
     assert float(shown.partition("kvtier_router_regret_seconds_sum ")[2].split()[0]) == pytest.approx(0.3)
-    found = decisions.find("stands")
+    found = decisions.history.find("stands")
     assert found is not None
     assert found.other_ttft_seconds == pytest.approx(other)
+
+
+COUNTERS = {
+    "decisions": {"worker"},
+    "chosen_blocks": {"worker", "tier"},
+    "prompt_tokens": {"source"},
+    "outcomes": {"outcome"},
+    "degraded_decisions": {"missing"},
+    "missed_deadlines": {"deadline"},
+    "retries": {"worker"},
+    "output_tokens": set[str](),
+}
+GAUGES = {
+    "candidate_blocks": {"worker", "tier"},
+    "candidate_seconds": {"worker", "part"},
+    "suspect_workers": set[str](),
+}
+HISTOGRAMS = {
+    "ttft_actual_to_predicted_ratio": set[str](),
+    "regret_seconds": set[str](),
+    "decision_seconds": {"stage"},
+    "predicted_ttft_seconds": set[str](),
+    "tpot_seconds": set[str](),
+    "ttft_seconds": set[str](),
+}
+
+
+def test_the_series_of_decisions_are_these_and_the_totals_are_their_numbers() -> None:
+    decisions = Decisions(16)
+    known, other = Candidate(1, SPEEDS, hbm_blocks=10), Candidate(2, SPEEDS, dp_rank=1)
+    chosen, choices = choose([known, other], 2200, 16, POLICY)
+    decision = decisions.decided("a", 2200, chosen, choices)
+    decisions.took({"hash": 0.1, "price": 0.2})
+    decisions.fell_back("overlap_query")
+    decisions.first_token(decision, 0.3)
+    decisions.answered(decision, 1, 10, 0.3)
+    decisions.ended("a", "finished")
+    decisions.decided("b", 2200, chosen, choices)
+    decisions.missed("request")
+    decisions.retried(chosen)
+
+    expected = {(name, frozenset(labels)) for name, labels in GAUGES.items()}
+    for name, labels in COUNTERS.items():
+        expected |= {(f"{name}_{end}", frozenset(labels)) for end in ("total", "created")}
+    for name, labels in HISTOGRAMS.items():
+        expected |= {(f"{name}_{end}", frozenset(labels)) for end in ("count", "sum", "created")}
+        expected.add((f"{name}_bucket", frozenset({*labels, "le"})))
+    samples = [one for family in decisions.registry.collect() for one in family.samples]
+    assert {(one.name.removeprefix("kvtier_router_"), frozenset(one.labels)) for one in samples} == expected
+
+    totals = decisions.totals()
+
+    def counted(name: str, **labels: str) -> float | None:
+        return decisions.registry.get_sample_value(f"kvtier_router_{name}", labels)
+
+    assert totals.decisions == {"1": 2}
+    assert totals.decisions["1"] == counted("decisions_total", worker="1")
+    for name, counts, by in (
+        ("prompt_tokens", totals.tokens, "source"),
+        ("outcomes", totals.outcomes, "outcome"),
+        ("degraded_decisions", totals.fallbacks, "missing"),
+        ("missed_deadlines", totals.missed, "deadline"),
+        ("retries", totals.retries, "worker"),
+    ):
+        assert {value: counted(f"{name}_total", **{by: value}) for value in counts} == counts
+    assert {tier: counted("chosen_blocks_total", worker="1", tier=tier) for tier in totals.blocks["1"]} == (
+        totals.blocks["1"]
+    )
+    assert (totals.output_tokens, totals.open) == (counted("output_tokens_total"), 1) == (11, 1)
+    assert totals.decision_seconds == pytest.approx(0.3)
+    totals.outcomes["finished"] += 1
+    assert decisions.totals().outcomes["finished"] == 1  # a copy
 
 
 def test_of_a_prompt_that_two_workers_served_tokens_count_once_and_times_add_up() -> None:

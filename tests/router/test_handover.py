@@ -51,8 +51,8 @@ async def test_both_workers_are_chosen_by_what_they_hold_and_have_left() -> None
 async def test_a_prompt_is_shown_once_with_what_its_prefill_worker_did() -> None:
     cluster = Cluster()
     await cluster.workers()
-    (on_decode,) = cluster.decode_router.decisions.last()
-    (on_prefill,) = cluster.prefill_router.decisions.last()
+    (on_decode,) = cluster.decode_router.decisions.history.last()
+    (on_prefill,) = cluster.prefill_router.decisions.history.last()
     known = on_decode.prefilled
     assert known is not None
     assert (known.id, known.worker, known.ttft_seconds) == (on_prefill.id, on_prefill.chosen, on_prefill.ttft_seconds)
@@ -61,7 +61,7 @@ async def test_a_prompt_is_shown_once_with_what_its_prefill_worker_did() -> None
     cluster.prefill.broken = set(PREFILL)
     cluster.prefill.sent.clear()
     _ = [output async for output in cluster.served.handle({"token_ids": TOKENS, "model": "m"}, Context())]
-    assert cluster.decode_router.decisions.last(1)[0].prefilled is None
+    assert cluster.decode_router.decisions.history.last(1)[0].prefilled is None
 
 
 async def test_a_client_may_name_either_worker() -> None:

@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from components.pricing.cost import Candidate, Policy, Speeds, choose
-from components.router.decisions import KEPT, LOGGED, Decisions
+from components.router.decisions import LOGGED, Decisions
+from components.router.history import KEPT
 from components.router.speeds import LiveSpeeds
 from components.router.view import explain
 from components.router.view.access import page_access
@@ -48,7 +49,7 @@ def feed_of(decisions: Decisions) -> Feed:
 def test_the_terms_of_a_price_add_up_and_the_plan_is_told() -> None:
     decisions = Decisions(16)
     decided(decisions, "d1")
-    found = decisions.find("d1")
+    found = decisions.history.find("d1")
     assert found is not None
     for considered in found.candidates:
         assert sum(considered.price.values()) == pytest.approx(considered.price_seconds)
@@ -62,10 +63,10 @@ def test_the_last_thousand_are_kept() -> None:
     decisions = Decisions(16)
     for number in range(KEPT + 10):
         decided(decisions, str(number))
-    assert len(decisions.last()) == KEPT
-    assert decisions.last(1)[0].id == str(KEPT + 9)
-    assert decisions.find("9") is None
-    assert decisions.last(5, "1a") == []
+    assert len(decisions.history.last()) == KEPT
+    assert decisions.history.last(1)[0].id == str(KEPT + 9)
+    assert decisions.history.find("9") is None
+    assert decisions.history.last(5, "1a") == []
     decisions.ended("9", "cancelled")  # one that was forgotten meanwhile
 
 
@@ -312,7 +313,7 @@ def test_of_a_crowd_a_sample_is_kept_and_totals_are_whole() -> None:
     assert [int(one.id) for one in update.decisions] == sorted(int(one.id) for one in update.decisions)
     for name in range(KEPT + 1):
         decided(decisions, f"later-{name}")
-    assert decisions.find(update.decisions[0].id) is None
+    assert decisions.history.find(update.decisions[0].id) is None
     kept = feed.find(update.decisions[0].id)  # it was shown, and can be asked for
     assert kept is not None
     assert len(kept.candidates) == 2

@@ -154,7 +154,7 @@ def test_the_router_ends_with_a_sentence() -> None:
     command = [sys.executable, "-m", "components.router", "--model-name", "m", "--page", "0.0.0.0:8300"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
-    assert "'0.0.0.0:8300' given, expected also a token" in ended.stderr
+    assert "'0.0.0.0:8300' given, expected an address of loopback, or a token" in ended.stderr
 
 
 async def test_programs_say_what_is_wanted() -> None:

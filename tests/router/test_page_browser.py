@@ -187,7 +187,7 @@ async def test_the_bars_of_a_decision_add_up_to_its_price(shown: Shown, browser:
             await row.click()
             await expect(page.locator("#detail h2")).to_contain_text(name)
             assert f"decision={name}" in page.url
-            found = shown.decisions.find(name)
+            found = shown.decisions.history.find(name)
             assert found is not None
             candidates = {one.worker: one for one in found.candidates}
             most = max(one.price_seconds for one in found.candidates)
@@ -234,7 +234,7 @@ async def test_filters_and_pause_are_in_the_url(shown: Shown, browser: Browser) 
         assert await page.input_value("#span") == "15"
         wanted = [
             one.id
-            for one in shown.decisions.last()
+            for one in shown.decisions.history.last()
             if one.chosen == worker and next(c for c in one.candidates if c.worker == worker).tokens["store"]
         ]
         before = await page.locator("#rows tr").evaluate_all("rows => rows.map(row => row.dataset.id)")

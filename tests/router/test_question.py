@@ -59,7 +59,7 @@ async def test_tokens_and_texts_are_priced(asked: tuple[Router, str]) -> None:
         for routing in (5, {"allowed_worker_ids": 5}, {"routing_constraints": {"required_taints": 5}}, {"worker": 1}):
             assert (await post({"token_ids": TOKENS, "routing": routing}))[0] == 400
         assert (await post({"prompt": "a" * (1 << 20)}))[0] == 413
-    assert router.decisions.last() == []
+    assert router.decisions.history.last() == []
 
 
 async def test_the_command_line_prices_a_prompt(

@@ -494,7 +494,7 @@ async def test_a_prompt_can_be_priced_without_being_sent() -> None:
     assert len(explained.candidates) == 2
     assert (explained.fetch_chunks, explained.targets) == (8, [("t:1", 8)])
     assert not kv_router.sent
-    assert router.decisions.last() == []
+    assert router.decisions.history.last() == []
     assert b"kvtier_router_predicted_ttft_seconds_count 0.0" in generate_latest(router.decisions.registry)
 
 
@@ -584,7 +584,7 @@ async def test_under_churn_nothing_stays_booked() -> None:
         kv_router.broken = {chance.choice([1, 2, 3])}
     await until(lambda: len(kv_router.closed) > 0)
     assert not any(router.booked().values())
-    outcomes = {one.outcome for one in router.decisions.last()}
+    outcomes = {one.outcome for one in router.decisions.history.last()}
     assert outcomes <= {"finished", "failed", "cancelled"}
 
 

@@ -266,9 +266,9 @@ def test_with_a_seal_what_others_planted_is_a_miss(cache: Make, start_target: St
         ({"deadline_ms": 0}, "deadline-ms: '0' given"),
         ({"deadline_ms": 60_000}, "deadline-ms: '60000' given"),
         ({"namespace": "a b"}, "namespace: 'a b' given"),
-        ({"seal": "mac"}, "seal: 'mac' given, expected off, or a seal-key"),
+        ({"seal": "mac"}, "seal-key: missing, required by seal mac, expected a file of keys"),
         ({"sotre": "host:1"}, "sotre: unknown, expected one of"),
-        ({"tp_lcm_size": 2}, "tp_lcm_size: '2' given, expected none"),
+        ({"tp_lcm_size": 2}, "tp_lcm_size: '2' conflicts with this backend, expected none"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -120,8 +120,8 @@ def page_access(
         raise ConfigError(
             "page",
             page,
-            f"also a token (--page-token-file FILE, or the variable {VARIABLE}), or an address of loopback, or "
-            "--page-open if everyone on the network may see it",
+            f"an address of loopback, or a token (--page-token-file FILE, or the variable {VARIABLE}), or --page-open "
+            "if everyone on the network may see it",
         )
     own = frozenset(part.strip().lower() for part in names.split(",") if part.strip())
     return Access(host, port, Credential(token.encode()) if token else None, own)

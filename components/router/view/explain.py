@@ -15,7 +15,7 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
-from components.router.decisions import Decision
+from components.router.records import Decision
 from components.router.view.access import TOKEN_HELP, bearer, page_token, unknown
 from components.router.view.question import Question
 from kvstore.errors import ConfigError, UnavailableError
@@ -137,7 +137,7 @@ def _question(options: argparse.Namespace) -> Question | None:
         try:
             text = options.file.read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("file", options.file, f"a text that can be read ({error})") from None
+            raise ConfigError("file", options.file, f"a file that can be read ({error})") from None
     if text is None:
         return None
     return Question(messages=[{"role": "user", "content": text}]) if options.chat else Question(prompt=text)

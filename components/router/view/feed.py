@@ -12,7 +12,10 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from components.router.decisions import KEPT, Considered, Decision, Decisions, Totals
+from components.router.decisions import Decisions
+from components.router.history import KEPT, History
+from components.router.records import Considered, Decision
+from components.router.series import Totals
 from components.router.speeds import LiveSpeeds, prefill_tokens_per_second
 from components.router.view import state as states
 from components.router.view.alarms import alarms
@@ -130,8 +133,8 @@ class Feed:
         passed = max(now - self._ticked, 1e-3)
         before, totals = self._totals, self._all_totals()
         self._ticked, self._totals = now, totals
-        answered = list(self.decisions.answered_lately)
-        self.decisions.answered_lately.clear()
+        answered = list(self.decisions.history.answered_lately)
+        self.decisions.history.answered_lately.clear()
         for decision in random.sample(answered, min(len(answered), SAMPLES_PER_SECOND)):
             self.samples.append(_sample(decision, wall))
             self.samples_made += 1
@@ -175,15 +178,15 @@ class Feed:
             totals.add_prefill(prefill.decisions.totals())
         return totals
 
-    def decisions_of(self, worker: str) -> Decisions:
-        """Those among which are a worker's; with "" those of the prompts."""
+    def history_of(self, worker: str) -> History:
+        """The history in which a worker's decisions are; with "" that of the prompts."""
         for pool in self._pools.values():
             if worker and worker.partition(".")[0] in (format(one, "x") for one in pool.workers.cards):
-                return pool.decisions
-        return self.decisions
+                return pool.decisions.history
+        return self.decisions.history
 
     def find(self, decision_id: str) -> Decision | None:
-        every = (pool.decisions.find(decision_id) for pool in self._pools.values())
+        every = (pool.decisions.history.find(decision_id) for pool in self._pools.values())
         return next(filter(None, every), None) or self._shown.get(decision_id)
 
     def show(self, decision: Decision) -> Summary:
@@ -234,19 +237,19 @@ class Feed:
 
     def _worker_lanes(self, role: str, pool: Pool, wall: float, now: float) -> list[WorkerLane]:
         totals, block_tokens = pool.decisions.totals(), pool.decisions.block_tokens
-        last = next(iter(pool.decisions.last(1)), None)
+        last = next(iter(pool.decisions.history.last(1)), None)
         considered: dict[str, Considered] = {}
         if last is not None:
             considered = {one.worker: one for one in last.candidates}
         fresh = last is not None and wall - last.time <= _FRESH_SECONDS
         reports = pool.workers.reports(now)
-        open_ = pool.decisions.open_by_worker()
+        open_ = pool.decisions.history.open_by_worker()
         lanes = []
         for worker in sorted(pool.workers.cards):
             name = format(worker, "x")
             ranks = [one for one in considered if one.partition(".")[0] == name] or [name]
             for label in sorted(ranks):
-                blocks = totals.blocks.get(label, {})
+                blocks = totals.blocks.get(label, Counter())
                 seen = considered.get(label) if fresh else None
                 lane = WorkerLane(
                     worker=label,
@@ -316,16 +319,16 @@ class Viewer:
 
     def _new(self) -> list[Decision]:
         """A random sample of the new decisions that pass the filters; at first the newest. The oldest comes first."""
-        decisions = self._feed.decisions_of(self._worker)
-        missed = KEPT if self._decided is None else min(KEPT, decisions.count - self._decided)
-        new = [one for one in decisions.newest(missed) if self._wants(one)]
+        history = self._feed.history_of(self._worker)
+        missed = KEPT if self._decided is None else min(KEPT, history.count - self._decided)
+        new = [one for one in history.newest(missed) if self._wants(one)]
         if self._decided is None:
             picked = new[ROWS_FIRST - 1 :: -1]
         else:
             # The same sample for all viewers, because building a row on its first view is expensive.
-            chance = random.Random(decisions.count)
+            chance = random.Random(history.count)
             picked = [new[index] for index in sorted(chance.sample(range(len(new)), min(ROWS, len(new))), reverse=True)]
-        self._decided = decisions.count
+        self._decided = history.count
         self._open |= {one.id: one for one in picked if one.outcome == "open"}
         for forgotten in list(self._open)[:-KEPT]:
             del self._open[forgotten]

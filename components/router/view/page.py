@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from components.router.decisions import KEPT
+from components.router.history import KEPT
 from components.router.view.access import Access, Door, is_of_another_site
 from components.router.view.feed import Feed, Viewer
 from components.router.view.state import SOURCES
@@ -36,8 +36,8 @@ VIEWERS_MAX = 16
 VIEWERS_OF_PEER_MAX = 8
 # A viewer that does not receive an update for this long is disconnected; it may reconnect.
 _SLOW_SECONDS = 20.0
-# Timeouts: for a request's header, since the connection or the previous response; for its body; for the whole request
-# until the client has received the response. The first text to explain loads a tokenizer.
+# Timeouts: of a request's header, since the connection or the previous response; of its body; and of the whole request
+# until its response is received. The first text to explain loads a tokenizer.
 _HEAD_SECONDS, _BODY_SECONDS, _ANSWER_SECONDS = 15.0, 10.0, 60.0
 _BODY_BYTES_MAX = 1 << 20
 NO_QUESTIONS: Mapping[str, Handler] = {}
@@ -69,7 +69,7 @@ def make_app(
         if not limit.isdecimal() or not 0 < int(limit) <= KEPT:
             raise web.HTTPBadRequest(text=f"limit: {shown(limit)}: expected 1 to {KEPT}\n")
         worker = request.query.get("worker", "")
-        newest = feed.decisions_of(worker).newest(KEPT)
+        newest = feed.history_of(worker).newest(KEPT)
         wanted = [one.id for one in newest if worker in ("", one.chosen)][: int(limit)]
         found = []
         for name in wanted:

@@ -3,8 +3,8 @@
 - POST /explain: the decision that the router would take now. Sends, counts and keeps nothing.
 - POST /warm: targets prefetch the chunks of an imminent prompt into memory (warm.py).
 
-The body is JSON of 1 MiB at most, with one of `prompt` (text, as in /v1/completions), `messages` (as in
-/v1/chat/completions) or `token_ids`, and optionally `routing`, as Dynamo passes it to the router.
+The body is JSON of 1 MiB at most. It has one of `prompt` (text, as in /v1/completions), `messages` (as in
+/v1/chat/completions) or `token_ids`. It may have `routing`, as Dynamo passes it to the router.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """The mover: the process that moves chunks between the DRAM tier's rows and the targets, one for each engine.
 
-It maps the engine's shared memory and does what the tier in the engine (remote_tier.py) tells it over a socket, so that
-the scheduler never shares its interpreter with a transfer. It knows neither the engine nor torch, starts in a fraction
-of a second, and ends with the engine, however that ends.
+It maps the engine's shared memory and takes commands from the tier in the engine (remote_tier.py) over a socket. So the
+scheduler never shares its interpreter with a transfer. It imports neither vLLM nor torch, starts in a fraction of a
+second, and ends with the engine, even if that is killed.
 
     python -m components.worker.mover SOCKET_FD ENGINE_PID SETUP_JSON    # started by link.py, not by hand
 """
@@ -39,25 +39,27 @@ from kvstore.net.membership import open_membership
 from kvstore.net.wire import Outcome
 from kvstore.seal import announce, open_seal
 
-if TYPE_CHECKING:  # with what speaks to NATS it takes twice the CPU time to start
+if TYPE_CHECKING:  # importing NATS doubles the CPU time of the start
     from kvstore.bus.messages import WorkerReport
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Several chunks go in one put, to spare round trips; between puts, loads may go first.
+# One put holds several chunks, to save round trips. Between puts, loads may go first.
 PUT_BYTES = 8 << 20
 PUT_SECONDS = 10.0
 PUT_THREADS = 2
-# Before each such part a put gives way to loads, but no longer than this: under steady load there always is one, and
-# what is not put in time is lost to the next turn. Two threads still put some 300 MB/s, twice what a busy engine makes.
+# Before each put, a store job gives way to loads for at most this long. Under steady load there is always a load, and a
+# chunk that is put too late misses the next turn. Two threads still put some 300 MB/s, twice what a busy engine
+# produces.
 PUT_PATIENCE_SECONDS = 0.05
-# A speed measured on less would be a latency; one that is older says nothing of a store that may have recovered.
+# With fewer bytes, the measured speed would be a latency. An older speed is no evidence, since the store may have
+# recovered.
 SAMPLE_BYTES = 8 << 20
 SAMPLE_SECONDS = 0.5
 SAMPLE_VALID_SECONDS = 10.0
-# The pages of the rows are mapped ahead of use, in steps that hold the interpreter for a few milliseconds each.
+# Pages of rows are mapped ahead of use, in steps that hold the interpreter for a few milliseconds.
 _MAP_BYTES = 16 << 20
 _MADV_POPULATE_WRITE = 23
 _PR_SET_PDEATHSIG = 1
@@ -66,7 +68,7 @@ EXIT_UNAVAILABLE = 3
 
 @dataclass
 class _Prompt:
-    """The tokens of a request, as far as the engine sent them, and their hashes."""
+    """A request's tokens, as far as the engine has sent them, and their hashes."""
 
     hasher: SequenceHasher
     tokens: "array[int]" = field(default_factory=lambda: array("I"))
@@ -93,8 +95,8 @@ class Mover:
             seal=self._seal,
             tls=client_tls,
         )
-        # Connections and threads of their own, so that a put that stalls is never in the way of a load, and loads are
-        # not in the way of a question.
+        # Loads, puts and lookups have separate connections and threads. So a stalled put never delays a load, and loads
+        # do not delay lookups.
         self._client = client(
             name="worker",
             connections_per_target=settings.fetch_threads,
@@ -104,7 +106,7 @@ class Mover:
         self._ask_client = client(name="asker", connections_per_target=1)
         self._lock = threading.Condition()
         self._send_lock = threading.Lock()
-        # All bounded by the tier: loads by rows, puts by a share of rows, questions and prompts by requests.
+        # The tier bounds all of them: loads by rows, puts by a share of rows, lookups and prompts by requests.
         self._loads: list[frames.Load] = []
         self._puts: deque[tuple[frames.Put, list[tuple[int, int]]]] = deque()
         self._questions: deque[frames.Ask] = deque()
@@ -120,11 +122,11 @@ class Mover:
         self._sampled = -SAMPLE_VALID_SECONDS
         self._pace = frames.Pace(0, 0, 0, 0, 0, 0, 0, 0)
         self._identified = frames.Identified(0, {})
-        self._rejected: Counter[str] = Counter()  # values by reason, as far as the engine was told of them
-        self._fetched: Counter[str] = Counter()  # chunks by outcome, without loads that were called off
+        self._rejected: Counter[str] = Counter()  # values by reason, as reported to the engine
+        self._fetched: Counter[str] = Counter()  # chunks by outcome, without cancelled loads
 
     def run(self) -> None:
-        """Until the engine closes the socket."""
+        """Take commands until the engine closes the socket."""
         settings = self._setup.settings
         loops = [(self._load_next, settings.fetch_threads), (self._put_next, PUT_THREADS), (self._answer_next, 1)]
         for step, count in loops:
@@ -136,7 +138,7 @@ class Mover:
 
             start_reporting(settings.nats, settings.namespace, f"{os.getppid()}-{os.getpid()}", self._report)
         self._send(frames.Ready())
-        with contextlib.suppress(ConnectionError):  # the engine left without hearing all that was said to it
+        with contextlib.suppress(ConnectionError):  # the engine ended with reports unread
             while packet := self._link.recv(frames.FRAME_BYTES_MAX):
                 self._take(frames.decode_command(packet))
 
@@ -187,7 +189,7 @@ class Mover:
                 logger.exception("kvtier mover: a transfer failed in an unforeseen way")
 
     def _send(self, report: frames.Report) -> None:
-        """Blocks while the engine does not listen, which stalls this thread and nothing else; ends with the engine."""
+        """Blocks this thread while the engine does not read; raises when the engine has ended."""
         with self._send_lock:
             try:
                 self._link.send(frames.encode(report))
@@ -223,11 +225,11 @@ class Mover:
             self._loaded(load, outcomes)
 
     def _measure(self, *, called_off: bool = False) -> None:
-        """Count the time since the last call as time of loading, if anything was, and what came in meanwhile: also of
-        loads under way, and of those that were called off. Called with the lock held.
+        """Add the time since the last call, if there was a load, and the bytes that arrived in it. Bytes of running and
+        of cancelled loads count, too. Called with the lock held.
 
-        Were bytes counted when loads end, several at once would look as slow as one at first, be called off, and look
-        as slow again. Where less than a chunk came before a load was called off, its speed is not known.
+        If bytes were counted only at the end of loads, several parallel loads would look as slow as one. They would be
+        cancelled, and look as slow again. If a load was cancelled before its first chunk, its speed is unknown.
         """
         now, received_bytes = time.monotonic(), self._client.received_bytes
         moved_bytes = received_bytes - self._received_bytes
@@ -237,12 +239,12 @@ class Mover:
         self._measured_until, self._received_bytes = now, received_bytes
         if self._moved_bytes >= SAMPLE_BYTES or self._moving_seconds >= SAMPLE_SECONDS:
             if now >= self._sampled + SAMPLE_VALID_SECONDS:
-                self._throughput = Throughput()  # what was too old to be reported is too old to count
+                self._throughput = Throughput()  # a measurement too old to report is too old to use
             self._throughput.add(self._moved_bytes, self._moving_seconds)
             self._moved_bytes, self._moving_seconds, self._sampled = 0, 0.0, now
 
     def _bytes_per_second(self) -> float:
-        """From the store into DRAM; 0 if that was not measured lately."""
+        """The speed from the store into DRAM; 0 without a recent measurement."""
         return self._throughput.bytes_per_second if time.monotonic() < self._sampled + SAMPLE_VALID_SECONDS else 0.0
 
     def _loaded(self, load: frames.Load, outcomes: list[Outcome]) -> None:
@@ -264,7 +266,8 @@ class Mover:
             self._send(frames.Stored(put.job, outcomes))
 
     def _store(self, put: frames.Put, hashes: list[tuple[int, int]], outcomes: list[str]) -> None:
-        """Put what the store does not hold yet. What follows a refused chunk is of no use: it is not offered."""
+        """Put the chunks that the store does not hold yet. After a refused chunk, the later ones are useless and not
+        offered."""
         self._give_way()
         deadline = time.monotonic() + PUT_SECONDS
         keys = [chunk_key(put.identity, *name) for name in put.names]
@@ -303,8 +306,8 @@ class Mover:
             self._lock.wait_for(lambda: not self._loads and not self._loading, PUT_PATIENCE_SECONDS)
 
     def _router_hashes(self, put: frames.Put) -> list[tuple[int, int]]:
-        """Of each chunk and of the one before it. 0, not announced, for groups but the first: they are stored beside
-        it, and one announcement is enough."""
+        """The router hashes of each chunk and of the chunk before it. 0 (not announced) for all KV groups but the
+        first: one announcement is enough for the chunks of all groups."""
         prompt = self._prompts.get(put.request)
         known = prompt.hasher.hashes if prompt else []
         blocks = self._setup.blocks_per_chunk
@@ -345,7 +348,8 @@ class Mover:
         return self._memory[row * self._setup.row_bytes : (row + 1) * self._setup.row_bytes]
 
     def _map_rows(self) -> None:
-        """Map the rows' pages, which the engine has in memory already: in a transfer that costs a third."""
+        """Map the rows' pages, which are in memory already. Mapped during a transfer, they would cost a third of its
+        speed."""
         for start in range(0, self._setup.region_bytes, _MAP_BYTES):
             with contextlib.suppress(OSError):  # before Linux 5.14
                 length = min(_MAP_BYTES, self._setup.region_bytes - start)
@@ -373,7 +377,8 @@ class Mover:
 
 
 def end_with_the_engine(engine: int) -> None:
-    """Be killed when the thread that started this process ends, even while stopped or stuck; exit if it has already."""
+    """Have the kernel kill this process when the thread that started it ends, even while it is stopped or stuck. Exit
+    if that thread has already ended."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != engine:
         os._exit(0)
@@ -383,7 +388,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     fd, engine, setup = int(sys.argv[1]), int(sys.argv[2]), msgspec.json.decode(sys.argv[3], type=frames.Setup)
     end_with_the_engine(engine)
-    for interrupt in (signal.SIGINT, signal.SIGTERM):  # meant for the engine, which says when it is done
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # they are meant for the engine, which then closes the socket
         signal.signal(interrupt, signal.SIG_IGN)
     try:
         Mover(socket.socket(fileno=fd), setup).run()
@@ -393,7 +398,7 @@ def main() -> None:
     except Exception:
         logger.exception("kvtier mover: ended")
         os._exit(1)
-    os._exit(0)  # here and above: threads may be in the middle of a transfer, and nobody waits for it
+    os._exit(0)  # no clean exit: threads may be in a transfer, and nothing waits for it
 
 
 if __name__ == "__main__":

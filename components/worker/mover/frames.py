@@ -1,7 +1,7 @@
-"""What the tier in the engine and its mover process say to each other, over a pair of packet sockets.
+"""The protocol between the tier in the engine and its mover process, over a pair of packet sockets.
 
-One msgpack frame a packet, so a frame comes whole or not at all. Deadlines are time.monotonic() values, which on Linux
-are the same clock in every process of a host.
+One packet is one msgpack frame, so a frame arrives whole or not at all. Deadlines are time.monotonic() values, which on
+Linux are the same clock in every process of a host.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from kvstore.certificates import Files
 from kvstore.errors import ConfigError
 from kvstore.net.client import good_connections
 
-# What a packet socket takes with the kernel's default buffers is about 200 KiB; every frame is cut to fit well below.
+# With the kernel's default buffers, a packet socket takes about 200 KiB. Every frame stays well below.
 FRAME_BYTES_MAX = 128 << 10
-# Of a job, and of a question: about 40 KiB of names at most.
+# In a job and in a lookup: at most about 40 KiB of names.
 CHUNKS_MAX = 1024
 TOKENS_MAX = 16384  # in one frame, 4 bytes each
 _SOCKET_BUFFER_BYTES = 1 << 20
@@ -30,10 +30,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     store: str  # as kvstore.net.membership.open_membership takes it
     namespace: str = "default"
-    nats: str = ""  # where routers are told of this worker; "": they are not
-    endpoint: str = ""  # as which Dynamo knows the worker
-    deadline_ms: Annotated[int, msgspec.Meta(ge=1)] = 2000  # for which a request waits for its fetches at most
-    lookup_ms: Annotated[int, msgspec.Meta(ge=0)] = 200  # for which it waits for the store to say what it holds
+    nats: str = ""  # for the heartbeat to routers; "": none is sent
+    endpoint: str = ""  # the worker's Dynamo endpoint
+    deadline_ms: Annotated[int, msgspec.Meta(ge=1)] = 2000  # the timeout of a request's fetches
+    lookup_ms: Annotated[int, msgspec.Meta(ge=0)] = 200  # the timeout of a lookup in the store
     # Fetches in flight, and connections to each target.
     fetch_threads: Annotated[int, msgspec.Meta(ge=1)] = good_connections()
     carrier: str = ""
@@ -50,16 +50,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def settings_of(entry: Mapping[str, object]) -> Settings:
-    """Raises ConfigError: of another type than the mover takes, it would end the mover again and again."""
+    """The entry, checked here: a wrong type would end each mover at its start. Raises ConfigError."""
+    fields = Settings.__struct_fields__
+    if unknown := next((name for name in entry if name not in fields), None):
+        raise ConfigError.unknown(f"secondary_tiers.{unknown}", fields)
+    if not entry.get("store"):
+        raise ConfigError.missing("secondary_tiers.store", "host:port, or etcd://host:port")
     try:
         return msgspec.convert(entry, Settings)
     except msgspec.ValidationError as error:
-        problem = str(error).replace("$.", "")
-        raise ConfigError.saying("secondary_tiers", problem, "the settings of kvtier's tier") from None
+        problem, _, field = str(error).rstrip("`").partition(" - at `$.")
+        expected = problem.removeprefix("Expected ").partition(", got ")[0]
+        raise ConfigError(f"secondary_tiers.{field}", entry.get(field), expected) from None
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """How a mover is started; JSON on its command line."""
+    """A mover's settings; JSON on its command line."""
 
     settings: Settings
     region_fd: int
@@ -71,7 +77,7 @@ class Setup(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, tag="load", array_like=True, frozen=True):
-    """Fill rows from the store. Answered by one Loaded, after which nobody writes to the rows any more."""
+    """Fill rows from the store. Answered by one Loaded, after which the mover does not write to the rows any more."""
 
     job: int
     request: int
@@ -84,14 +90,15 @@ class Load(msgspec.Struct, tag="load", array_like=True, frozen=True):
 
 
 class Put(msgspec.Struct, tag="put", array_like=True, frozen=True):
-    """Write rows to the store, as far as it lacks them. Answered by one Stored, after which nobody reads the rows."""
+    """Write rows to the store, unless it holds them. Answered by one Stored, after which the mover does not read the
+    rows any more."""
 
     job: int
     request: int
     identity: bytes  # what the KV is computed with, 32 bytes
     names: list[Name]
     rows: list[int]
-    chunks: list[int]  # the place of each in its request; -1 where that is not known
+    chunks: list[int]  # each one's number in its request; -1: not known
     saved_seconds: float
 
 
@@ -115,7 +122,7 @@ class Tokens(msgspec.Struct, tag="tokens", array_like=True, frozen=True):
 
 
 class Hurry(msgspec.Struct, tag="hurry", array_like=True, frozen=True):
-    """The engine could begin with the request now: its loads go before those of requests that queue."""
+    """Prioritize the request: the engine could begin with it now, so its loads go before those of queued requests."""
 
     request: int
 
@@ -127,13 +134,13 @@ class Forget(msgspec.Struct, tag="forget", array_like=True, frozen=True):
 
 
 class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True):
-    """Nobody wants what is left of a load."""
+    """Cancel the rest of a load."""
 
     job: int
 
 
 class Pace(msgspec.Struct, tag="pace", array_like=True, frozen=True):
-    """What the engine's side measured, for the heartbeat: fields of a WorkerReport."""
+    """Engine statistics for the heartbeat: fields of a WorkerReport."""
 
     prefill_base_seconds: float
     prefill_seconds_per_token: float
@@ -150,8 +157,8 @@ class Pace(msgspec.Struct, tag="pace", array_like=True, frozen=True):
 
 
 class Identified(msgspec.Struct, tag="identified", array_like=True, frozen=True):
-    """What the engine computes KV with, for the heartbeat, as fields of a WorkerReport: a fingerprint, and that of each
-    adapter by its name."""
+    """The engine's identity for the heartbeat, as fields of a WorkerReport: its fingerprint, and that of each adapter
+    by name."""
 
     fingerprint: int
     adapters: dict[str, int]

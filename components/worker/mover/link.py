@@ -1,7 +1,7 @@
-"""The engine's end of its mover: starts the process, notices its death, kills it when it hangs, starts it again.
+"""The engine's end of its mover: starts the process, notices its death, kills it when it hangs, restarts it.
 
-What matters most: a row that a mover may still write to must not be given back to the engine. `dead` is therefore true
-only when the process has been reaped. No method blocks, but `stop` and `wait`, which take a time.
+The invariant: a row that a mover may still write to is not given back to the engine. `dead` is therefore true only when
+the process has been reaped. Only `stop` and `wait` block, up to a given time.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from components.worker.mover.frames import Setup
 
 logger = logging.getLogger(__name__)
 
-# A mover that was well is started again at once; if that one ends, too, after this long, then after twice as long, up
-# to the second figure.
+# Backoff. A healthy mover that ends is restarted at once. If the next one ends, too, the delay is the first number,
+# then doubles up to the second.
 RESTART_SECONDS = (0.2, 30.0)
-# One that lived this long was well: the next failure begins a new count.
+# A mover that lived this long was healthy: it resets the backoff.
 _WELL_SECONDS = 60.0
-# Importing and connecting take a second or two, on a machine that loads a model many more.
+# Importing and connecting take a second or two, and much longer while a model loads.
 START_SECONDS = 60.0
 # Commands that wait for a mover to take them.
 COMMANDS_MAX = 4096
@@ -38,7 +38,7 @@ _ROOT = Path(__file__).parents[3]
 
 @dataclass(eq=False)
 class Job:
-    """A command that is answered. One that is `done` before the mover has taken it is not sent."""
+    """A command with an answer. If it is `done` before the mover has taken it, it is not sent."""
 
     command: frames.Load | frames.Put
     sent: bool = field(default=False, kw_only=True)
@@ -46,8 +46,8 @@ class Job:
 
 
 class MoverLink:
-    """One mover process at a time. For one thread, which should live as long as the engine: the kernel kills a mover
-    whose starting thread has ended. What it is told waits here, in order and bounded, until it can take it."""
+    """One mover process at a time. For one thread, which must live as long as the engine: the kernel kills a mover
+    whose starting thread has ended. Commands wait here, in order and bounded, until the mover takes them."""
 
     def __init__(self, setup: Setup):
         self._setup = setup
@@ -64,7 +64,7 @@ class MoverLink:
 
     @property
     def dead(self) -> bool:
-        """Whether there is no process, and so nobody who touches a row."""
+        """Whether there is no process, so that no row is being accessed."""
         return self._process is None
 
     @property
@@ -72,13 +72,13 @@ class MoverLink:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """fork and exec: nothing of the engine's state, CUDA's least of all, is inherited."""
+        """fork and exec, so that no state of the engine is inherited, above all none of CUDA's."""
         ours, theirs = frames.socket_pair()
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(
             path for path in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if path
         )
-        # etcd3's generated code needs it, and the mover has no other use for protobuf.
+        # etcd3's generated code needs it; nothing else in the mover uses protobuf.
         environment["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"
         settings = msgspec.json.encode(self._setup).decode()
         command = [sys.executable, "-m", "components.worker.mover", str(theirs.fileno()), str(os.getpid()), settings]
@@ -102,11 +102,11 @@ class MoverLink:
 
     @property
     def full(self) -> bool:
-        """Whether as many commands wait as may."""
+        """Whether the command queue is full."""
         return len(self._waiting) >= COMMANDS_MAX
 
     def say(self, command: frames.Command) -> bool:
-        """Have the mover told, after what was said before. False if there is no room or nobody to hear it."""
+        """Queue a command. False if the queue is full or there is no mover."""
         if self.dead or self.full:
             return False
         self._waiting.append(command)
@@ -114,7 +114,7 @@ class MoverLink:
         return True
 
     def add(self, job: Job) -> None:
-        """Said with the next `flush`. The caller looks whether there is room."""
+        """Queue a job for the next `flush`. Precondition: not `full`."""
         self._waiting.append(job)
 
     def flush(self) -> None:
@@ -130,7 +130,7 @@ class MoverLink:
             self._waiting.popleft()
 
     def send(self, command: frames.Command) -> bool:
-        """At once, before what waits. False if the mover cannot take it now."""
+        """Send a command at once, ahead of the queue. False if the mover cannot take it now."""
         if self._socket is None:
             return False
         try:
@@ -143,7 +143,7 @@ class MoverLink:
         return True
 
     def receive(self) -> Iterator[frames.Report]:
-        """What the mover has said since. Ends it if it said nonsense."""
+        """The mover's new reports. A mover that violates the protocol is killed."""
         while self._socket is not None:
             try:
                 packet = self._socket.recv(frames.FRAME_BYTES_MAX)
@@ -161,14 +161,14 @@ class MoverLink:
                 yield report
 
     def kill(self, reason: str) -> None:
-        """It is gone when `reap` says so."""
+        """Kill the mover. It may still write to rows until `reap` returns True."""
         if self._process is not None and not self._killed:
             logger.error("kvtier: killing the mover: %s", reason)
             self._killed, self.ready = True, False
             self._process.kill()
 
     def reap(self) -> bool:
-        """True once for each mover that has ended: what it had not finished, nobody works on any more."""
+        """True once for each mover that has ended. Its unfinished jobs are abandoned."""
         if self._process is None:
             return False
         if not self.ready and time.monotonic() > self._started + START_SECONDS:
@@ -187,7 +187,7 @@ class MoverLink:
 
     @property
     def gone_seconds(self) -> float:
-        """How long there is going to be no process."""
+        """Seconds until the next mover starts; 0 while there is one."""
         return max(0.0, self._restart_at - time.monotonic()) if self._process is None else 0.0
 
     def start_when_due(self) -> None:
@@ -195,14 +195,14 @@ class MoverLink:
             self.start()
 
     def wait(self, seconds: float) -> None:
-        """Until the mover says something, at most so long."""
+        """Block until the mover reports, at most `seconds`."""
         if self._socket is not None:
-            poll = select.poll()  # which takes any descriptor, where select ends at 1024
+            poll = select.poll()  # select is limited to descriptors below 1024
             poll.register(self._socket, select.POLLIN)
             poll.poll(1000 * seconds)
 
     def stop(self, seconds: float) -> None:
-        """Let it end by itself, or kill it then; it is gone when this returns."""
+        """Let the mover end by itself for `seconds`, then kill it. It has been reaped when this returns."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

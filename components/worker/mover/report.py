@@ -1,6 +1,7 @@
-"""Tells the routers, once a second over NATS, what this worker's tier looks like.
+"""The heartbeat: tells routers once a second over NATS the state of this worker's tier.
 
-Runs an event loop on a thread of its own, in the mover's process; a NATS that is away is tried again for ever, quietly.
+Runs an event loop on a thread of its own in the mover's process. If NATS is away, it reconnects without end and without
+log lines.
 """
 
 import asyncio
