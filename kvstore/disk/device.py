@@ -15,10 +15,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvstore.disk import record
-from kvstore.disk.buffers import aligned
+from kvstore.disk import record, recovery
 from kvstore.disk.files import Files
-from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Stamp
+from kvstore.disk.record import PAGE_BYTES, Stamp
+from kvstore.disk.recovery import Pages
 from kvstore.disk.space import (
     Place,
     Space,
@@ -254,18 +254,15 @@ class Device:
         return {one for one in found if one is not None}
 
     def _namespace_of(self, place: Place, store: int) -> int | None:
-        pages = self.segment_bytes // PAGE_BYTES
-        header = record.unpack_segment_header(self._page(place, 0))
-        trailer = record.unpack_trailer(self._page(place, pages - 1), self.segment_bytes)
-        if header is not None and header.queue == record.EMPTY:
+        pages = Pages(self.files, place, self.segment_bytes)
+        ends = recovery.read_ends(pages)
+        if ends.header is not None and ends.header.queue == record.EMPTY:
             return None
-        stamps = {one.stamp for one in (header, trailer) if one is not None and one.stamp.store == store}
+        stamps = ends.stamps({store})
         probes = [1]
-        if trailer is not None and trailer.stamp in stamps:
-            table = self._page(place, trailer.offset // PAGE_BYTES)
-            count = min(record.PROBES, trailer.table_bytes // ENTRY_BYTES)
-            probes += [record.unpack_entry(table, number).page for number in range(count)]
-        owners = (record.record_namespace(self._page(place, page), stamps) for page in probes if page < pages)
+        if ends.trailer is not None and ends.trailer.stamp in stamps:
+            probes += recovery.probes(pages.read(ends.trailer.offset // PAGE_BYTES), ends.trailer)
+        owners = (record.record_namespace(pages.read(page), stamps) for page in probes if page < len(pages))
         return next((owner for owner in owners if owner is not None), None)
 
     def _find_owners(self) -> None:
@@ -292,23 +289,12 @@ class Device:
 
     def _stamps(self, place: Place, stores: Collection[int]) -> list[Stamp]:
         """On a segment's header and trailer, if they are of one of these stores."""
-        header = record.unpack_segment_header(self._page(place, 0))
-        last = self._page(place, self.segment_bytes // PAGE_BYTES - 1)
-        trailer = record.unpack_trailer(last, self.segment_bytes)
-        return [one.stamp for one in (header, trailer) if one is not None and one.stamp.store in stores]
+        return recovery.read_ends(Pages(self.files, place, self.segment_bytes)).stamps(stores)
 
     def _left_behind(self) -> list[str]:
         """The namespaces that have values there."""
         stores = set(self._owners.values())
         return [name for name in names(self._block) if self.store_id(name) in stores]
-
-    def _page(self, place: Place, number: int) -> memoryview:
-        page = aligned(0).view
-        try:
-            self.files.read(place.fd, [page], place.offset + number * PAGE_BYTES)
-        except OSError:
-            page[:] = bytes(PAGE_BYTES)
-        return page
 
     def _write(self) -> None:
         with self._lock:

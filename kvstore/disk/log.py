@@ -8,8 +8,7 @@ pointed at a reused place.
 Which values were read is written over the header of their segment, every few minutes and at an orderly stop, so that
 eviction goes on where it was. A crash loses the marks that were not written yet, and nothing else.
 
-Start-up reads the footers in parallel, and scans what was not sealed: a record counts if its header and its payload
-check out, and past a torn one the scan goes on page by page.
+Start-up reads the footers in parallel, and scans what was not sealed (recovery.py).
 
 A chunk becomes visible when its write has returned, or before, with `show`: until it is written it is dirty then. Of
 what was written kill -9 loses nothing; a power cut loses at most what was not synced: the segments that are being
@@ -27,17 +26,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from crc32c import crc32c
 
-from kvstore.disk import record
+from kvstore.disk import record, recovery
 from kvstore.disk.buffers import Buffer, aligned
 from kvstore.disk.device import SEGMENT_PAGES_MAX, Device
 from kvstore.disk.eviction import SLOTS_MIN, Eviction, Queue
 from kvstore.disk.files import Files
-from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, Marks, SegmentHeader, Stamp, Trailer
+from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, Marks, SegmentHeader, Stamp
+from kvstore.disk.recovery import Ends, Pages, Use
 from kvstore.disk.space import Place
 from kvstore.keys import KEY_VERSION
 from kvstore.rarely import Rarely
@@ -46,16 +46,12 @@ logger = logging.getLogger(__name__)
 
 _COMPLAIN_SECONDS = 60.0  # of a full disk, which fails at every write
 
-_Stamped = TypeVar("_Stamped", SegmentHeader, Trailer)
-
 _INDEX_BITS = (SEGMENT_PAGES_MAX - 1).bit_length()  # a value is slot << 24 | number of the entry in its segment
 _NUMBER_MASK = (1 << _INDEX_BITS) - 1
 # Device writes over payload accepted. What headers and footers leave of it goes to writing reused chunks again.
 WRITE_AMPLIFICATION_MAX = 1.1
 _RECOVERY_THREADS = 8
 _RECOVERY_SHARE = 64  # segments that a thread loads while others are made visible
-_PIECE_BYTES = 1 << 20  # of what recovery reads at once
-_TAIL_BYTES = 32 << 10  # of a segment: the footer of up to 595 entries
 # Evicted keys that are remembered: 100 bytes each.
 _GHOSTS_MAX = 100_000
 # How often read marks are saved. Each segment of which a chunk was read for the first time costs one page: 0.4 MB/s
@@ -898,56 +894,40 @@ class Log:
 
     def _load(self, slots: Iterable[int], scanning: threading.Lock) -> list[_Segment]:
         """The segments of this store in these slots, their tables filled but not adopted yet."""
-        ends = aligned(_TAIL_BYTES).view  # taking memory for each of them costs more than reading it
-        loaded = (self._load_slot(slot, ends[:PAGE_BYTES], ends[PAGE_BYTES:], scanning) for slot in slots)
+        memory = recovery.ends_memory()
+        loaded = (self._load_slot(slot, memory, scanning) for slot in slots)
         return [segment for segment in loaded if segment is not None]
 
-    def _load_slot(self, slot: int, head: memoryview, tail: memoryview, scanning: threading.Lock) -> _Segment | None:
+    def _load_slot(self, slot: int, memory: memoryview, scanning: threading.Lock) -> _Segment | None:
         try:
             place = self._device.place(slot)
         except OSError as error:
             logger.error("%s, segment %d cannot be opened, its chunks are lost: %s", self.path, slot, error)
             return None
-        self._fill(place, head, 0)
-        self._fill(place, tail, self.segment_bytes - len(tail))
-        header = self._own(record.unpack_segment_header(head))
-        trailer = self._own(record.unpack_trailer(tail[-PAGE_BYTES:], self.segment_bytes))
+        pages = Pages(self._files, place, self.segment_bytes)
+        ends = recovery.read_ends(pages, memory)
+        for stamp in ends.stamps({self.store_id}):
+            self._device.saw_generation(stamp.generation)  # never used again: it may have left something
+        use = recovery.last_use(pages, slot, ends, self.store_id, self._namespace)
         segment = None
-        if header is not None and header.slot == slot:
-            queue = Queue.PROBATION if header.queue == record.EMPTY else Queue(header.queue)
-            segment = _Segment(slot, header.stamp, place, queue)
-        if trailer is not None:
-            if segment is not None and trailer.stamp == segment.stamp:
-                segment.sealed = self._read_table(segment, trailer, tail)
-                segment.marks = record.unpack_marks(head, trailer) if segment.sealed else None
-            elif segment is None or trailer.stamp.generation > segment.stamp.generation:
-                segment = self._without_header(slot, place, trailer, tail) or segment
-        if segment is None or (header is not None and header.queue == record.EMPTY and segment.stamp == header.stamp):
-            return None
-        if not segment.sealed:
-            with scanning:
-                self._scan(segment)
+        if use is not None and use.queue != record.EMPTY:
+            segment = _Segment(slot, use.stamp, place, Queue(use.queue))
+            self._fill(segment, use, pages, ends, scanning)
+        for page, failure in pages.unreadable.items():
+            logger.error("%s, segment %d: page %d cannot be read: %s", self.path, slot, page, failure)
         return segment
 
-    def _own(self, stamped: _Stamped | None) -> _Stamped | None:
-        """A header or trailer if it is this store's. Its generation is never used again: it may have left something."""
-        if stamped is None or stamped.stamp.store != self.store_id:
-            return None
-        self._device.saw_generation(stamped.stamp.generation)
-        return stamped
-
-    def _without_header(self, slot: int, place: Place, trailer: Trailer, tail: memoryview) -> _Segment | None:
-        """The sealed segment whose header's write the device lost; None if it is the footer that went astray."""
-        segment = _Segment(slot, trailer.stamp, place, Queue.MAIN)
-        segment.sealed = self._read_table(segment, trailer, tail)
-        found = (
-            self._record_at(segment, segment.entry(number).page) for number in range(min(len(segment), record.PROBES))
-        )
-        return segment if segment.sealed and any(found) else None
-
-    def _record_at(self, segment: _Segment, page: int) -> Entry | None:
-        header = self._read_at(segment.place, page * PAGE_BYTES, PAGE_BYTES)
-        return record.unpack_record_header(header, stamp=segment.stamp, page_number=page, namespace=self._namespace)
+    def _fill(self, segment: _Segment, use: Use, pages: Pages, ends: Ends, scanning: threading.Lock) -> None:
+        """Take in the entries of a segment: by its footer, or if that is missing or damaged, by a scan."""
+        table = None if use.trailer is None else recovery.read_table(pages, use.trailer, ends.tail)
+        if use.trailer is not None and table is not None:
+            segment.table, segment.sealed = bytearray(table), True
+            segment.marks = record.unpack_marks(ends.head, use.trailer) if use.has_header else None
+            return
+        if use.trailer is not None:
+            logger.error("%s, segment %d: its footer is damaged, scanning its records", self.path, segment.slot)
+        with scanning:
+            segment.table, segment.next_page = recovery.scan_table(pages, segment.stamp, self._namespace)
 
     def _adopt(self, segment: _Segment) -> None:
         """Make a recovered segment's entries visible."""
@@ -975,55 +955,6 @@ class Log:
                     self._key_versions[version] += 1
                 else:
                     self._no_more_live(place)
-
-    def _read_table(self, segment: _Segment, trailer: Trailer, tail: memoryview) -> bool:
-        """Take in the entries of a sealed segment, of which the `tail` was read; False if they are damaged."""
-        start = trailer.offset - (self.segment_bytes - len(tail))
-        if start < 0:
-            tail, start = self._read_at(segment.place, trailer.offset, self.segment_bytes - trailer.offset), 0
-        table = tail[start : start + trailer.table_bytes]
-        if crc32c(table) != trailer.crc:
-            logger.error("%s, segment %d: its footer is damaged, scanning its records", self.path, segment.slot)
-            return False
-        segment.table = bytearray(table)
-        return True
-
-    def _scan(self, segment: _Segment) -> None:
-        """Take in the intact records of an unsealed segment; `next_page` moves past the last of them."""
-        content = self._read_at(segment.place, 0, self.segment_bytes)
-        number, last = 1, self.segment_bytes // PAGE_BYTES
-        while number < last:
-            start = number * PAGE_BYTES
-            entry = record.unpack_record_header(
-                content[start : start + PAGE_BYTES], stamp=segment.stamp, page_number=number, namespace=self._namespace
-            )
-            number += 1
-            if entry is None:
-                continue
-            payload = content[entry.payload_offset : entry.payload_offset + entry.length]
-            if len(payload) == entry.length and crc32c(payload) == entry.crc:
-                number = entry.page + record.record_bytes(entry.length) // PAGE_BYTES
-                segment.next_page = number
-                segment.table += record.pack_entry(entry)
-
-    def _read_at(self, place: Place, offset: int, length: int) -> memoryview:
-        """Whole pages of a segment, with zeros in place of those that cannot be read."""
-        content = aligned(length - PAGE_BYTES).view
-        for start in range(0, length, _PIECE_BYTES):
-            self._fill(place, content[start : start + _PIECE_BYTES], offset + start)
-        return content
-
-    def _fill(self, place: Place, into: memoryview, offset: int) -> None:
-        try:
-            self._files.read(place.fd, [into], place.offset + offset)
-        except OSError as error:
-            half = len(into) // PAGE_BYTES // 2 * PAGE_BYTES
-            if half:  # one bad page must not cost its neighbours
-                self._fill(place, into[:half], offset)
-                self._fill(place, into[half:], offset + half)
-            else:
-                logger.error("%s: the page at %d of a segment cannot be read: %s", self.path, offset, error)
-                into[:] = bytes(len(into))
 
     def _close_files(self) -> None:
         if self._owns_device:
