@@ -20,7 +20,7 @@ from kvstore.disk.files import Files
 from kvstore.disk.record import PAGE_BYTES, Stamp
 from kvstore.disk.recovery import Pages
 from kvstore.disk.space import (
-    Place,
+    Extent,
     Space,
     Superblock,
     open_space,
@@ -66,7 +66,7 @@ class Device:
 
     With `shared`, `namespaces` are those of a namespaces file, and whatever else lies there is left alone until its
     space is needed. Without, the store must belong to the one namespace given. Raises ConfigError if the place cannot
-    hold this store. `claim`, `release`, `place` and the generations may be called from any thread.
+    hold this store. `claim`, `release`, `extent` and the generations may be called from any thread.
     """
 
     def __init__(
@@ -143,8 +143,8 @@ class Device:
 
     def _is_own(self, slot: int) -> bool:
         try:
-            with self.space.reading(slot) as place:
-                return bool(self._stamps(place, self._stores))
+            with self.space.reading(slot) as extent:
+                return bool(self._stamps(extent, self._stores))
         except OSError:
             return False
 
@@ -173,8 +173,8 @@ class Device:
         store = self.store_id(namespace)
         return [slot for slot in used if self._owners.get(slot) == store]
 
-    def place(self, slot: int) -> Place:
-        return self.space.place(slot)
+    def extent(self, slot: int) -> Extent:
+        return self.space.extent(slot)
 
     def next_generation(self) -> int:
         with self._lock:
@@ -247,14 +247,14 @@ class Device:
         found: set[int | None] = set()
         for slot in self.space.used_slots():
             try:
-                with self.space.reading(slot) as place:
-                    found.add(self._namespace_of(place, store))
+                with self.space.reading(slot) as extent:
+                    found.add(self._namespace_of(extent, store))
             except OSError as error:
                 logger.error("%s, segment %d cannot be read: %s", self.path, slot, error)
         return {one for one in found if one is not None}
 
-    def _namespace_of(self, place: Place, store: int) -> int | None:
-        pages = Pages(self.files, place, self.segment_bytes)
+    def _namespace_of(self, extent: Extent, store: int) -> int | None:
+        pages = Pages(self.files, extent, self.segment_bytes)
         ends = recovery.read_ends(pages)
         if ends.header is not None and ends.header.queue == record.EMPTY:
             return None
@@ -272,7 +272,7 @@ class Device:
 
         def look(slot: int) -> tuple[int, int] | None:
             try:
-                stamps = self._stamps(self.space.place(slot), stores)
+                stamps = self._stamps(self.space.extent(slot), stores)
             except OSError:
                 return None  # the log that looks for it will say so
             return max(((stamp.generation, stamp.store) for stamp in stamps), default=None)
@@ -287,9 +287,9 @@ class Device:
         # Slots without an owner are used first, so that a namespace that comes back may find its values.
         self._free = deque(sorted(self._free, key=lambda slot: (slot in self._owners, slot)))
 
-    def _stamps(self, place: Place, stores: Collection[int]) -> list[Stamp]:
+    def _stamps(self, extent: Extent, stores: Collection[int]) -> list[Stamp]:
         """On a segment's header and trailer, if they are of one of these stores."""
-        return recovery.read_ends(Pages(self.files, place, self.segment_bytes)).stamps(stores)
+        return recovery.read_ends(Pages(self.files, extent, self.segment_bytes)).stamps(stores)
 
     def _left_behind(self) -> list[str]:
         """The namespaces that have values there."""

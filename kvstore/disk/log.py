@@ -3,7 +3,7 @@
 Two segments are written at a time, one with values that are new and one with those that are kept (eviction.py). A full
 one is sealed with a footer and synced. Slots are emptied ahead of need: their chunks are unpublished well before their
 space is written over, and not while a reader is still at it, so that neither a reader nor a router's mirror is ever
-pointed at a reused place.
+pointed at space that is used again.
 
 Which values were read is written over the header of their segment, every few minutes and at an orderly stop, so that
 eviction goes on where it was. A crash loses the marks that were not written yet, and nothing else.
@@ -38,7 +38,7 @@ from kvstore.disk.eviction import SLOTS_MIN, Eviction, Queue
 from kvstore.disk.files import Files
 from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, Marks, SegmentHeader, Stamp
 from kvstore.disk.recovery import Ends, Pages, Use
-from kvstore.disk.space import Place
+from kvstore.disk.space import Extent
 from kvstore.keys import KEY_VERSION
 from kvstore.rarely import Rarely
 
@@ -123,7 +123,7 @@ class LogStats:
 class _Segment:
     slot: int
     stamp: Stamp
-    place: Place
+    extent: Extent
     queue: Queue
     opened: float = field(default_factory=time.monotonic)
     next_page: int = 1
@@ -337,14 +337,14 @@ class Log:
                 entries = record.announced(table)
                 at = np.searchsorted(wanted, entries["router_hash"]) % len(wanted)
                 found = (wanted[at] == entries["router_hash"]) & (entries["fingerprint"] == fingerprint)
-                matches = [record.unpack_entry(table, int(place)) for place in np.flatnonzero(found)]
+                matches = [record.unpack_entry(table, int(index)) for index in np.flatnonzero(found)]
                 yield {one.router_hash: one.key for one in matches if one.key in self}
 
-    def page(self, place: tuple[int, int], count: int) -> tuple[list[Entry], tuple[int, int] | None]:
-        """The written chunks among the next `count` entries of one segment, and the place to go on from, None at the
-        end. A place is a segment's generation and the number of an entry, (0, 0) the first. Chunks that come, go or
+    def page(self, cursor: tuple[int, int], count: int) -> tuple[list[Entry], tuple[int, int] | None]:
+        """The written chunks among the next `count` entries of one segment, and the cursor to go on from, None at the
+        end. A cursor is a segment's generation and the number of an entry, (0, 0) the first. Chunks that come, go or
         move meanwhile may be missed or come twice."""
-        generation, number = place
+        generation, number = cursor
         with self._changed:
             segments = [segment for segment in self._segments.values() if segment.stamp.generation >= generation]
             if not segments:
@@ -355,8 +355,8 @@ class Log:
             table = bytes(segment.table[number * ENTRY_BYTES : (number + count) * ENTRY_BYTES])
         looked = len(table) // ENTRY_BYTES
         base = segment.slot << _INDEX_BITS
-        entries = [record.unpack_entry(table, place) for place in range(looked)]
-        live = [entry for place, entry in enumerate(entries, base | number) if self._index.get(entry.key) == place]
+        entries = [record.unpack_entry(table, offset) for offset in range(looked)]
+        live = [entry for where, entry in enumerate(entries, base | number) if self._index.get(entry.key) == where]
         more = looked == count
         return live, (segment.stamp.generation, number + looked) if more else (segment.stamp.generation + 1, 0)
 
@@ -409,16 +409,16 @@ class Log:
         buffers. Neighbours on the device are read at once. Chunks that are not used yet are not worth more to
         eviction."""
         with self._changed:
-            places = [self._pin(key, buffer.length, are_used) for key, buffer in zip(keys, buffers, strict=True)]
+            pinned = [self._pin(key, buffer.length, are_used) for key, buffer in zip(keys, buffers, strict=True)]
         found: list[Found | None] = [None] * len(keys)
         try:
-            for run in _runs(_Record(number, *place) for number, place in enumerate(places) if place is not None):
+            for run in _runs(_Record(number, *pin) for number, pin in enumerate(pinned) if pin is not None):
                 self._read_run(run, buffers, found)
         finally:
             with self._changed:
-                for place in places:
-                    if place is not None:
-                        place[0].readers -= 1
+                for pin in pinned:
+                    if pin is not None:
+                        pin[0].readers -= 1
                 self._changed.notify_all()
         return found
 
@@ -505,7 +505,7 @@ class Log:
         segment, first = run[0].segment, run[0].entry
         parts = [buffers[number].record for number, _, _ in run]
         try:
-            self._files.read(segment.place.fd, parts, segment.place.offset + first.page * PAGE_BYTES)
+            self._files.read(segment.extent.fd, parts, segment.extent.offset + first.page * PAGE_BYTES)
             failed = False
         except OSError as error:
             logger.error("%s, segment %d: %s", self.path, segment.slot, error)
@@ -549,7 +549,7 @@ class Log:
     def _reserve(
         self, values: Sequence[Value], waiting: deque[int], stored: list[bool], queue: Queue
     ) -> tuple[list[_Record], _Segment | None]:
-        """Places for the first of the `waiting` values, which are taken off, as far as there is room; and the segment
+        """Records for the first of the `waiting` values, which are taken off, as far as there is room; and the segment
         that has no more."""
         reserved: list[_Record] = []
         with self._changed:
@@ -607,7 +607,7 @@ class Log:
     def _write(self, segment: _Segment, parts: Sequence[memoryview], offset: int) -> bool:
         size = sum(map(len, parts))
         try:
-            self._files.write(segment.place.fd, parts, segment.place.offset + offset)
+            self._files.write(segment.extent.fd, parts, segment.extent.offset + offset)
         except OSError as error:
             if self._complains["write"]():
                 message = "%s: write of %d bytes to segment %d failed: %s"
@@ -619,7 +619,7 @@ class Log:
         return True
 
     def _publish(self, segment: _Segment, entry: Entry) -> None:
-        """Make an entry visible, or, if it was before, point to its place. With the lock held."""
+        """Make an entry visible, or, if it was before, point to this record. With the lock held."""
         known = self._index.get(entry.key)
         if known is not None:
             self._no_more_live(known)
@@ -719,17 +719,17 @@ class Log:
         return segment is None or segment.readers == segment.writers == 0
 
     def _open_slot(self, slot: int, queue: Queue) -> _Segment:
-        segment = self._begin_use(slot, self._device.place(slot), queue)
+        segment = self._begin_use(slot, self._device.extent(slot), queue)
         if segment is None:
             raise OSError("its header was not written")
         # A power cut that takes the header and leaves the records would show the slot's last use, overwritten.
-        self._files.sync(segment.place.fd)
+        self._files.sync(segment.extent.fd)
         return segment
 
-    def _begin_use(self, slot: int, place: Place, queue: Queue | None) -> _Segment | None:
+    def _begin_use(self, slot: int, extent: Extent, queue: Queue | None) -> _Segment | None:
         """Write the header of a slot's next use; with no queue, that it is empty. Called with `_rolling` held."""
         stamp = Stamp(self.store_id, self._device.next_generation())
-        segment = _Segment(slot, stamp, place, queue or Queue.PROBATION)
+        segment = _Segment(slot, stamp, extent, queue or Queue.PROBATION)
         page = record.pack_segment_header(self._header(segment, record.EMPTY if queue is None else queue))
         return segment if self._write(segment, [_page_aligned(page)], 0) else None
 
@@ -761,7 +761,7 @@ class Log:
             self._rewrite(segment, [segment.entry(number) for number in keep])
         with self._changed:
             self._empty(segment)
-        self._begin_use(segment.slot, segment.place, None)  # or a restart would find it all again
+        self._begin_use(segment.slot, segment.extent, None)  # or a restart would find it all again
 
     def _rewrite(self, segment: _Segment, entries: list[Entry]) -> None:
         """Write chunks of a segment that is to be emptied once more, elsewhere."""
@@ -814,7 +814,7 @@ class Log:
     def _sync(self, segment: _Segment) -> None:
         segment.dirty = False
         try:
-            self._files.sync(segment.place.fd)
+            self._files.sync(segment.extent.fd)
         except OSError as error:
             logger.error("%s: segment %d is not synced: %s", self.path, segment.slot, error)
 
@@ -900,18 +900,18 @@ class Log:
 
     def _load_slot(self, slot: int, memory: memoryview, scanning: threading.Lock) -> _Segment | None:
         try:
-            place = self._device.place(slot)
+            extent = self._device.extent(slot)
         except OSError as error:
             logger.error("%s, segment %d cannot be opened, its chunks are lost: %s", self.path, slot, error)
             return None
-        pages = Pages(self._files, place, self.segment_bytes)
+        pages = Pages(self._files, extent, self.segment_bytes)
         ends = recovery.read_ends(pages, memory)
         for stamp in ends.stamps({self.store_id}):
             self._device.saw_generation(stamp.generation)  # never used again: it may have left something
         use = recovery.last_use(pages, slot, ends, self.store_id, self._namespace)
         segment = None
         if use is not None and use.queue != record.EMPTY:
-            segment = _Segment(slot, use.stamp, place, Queue(use.queue))
+            segment = _Segment(slot, use.stamp, extent, Queue(use.queue))
             self._fill(segment, use, pages, ends, scanning)
         for page, failure in pages.unreadable.items():
             logger.error("%s, segment %d: page %d cannot be read: %s", self.path, slot, page, failure)
@@ -949,12 +949,12 @@ class Log:
         for segment in found:
             table = segment.table
             entries = zip(record.keys(table), record.lengths(table), record.key_versions(table), strict=True)
-            for place, (key, length, version) in enumerate(entries, segment.slot << _INDEX_BITS):
-                if self._index[key] == place:
+            for where, (key, length, version) in enumerate(entries, segment.slot << _INDEX_BITS):
+                if self._index[key] == where:
                     self.stats.payload_bytes += length
                     self._key_versions[version] += 1
                 else:
-                    self._no_more_live(place)
+                    self._no_more_live(where)
 
     def _close_files(self) -> None:
         if self._owns_device:

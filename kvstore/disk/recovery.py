@@ -16,7 +16,7 @@ from kvstore.disk.buffers import aligned
 from kvstore.disk.eviction import Queue
 from kvstore.disk.files import Files
 from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, SegmentHeader, Stamp, Trailer
-from kvstore.disk.space import Place
+from kvstore.disk.space import Extent
 
 PROBES = 16  # entries of a footer whose records are looked at to learn whose it is
 _PIECE_BYTES = 1 << 20  # of what is read at once
@@ -27,11 +27,11 @@ _NO_TAIL = memoryview(b"")
 class Pages:
     """Reads of one segment, in whole pages. Those that cannot be read are zeros, and in `unreadable`."""
 
-    def __init__(self, files: Files, place: Place, segment_bytes: int):
+    def __init__(self, files: Files, extent: Extent, segment_bytes: int):
         self.segment_bytes = segment_bytes
         self.unreadable: dict[int, OSError] = {}
         self._files = files
-        self._place = place
+        self._extent = extent
 
     def __len__(self) -> int:
         return self.segment_bytes // PAGE_BYTES
@@ -44,7 +44,7 @@ class Pages:
 
     def fill(self, into: memoryview, page: int) -> None:
         try:
-            self._files.read(self._place.fd, [into], self._place.offset + page * PAGE_BYTES)
+            self._files.read(self._extent.fd, [into], self._extent.offset + page * PAGE_BYTES)
         except OSError as error:
             half = len(into) // PAGE_BYTES // 2
             if half:  # one bad page must not cost its neighbours

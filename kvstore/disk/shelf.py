@@ -50,9 +50,9 @@ class Shelf:
         for log in self.logs:
             yield from log.keys_of(fingerprint, router_hashes, count)
 
-    def page(self, place: tuple[int, int, int], count: int) -> tuple[list[Entry], tuple[int, int, int] | None]:
-        """`Log.page` of one log after the other; a place begins with the log's number."""
-        number, *within = place
+    def page(self, cursor: tuple[int, int, int], count: int) -> tuple[list[Entry], tuple[int, int, int] | None]:
+        """`Log.page` of one log after the other; a cursor begins with the log's number."""
+        number, *within = cursor
         if number >= len(self.logs):
             return [], None
         entries, after = self.logs[number].page((within[0], within[1]), count)

@@ -14,7 +14,7 @@ from kvstore.disk.buffers import aligned
 from kvstore.disk.files import Files
 from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, Stamp, Trailer
 from kvstore.disk.recovery import Ends, Pages, Use
-from kvstore.disk.space import Place, StoppedStore
+from kvstore.disk.space import Extent, StoppedStore
 from kvstore.net.queues import BATCH_BYTES
 from kvstore.tools.reports import Flaw, Report
 
@@ -46,8 +46,8 @@ class Scrub:
     def _head(self, slot: int) -> "_Head | None":
         """The owner of a segment; None if it is unused or another store's."""
         try:
-            with self._store.place(slot) as place:
-                return self._head_at(self._reader(place), slot)
+            with self._store.extent(slot) as extent:
+                return self._head_at(self._reader(extent), slot)
         except OSError as error:
             return _Head(slot, None, [(0, _unreadable(error))])
 
@@ -75,8 +75,8 @@ class Scrub:
         last = max(ends.stamps(self._stores), key=lambda stamp: stamp.generation, default=None)
         return last.store if last else self._store.superblock.store
 
-    def _reader(self, place: Place) -> Pages:
-        return Pages(self._files, place, self._store.superblock.segment_bytes)
+    def _reader(self, extent: Extent) -> Pages:
+        return Pages(self._files, extent, self._store.superblock.segment_bytes)
 
     def _report(self, head: "_Head") -> Report:
         report = Report(str(self._store.path), head.slot, head.generation)
@@ -88,17 +88,17 @@ class Scrub:
             report.state, report.free_bytes = "empty", self._store.superblock.segment_bytes - PAGE_BYTES
             return report
         try:
-            with self._store.place(head.slot) as place:
-                self._fill(report, place, head.use)
+            with self._store.extent(head.slot) as extent:
+                self._fill(report, extent, head.use)
         except OSError as error:
             report.state, report.dead_bytes = "lost", self._store.superblock.segment_bytes
             report.corrupt.append(self._flaw(head.slot, 0, _unreadable(error)))
         return report
 
-    def _fill(self, report: Report, place: Place, use: Use) -> None:
-        table = self._table(report, place, use.trailer) if use.trailer else None
+    def _fill(self, report: Report, extent: Extent, use: Use) -> None:
+        table = self._table(report, extent, use.trailer) if use.trailer else None
         if table is not None:
-            faults = list(self._faults(place, use.stamp, table))
+            faults = list(self._faults(extent, use.stamp, table))
             entries, sound = table, [not fault for fault in faults]
             report.corrupt += [
                 self._flaw(report.segment, entry.page, fault, entry.key)
@@ -108,7 +108,7 @@ class Scrub:
         else:
             # The footer is written last. If there is one, even a damaged one, no write to the segment was cut off.
             report.state = "scanned" if report.corrupt else "open"
-            entries = self._scan(report, place, use.stamp)
+            entries = self._scan(report, extent, use.stamp)
             sound = [True] * len(entries)
         footer_bytes = 0 if table is None else record.footer_bytes(len(table))
         self._account(report, use.stamp.store, entries, sound, footer_bytes=footer_bytes)
@@ -132,9 +132,9 @@ class Scrub:
         report.dead_bytes = used_bytes - report.live_bytes
         report.free_bytes = self._store.superblock.segment_bytes - PAGE_BYTES - used_bytes - footer_bytes
 
-    def _table(self, report: Report, place: Place, trailer: Trailer) -> list[Entry] | None:
+    def _table(self, report: Report, extent: Extent, trailer: Trailer) -> list[Entry] | None:
         """The entries of a sealed segment; None if they are damaged, which is added to the report."""
-        pages = self._reader(place)
+        pages = self._reader(extent)
         table = recovery.read_table(pages, trailer)
         if table is not None:
             return [record.unpack_entry(table, number) for number in range(trailer.table_bytes // ENTRY_BYTES)]
@@ -142,23 +142,23 @@ class Scrub:
         report.corrupt += [self._flaw(report.segment, *flaw) for flaw in flaws]
         return None
 
-    def _faults(self, place: Place, stamp: Stamp, entries: Sequence[Entry]) -> Iterator[str]:
+    def _faults(self, extent: Extent, stamp: Stamp, entries: Sequence[Entry]) -> Iterator[str]:
         """The fault in the record of each entry; "" for none."""
         order = sorted(range(len(entries)), key=lambda number: entries[number].page)
         batches = _batches([entries[number] for number in order])
-        found = self._pool.map(lambda batch: self._check(place, stamp, batch), batches)
+        found = self._pool.map(lambda batch: self._check(extent, stamp, batch), batches)
         by_number = dict(zip(order, (fault for faults in found for fault in faults), strict=True))
         return (by_number[number] for number in range(len(entries)))
 
-    def _check(self, place: Place, stamp: Stamp, batch: Sequence[Entry]) -> list[str]:
+    def _check(self, extent: Extent, stamp: Stamp, batch: Sequence[Entry]) -> list[str]:
         """Read adjacent records, and check them."""
         sizes = [record.record_bytes(entry.length) for entry in batch]
         content = self._memory.of(sum(sizes))
         try:
-            self._files.read(place.fd, [content], place.offset + batch[0].page * PAGE_BYTES)
+            self._files.read(extent.fd, [content], extent.offset + batch[0].page * PAGE_BYTES)
         except OSError as error:
             if len(batch) > 1:  # retry one by one: a bad page must not fail its neighbours
-                return [fault for entry in batch for fault in self._check(place, stamp, [entry])]
+                return [fault for entry in batch for fault in self._check(extent, stamp, [entry])]
             return [_unreadable(error)]
         faults = []
         for entry, size in zip(batch, sizes, strict=True):
@@ -176,12 +176,12 @@ class Scrub:
         page = page[:PAGE_BYTES]
         return record.unpack_record_header(page, stamp=stamp, page_number=number, namespace=self._namespace)
 
-    def _scan(self, report: Report, place: Place, stamp: Stamp) -> list[Entry]:
+    def _scan(self, report: Report, extent: Extent, stamp: Stamp) -> list[Entry]:
         """The sound records of a segment without a footer. Faults are added to the report: as cut off at the end of an
         open segment, as corrupt otherwise."""
         entries: list[Entry] = []
         flaws: list[Flaw] = []
-        pages = self._reader(place)
+        pages = self._reader(extent)
         content = pages.read(0, len(pages))
         told = {flaw.page for flaw in report.corrupt}
         unreadable = [flaw for flaw in _unreadable_runs(pages) if flaw[0] not in told]
