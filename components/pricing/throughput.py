@@ -5,7 +5,8 @@ _HALF_LIFE_SECONDS = 2.0
 
 
 class Throughput:
-    """Bytes per second while something moves, the recent past counting more."""
+    """Bytes per second while something moves, the last seconds of work counting most, however many transfers they were.
+    The caller decides what counts as work, and when a rate is too old."""
 
     def __init__(self) -> None:
         self._bytes = 0.0

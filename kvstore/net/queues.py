@@ -84,8 +84,9 @@ class _Delay:
         self._deviation += (abs(error) - self._deviation) / 4
 
 
-class _Speed:
-    """Throughput, weighted towards the last ten transfers."""
+class _SendRate:
+    """Send rate of one connection, over about its last ten sends, so that a client that slows down shows within a few.
+    It never expires: it is used only while bytes are unsent."""
 
     def __init__(self) -> None:
         self._bytes = 0.0
@@ -110,7 +111,7 @@ class Reader:
         self._lock = threading.Lock()
         self._waiting_bytes = 0  # to be read
         self._unsent_bytes = 0  # being read, or read and not yet sent
-        self._sending = _Speed()
+        self._sending = _SendRate()
 
     def sent(self, size: int, seconds: float) -> None:
         """Note that sending `size` bytes took `seconds`."""
@@ -206,7 +207,8 @@ class ReadQueue:
 
     @property
     def bytes_per_second(self) -> float:
-        """Read throughput while all threads were busy; 0 if they were not within the last second."""
+        """The device's limit: read throughput while all threads were busy, in the last such period alone, so that
+        admission control follows a device that slows down; 0 if there was none within the last second."""
         return self._speed if time.monotonic() < self._speed_until else 0.0
 
     @property
