@@ -65,15 +65,15 @@ CLOSE_SECONDS = 10.0
 _READERS_SECONDS = 10.0
 
 
-class Ledger(Protocol):
-    """Observer of residency: notified when a chunk becomes readable and when it is unpublished. Called under the log's
+class Observer(Protocol):
+    """Notified when a chunk becomes readable and when it is unpublished. Called under the log's
     lock: must not block, do I/O, or call the log."""
 
     def stored(self, entry: Entry) -> None: ...
     def removed(self, entry: Entry) -> None: ...
 
 
-class NoLedger:
+class NoObserver:
     def stored(self, entry: Entry) -> None: ...
     def removed(self, entry: Entry) -> None: ...
 
@@ -173,7 +173,7 @@ class Log:
     ):
         self.path = path
         self.stats = LogStats()
-        self.ledger: Ledger = NoLedger()  # what recovery finds is not told: it is in `entries`
+        self.observer: Observer = NoObserver()  # what recovery finds is not told: it is in `entries`
         self.namespace = namespace
         self._namespace = record.namespace_id(namespace)
         self._changed = threading.Condition()
@@ -436,7 +436,7 @@ class Log:
             return True
 
     def withdraw(self, keys: Iterable[bytes]) -> None:
-        """Unpublish dirty chunks and notify the ledger. After this their memory may be reused."""
+        """Unpublish dirty chunks and notify the observer. After this their memory may be reused."""
         with self._changed:
             for key in keys:
                 entry = self._no_more_dirty(key)
@@ -652,14 +652,14 @@ class Log:
         self.stats.entries += 1
         self.stats.payload_bytes += entry.length
         self._key_versions[entry.key_version] += 1
-        self.ledger.stored(entry)
+        self.observer.stored(entry)
 
     def _went(self, entry: Entry) -> None:
         """It is visible no more."""
         self.stats.entries -= 1
         self.stats.payload_bytes -= entry.length
         self._key_versions[entry.key_version] -= 1
-        self.ledger.removed(entry)
+        self.observer.removed(entry)
 
     # ---- segments
 
