@@ -556,7 +556,7 @@ async def _serve_one(options: Options) -> None:
     registration = membership.Registration(options.etcd, namespace, name) if options.etcd else None
     epoch = residency.new_epoch()
     announcer = Announcer(name, epoch, shelf.announced)
-    shelf.tell(announcer)
+    shelf.observe(announcer)
     target = Target(
         shelf,
         name=name,

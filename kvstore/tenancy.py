@@ -140,7 +140,7 @@ class Tenancy:
             registration = await asyncio.to_thread(Registration, settings.etcd, tenant.name, settings.name)
         epoch = residency.new_epoch()
         announcer = Announcer(settings.name, epoch, shelf.announced)
-        shelf.tell(announcer)
+        shelf.observe(announcer)
         share = tenant.quota / settings.capacity_bytes
         readable, writable = _rights(tenant)
         target = Target(

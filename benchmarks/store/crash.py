@@ -294,7 +294,7 @@ _VALUES_MAX = 500  # a writer that nobody killed by then kills itself
 
 class Reporter:
     """Runs in the process that will be killed: reports all events to its parent, in order. It is the log's judge and
-    ledger. Opening a `settled` store evicts nothing, since the last start has made room."""
+    observer. Opening a `settled` store evicts nothing, since the last start has made room."""
 
     def __init__(self, pipe: int, stage: mmap.mmap, settled: bool):
         self._pipe = pipe
@@ -569,7 +569,7 @@ class Life:
             files = DoomedFiles(direct=self._direct, chance=random.Random(trial), stage=self._stage)
             files.arm(kill.start_operations)
             log = self.store.open(self._engine, report, files, self._sync_seconds)
-            log.ledger = report
+            log.observer = report
             files.arm(kill.run_operations, kill.stage)
             Writer(self, log, report, trial, through).run(threads)
         except BaseException:
@@ -879,7 +879,7 @@ class Round:
         self._gone: set[int] = set()  # in the operation under way
         self._serial = 0
         self._log = self._store.open(engine, self, self._files)
-        self._log.ledger = self
+        self._log.observer = self
 
     def run(self, injections: int) -> int:
         """Run until so many faults were injected. Returns their number."""
@@ -894,7 +894,7 @@ class Round:
         self._tally.faults += self._files.faults
         return self._files.faults.total()
 
-    # ---- the judge, and the ledger
+    # ---- the judge, and the observer
 
     def at(self, stage: Stage) -> None:
         pass
@@ -988,7 +988,7 @@ class Round:
         self._files.lied |= {self._page(slot, 0) for slot in range(self._store.slots)} & self._files.misread
         self._files.next_step()
         self._misread.clear()
-        self._log.ledger = self
+        self._log.observer = self
         with self._files.quiet():
             self._must &= self._compare([number_in(entry.key) for entry in self._log.entries()])
         assert len(self._log.entries()) == len(self._log) == self._log.stats.entries

@@ -194,7 +194,7 @@ async def run_target(nats: str, shape: recovery.Shape) -> None:
         shelf = Shelf([log])
         epoch = new_epoch()
         announcer = Announcer(address, epoch, shelf.announced)
-        shelf.tell(announcer)
+        shelf.observe(announcer)
         target = Target(shelf, name=address, epoch=epoch, hot_bytes=2 * VALUES * VALUE_BYTES)
         target.serve(listener)
         task = asyncio.create_task(announce(announcer, line, NAMESPACE))

@@ -122,9 +122,9 @@ def build(shape: Shape) -> None:
             table = _table(shape, min(left, shape.entries_a_segment), chance)
             left -= shape.entries_a_segment
             offset, footer = record.pack_footer(table, stamp, shape.segment_bytes)
-            place = log._device.place(slot)
-            files.write(place.fd, [_aligned(header)], place.offset)
-            files.write(place.fd, [_aligned(footer)], place.offset + offset)
+            extent = log._device.extent(slot)
+            files.write(extent.fd, [_aligned(header)], extent.offset)
+            files.write(extent.fd, [_aligned(footer)], extent.offset + offset)
 
 
 def _table(shape: Shape, entries: int, chance: random.Random) -> bytes:

@@ -5,7 +5,8 @@ _HALF_LIFE_SECONDS = 2.0
 
 
 class Throughput:
-    """Bytes per second of transfer time, with a bias to recent samples."""
+    """Bytes per second of transfer time, with a bias to recent samples. The caller decides what counts as transfer
+    time, and when a rate is too old."""
 
     def __init__(self) -> None:
         self._bytes = 0.0

@@ -15,12 +15,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvstore.disk import record
-from kvstore.disk.buffers import aligned
+from kvstore.disk import record, recovery
 from kvstore.disk.files import Files
-from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Stamp
+from kvstore.disk.record import PAGE_BYTES, Stamp
+from kvstore.disk.recovery import Pages
 from kvstore.disk.space import (
-    Place,
+    Extent,
     Space,
     Superblock,
     open_space,
@@ -66,7 +66,7 @@ class Device:
 
     With `shared`, `namespaces` are those of a namespaces file, and whatever else lies there is left alone until its
     space is needed. Without, the store must belong to the one namespace given. Raises ConfigError if the place cannot
-    hold this store. `claim`, `release`, `place` and the generations may be called from any thread.
+    hold this store. `claim`, `release`, `extent` and the generations may be called from any thread.
     """
 
     def __init__(
@@ -143,8 +143,8 @@ class Device:
 
     def _is_own(self, slot: int) -> bool:
         try:
-            with self.space.reading(slot) as place:
-                return bool(self._stamps(place, self._stores))
+            with self.space.reading(slot) as extent:
+                return bool(self._stamps(extent, self._stores))
         except OSError:
             return False
 
@@ -173,8 +173,8 @@ class Device:
         store = self.store_id(namespace)
         return [slot for slot in used if self._owners.get(slot) == store]
 
-    def place(self, slot: int) -> Place:
-        return self.space.place(slot)
+    def extent(self, slot: int) -> Extent:
+        return self.space.extent(slot)
 
     def next_generation(self) -> int:
         with self._lock:
@@ -247,25 +247,22 @@ class Device:
         found: set[int | None] = set()
         for slot in self.space.used_slots():
             try:
-                with self.space.reading(slot) as place:
-                    found.add(self._namespace_of(place, store))
+                with self.space.reading(slot) as extent:
+                    found.add(self._namespace_of(extent, store))
             except OSError as error:
                 logger.error("%s, segment %d cannot be read: %s", self.path, slot, error)
         return {one for one in found if one is not None}
 
-    def _namespace_of(self, place: Place, store: int) -> int | None:
-        pages = self.segment_bytes // PAGE_BYTES
-        header = record.unpack_segment_header(self._page(place, 0))
-        trailer = record.unpack_trailer(self._page(place, pages - 1), self.segment_bytes)
-        if header is not None and header.queue == record.EMPTY:
+    def _namespace_of(self, extent: Extent, store: int) -> int | None:
+        pages = Pages(self.files, extent, self.segment_bytes)
+        ends = recovery.read_ends(pages)
+        if ends.header is not None and ends.header.queue == record.EMPTY:
             return None
-        stamps = {one.stamp for one in (header, trailer) if one is not None and one.stamp.store == store}
+        stamps = ends.stamps({store})
         probes = [1]
-        if trailer is not None and trailer.stamp in stamps:
-            table = self._page(place, trailer.offset // PAGE_BYTES)
-            count = min(record.PROBES, trailer.table_bytes // ENTRY_BYTES)
-            probes += [record.unpack_entry(table, number).page for number in range(count)]
-        owners = (record.record_namespace(self._page(place, page), stamps) for page in probes if page < pages)
+        if ends.trailer is not None and ends.trailer.stamp in stamps:
+            probes += recovery.probes(pages.read(ends.trailer.offset // PAGE_BYTES), ends.trailer)
+        owners = (record.record_namespace(pages.read(page), stamps) for page in probes if page < len(pages))
         return next((owner for owner in owners if owner is not None), None)
 
     def _find_owners(self) -> None:
@@ -275,7 +272,7 @@ class Device:
 
         def look(slot: int) -> tuple[int, int] | None:
             try:
-                stamps = self._stamps(self.space.place(slot), stores)
+                stamps = self._stamps(self.space.extent(slot), stores)
             except OSError:
                 return None  # the log that looks for it will say so
             return max(((stamp.generation, stamp.store) for stamp in stamps), default=None)
@@ -290,25 +287,14 @@ class Device:
         # Slots without an owner are used first, so that a namespace that comes back may find its values.
         self._free = deque(sorted(self._free, key=lambda slot: (slot in self._owners, slot)))
 
-    def _stamps(self, place: Place, stores: Collection[int]) -> list[Stamp]:
+    def _stamps(self, extent: Extent, stores: Collection[int]) -> list[Stamp]:
         """On a segment's header and trailer, if they are of one of these stores."""
-        header = record.unpack_segment_header(self._page(place, 0))
-        last = self._page(place, self.segment_bytes // PAGE_BYTES - 1)
-        trailer = record.unpack_trailer(last, self.segment_bytes)
-        return [one.stamp for one in (header, trailer) if one is not None and one.stamp.store in stores]
+        return recovery.read_ends(Pages(self.files, extent, self.segment_bytes)).stamps(stores)
 
     def _left_behind(self) -> list[str]:
         """The namespaces that have values there."""
         stores = set(self._owners.values())
         return [name for name in names(self._block) if self.store_id(name) in stores]
-
-    def _page(self, place: Place, number: int) -> memoryview:
-        page = aligned(0).view
-        try:
-            self.files.read(place.fd, [page], place.offset + number * PAGE_BYTES)
-        except OSError:
-            page[:] = bytes(PAGE_BYTES)
-        return page
 
     def _write(self) -> None:
         with self._lock:

@@ -3,13 +3,12 @@
 Two segments are written at a time, one with values that are new and one with those that are kept (eviction.py). A full
 one is sealed with a footer and synced. Slots are emptied ahead of need: their chunks are unpublished well before their
 space is written over, and not while a reader is still at it, so that neither a reader nor a router's mirror is ever
-pointed at a reused place.
+pointed at space that is used again.
 
 Which values were read is written over the header of their segment, every few minutes and at an orderly stop, so that
 eviction goes on where it was. A crash loses the marks that were not written yet, and nothing else.
 
-Start-up reads the footers in parallel, and scans what was not sealed: a record counts if its header and its payload
-check out, and past a torn one the scan goes on page by page.
+Start-up reads the footers in parallel, and scans what was not sealed (recovery.py).
 
 A chunk becomes visible when its write has returned, or before, with `show`: until it is written it is dirty then. Of
 what was written kill -9 loses nothing; a power cut loses at most what was not synced: the segments that are being
@@ -27,18 +26,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from crc32c import crc32c
 
-from kvstore.disk import record
+from kvstore.disk import record, recovery
 from kvstore.disk.buffers import Buffer, aligned
 from kvstore.disk.device import SEGMENT_PAGES_MAX, Device
 from kvstore.disk.eviction import SLOTS_MIN, Eviction, Queue
 from kvstore.disk.files import Files
-from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, Marks, SegmentHeader, Stamp, Trailer
-from kvstore.disk.space import Place
+from kvstore.disk.record import ENTRY_BYTES, PAGE_BYTES, Entry, Marks, SegmentHeader, Stamp
+from kvstore.disk.recovery import Ends, Pages, Use
+from kvstore.disk.space import Extent
 from kvstore.keys import KEY_VERSION
 from kvstore.rarely import Rarely
 
@@ -46,16 +46,12 @@ logger = logging.getLogger(__name__)
 
 _COMPLAIN_SECONDS = 60.0  # of a full disk, which fails at every write
 
-_Stamped = TypeVar("_Stamped", SegmentHeader, Trailer)
-
 _INDEX_BITS = (SEGMENT_PAGES_MAX - 1).bit_length()  # a value is slot << 24 | number of the entry in its segment
 _NUMBER_MASK = (1 << _INDEX_BITS) - 1
 # Device writes over payload accepted. What headers and footers leave of it goes to writing reused chunks again.
 WRITE_AMPLIFICATION_MAX = 1.1
 _RECOVERY_THREADS = 8
 _RECOVERY_SHARE = 64  # segments that a thread loads while others are made visible
-_PIECE_BYTES = 1 << 20  # of what recovery reads at once
-_TAIL_BYTES = 32 << 10  # of a segment: the footer of up to 595 entries
 # Evicted keys that are remembered: 100 bytes each.
 _GHOSTS_MAX = 100_000
 # How often read marks are saved. Each segment of which a chunk was read for the first time costs one page: 0.4 MB/s
@@ -69,15 +65,15 @@ CLOSE_SECONDS = 10.0
 _READERS_SECONDS = 10.0
 
 
-class Ledger(Protocol):
-    """Observer of residency: notified when a chunk becomes readable and when it is unpublished. Called under the log's
+class Observer(Protocol):
+    """Notified when a chunk becomes readable and when it is unpublished. Called under the log's
     lock: must not block, do I/O, or call the log."""
 
     def stored(self, entry: Entry) -> None: ...
     def removed(self, entry: Entry) -> None: ...
 
 
-class NoLedger:
+class NoObserver:
     def stored(self, entry: Entry) -> None: ...
     def removed(self, entry: Entry) -> None: ...
 
@@ -127,7 +123,7 @@ class LogStats:
 class _Segment:
     slot: int
     stamp: Stamp
-    place: Place
+    extent: Extent
     queue: Queue
     opened: float = field(default_factory=time.monotonic)
     next_page: int = 1
@@ -177,7 +173,7 @@ class Log:
     ):
         self.path = path
         self.stats = LogStats()
-        self.ledger: Ledger = NoLedger()  # what recovery finds is not told: it is in `entries`
+        self.observer: Observer = NoObserver()  # what recovery finds is not told: it is in `entries`
         self.namespace = namespace
         self._namespace = record.namespace_id(namespace)
         self._changed = threading.Condition()
@@ -341,14 +337,14 @@ class Log:
                 entries = record.announced(table)
                 at = np.searchsorted(wanted, entries["router_hash"]) % len(wanted)
                 found = (wanted[at] == entries["router_hash"]) & (entries["fingerprint"] == fingerprint)
-                matches = [record.unpack_entry(table, int(place)) for place in np.flatnonzero(found)]
+                matches = [record.unpack_entry(table, int(index)) for index in np.flatnonzero(found)]
                 yield {one.router_hash: one.key for one in matches if one.key in self}
 
-    def page(self, place: tuple[int, int], count: int) -> tuple[list[Entry], tuple[int, int] | None]:
-        """The written chunks among the next `count` entries of one segment, and the place to go on from, None at the
-        end. A place is a segment's generation and the number of an entry, (0, 0) the first. Chunks that come, go or
+    def page(self, cursor: tuple[int, int], count: int) -> tuple[list[Entry], tuple[int, int] | None]:
+        """The written chunks among the next `count` entries of one segment, and the cursor to go on from, None at the
+        end. A cursor is a segment's generation and the number of an entry, (0, 0) the first. Chunks that come, go or
         move meanwhile may be missed or come twice."""
-        generation, number = place
+        generation, number = cursor
         with self._changed:
             segments = [segment for segment in self._segments.values() if segment.stamp.generation >= generation]
             if not segments:
@@ -359,8 +355,8 @@ class Log:
             table = bytes(segment.table[number * ENTRY_BYTES : (number + count) * ENTRY_BYTES])
         looked = len(table) // ENTRY_BYTES
         base = segment.slot << _INDEX_BITS
-        entries = [record.unpack_entry(table, place) for place in range(looked)]
-        live = [entry for place, entry in enumerate(entries, base | number) if self._index.get(entry.key) == place]
+        entries = [record.unpack_entry(table, offset) for offset in range(looked)]
+        live = [entry for where, entry in enumerate(entries, base | number) if self._index.get(entry.key) == where]
         more = looked == count
         return live, (segment.stamp.generation, number + looked) if more else (segment.stamp.generation + 1, 0)
 
@@ -413,16 +409,16 @@ class Log:
         buffers. Neighbours on the device are read at once. Chunks that are not used yet are not worth more to
         eviction."""
         with self._changed:
-            places = [self._pin(key, buffer.length, are_used) for key, buffer in zip(keys, buffers, strict=True)]
+            pinned = [self._pin(key, buffer.length, are_used) for key, buffer in zip(keys, buffers, strict=True)]
         found: list[Found | None] = [None] * len(keys)
         try:
-            for run in _runs(_Record(number, *place) for number, place in enumerate(places) if place is not None):
+            for run in _runs(_Record(number, *pin) for number, pin in enumerate(pinned) if pin is not None):
                 self._read_run(run, buffers, found)
         finally:
             with self._changed:
-                for place in places:
-                    if place is not None:
-                        place[0].readers -= 1
+                for pin in pinned:
+                    if pin is not None:
+                        pin[0].readers -= 1
                 self._changed.notify_all()
         return found
 
@@ -440,7 +436,7 @@ class Log:
             return True
 
     def withdraw(self, keys: Iterable[bytes]) -> None:
-        """Unpublish dirty chunks and notify the ledger. After this their memory may be reused."""
+        """Unpublish dirty chunks and notify the observer. After this their memory may be reused."""
         with self._changed:
             for key in keys:
                 entry = self._no_more_dirty(key)
@@ -509,7 +505,7 @@ class Log:
         segment, first = run[0].segment, run[0].entry
         parts = [buffers[number].record for number, _, _ in run]
         try:
-            self._files.read(segment.place.fd, parts, segment.place.offset + first.page * PAGE_BYTES)
+            self._files.read(segment.extent.fd, parts, segment.extent.offset + first.page * PAGE_BYTES)
             failed = False
         except OSError as error:
             logger.error("%s, segment %d: %s", self.path, segment.slot, error)
@@ -553,7 +549,7 @@ class Log:
     def _reserve(
         self, values: Sequence[Value], waiting: deque[int], stored: list[bool], queue: Queue
     ) -> tuple[list[_Record], _Segment | None]:
-        """Places for the first of the `waiting` values, which are taken off, as far as there is room; and the segment
+        """Records for the first of the `waiting` values, which are taken off, as far as there is room; and the segment
         that has no more."""
         reserved: list[_Record] = []
         with self._changed:
@@ -611,7 +607,7 @@ class Log:
     def _write(self, segment: _Segment, parts: Sequence[memoryview], offset: int) -> bool:
         size = sum(map(len, parts))
         try:
-            self._files.write(segment.place.fd, parts, segment.place.offset + offset)
+            self._files.write(segment.extent.fd, parts, segment.extent.offset + offset)
         except OSError as error:
             if self._complains["write"]():
                 message = "%s: write of %d bytes to segment %d failed: %s"
@@ -623,7 +619,7 @@ class Log:
         return True
 
     def _publish(self, segment: _Segment, entry: Entry) -> None:
-        """Make an entry visible, or, if it was before, point to its place. With the lock held."""
+        """Make an entry visible, or, if it was before, point to this record. With the lock held."""
         known = self._index.get(entry.key)
         if known is not None:
             self._no_more_live(known)
@@ -656,14 +652,14 @@ class Log:
         self.stats.entries += 1
         self.stats.payload_bytes += entry.length
         self._key_versions[entry.key_version] += 1
-        self.ledger.stored(entry)
+        self.observer.stored(entry)
 
     def _went(self, entry: Entry) -> None:
         """It is visible no more."""
         self.stats.entries -= 1
         self.stats.payload_bytes -= entry.length
         self._key_versions[entry.key_version] -= 1
-        self.ledger.removed(entry)
+        self.observer.removed(entry)
 
     # ---- segments
 
@@ -723,17 +719,17 @@ class Log:
         return segment is None or segment.readers == segment.writers == 0
 
     def _open_slot(self, slot: int, queue: Queue) -> _Segment:
-        segment = self._begin_use(slot, self._device.place(slot), queue)
+        segment = self._begin_use(slot, self._device.extent(slot), queue)
         if segment is None:
             raise OSError("its header was not written")
         # A power cut that takes the header and leaves the records would show the slot's last use, overwritten.
-        self._files.sync(segment.place.fd)
+        self._files.sync(segment.extent.fd)
         return segment
 
-    def _begin_use(self, slot: int, place: Place, queue: Queue | None) -> _Segment | None:
+    def _begin_use(self, slot: int, extent: Extent, queue: Queue | None) -> _Segment | None:
         """Write the header of a slot's next use; with no queue, that it is empty. Called with `_rolling` held."""
         stamp = Stamp(self.store_id, self._device.next_generation())
-        segment = _Segment(slot, stamp, place, queue or Queue.PROBATION)
+        segment = _Segment(slot, stamp, extent, queue or Queue.PROBATION)
         page = record.pack_segment_header(self._header(segment, record.EMPTY if queue is None else queue))
         return segment if self._write(segment, [_page_aligned(page)], 0) else None
 
@@ -765,7 +761,7 @@ class Log:
             self._rewrite(segment, [segment.entry(number) for number in keep])
         with self._changed:
             self._empty(segment)
-        self._begin_use(segment.slot, segment.place, None)  # or a restart would find it all again
+        self._begin_use(segment.slot, segment.extent, None)  # or a restart would find it all again
 
     def _rewrite(self, segment: _Segment, entries: list[Entry]) -> None:
         """Write chunks of a segment that is to be emptied once more, elsewhere."""
@@ -818,7 +814,7 @@ class Log:
     def _sync(self, segment: _Segment) -> None:
         segment.dirty = False
         try:
-            self._files.sync(segment.place.fd)
+            self._files.sync(segment.extent.fd)
         except OSError as error:
             logger.error("%s: segment %d is not synced: %s", self.path, segment.slot, error)
 
@@ -898,56 +894,40 @@ class Log:
 
     def _load(self, slots: Iterable[int], scanning: threading.Lock) -> list[_Segment]:
         """The segments of this store in these slots, their tables filled but not adopted yet."""
-        ends = aligned(_TAIL_BYTES).view  # taking memory for each of them costs more than reading it
-        loaded = (self._load_slot(slot, ends[:PAGE_BYTES], ends[PAGE_BYTES:], scanning) for slot in slots)
+        memory = recovery.ends_memory()
+        loaded = (self._load_slot(slot, memory, scanning) for slot in slots)
         return [segment for segment in loaded if segment is not None]
 
-    def _load_slot(self, slot: int, head: memoryview, tail: memoryview, scanning: threading.Lock) -> _Segment | None:
+    def _load_slot(self, slot: int, memory: memoryview, scanning: threading.Lock) -> _Segment | None:
         try:
-            place = self._device.place(slot)
+            extent = self._device.extent(slot)
         except OSError as error:
             logger.error("%s, segment %d cannot be opened, its chunks are lost: %s", self.path, slot, error)
             return None
-        self._fill(place, head, 0)
-        self._fill(place, tail, self.segment_bytes - len(tail))
-        header = self._own(record.unpack_segment_header(head))
-        trailer = self._own(record.unpack_trailer(tail[-PAGE_BYTES:], self.segment_bytes))
+        pages = Pages(self._files, extent, self.segment_bytes)
+        ends = recovery.read_ends(pages, memory)
+        for stamp in ends.stamps({self.store_id}):
+            self._device.saw_generation(stamp.generation)  # never used again: it may have left something
+        use = recovery.last_use(pages, slot, ends, self.store_id, self._namespace)
         segment = None
-        if header is not None and header.slot == slot:
-            queue = Queue.PROBATION if header.queue == record.EMPTY else Queue(header.queue)
-            segment = _Segment(slot, header.stamp, place, queue)
-        if trailer is not None:
-            if segment is not None and trailer.stamp == segment.stamp:
-                segment.sealed = self._read_table(segment, trailer, tail)
-                segment.marks = record.unpack_marks(head, trailer) if segment.sealed else None
-            elif segment is None or trailer.stamp.generation > segment.stamp.generation:
-                segment = self._without_header(slot, place, trailer, tail) or segment
-        if segment is None or (header is not None and header.queue == record.EMPTY and segment.stamp == header.stamp):
-            return None
-        if not segment.sealed:
-            with scanning:
-                self._scan(segment)
+        if use is not None and use.queue != record.EMPTY:
+            segment = _Segment(slot, use.stamp, extent, Queue(use.queue))
+            self._fill(segment, use, pages, ends, scanning)
+        for page, failure in pages.unreadable.items():
+            logger.error("%s, segment %d: page %d cannot be read: %s", self.path, slot, page, failure)
         return segment
 
-    def _own(self, stamped: _Stamped | None) -> _Stamped | None:
-        """A header or trailer if it is this store's. Its generation is never used again: it may have left something."""
-        if stamped is None or stamped.stamp.store != self.store_id:
-            return None
-        self._device.saw_generation(stamped.stamp.generation)
-        return stamped
-
-    def _without_header(self, slot: int, place: Place, trailer: Trailer, tail: memoryview) -> _Segment | None:
-        """The sealed segment whose header's write the device lost; None if it is the footer that went astray."""
-        segment = _Segment(slot, trailer.stamp, place, Queue.MAIN)
-        segment.sealed = self._read_table(segment, trailer, tail)
-        found = (
-            self._record_at(segment, segment.entry(number).page) for number in range(min(len(segment), record.PROBES))
-        )
-        return segment if segment.sealed and any(found) else None
-
-    def _record_at(self, segment: _Segment, page: int) -> Entry | None:
-        header = self._read_at(segment.place, page * PAGE_BYTES, PAGE_BYTES)
-        return record.unpack_record_header(header, stamp=segment.stamp, page_number=page, namespace=self._namespace)
+    def _fill(self, segment: _Segment, use: Use, pages: Pages, ends: Ends, scanning: threading.Lock) -> None:
+        """Take in the entries of a segment: by its footer, or if that is missing or damaged, by a scan."""
+        table = None if use.trailer is None else recovery.read_table(pages, use.trailer, ends.tail)
+        if use.trailer is not None and table is not None:
+            segment.table, segment.sealed = bytearray(table), True
+            segment.marks = record.unpack_marks(ends.head, use.trailer) if use.has_header else None
+            return
+        if use.trailer is not None:
+            logger.error("%s, segment %d: its footer is damaged, scanning its records", self.path, segment.slot)
+        with scanning:
+            segment.table, segment.next_page = recovery.scan_table(pages, segment.stamp, self._namespace)
 
     def _adopt(self, segment: _Segment) -> None:
         """Make a recovered segment's entries visible."""
@@ -969,61 +949,12 @@ class Log:
         for segment in found:
             table = segment.table
             entries = zip(record.keys(table), record.lengths(table), record.key_versions(table), strict=True)
-            for place, (key, length, version) in enumerate(entries, segment.slot << _INDEX_BITS):
-                if self._index[key] == place:
+            for where, (key, length, version) in enumerate(entries, segment.slot << _INDEX_BITS):
+                if self._index[key] == where:
                     self.stats.payload_bytes += length
                     self._key_versions[version] += 1
                 else:
-                    self._no_more_live(place)
-
-    def _read_table(self, segment: _Segment, trailer: Trailer, tail: memoryview) -> bool:
-        """Take in the entries of a sealed segment, of which the `tail` was read; False if they are damaged."""
-        start = trailer.offset - (self.segment_bytes - len(tail))
-        if start < 0:
-            tail, start = self._read_at(segment.place, trailer.offset, self.segment_bytes - trailer.offset), 0
-        table = tail[start : start + trailer.table_bytes]
-        if crc32c(table) != trailer.crc:
-            logger.error("%s, segment %d: its footer is damaged, scanning its records", self.path, segment.slot)
-            return False
-        segment.table = bytearray(table)
-        return True
-
-    def _scan(self, segment: _Segment) -> None:
-        """Take in the intact records of an unsealed segment; `next_page` moves past the last of them."""
-        content = self._read_at(segment.place, 0, self.segment_bytes)
-        number, last = 1, self.segment_bytes // PAGE_BYTES
-        while number < last:
-            start = number * PAGE_BYTES
-            entry = record.unpack_record_header(
-                content[start : start + PAGE_BYTES], stamp=segment.stamp, page_number=number, namespace=self._namespace
-            )
-            number += 1
-            if entry is None:
-                continue
-            payload = content[entry.payload_offset : entry.payload_offset + entry.length]
-            if len(payload) == entry.length and crc32c(payload) == entry.crc:
-                number = entry.page + record.record_bytes(entry.length) // PAGE_BYTES
-                segment.next_page = number
-                segment.table += record.pack_entry(entry)
-
-    def _read_at(self, place: Place, offset: int, length: int) -> memoryview:
-        """Whole pages of a segment, with zeros in place of those that cannot be read."""
-        content = aligned(length - PAGE_BYTES).view
-        for start in range(0, length, _PIECE_BYTES):
-            self._fill(place, content[start : start + _PIECE_BYTES], offset + start)
-        return content
-
-    def _fill(self, place: Place, into: memoryview, offset: int) -> None:
-        try:
-            self._files.read(place.fd, [into], place.offset + offset)
-        except OSError as error:
-            half = len(into) // PAGE_BYTES // 2 * PAGE_BYTES
-            if half:  # one bad page must not cost its neighbours
-                self._fill(place, into[:half], offset)
-                self._fill(place, into[half:], offset + half)
-            else:
-                logger.error("%s: the page at %d of a segment cannot be read: %s", self.path, offset, error)
-                into[:] = bytes(len(into))
+                    self._no_more_live(where)
 
     def _close_files(self) -> None:
         if self._owns_device:

@@ -60,7 +60,6 @@ Announced: TypeAlias = npt.NDArray[np.void]
 _RECORD = struct.Struct(f"<8sHxxIQQQ{ENTRY_BYTES}s")  # magic, version, header bytes, store, generation, namespace
 _RECORD_MAGIC = b"KVTIERRC"
 _CRC = struct.Struct("<I")
-PROBES = 16  # entries of a footer whose records are looked at to learn whose it is
 
 
 class Entry(NamedTuple):
@@ -139,15 +138,18 @@ def pack_record_header(entry: Entry, stamp: Stamp, namespace: int) -> bytes:
     return _page(_RECORD.pack(_RECORD_MAGIC, VERSION, PAGE_BYTES, *stamp, namespace, pack_entry(entry)))
 
 
-def unpack_record_header(page: bytes | memoryview, *, stamp: Stamp, page_number: int, namespace: int) -> Entry | None:
-    """The entry of a record header, or None if this page is not the header of a record of this very place."""
+def unpack_record_header(
+    page: bytes | memoryview, *, stamp: Stamp, page_number: int, namespace: int | None
+) -> Entry | None:
+    """The entry of a record header, or None if this page is not the header of a record of this very place. With no
+    namespace given, any will do."""
     fields = _checked(page, _RECORD)
     if fields is None or fields[:3] != (_RECORD_MAGIC, VERSION, PAGE_BYTES):
         return None
     *_, store, generation, its_namespace, packed = fields
     entry = unpack_entry(packed, 0)
-    same_place = Stamp(store, generation) == stamp and entry.page == page_number and its_namespace == namespace
-    return entry if same_place else None
+    same_place = Stamp(store, generation) == stamp and entry.page == page_number
+    return entry if same_place and namespace in (None, its_namespace) else None
 
 
 def record_namespace(page: bytes | memoryview, stamps: Collection[Stamp]) -> int | None:

@@ -9,7 +9,7 @@ import xxhash
 
 from kvstore.disk.device import SLOTS_FEWEST, Device
 from kvstore.disk.files import Files
-from kvstore.disk.log import Ledger, Log, LogStats, close_all
+from kvstore.disk.log import Log, LogStats, Observer, close_all
 from kvstore.disk.record import Announced, Entry
 from kvstore.errors import ConfigError
 
@@ -50,18 +50,18 @@ class Shelf:
         for log in self.logs:
             yield from log.keys_of(fingerprint, router_hashes, count)
 
-    def page(self, place: tuple[int, int, int], count: int) -> tuple[list[Entry], tuple[int, int, int] | None]:
-        """`Log.page` of one log after the other; a place begins with the log's number."""
-        number, *within = place
+    def page(self, cursor: tuple[int, int, int], count: int) -> tuple[list[Entry], tuple[int, int, int] | None]:
+        """`Log.page` of one log after the other; a cursor begins with the log's number."""
+        number, *within = cursor
         if number >= len(self.logs):
             return [], None
         entries, after = self.logs[number].page((within[0], within[1]), count)
         return entries, (number + 1, 0, 0) if after is None else (number, *after)
 
-    def tell(self, ledger: Ledger) -> None:
-        """Notify `ledger` of all later changes."""
+    def observe(self, observer: Observer) -> None:
+        """Notify `observer` of all later changes."""
         for log in self.logs:
-            log.ledger = ledger
+            log.observer = observer
 
     def stats(self) -> LogStats:
         """Sums over the logs; the age of evictions is the lowest."""

@@ -51,7 +51,7 @@ class Superblock(msgspec.Struct):
     namespaces: list[str] = []  # others that may have values here
 
 
-class Place(NamedTuple):
+class Extent(NamedTuple):
     """The extent of a segment: its file, and its offset there."""
 
     fd: int
@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
 
 class Space(ABC):
-    """`slots` segments of `segment_bytes`. Any thread may call `place`; the rest is for start and end."""
+    """`slots` segments of `segment_bytes`. Any thread may call `extent`; the rest is for start and end."""
 
     def __init__(self, path: Path, slots: int, segment_bytes: int, files: Files):
         self.path = path
@@ -68,8 +68,8 @@ class Space(ABC):
         self.files = files
 
     @abstractmethod
-    def place(self, slot: int) -> Place:
-        """The slot's place, its space allocated. Raises OSError."""
+    def extent(self, slot: int) -> Extent:
+        """The slot's extent, its space allocated. Raises OSError."""
 
     @abstractmethod
     def used_slots(self) -> list[int]:
@@ -91,9 +91,9 @@ class Space(ABC):
         """Durable when it returns; a crash leaves the old one or the new one."""
 
     @contextlib.contextmanager
-    def reading(self, slot: int) -> Iterator[Place]:
-        """The slot's place, open for reading alone. Raises OSError."""
-        yield self.place(slot)
+    def reading(self, slot: int) -> Iterator[Extent]:
+        """The slot's extent, open for reading alone. Raises OSError."""
+        yield self.extent(slot)
 
     def delete(self, slot: int) -> None:  # noqa: B027
         """Give the space of a slot beyond the capacity back."""
@@ -164,16 +164,16 @@ class _DirectorySpace(Space):
             os.close(self._guard)
             raise
 
-    def place(self, slot: int) -> Place:
+    def extent(self, slot: int) -> Extent:
         if slot not in self._fds:
             self._fds[slot] = self.files.open(segment_file(self.path, slot), self.segment_bytes)
-        return Place(self._fds[slot], 0)
+        return Extent(self._fds[slot], 0)
 
     @contextlib.contextmanager
-    def reading(self, slot: int) -> Iterator[Place]:
+    def reading(self, slot: int) -> Iterator[Extent]:
         fd = _open_read_only(segment_file(self.path, slot))
         try:
-            yield Place(fd, 0)
+            yield Extent(fd, 0)
         finally:
             os.close(fd)
 
@@ -232,8 +232,8 @@ class _DeviceSpace(Space):
             os.close(self._guard)
             raise
 
-    def place(self, slot: int) -> Place:
-        return Place(self._fd, _RESERVED_BYTES + slot * self.segment_bytes)
+    def extent(self, slot: int) -> Extent:
+        return Extent(self._fd, _RESERVED_BYTES + slot * self.segment_bytes)
 
     def used_slots(self) -> list[int]:
         return list(range(self.slots))
@@ -310,11 +310,11 @@ class StoppedStore:
         return 0 if self._in_directory else _RESERVED_BYTES + slot * self.superblock.segment_bytes
 
     @contextlib.contextmanager
-    def place(self, slot: int) -> Iterator[Place]:
-        """The slot's place, open for reading. Raises OSError."""
+    def extent(self, slot: int) -> Iterator[Extent]:
+        """The slot's extent, open for reading. Raises OSError."""
         fd = _open_read_only(self.file(slot))
         try:
-            yield Place(fd, self.offset(slot))
+            yield Extent(fd, self.offset(slot))
         finally:
             os.close(fd)
 

@@ -84,8 +84,9 @@ class _Delay:
         self._deviation += (abs(error) - self._deviation) / 4
 
 
-class _Speed:
-    """Throughput, weighted towards the last ten transfers."""
+class _SendRate:
+    """Send rate of one connection, over about its last ten sends, so that a client that slows down shows within a few.
+    It never expires: it is used only while bytes are unsent."""
 
     def __init__(self) -> None:
         self._bytes = 0.0
@@ -100,7 +101,7 @@ class _Speed:
         return size * self._seconds / self._bytes if self._bytes else 0.0
 
 
-class Reader:
+class ConnectionWindow:
     """Flow control of one connection of `client`: bytes queued, bytes read but unsent, send rate. Thread-safe."""
 
     def __init__(self, client: str, pool: BufferPool):
@@ -110,7 +111,7 @@ class Reader:
         self._lock = threading.Lock()
         self._waiting_bytes = 0  # to be read
         self._unsent_bytes = 0  # being read, or read and not yet sent
-        self._sending = _Speed()
+        self._sending = _SendRate()
 
     def sent(self, size: int, seconds: float) -> None:
         """Note that sending `size` bytes took `seconds`."""
@@ -147,7 +148,7 @@ class Read:
     """Chunks of one request, to be read together. `done` is called once, on a thread of the queue, or on the caller's
     within `submit`. It must not block."""
 
-    reader: Reader
+    window: ConnectionWindow
     wants: Sequence[Want]
     deadline: float  # time.monotonic()
     done: Callable[[list[Answer]], None]
@@ -165,15 +166,15 @@ class Read:
 class _Client:
     """A client's queued reads, round-robin over its connections."""
 
-    reads: OrderedDict[Reader, deque[Read]] = field(default_factory=OrderedDict)
+    reads: OrderedDict[ConnectionWindow, deque[Read]] = field(default_factory=OrderedDict)
     chunks: int = 0
     size_bytes: int = 0
 
-    def next(self, now: float) -> Reader | None:
+    def next(self, now: float) -> ConnectionWindow | None:
         """The next connection whose window has room for its first read, or whose first read has expired."""
-        for reader, reads in self.reads.items():
-            if now > reads[0].deadline or reader.has_room(reads[0].size_bytes):
-                return reader
+        for window, reads in self.reads.items():
+            if now > reads[0].deadline or window.has_room(reads[0].size_bytes):
+                return window
         return None
 
 
@@ -206,7 +207,8 @@ class ReadQueue:
 
     @property
     def bytes_per_second(self) -> float:
-        """Read throughput while all threads were busy; 0 if they were not within the last second."""
+        """The device's limit: read throughput while all threads were busy, in the last such period alone, so that
+        admission control follows a device that slows down; 0 if there was none within the last second."""
         return self._speed if time.monotonic() < self._speed_until else 0.0
 
     @property
@@ -217,7 +219,7 @@ class ReadQueue:
             return self._active > 0 or any(client.next(now) for client in self._turns.values())
 
     def submit(self, reads: Sequence[Read]) -> None:
-        """Queue reads of one reader. Reads that are refused or late are answered before this returns."""
+        """Queue reads of one connection. Reads that are refused or late are answered before this returns."""
         refused = []
         now = time.monotonic()
         with self._changed:
@@ -235,13 +237,13 @@ class ReadQueue:
         with self._changed:
             self._changed.notify()
 
-    def drop(self, reader: Reader) -> None:
+    def drop(self, window: ConnectionWindow) -> None:
         """Discard the reads of a connection that is gone."""
-        reader.gone = True
+        window.gone = True
         with self._changed:
-            client = self._turns.get(reader.client)
-            while client and reader in client.reads:
-                self._remove(client, reader)
+            client = self._turns.get(window.client)
+            while client and window in client.reads:
+                self._remove(client, window)
 
     def stop(self) -> None:
         with self._changed:
@@ -250,7 +252,7 @@ class ReadQueue:
 
     def _must_refuse(self, read: Read, now: float) -> bool:
         """Whether the queue is full for this client, or the read is predicted to miss its deadline."""
-        client = self._turns.get(read.reader.client, _Client())
+        client = self._turns.get(read.window.client, _Client())
         if self._waiting_chunks + client.chunks + len(read.wants) > WAITING_CHUNKS_MAX:
             return True
         read_at = now
@@ -258,13 +260,13 @@ class ReadQueue:
             read.expected = now + self._bytes_until(client, read) / self._speed
             # With no read active, admit one in any case: the estimate must notice when the device recovers.
             read_at = read.expected + self._lateness.seconds if self._active else now
-        return read.reader.begins_to_send(read_at, now) > read.deadline
+        return read.window.begins_to_send(read_at, now) > read.deadline
 
     def _will_be_late(self, read: Read, now: float) -> bool:
         """Whether a read that starts now is predicted to be sent after its deadline."""
         known = now < self._speed_until and self._active > 1
         read_at = now + self._active_bytes / self._speed if known else now
-        return read.reader.sends_what_is_read(read_at, read.size_bytes) > read.deadline
+        return read.window.sends_what_is_read(read_at, read.size_bytes) > read.deadline
 
     def _bytes_until(self, client: _Client, read: Read) -> int:
         """Bytes that the device reads until this one is done. By round-robin, every other client that is not blocked by
@@ -274,23 +276,23 @@ class ReadQueue:
         return self._active_bytes + own + sum(min(own, one.size_bytes) for one in others)
 
     def _add(self, read: Read) -> None:
-        client = self._turns.setdefault(read.reader.client, _Client())
-        client.reads.setdefault(read.reader, deque()).append(read)
-        self._count(client, read.reader, len(read.wants), read.size_bytes)
+        client = self._turns.setdefault(read.window.client, _Client())
+        client.reads.setdefault(read.window, deque()).append(read)
+        self._count(client, read.window, len(read.wants), read.size_bytes)
 
-    def _remove(self, client: _Client, reader: Reader) -> Read:
-        """Remove and return the reader's first read."""
-        reads = client.reads[reader]
+    def _remove(self, client: _Client, window: ConnectionWindow) -> Read:
+        """Remove and return the connection's first read."""
+        reads = client.reads[window]
         read = reads.popleft()
-        self._count(client, reader, -len(read.wants), -read.size_bytes)
+        self._count(client, window, -len(read.wants), -read.size_bytes)
         if not reads:
-            del client.reads[reader]
+            del client.reads[window]
         if not client.reads:
-            del self._turns[reader.client]
+            del self._turns[window.client]
         return read
 
-    def _count(self, client: _Client, reader: Reader, chunks: int, size_bytes: int) -> None:
-        reader.wait_for(size_bytes)
+    def _count(self, client: _Client, window: ConnectionWindow, chunks: int, size_bytes: int) -> None:
+        window.wait_for(size_bytes)
         client.chunks += chunks
         client.size_bytes += size_bytes
         self._waiting_chunks += chunks
@@ -300,12 +302,12 @@ class ReadQueue:
         """The next read, round-robin. A connection whose window is full is skipped."""
         now = time.monotonic()
         for name, client in self._turns.items():
-            reader = client.next(now)
-            if reader is not None:
+            window = client.next(now)
+            if window is not None:
                 self._turns.move_to_end(name)
-                client.reads.move_to_end(reader)
-                read = self._remove(client, reader)
-                reader.hold(read.size_bytes)
+                client.reads.move_to_end(window)
+                read = self._remove(client, window)
+                window.hold(read.size_bytes)
                 return read
         return None
 
@@ -326,7 +328,7 @@ class ReadQueue:
             read_bytes = sum(answer.buffer.length for answer in answers if answer.buffer)
             with self._changed:
                 self._end(read, read_bytes)
-            read.reader.hold(read_bytes - read.size_bytes)
+            read.window.hold(read_bytes - read.size_bytes)
             read.done(answers)
 
     def _begin(self, read: Read) -> None:
@@ -349,7 +351,7 @@ class ReadQueue:
             self._busy_since, self._busy_bytes = now, 0
 
     def _read(self, read: Read) -> list[Answer]:
-        if read.reader.gone:
+        if read.window.gone:
             return read.all(Outcome.MISS)
         now = time.monotonic()
         if now > read.deadline or self._will_be_late(read, now):

@@ -30,7 +30,7 @@ from kvstore.net.backlog import Standing, Write
 from kvstore.net.carrier import MEMORY, Lender, lender
 from kvstore.net.client import StoreClient
 from kvstore.net.membership import Membership
-from kvstore.net.queues import BATCH_BYTES, Answer, Read, Reader, ReadQueue, Want, WriteQueue
+from kvstore.net.queues import BATCH_BYTES, Answer, ConnectionWindow, Read, ReadQueue, Want, WriteQueue
 from kvstore.net.replicas import Replicator
 from kvstore.net.tls import ServerTls
 from kvstore.net.transport import Bytes, Stream
@@ -45,13 +45,13 @@ logger = logging.getLogger(__name__)
 STALL_SECONDS = 30.0
 # Backpressure per connection: the limit of pending responses. At the limit, the next request is not read until the
 # client has received some.
-OWED_MAX = 2 * wire.KEYS_MAX
+PENDING_MAX = 2 * wire.KEYS_MAX
 # The same limit in bytes, without payloads: a response to EXISTS has 4 KiB.
-OWED_BYTES_MAX = 1 << 20
+PENDING_BYTES_MAX = 1 << 20
 # Payload bytes per system call. A response without a payload is sent before the payloads that are still queued.
 _SEND_BYTES = 1 << 20
 _SHORT_MAX = 256
-_LENT_LOOK_SECONDS = 1.0
+_PINNED_LOOK_SECONDS = 1.0
 # Write backpressure: a PUT blocks up to this long in total for queue space. Then its remaining chunks are REFUSED,
 # unless they find room at once.
 _PUT_PATIENCE_SECONDS = 1.0
@@ -263,8 +263,8 @@ class Target(Acceptor):
     def _session(self, connection: "_Connection", greet: Callable[[], str] | None = None) -> None:
         stream = connection.incoming
         try:
-            connection.reader.client = greet() if greet else self._greet(connection)
-            while (connection.lends or not (self._stopping or connection.leaving)) and connection.wait_for_frame():
+            connection.window.client = greet() if greet else self._greet(connection)
+            while (connection.has_pinned or not (self._stopping or connection.leaving)) and connection.wait_for_frame():
                 deadline = time.monotonic() + STALL_SECONDS
                 header = stream.receive_header(deadline)
                 self._answer(connection, header, stream.receive_control(header, deadline))
@@ -273,7 +273,7 @@ class Target(Acceptor):
         except ProtocolError as error:
             self._complain(error)
             with contextlib.suppress(OSError):
-                connection.owe(1)
+                connection.reserve(1)
                 connection.send([_Message([wire.encode(Header(Op.ERROR), wire.Failure(str(error)))])])
             connection.flush(_ERROR_SECONDS)
         except OSError as error:
@@ -282,7 +282,7 @@ class Target(Acceptor):
             logger.exception("a request failed; closing its connection")
         finally:
             for reads in self._reads.values():
-                reads.drop(connection.reader)
+                reads.drop(connection.window)
             connection.close()
             with self._lock:
                 del self._connections[connection]
@@ -315,7 +315,7 @@ class Target(Acceptor):
     ) -> str:
         near = self._unix_path if hello.boot_id == self._boot_id else ""
         limit = min(wire.VALUE_BYTES_MAX, self.shelf.value_bytes_max)
-        if self._lender is not None and self._lends(self._lender, connection, hello):
+        if self._lender is not None and self._may_use_carrier(self._lender, connection, hello):
             connection.lender = self._lender
         greeting = connection.lender.greeting() if connection.lender else b""
         welcome = wire.Welcome(self.name, self.epoch, limit, near, greeting, prefetches=self._ahead is not None)
@@ -327,14 +327,14 @@ class Target(Acceptor):
         elif near and not connection.incoming.is_unix:
             pass_id = secrets.token_bytes(wire.NONCE_BYTES)
             welcome = msgspec.structs.replace(welcome, pass_id=pass_id, pass_key=self._pass_key(pass_id))
-        connection.owe(1)
+        connection.reserve(1)
         connection.send([_Message([wire.encode(Header(Op.WELCOME, header.request), welcome)])])
         if connection.lender is not None and connection.lender.descriptor is not None:
             connection.flush()
             connection.incoming.send_descriptor(connection.lender.descriptor, time.monotonic() + STALL_SECONDS)
         return hello.client
 
-    def _lends(self, lender: Lender, connection: "_Connection", hello: wire.Hello) -> bool:
+    def _may_use_carrier(self, lender: Lender, connection: "_Connection", hello: wire.Hello) -> bool:
         """Whether to serve this client by the carrier. A client that maps the memory sees every value in it, so that
         needs the same right as LIST."""
         trusted = connection.incoming.is_unix and connection.may_list and self.readable
@@ -364,7 +364,7 @@ class Target(Acceptor):
                 outcomes = self.prefetch(keys, connection.incoming.peer)
                 self._send_outcomes(connection, Header(Op.PREFETCHED, header.request), outcomes)
             case Op.STAT:
-                connection.owe(1)
+                connection.reserve(1)
                 connection.send([_Message([wire.encode(Header(Op.STATUS, header.request), self.status())])])
             case Op.LIST:
                 self._list(connection, header.request, wire.decode_control(control, wire.List))
@@ -374,7 +374,7 @@ class Target(Acceptor):
                 raise ProtocolError(f"{header.op.name} is not a request")
 
     def _send_outcomes(self, connection: "_Connection", header: Header, outcomes: list[Outcome]) -> None:
-        connection.owe(1)
+        connection.reserve(1)
         connection.send([_Message([wire.encode(header, wire.Outcomes(outcomes))])])
 
     def _list(self, connection: "_Connection", request: int, ask: wire.List) -> None:
@@ -398,7 +398,7 @@ class Target(Acceptor):
             for entry in entries
             if ask.fingerprint in (0, entry.fingerprint)
         ]
-        connection.owe(1)
+        connection.reserve(1)
         connection.send([_Message([wire.encode(Header(Op.LISTED, request), wire.Listed(chunks, cursor))])])
 
     def prefetch(self, keys: Sequence[bytes], peer: str) -> list[Outcome]:
@@ -418,7 +418,7 @@ class Target(Acceptor):
         answer from memory."""
         arrived = time.monotonic()
         deadline = arrived + get.deadline_ms / 1000
-        connection.owe(len(get.keys))
+        connection.reserve(len(get.keys))
         if not self.readable:
             wants = [Want(number, *one) for number, one in enumerate(zip(get.keys, get.sizes, strict=True))]
             self._send_values(connection, request, [Answer(want, Outcome.REFUSED) for want in wants])
@@ -435,7 +435,7 @@ class Target(Acceptor):
 
         def read(log: Log, wants: Sequence[Want]) -> None:
             self._reads[log].submit(
-                [Read(connection.reader, part, deadline, done) for part in _parts(wants, self._batch_bytes)]
+                [Read(connection.window, part, deadline, done) for part in _parts(wants, self._batch_bytes)]
             )
 
         for log, wants in of_log.items():
@@ -461,7 +461,7 @@ class Target(Acceptor):
         """Answers to the leading `wants` that are in the hot cache, up to the first that is not. None if the
         connection's window is full."""
         answers: list[Answer] = []
-        if not connection.reader.has_room(sum(want.length for want in wants)):
+        if not connection.window.has_room(sum(want.length for want in wants)):
             return answers
         for want in wants:
             buffer = self.pool.find(want.key, want.length)
@@ -469,7 +469,7 @@ class Target(Acceptor):
                 break
             self.shelf.of(want.key).used(want.key)
             answers.append(Answer(want, Outcome.HIT, buffer, buffer.crc))
-        connection.reader.hold(sum(answer.want.length for answer in answers))
+        connection.window.hold(sum(answer.want.length for answer in answers))
         return answers
 
     def _send_values(
@@ -493,7 +493,7 @@ class Target(Acceptor):
             return _Message([wire.encode(Header(Op.VALUE, request, outcome, want.number, crc))])
         if connection.lender is not None:
             place = wire.Placed(connection.lender.remote_buffer(buffer))
-            if connection.lend(request, want.number, buffer):
+            if connection.pin(request, want.number, buffer):
                 return _Message([wire.encode(Header(Op.PLACED, request, outcome, want.number, crc), place)])
         header = Header(Op.VALUE, request, outcome, want.number, crc, data_bytes=buffer.length)
         return _Message([wire.encode(header), buffer.payload], buffer)
@@ -504,7 +504,7 @@ class Target(Acceptor):
         """Receive the payloads and queue them. The response is sent when the last one has its outcome."""
         if sum(item.length for item in request.items) != header.data_bytes:
             raise ProtocolError("PUT: the data part is not as long as its items together")
-        connection.owe(1)
+        connection.reserve(1)
         batch = _PutBatch(len(request.items), lambda outcomes: self._stored(connection, header.request, outcomes))
         with self._lock:
             self._counts["received_bytes"] += header.data_bytes
@@ -625,10 +625,10 @@ class _Connection:
 
     def __init__(self, stream: Stream, pool: BufferPool, made_room: Callable[[], None]):
         self.incoming = stream
-        self.reader = Reader("", pool)
+        self.window = ConnectionWindow("", pool)
         self.lender: Lender | None = None  # if the client fetches its data by a carrier
-        self._lent: dict[tuple[int, int], Buffer] = {}  # (request, number) -> buffer that the client is fetching
-        self._took_at = 0.0  # time of the last TAKEN, or when the first buffer was lent
+        self._pinned: dict[tuple[int, int], Buffer] = {}  # (request, number) -> buffer that the client is fetching
+        self._took_at = 0.0  # time of the last TAKEN, or when the first buffer was pinned
         self._outgoing = stream.twin()
         self.idle_since = time.monotonic()  # infinite while a request is being received
         self.leaving = False  # closing: not counted against the connection limit
@@ -638,7 +638,7 @@ class _Connection:
         self._outbox: deque[_Message] = deque()  # with a payload
         self._short: deque[_Message] = deque()  # without a payload: sent first
         self._short_bytes = 0
-        self._owed = 0  # pending responses
+        self._pending = 0  # pending responses
         self._closed = False
         self._changed = threading.Condition()
         self._sender = threading.Thread(target=self._send_all, name="kvtier-sender", daemon=True)
@@ -652,24 +652,24 @@ class _Connection:
         return begun
 
     @property
-    def lends(self) -> bool:
-        return bool(self._lent)
+    def has_pinned(self) -> bool:
+        return bool(self._pinned)
 
-    def owe(self, answers: int) -> None:
+    def reserve(self, responses: int) -> None:
         """Reserve room for this many responses. Blocks while the connection is at its limit of pending ones; raises
         TimeoutError if the client does not receive them."""
         with self._changed:
             if not self._changed.wait_for(
-                lambda: self._closed or not self._owed or self._may_owe(answers), STALL_SECONDS
+                lambda: self._closed or not self._pending or self._has_room(responses), STALL_SECONDS
             ):
                 raise TimeoutError
-            self._owed += answers
+            self._pending += responses
 
-    def _may_owe(self, answers: int) -> bool:
-        return self._owed + answers <= OWED_MAX and self._short_bytes <= OWED_BYTES_MAX
+    def _has_room(self, responses: int) -> bool:
+        return self._pending + responses <= PENDING_MAX and self._short_bytes <= PENDING_BYTES_MAX
 
     def send(self, messages: Sequence[_Message]) -> None:
-        """Queue responses for which `owe` reserved room. Any thread."""
+        """Queue responses for which `reserve` made room. Any thread."""
         with self._changed:
             if not self._closed:
                 for message in messages:
@@ -682,23 +682,23 @@ class _Connection:
                 return
         self._sent(messages)
 
-    def lend(self, request: int, number: int, buffer: Buffer) -> bool:
+    def pin(self, request: int, number: int, buffer: Buffer) -> bool:
         """Keep a buffer until the client sends TAKEN, or disconnects. False if the connection is closing: it would not
         receive the TAKEN."""
         with self._changed:
             if self.leaving:
                 return False
-            if not self._closed and (request, number) not in self._lent:
-                if not self._lent:
+            if not self._closed and (request, number) not in self._pinned:
+                if not self._pinned:
                     self._took_at = time.monotonic()
-                self._lent[request, number] = buffer
+                self._pinned[request, number] = buffer
                 return True
         self._returned([buffer])
         return True
 
     def taken(self, request: int, number: int) -> None:
         with self._changed:
-            buffer = self._lent.pop((request, number), None)
+            buffer = self._pinned.pop((request, number), None)
             self._took_at = time.monotonic()
         if buffer is not None:
             self._returned([buffer])
@@ -706,22 +706,22 @@ class _Connection:
     def flush(self, seconds: float = STALL_SECONDS) -> None:
         """Wait until all pending responses are sent, or for `seconds`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._owed, seconds)
+            self._changed.wait_for(lambda: self._closed or not self._pending, seconds)
 
     def make_room(self) -> bool:
-        """From another thread: mark the connection as closing, unless it has pending responses or lent buffers. If this
-        returns True, `drain` must follow."""
+        """From another thread: mark the connection as closing, unless it has pending responses or pinned buffers. After
+        True, `drain` must follow."""
         with self._changed:
-            if self._owed or self._lent:
+            if self._pending or self._pinned:
                 return False
             self.leaving = True
             return True
 
     def drain(self) -> None:
-        """From another thread: receive no more requests, once the client has taken all lent buffers."""
+        """From another thread: receive no more requests, once the client has taken all pinned buffers."""
         with self._changed:
             self.leaving = True
-            if not self._lent:
+            if not self._pinned:
                 self.incoming.stop_receiving()
 
     def abort(self) -> None:
@@ -738,7 +738,7 @@ class _Connection:
         self.incoming.abort()  # in case something is being sent
         self._sender.join()
         self._sent(rest)
-        self._returned(list(self._lent.values()))
+        self._returned(list(self._pinned.values()))
         self.incoming.close()
         self._outgoing.close()
 
@@ -746,8 +746,8 @@ class _Connection:
         while True:
             with self._changed:
                 while not (self._short or self._outbox or self._closed):
-                    self._changed.wait(_LENT_LOOK_SECONDS if self._lent else None)
-                    if self._keeps_what_was_lent():
+                    self._changed.wait(_PINNED_LOOK_SECONDS if self._pinned else None)
+                    if self._stopped_fetching():
                         self.incoming.abort()
                         return
                 if self._closed:
@@ -758,17 +758,17 @@ class _Connection:
                 begin = time.monotonic()
                 self._outgoing.send(parts, begin + STALL_SECONDS, lambda: self._pool.is_short)
                 if payload_bytes := sum(message.buffer.length for message in messages if message.buffer):
-                    self.reader.sent(payload_bytes, time.monotonic() - begin)
+                    self.window.sent(payload_bytes, time.monotonic() - begin)
             except OSError as error:
                 logger.debug("connection ended: %r", error)
                 self.incoming.abort()
             finally:
                 self._sent(messages)
 
-    def _keeps_what_was_lent(self) -> bool:
-        """Whether the client stopped fetching lent buffers. It is treated like one that stopped receiving."""
-        patience = _LENT_LOOK_SECONDS if self._pool.is_short else STALL_SECONDS
-        return bool(self._lent) and time.monotonic() > self._took_at + patience
+    def _stopped_fetching(self) -> bool:
+        """Whether the client stopped fetching pinned buffers. It is treated like one that stopped receiving."""
+        patience = _PINNED_LOOK_SECONDS if self._pool.is_short else STALL_SECONDS
+        return bool(self._pinned) and time.monotonic() > self._took_at + patience
 
     def _some(self) -> Iterator[_Message]:
         """The next messages, for one system call."""
@@ -785,7 +785,7 @@ class _Connection:
     def _sent(self, messages: Sequence[_Message]) -> None:
         self._returned([message.buffer for message in messages if message.buffer is not None])
         with self._changed:
-            self._owed -= len(messages)
+            self._pending -= len(messages)
             self.idle_since = max(self.idle_since, time.monotonic())
             self._changed.notify_all()
 
@@ -794,7 +794,7 @@ class _Connection:
         if not buffers:
             return
         self._pool.give_back(*buffers)
-        self.reader.hold(-sum(buffer.length for buffer in buffers))
+        self.window.hold(-sum(buffer.length for buffer in buffers))
         self._made_room()
 
 

@@ -58,7 +58,7 @@ def test_values_come_by_the_carrier(start_target, carrier: str) -> None:
         assert store.get([key(n) for n in range(25)], into, soon(20)) == [Outcome.HIT] * 20 + [Outcome.MISS] * 5
         assert all(bytes(into[n]) == payload(n) for n in range(20))
     assert len(lent) == 40
-    eventually(lambda: not any(connection._lent for connection in list(target.target._connections)))  # all taken
+    eventually(lambda: not any(connection._pinned for connection in list(target.target._connections)))  # all taken
     store.close()
 
 
@@ -124,7 +124,7 @@ def test_what_a_client_never_takes_is_freed_when_it_goes(start_target, carrier: 
     store._carrier.fetch = never
     assert store.get([key(1)], rooms(1), soon(2)) == [Outcome.LATE]
     assert gone.is_set()
-    eventually(lambda: not any(connection._lent for connection in list(target.target._connections)))
+    eventually(lambda: not any(connection._pinned for connection in list(target.target._connections)))
     store.close()
 
 
@@ -238,7 +238,7 @@ def test_a_connection_that_leaves_takes_no_memory_from_its_client(start_target, 
     def fetches(*arguments: object) -> None:
         connection.drain()
         time.sleep(0.2)
-        assert connection.lends
+        assert connection.has_pinned
         fetch(*arguments)
 
     if lent:

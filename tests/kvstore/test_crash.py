@@ -47,8 +47,11 @@ class Hasty(Watched):
 class Forgetful(Watched):
     """Recovers nothing but what was sealed."""
 
-    def _scan(self, segment: Any) -> None:
-        pass
+    def _load_slot(self, *arguments: Any) -> Any:
+        segment = super()._load_slot(*arguments)
+        if segment is not None and not segment.sealed:
+            segment.table, segment.next_page = bytearray(), 1
+        return segment
 
 
 class Trusting(Watched):

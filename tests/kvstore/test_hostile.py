@@ -25,7 +25,7 @@ from kvstore.disk.record import PAGE_BYTES, record_bytes
 from kvstore.disk.shelf import Rack
 from kvstore.net import queues, target, transport, wire
 from kvstore.net.backlog import Standing, Write
-from kvstore.net.queues import Answer, Read, Reader, ReadQueue, Want, WriteQueue
+from kvstore.net.queues import Answer, ConnectionWindow, Read, ReadQueue, Want, WriteQueue
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError, PutItem
 from tests.conftest import MIB, RunningTarget, append, eventually, item, key, payload, soon
@@ -259,7 +259,7 @@ class Lender:
 
 def test_who_fetches_nothing_is_closed_in_the_end(start_target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(target, "_LENT_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(target, "_PINNED_LOOK_SECONDS", 0.1)
     running = start_target()
     fill(running, 10)
     monkeypatch.setattr(running.target, "_lender", Lender())
@@ -282,7 +282,7 @@ def test_who_fetches_nothing_is_closed_in_the_end(start_target, monkeypatch: pyt
 )
 def test_answers_that_nobody_takes_are_bounded(start_target, monkeypatch: pytest.MonkeyPatch, frame: bytes) -> None:
     monkeypatch.setattr(target, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(target, "OWED_BYTES_MAX", 1 << 16)
+    monkeypatch.setattr(target, "PENDING_BYTES_MAX", 1 << 16)
     monkeypatch.setattr(transport, "SOCKET_BUFFER_BYTES", 1 << 16)
     running = start_target()
     stream = greeted(running)
@@ -382,7 +382,7 @@ def test_a_request_that_comes_as_its_connection_makes_room_is_answered(
 
     def late() -> None:
         stream.send([get_frame([0])], soon())
-        eventually(lambda: connection._owed)
+        eventually(lambda: connection._pending)
         drain()
 
     monkeypatch.setattr(connection, "drain", late)
@@ -441,8 +441,8 @@ def test_what_has_no_payload_overtakes_those_that_do(start_target, monkeypatch: 
     running = start_target(buffer_bytes=128 * MIB)
     fill(running, 60)
     stream = greeted(running)
-    eventually(lambda: "test" in [one.reader.client for one in list(running.target._connections)])
-    (connection,) = (one for one in list(running.target._connections) if one.reader.client == "test")
+    eventually(lambda: "test" in [one.window.client for one in list(running.target._connections)])
+    (connection,) = (one for one in list(running.target._connections) if one.window.client == "test")
     stream.send([get_frame(range(60))], soon())
     eventually(lambda: len(connection._outbox) > 40)  # the socket is full
     asked, status = threading.Event(), running.target.status
@@ -507,10 +507,10 @@ class Line:
         self.pool = BufferPool(32 * MIB)
         self.queue = ReadQueue(log, self.pool, threads=1)
         self.answers: list[tuple[str, int, Outcome]] = []
-        self._readers: dict[str, Reader] = {}
+        self._readers: dict[str, ConnectionWindow] = {}
 
-    def reader(self, client: str) -> Reader:
-        return self._readers.setdefault(client, Reader(client, self.pool))
+    def reader(self, client: str) -> ConnectionWindow:
+        return self._readers.setdefault(client, ConnectionWindow(client, self.pool))
 
     def ask(self, client: str, numbers: Sequence[int], deadline: float = math.inf) -> None:
         reader = self.reader(client)
@@ -633,20 +633,20 @@ def test_a_client_leaves_places_to_others(line: Line, monkeypatch: pytest.Monkey
 
 def test_the_window_of_a_connection_shrinks_with_the_memory() -> None:
     pool = touched(64 * MIB)
-    held = fill_windows([Reader(str(n), pool) for n in range(40)], pool, LENGTH)
+    held = fill_windows([ConnectionWindow(str(n), pool) for n in range(40)], pool, LENGTH)
     assert all(held)
     assert pool.available_bytes > 8 * MIB
-    assert Reader("new", pool).has_room(4 * MIB)
+    assert ConnectionWindow("new", pool).has_room(4 * MIB)
 
 
 def test_the_first_value_of_many_connections_leaves_some_memory() -> None:
     pool = touched(64 * MIB)
-    held = fill_windows([Reader(str(n), pool) for n in range(40)], pool, 4 * MIB)
+    held = fill_windows([ConnectionWindow(str(n), pool) for n in range(40)], pool, 4 * MIB)
     assert all(held)
-    assert Reader("new", pool).has_room(2 * MIB)
+    assert ConnectionWindow("new", pool).has_room(2 * MIB)
 
 
-def fill_windows(readers: list[Reader], pool: BufferPool, length: int) -> list[Buffer | None]:
+def fill_windows(readers: list[ConnectionWindow], pool: BufferPool, length: int) -> list[Buffer | None]:
     """What all of them together may hold of values of this length."""
     held = []
     for reader in itertools.islice(itertools.cycle(readers), 2000):

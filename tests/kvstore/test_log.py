@@ -333,7 +333,7 @@ def test_a_full_disk_is_refused_and_the_log_goes_on(tmp_path: Path) -> None:
 
 
 class Notes:
-    """A ledger that remembers what it was told."""
+    """An observer that remembers what it was told."""
 
     def __init__(self) -> None:
         self.visible: set[bytes] = set()
@@ -346,9 +346,9 @@ class Notes:
         self.visible.remove(entry.key)
 
 
-def test_the_ledger_hears_of_all_that_comes_and_goes(tmp_path: Path) -> None:
+def test_the_observer_hears_of_all_that_comes_and_goes(tmp_path: Path) -> None:
     log = make(tmp_path, capacity=4 * SEGMENT)
-    notes = log.ledger = Notes()
+    notes = log.observer = Notes()
     for number in range(100):
         append(log, number)
         assert notes.visible == {entry.key for entry in log.entries()}

@@ -1,5 +1,6 @@
 """What operators run: stat, verify and bench, on real targets and stores."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,6 +254,28 @@ def test_the_end_of_an_open_segment_may_be_cut_off(crashed: Crashed, run: Callab
     assert ended.code == 1
     assert [flaw["page"] for flaw in the_open(ended)["corrupt"]] == [entries[2].page]
     assert the_open(ended)["live"] == len(entries) - 2
+
+
+def test_a_page_that_cannot_be_read_costs_a_scan_one_chunk(
+    crashed: Crashed, run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, open_segment, entries = crashed
+    bad = entries[1].page + 1
+    whole_read = Files.read
+
+    def read(self: Files, fd: int, into: Sequence[memoryview], offset: int) -> None:
+        end = offset + sum(map(len, into))
+        if Path(f"/proc/self/fd/{fd}").readlink() == open_segment and offset <= bad * PAGE_BYTES < end:
+            raise OSError(errno.EIO, "injected")
+        whole_read(self, fd, into, offset)
+
+    monkeypatch.setattr(Files, "read", read)
+    found = the_open(run("verify", "--dir", folder, "--json"))
+    assert found["live"] == len(entries) - 1
+    assert [(flaw["what"], flaw["page"]) for flaw in found["corrupt"]] == [
+        ("cannot be read (injected)", bad),
+        ("payload", entries[1].page),
+    ]
 
 
 def test_chunks_of_another_namespace_are_told(tmp_path: Path, run: Callable[..., Ended]) -> None:

@@ -42,7 +42,7 @@ class Broken(Gate):
 
 
 class Diary:
-    """A ledger."""
+    """An observer."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int]] = []
@@ -92,7 +92,7 @@ def get(running: RunningTarget, numbers: Sequence[int]) -> list[Outcome]:
 
 
 def test_a_put_is_visible_before_it_is_written(running: RunningTarget, files: Broken, tmp_path: Path) -> None:
-    running.log.ledger = diary = Diary()
+    running.log.observer = diary = Diary()
     files.shut_writes()
     reads = files.reads
     assert put(running, *map(item, range(20))) == [Outcome.STORED] * 20
@@ -135,7 +135,7 @@ def test_what_came_together_is_written_together(running: RunningTarget, files: B
 
 
 def test_a_failed_write_unpublishes(running: RunningTarget, files: Broken) -> None:
-    running.log.ledger = diary = Diary()
+    running.log.observer = diary = Diary()
     files.broken = True
     assert put(running, *map(item, range(1, 9))) == [Outcome.STORED] * 8
     eventually(lambda: running.target.status().dropped.get("failed") == 8)
@@ -191,7 +191,7 @@ def test_of_a_full_memory_the_least_useful_goes_and_prompts_from_their_end(
         chunks[0] = chunks[0]._replace(parent=0)
         assert set(put(running, *chunks)) == {Outcome.STORED}
     assert get(running, [230]) == [Outcome.HIT]  # of this one all chunks stay
-    running.log.ledger = diary = Diary()
+    running.log.observer = diary = Diary()
     assert put(running, item(1, saved_seconds=1, position=0)) == [Outcome.STORED]
     assert put(running, item(2, saved_seconds=9, position=90)) == [Outcome.STORED]
     assert put(running, item(3, saved_seconds=0.5, position=0)) == [Outcome.REFUSED]
