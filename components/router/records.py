@@ -137,12 +137,21 @@ def tiers(choice: Choice, block_tokens: int) -> dict[str, int]:
 def parts(choice: Choice) -> dict[str, float]:
     """The price and its parts, in seconds."""
     return {
+        **ttft_parts(choice),
+        "delay": choice.delay_seconds,
+        "pressure": choice.pressure_seconds,
+        "price": choice.price_seconds,
+    }
+
+
+def ttft_parts(choice: Choice) -> dict[str, float]:
+    """The predicted TTFT and its parts, of which wait and fetch overlap."""
+    return {
         "wait": choice.wait_seconds,
         "fetch": choice.fetch_seconds,
         "copy": choice.copy_seconds,
         "prefill": choice.prefill_seconds,
         "ttft": choice.ttft_seconds,
-        "price": choice.price_seconds,
     }
 
 
@@ -156,11 +165,10 @@ def _considered(choice: Choice) -> Considered:
         "delay": choice.delay_seconds,
         "pressure": choice.pressure_seconds,
     }
-    seconds = {name: value for name, value in parts(choice).items() if name != "price"}
     return Considered(
         label(choice),
         sources(choice),
-        seconds,
+        ttft_parts(choice),
         price,
         choice.price_seconds,
         choice.candidate.queued_prefill_tokens,

@@ -610,6 +610,7 @@ async def test_a_decision_is_shown_in_log_and_metrics(caplog: pytest.LogCaptureF
     assert "40 tokens -> worker 1a" in line
     assert "1: blocks hbm 0 dram 0 store 8 missing 2" in line
     assert "1a: blocks hbm 2 dram 3 store 3 missing 2" in line
+    assert all(f" {part} " in line for part in ("ttft", "delay", "pressure", "price"))  # the price is explained
     shown = generate_latest(router.decisions.registry).decode()
     assert 'kvtier_router_candidate_blocks{tier="dram",worker="1a"} 3.0' in shown
     assert 'kvtier_router_chosen_blocks_total{tier="store",worker="1a"} 3.0' in shown
