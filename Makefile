@@ -20,8 +20,9 @@ AIPERF_INSTALLED := .venv-aiperf/.$(AIPERF)
 export PYTHONDONTWRITEBYTECODE =
 # Run one by one: they share a cluster, or are about how long something takes. All others run side by side.
 CLUSTER_TESTS := $(patsubst %,tests/engine/test_%.py,apart cluster faults page prometheus serve top updates)
-# They import vLLM, SGLang or LMCache: 15 s of CPU for each process that collects them. One process does, beside the others.
-IMPORTING := tests/worker tests/sglang tests/lmcache
+# They import vLLM, SGLang, LMCache or transformers, for up to 15 s of CPU a process. One process does, beside the others.
+IMPORTING := tests/worker tests/sglang tests/lmcache tests/benchmarks/test_chat.py tests/graphs/test_watching.py \
+  tests/router/test_question.py
 OTHERS := tests --ignore=tests/engine
 WORKERS := 2
 

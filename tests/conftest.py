@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import random
 import secrets
@@ -11,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 # etcd3 needs it, and protobuf reads it once, when the first test imports it. Engines must not inherit it.
 os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"
+# numpy's threads spin for 0.08 s of CPU in each process that starts, and nothing here multiplies matrices with them.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
@@ -35,11 +38,31 @@ from kvstore.net.target import Target
 MIB = 1 << 20
 SLOW = bool(os.environ.get("KVTIER_SLOW"))  # more random cases than a change is worth: CONTRIBUTING.md
 
+
+def cases(number: int) -> int:
+    """How many random cases a test tries: `number` with KVTIER_SLOW=1, else a quarter."""
+    return number if SLOW else -(-number // 4)
+
+
 # What a machine under load needs longer for is no failure.
 hypothesis.settings.register_profile(
-    "kvtier", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+    "kvtier",
+    deadline=None,
+    max_examples=cases(100),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
 )
 hypothesis.settings.load_profile("kvtier")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Else each full garbage collection looks at all objects of the modules that tests import."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 def start_server(name: str, arguments: list[str], port: int) -> subprocess.Popen[bytes]:

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,10 @@ def imported(name: str, tree: ast.AST) -> Iterator[str]:
         yield from (one for one in named if one in FILES)
 
 
-IMPORTS = {name: set(imported(name, ast.parse(path.read_text()))) for name, path in FILES.items()}
+@cache
+def imports() -> dict[str, set[str]]:
+    """What each module imports. Not made when tests are collected, which every process does."""
+    return {name: set(imported(name, ast.parse(path.read_text()))) for name, path in FILES.items()}
 
 
 def within(name: str, wing: str) -> bool:
@@ -46,7 +50,7 @@ def crossings(importers: str, *walls: str) -> list[str]:
     """Imports of what is behind one of the walls."""
     return [
         f"{name} imports {one}"
-        for name, found in IMPORTS.items()
+        for name, found in imports().items()
         if within(name, importers)
         for one in sorted(found)
         if any(within(one, wall) for wall in walls)
@@ -55,9 +59,9 @@ def crossings(importers: str, *walls: str) -> list[str]:
 
 def test_every_wing_has_files_and_imports() -> None:
     """Or the other tests would find nothing wrong in an empty house."""
-    assert "kvstore.disk.log" in IMPORTS["kvstore.net.target"]
-    assert "graphs.top_app" in IMPORTS["graphs.top"]  # in a function
-    assert "components.worker.mover.frames" in IMPORTS["components.worker.remote_tier"]  # a module of a package
+    assert "kvstore.disk.log" in imports()["kvstore.net.target"]
+    assert "graphs.top_app" in imports()["graphs.top"]  # in a function
+    assert "components.worker.mover.frames" in imports()["components.worker.remote_tier"]  # a module of a package
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS) - 1), ids=FLOORS[:-1])
@@ -89,7 +93,7 @@ def beyond(start: str) -> set[str]:
     seen: set[str] = set()
     todo = [start]
     while todo:
-        new = IMPORTS[todo.pop()] - seen
+        new = imports()[todo.pop()] - seen
         seen |= new
         todo += new
     return seen

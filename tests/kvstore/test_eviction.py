@@ -22,6 +22,7 @@ from benchmarks.store.eviction import (
 )
 from kvstore.disk import eviction
 from kvstore.disk.eviction import SLOTS_MIN, Eviction
+from tests.conftest import cases
 
 SLOTS = 16
 VALUES = 8
@@ -152,7 +153,7 @@ def test_every_sealed_slot_is_chosen_once(hits: list[tuple[int, int]]) -> None:
     assert policy.choose() is None
 
 
-@settings(max_examples=200)
+@settings(max_examples=cases(200))
 @given(data=st.data(), slots=st.sampled_from([2, SLOTS_MIN - 1, SLOTS_MIN, 20]))
 def test_as_a_log_would_use_it(data: st.DataObject, slots: int) -> None:
     policy = Eviction(slots)

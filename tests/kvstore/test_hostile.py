@@ -28,7 +28,7 @@ from kvstore.net.backlog import Standing, Write
 from kvstore.net.queues import Answer, ConnectionWindow, Read, ReadQueue, Want, WriteQueue
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError, PutItem
-from tests.conftest import MIB, RunningTarget, append, eventually, item, key, payload, soon
+from tests.conftest import MIB, RunningTarget, append, cases, eventually, item, key, payload, soon
 
 LENGTH = 100_000
 RECORD = record_bytes(LENGTH)
@@ -75,7 +75,7 @@ class Gate(Files):
 # ---- the parser
 
 
-@settings(max_examples=500)
+@settings(max_examples=cases(500))
 @given(st.binary(max_size=100) | st.binary(max_size=60).map(lambda rest: wire.MAGIC + bytes([wire.VERSION]) + rest))
 def test_any_bytes_are_a_header_or_a_protocol_error(raw: bytes) -> None:
     with contextlib.suppress(ProtocolError):
@@ -88,7 +88,7 @@ def test_any_bytes_are_a_header_or_a_protocol_error(raw: bytes) -> None:
 DEEP = st.builds(lambda nested, depth: nested * depth, st.sampled_from([b"\x91", b"\x81\x01"]), st.integers(1, 9000))
 
 
-@settings(max_examples=500)
+@settings(max_examples=cases(500))
 @given(st.sampled_from(list(KINDS.values())), st.lists(st.binary(max_size=100) | DEEP, max_size=4).map(b"".join))
 def test_any_control_part_is_whole_or_a_protocol_error(kind: type, raw: bytes) -> None:
     with contextlib.suppress(ProtocolError):
@@ -106,7 +106,7 @@ def test_the_fuzz_knows_the_whole_protocol() -> None:
     assert set(Op) - KINDS.keys() == {Op.STAT, Op.VALUE}
 
 
-@settings(max_examples=300)
+@settings(max_examples=cases(300))
 @given(st.integers(0, 1 << 64))
 def test_mutated_frames_are_accepted_or_refused(frame_seed: int) -> None:
     for raw in itertools.islice(Frames(frame_seed), 10):
@@ -918,10 +918,10 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestPool.settings = settings(max_examples=cases(40), stateful_step_count=30, deadline=None)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=cases(200), deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=80))
 def test_extents_never_overlap_and_join_again(steps: list[tuple[bool, int]]) -> None:
     total = 64 * PAGE_BYTES

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.keys import SequenceHasher, chunk_key, fingerprint, layout_digest, sequence_hashes
+from tests.conftest import cases
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=300)
 NAMES = st.none() | st.text(min_size=1, max_size=20)
@@ -24,7 +25,7 @@ def dynamo_sequence_hashes(tokens: list[int], block: int, lora: str | None, name
     return chained
 
 
-@settings(max_examples=300)
+@settings(max_examples=cases(300))
 @given(TOKENS, st.sampled_from([1, 4, 16, 128]), NAMES, NAMES)
 def test_sequence_hashes_are_dynamos(tokens: list[int], block: int, lora: str | None, namespace: str | None) -> None:
     ours = sequence_hashes(tokens, block, lora_name=lora, cache_namespace=namespace)

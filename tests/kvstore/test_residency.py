@@ -21,6 +21,7 @@ from kvstore.bus.messages import ReplayRequest, Residency, SnapshotPage, Snapsho
 from kvstore.bus.residency import Announcer, Mirror
 from kvstore.disk import record
 from kvstore.disk.record import Entry
+from tests.conftest import cases
 
 
 def entry(router_hash: int, fingerprint: int = 7) -> Entry:
@@ -69,7 +70,7 @@ def known(mirror: Mirror, hashes: Iterable[int], now: float = 0.0) -> set[int]:
     return {h for h, target in zip(hashes, mirror.locate(7, hashes, now), strict=True) if target}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=cases(300), deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("srdaq"), st.integers(1, 12)), max_size=60),
     st.integers(1, 4),
@@ -322,7 +323,7 @@ class MirrorMachine(RuleBasedStateMachine):
 
 
 TestMirrorMachine = MirrorMachine.TestCase
-TestMirrorMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestMirrorMachine.settings = settings(max_examples=cases(60), stateful_step_count=30, deadline=None)
 
 
 FORMER_EPOCH = 9

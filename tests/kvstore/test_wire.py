@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvstore.net import transport, wire
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome, ProtocolError
-from tests.conftest import RunningTarget, item, key, payload, soon
+from tests.conftest import RunningTarget, cases, item, key, payload, soon
 
 U32 = st.integers(0, 2**32 - 1)
 
@@ -25,14 +25,14 @@ def test_headers_read_back(op: Op, request: int, flags: int, number: int, crc: i
     assert wire.decode_header(wire.encode(header)) == header
 
 
-@settings(max_examples=500)
+@settings(max_examples=cases(500))
 @given(st.binary(min_size=wire.HEADER_BYTES, max_size=wire.HEADER_BYTES))
 def test_random_bytes_are_no_header(raw: bytes) -> None:
     with pytest.raises(ProtocolError, match="not a kvtier frame"):
         wire.decode_header(raw)
 
 
-@settings(max_examples=500)
+@settings(max_examples=cases(500))
 @given(st.binary(min_size=wire.HEADER_BYTES - 6, max_size=wire.HEADER_BYTES - 6))
 def test_a_header_announces_no_more_than_its_bounds(rest: bytes) -> None:
     try:
@@ -43,7 +43,7 @@ def test_a_header_announces_no_more_than_its_bounds(rest: bytes) -> None:
     assert header.data_bytes <= wire.KEYS_MAX * wire.VALUE_BYTES_MAX
 
 
-@settings(max_examples=500)
+@settings(max_examples=cases(500))
 @given(st.sampled_from([wire.Hello, wire.Get, wire.Put, wire.Exists]), st.binary(max_size=300))
 def test_random_control_parts_are_refused_or_whole(kind: type, raw: bytes) -> None:
     with contextlib.suppress(ProtocolError):

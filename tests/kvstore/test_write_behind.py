@@ -21,7 +21,7 @@ from kvstore.net.client import Item
 from kvstore.net.lobby import Lobby
 from kvstore.net.queues import WriteQueue
 from kvstore.net.wire import Outcome
-from tests.conftest import MIB, RunningTarget, eventually, key, payload, soon
+from tests.conftest import MIB, RunningTarget, cases, eventually, key, payload, soon
 from tests.kvstore.test_hostile import Gate
 
 LENGTH = 100_000
@@ -269,7 +269,7 @@ def test_a_dirty_value_survives_any_number_of_reads_and_never_another_value() ->
 Chunk = tuple[int, int]  # prompt, position
 
 
-@settings(max_examples=300)
+@settings(max_examples=cases(300))
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3)), min_size=1, max_size=120),
     st.integers(1, 20),

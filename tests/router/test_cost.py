@@ -10,6 +10,7 @@ from components.pricing import cost
 from components.pricing.cost import Candidate, Choice, Policy, Speeds, choose
 from components.pricing.patience import patience, worth_waiting_for
 from components.pricing.prefill import Prefill
+from tests.conftest import cases
 
 SPEEDS = Speeds(
     prefill_base_seconds=0.04,
@@ -43,7 +44,7 @@ speeds = st.builds(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=cases(500))
 @given(
     speeds,
     st.integers(1, 3000),
@@ -278,7 +279,7 @@ def test_what_is_to_be_fetched_while_a_worker_could_compute_it_would_wait_for(
     assert worth == choice.fetch_chunks
 
 
-@settings(max_examples=300)
+@settings(max_examples=cases(300))
 @given(st.data())
 def test_a_dominated_worker_is_never_preferred(data: st.DataObject) -> None:
     """One that holds less, has more to do and is slower in everything costs no less."""

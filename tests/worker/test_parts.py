@@ -48,6 +48,7 @@ from components.worker.compat import beside_each_other
 from components.worker.events import ChunkEvents
 from components.worker.manager import HOLD_SECONDS, HoldingTieringManager
 from components.worker.memcpy import MemcpyWorker
+from tests.conftest import cases
 from tests.worker.stock import Tier, engine_request, group_config, offload_key, offloading, primary, step_output
 
 MANAGERS = pytest.mark.parametrize("kind", [TieringOffloadingManager, HoldingTieringManager], ids=["stock", "ours"])
@@ -76,7 +77,7 @@ class Rows:
         pass
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=cases(60), deadline=None)
 @given(st.integers(1, 4), st.integers(0, 7), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_blocks_come_back_as_they_went(per_chunk: int, first: int, count: int, layers: int, seed: int) -> None:
     """A transfer that begins and ends anywhere inside a row, over several tensors of several sizes."""
@@ -225,7 +226,7 @@ def cross(
 NUMBER_OF_RANKS = st.sampled_from([1, 2, 4])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=cases(150), deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 2), st.sampled_from([1, 2, 4, 8]), st.integers(1, 3)), min_size=1, max_size=3),
     st.booleans(),
@@ -249,7 +250,7 @@ def test_a_row_does_not_depend_on_how_many_ranks_there_are(
     cross(pages, per_chunk, first, count, ranks, seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=cases(60), deadline=None)
 @given(
     st.integers(1, 4),
     st.integers(0, 7),
