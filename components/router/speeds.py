@@ -22,9 +22,9 @@ from kvstore.text import NAME_CHARACTERS_MAX, is_plain
 
 SAMPLES_MIN = 3
 _SAMPLES = 7
-# TTL of a rate without a new measurement. Otherwise a store that was slow once would never be tried again: prompts that
-# are recomputed measure nothing.
-FORGET_MS = 30_000
+# TTL of a rate without a new measurement, after the 10 s for which a worker reports it. Otherwise a store that was slow
+# once, as in the first fetch of all, would never be tried again: prompts that are recomputed measure nothing.
+FORGET_MS = 10_000
 # A report is plausible within this factor of the command line's value.
 _FACTOR_MAX = 1000.0
 # Correction factor: observed over predicted prefill. A larger deviation has a cause outside the model.
