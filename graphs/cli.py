@@ -29,7 +29,7 @@ HELP = """
   top      watch a running cluster:     kvtier top --url http://127.0.0.1:8300   (the router's --page)
   explain  explain a decision:          kvtier explain [DECISION] --url http://127.0.0.1:8300   (the router's --page)
            predict one for a prompt:    kvtier explain --prompt TEXT
-  try      show a cache hit:            kvtier try   (sends a prompt twice; needs the router's --page)
+  try      show cache hits:             kvtier try   (sends a prompt three times; needs the router's --page)
   size     plan capacity and bandwidth: kvtier size --model llama-3.1-70b --gpu h200 --requests-per-second 3
 
 'COMMAND --help' says more; --version names kvtier, Python, Dynamo and vLLM.
@@ -183,7 +183,9 @@ def _own_program() -> str:
 
 
 def _curl(url: str, model: str) -> str:
-    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
+    # Longer than a block of the CPU engine, so that it can be a hit the next time.
+    content = "The quick brown fox jumps over the lazy dog. " * 20
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 32}
     program = "curl --noproxy '*'" if "http" in getproxies() else "curl"  # a proxy cannot reach this machine's loopback
     return f"{program} {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
 

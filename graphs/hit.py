@@ -1,9 +1,10 @@
-"""Show a cache hit: send the same new prompt twice, and print the sources of its tokens.
+"""Show cache hits: send a new prompt, the same again, and the same to another worker, and print the tokens' sources.
 
     kvtier try --frontend http://127.0.0.1:8000 --url http://127.0.0.1:8300
 
-Sends chats to the frontend and reads the decisions from the router's page (`--page`). Finds them by prompt length, so
-prompts of other clients with the same length at the same time can be mistaken for these.
+The second is a hit in the worker's HBM, the third, which needs a second worker, one in the store. Sends chats to the
+frontend and reads the decisions from the router's page (`--page`): prompts that other clients send at the same time can
+be mistaken for these.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import aiohttp
 import msgspec
 
 from components.router.records import Decision
-from components.router.view.access import TOKEN_HELP, bearer, page_token, unknown
+from components.router.view.access import TOKEN_HELP, bearer, checked_url, page_token, unknown
 from components.router.view.state import SOURCES
 from kvstore.errors import UnavailableError
 from kvstore.text import clean, shown
@@ -26,6 +27,7 @@ from kvstore.tools import words
 _WORDS = 400  # more than a few blocks, whatever the tokenizer
 _ANSWER_TOKENS = 8
 _EVENTS_SECONDS = 0.5  # delay of the workers' KV events
+_STORED_SECONDS = 2.0  # delay of puts and of the targets' events
 _TIMEOUT = aiohttp.ClientTimeout(total=120)
 
 
@@ -40,18 +42,37 @@ async def tried(frontend: str, page: str, token: str | None) -> str:
             "messages": [{"role": "user", "content": message}],
             "max_tokens": _ANSWER_TOKENS,
         }
-        for name in ("new", "the same again"):
-            began = time.time()
-            await _asked(session, "frontend", f"{frontend}/v1/chat/completions", body)
-            found = await _asked(session, "router", f"{page}/decisions?limit=1", headers=bearer(token))
-            latest = [one for one in msgspec.convert(clean(found), list[Decision]) if one.time >= began - 1]
-            if not latest:
-                raise UnavailableError(
-                    f"router: {page} has no decision for this prompt: is it the router of {frontend}?"
-                )
-            rows.append(_row(name, latest[0]))
-            await asyncio.sleep(_EVENTS_SECONDS)
+        first = await _decided(session, frontend, page, token, body)
+        await asyncio.sleep(_EVENTS_SECONDS)
+        again = await _decided(session, frontend, page, token, body)
+        rows += [_row("new", first), _row("the same again", again)]
+        if (other := _other_worker(again)) is not None:
+            await asyncio.sleep(_STORED_SECONDS)
+            body["nvext"] = {"prefill_worker_id": other}
+            rows.append(_row("the same, another worker", await _decided(session, frontend, page, token, body)))
     return words.table(rows)
+
+
+async def _decided(
+    session: aiohttp.ClientSession, frontend: str, page: str, token: str | None, body: dict[str, Any]
+) -> Decision:
+    """Send a prompt. The router's decision for it."""
+    began = time.time()
+    await _asked(session, "frontend", f"{frontend}/v1/chat/completions", body)
+    found = await _asked(session, "router", f"{page}/decisions?limit=1", headers=bearer(token))
+    latest = [one for one in msgspec.convert(clean(found), list[Decision]) if one.time >= began - 1]
+    if not latest:
+        raise UnavailableError(f"router: {page} has no decision for this prompt: is it the router of {frontend}?")
+    return latest[0]
+
+
+def _other_worker(decision: Decision) -> int | None:
+    """A worker that was not chosen, so that has the prompt neither in HBM nor in DRAM."""
+    if decision.prefilled is not None:  # it would have to be a prefill worker, which this decision does not name
+        return None
+    others = (one.worker.partition(".")[0] for one in decision.candidates)
+    chosen = decision.chosen.partition(".")[0]
+    return next((int(worker, 16) for worker in others if worker != chosen), None)
 
 
 def _row(name: str, decision: Decision) -> list[str]:
@@ -89,4 +110,5 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page-token-file", type=Path, help=TOKEN_HELP)
     options = parser.parse_args(argv)
     token = page_token(options.page_token_file)
-    print(asyncio.run(tried(options.frontend.rstrip("/"), options.url.rstrip("/"), token)))
+    frontend, page = checked_url("frontend", options.frontend), checked_url("url", options.url)
+    print(asyncio.run(tried(frontend, page, token)))

@@ -642,7 +642,7 @@ def _listen(settings: Settings, default: str) -> tuple[str, int]:
     try:
         return split_address(listen)
     except ValueError:
-        raise ConfigError("listen", listen, "host:port") from None
+        raise ConfigError("listen", listen, "host:port with a number for the port") from None
 
 
 def _reached(host: str) -> str:

@@ -7,7 +7,7 @@ import argparse
 import asyncio
 import sys
 
-from components.router.view.access import TOKEN_HELP
+from components.router.view.access import TOKEN_HELP, checked_url
 from graphs.observer import (
     DECISIONS,
     TARGETS,
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page-token-file", help=TOKEN_HELP)
     options = validated(Options, vars(parser.parse_args(argv)))
     messages.checked_namespace(options.namespace)
+    checked_url("url", options.url)
     options.targets()
     if options.once:
         print(asyncio.run(_once(options)))

@@ -635,7 +635,7 @@ def _listen(field: str, address: str) -> socket.socket:
     try:
         return transport.listen(address)
     except ValueError:
-        raise ConfigError(field, address, "host:port") from None
+        raise ConfigError(field, address, "host:port with a number for the port") from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise UnavailableError(f"{field}: cannot listen on {address} ({reason}): free it, or choose another") from None

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from kvstore.errors import ConfigError
+from kvstore.text import in_units
 
 _V1_FILE, _V2_FILE = "memory.limit_in_bytes", "memory.max"
 
@@ -33,9 +34,8 @@ def check(wanted: dict[str, int]) -> None:
     if total > limit:
         name = max(wanted, key=lambda option: wanted[option])
         together = f" with {' and '.join(f'--{other}' for other in wanted if other != name)}" if len(wanted) > 1 else ""
-        raise ConfigError(
-            name, wanted[name], f"at most the {limit} bytes of memory that this process may have{together}"
-        )
+        expected = f"at most the {in_units(limit)} of memory that this process may have{together}"
+        raise ConfigError(name, in_units(wanted[name]), expected)
 
 
 def _limit(path: Path) -> int:

@@ -92,7 +92,7 @@ class Identity:
         inputs = {**self._layout, "weights": digest, "parallel": "any" if alike else self._ranks}
         self.base = layout_digest(inputs)
         logger.info(
-            "kvtier: the model is %s: %.1f GB of weights read on %d ranks in %.2f s",
+            "kvtier: identity %s: %.1f GB of weights read on %d ranks in %.2f s",
             self.base.hex()[:16],
             sum(answer.hashed_bytes for answer in answers) / 1e9,
             len(answers),

@@ -25,6 +25,7 @@ from kvstore.disk.buffers import aligned
 from kvstore.disk.files import Files
 from kvstore.disk.record import PAGE_BYTES
 from kvstore.errors import ConfigError
+from kvstore.text import in_units
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +217,8 @@ class _DirectorySpace(Space):
         disk = os.statvfs(self.path)
         free = disk.f_bavail * disk.f_frsize
         if self.slots * self.segment_bytes > held + free:
-            raise ConfigError("capacity", capacity_bytes, f"at most the {held + free} bytes that {self.path} has")
+            expected = f"at most the {in_units(held + free)} that are free in {self.path}"
+            raise ConfigError("capacity", in_units(capacity_bytes), expected)
 
 
 class _DeviceSpace(Space):
@@ -226,7 +228,7 @@ class _DeviceSpace(Space):
         try:
             size = os.lseek(self._guard, 0, os.SEEK_END)
             if capacity_bytes > size:
-                raise ConfigError("capacity", capacity_bytes, f"at most the {size} bytes of {path}")
+                raise ConfigError("capacity", in_units(capacity_bytes), f"at most the {in_units(size)} of {path}")
             self._fd = files.open(path, size)
         except BaseException:
             os.close(self._guard)

@@ -182,7 +182,7 @@ def checked_address(field: str, address: str) -> str:
     try:
         split_address(address)
     except ValueError:
-        raise ConfigError(field, address, "host:port") from None
+        raise ConfigError(field, address, "host:port with a number for the port") from None
     return address
 
 

@@ -1,4 +1,4 @@
-"""`kvtier top` on a real cluster says what the metrics say, and `kvtier try` shows a hit."""
+"""`kvtier top` on a real cluster says what the metrics say, and `kvtier try` shows hits in HBM and in the store."""
 
 import asyncio
 import subprocess
@@ -26,10 +26,12 @@ async def test_a_stranger_sees_a_hit(trial: Trial) -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    titles, new, again = (line.split("  ") for line in ended.stdout.replace(",", "").splitlines())
-    rows = [dict(zip(filter(None, titles), map(str.strip, filter(None, row)), strict=True)) for row in (new, again)]
-    assert int(rows[0]["hbm"]) < int(rows[0]["computed"])
-    assert int(rows[1]["hbm"]) > int(rows[1]["computed"])
+    titles, *lines = (line.split("  ") for line in ended.stdout.replace(",", "").splitlines())
+    rows = (map(str.strip, filter(None, line)) for line in lines)
+    new, again, elsewhere = (dict(zip(filter(None, titles), row, strict=True)) for row in rows)
+    assert int(new["hbm"]) < int(new["computed"])
+    assert int(again["hbm"]) > int(again["computed"])
+    assert int(elsewhere["store"]) > int(elsewhere["computed"])
 
 
 async def test_top_shows_the_cluster(trial: Trial) -> None:

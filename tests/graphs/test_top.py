@@ -23,10 +23,12 @@ from textual.widgets import DataTable, Static
 from components.pricing.cost import Speeds
 from components.router.decisions import Decisions
 from components.router.speeds import LiveSpeeds
+from components.router.view import explain
 from components.router.view.access import page_access
 from components.router.view.feed import Feed
 from components.router.view.page import open_page
 from components.router.workers import Workers
+from graphs import hit
 from graphs.observer import Frame, Observer, Options
 from graphs.services import free_port
 from graphs.top import as_text, main
@@ -110,11 +112,14 @@ async def test_without_a_router_targets_are_still_looked_at(cluster: Cluster) ->
     [
         (["--every", "0"], "every: '0' given, expected at least 0.5"),
         (["--store", "nonsense"], "store: 'nonsense' given, expected host:port"),
+        (["--url", "127.0.0.1:8300"], "url: '127.0.0.1:8300' given, expected a URL such as"),
+        (["--url", "http://127.0.0.1:abc"], "url: 'http://127.0.0.1:abc' given, expected a URL such as"),
     ],
 )
 def test_bad_input_is_told(arguments: list[str], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        main(arguments)
+    for command in (main, explain.main, hit.main) if "--url" in arguments else (main,):
+        with pytest.raises(ConfigError, match=says):
+            command(arguments)
 
 
 async def test_with_nobody_there_or_no_terminal_it_ends_with_a_line() -> None:

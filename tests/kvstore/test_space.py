@@ -20,6 +20,7 @@ from kvstore.disk.log import WRITE_AMPLIFICATION_MAX, Log
 from kvstore.disk.record import PAGE_BYTES
 from kvstore.disk.shelf import Shelf
 from kvstore.errors import ConfigError
+from kvstore.text import in_units
 from tests.conftest import MIB, append, eventually, key, payload, read
 
 KIB = 1 << 10
@@ -142,7 +143,7 @@ def test_a_device_has_one_user_and_bounds(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no other target is using"):
         make(device)
     log.close()
-    with pytest.raises(ConfigError, match=f"expected at most the {device.stat().st_size} bytes of"):
+    with pytest.raises(ConfigError, match=f"expected at most the {in_units(device.stat().st_size)} of"):
         make(device, slots=9)
     with pytest.raises(ConfigError, match="with which this store was made"):
         Log(device, 8 * MIB, segment_bytes=2 * MIB)

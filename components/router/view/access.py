@@ -101,6 +101,18 @@ class Access:
         return self.token.sign([b"kvtier page", issued.encode()]).hex().encode()
 
 
+def checked_url(field: str, url: str) -> str:
+    """The URL of a page or a frontend. Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port
+        valid = False
+    if not valid:
+        raise ConfigError(field, url, "a URL such as http://127.0.0.1:8300")
+    return url.rstrip("/")
+
+
 def page_access(
     page: str,
     token_file: Path | None = None,

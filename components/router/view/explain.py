@@ -16,7 +16,7 @@ import aiohttp
 import msgspec
 
 from components.router.records import Decision
-from components.router.view.access import TOKEN_HELP, bearer, page_token, unknown
+from components.router.view.access import TOKEN_HELP, bearer, checked_url, page_token, unknown
 from components.router.view.question import Question
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.text import clean, shown
@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page-token-file", type=Path, help=TOKEN_HELP)
     options = parser.parse_args(argv)
     token = page_token(options.page_token_file)
-    print(asyncio.run(explained(options.url, options.decision, options.limit, _question(options), token)))
+    url = checked_url("url", options.url)
+    print(asyncio.run(explained(url, options.decision, options.limit, _question(options), token)))
 
 
 def _question(options: argparse.Namespace) -> Question | None:
