@@ -9,6 +9,7 @@ be mistaken for these.
 
 import argparse
 import asyncio
+import contextlib
 import secrets
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from kvstore.tools import words
 _WORDS = 400  # more than a few blocks, whatever the tokenizer
 _ANSWER_TOKENS = 8
 _EVENTS_SECONDS = 0.5  # delay of the workers' KV events
-_STORED_SECONDS = 2.0  # delay of puts and of the targets' events
+_STORED_SECONDS_MAX = 10.0  # delay of puts and of the targets' events, on a busy machine
 _TIMEOUT = aiohttp.ClientTimeout(total=120)
 
 
@@ -47,7 +48,7 @@ async def tried(frontend: str, page: str, token: str | None) -> str:
         again = await _decided(session, frontend, page, token, body)
         rows += [_row("new", first), _row("the same again", again)]
         if (other := _other_worker(again)) is not None:
-            await asyncio.sleep(_STORED_SECONDS)
+            await _until_stored(session, f"{page}/explain", token, body["messages"])
             body["nvext"] = {"prefill_worker_id": other}
             rows.append(_row("the same, another worker", await _decided(session, frontend, page, token, body)))
     return words.table(rows)
@@ -64,6 +65,18 @@ async def _decided(
     if not latest:
         raise UnavailableError(f"router: {page} has no decision for this prompt: is it the router of {frontend}?")
     return latest[0]
+
+
+async def _until_stored(session: aiohttp.ClientSession, explain: str, token: str | None, messages: object) -> None:
+    """Wait until the router would have a worker load some of the prompt from the store, up to a limit."""
+    deadline = time.monotonic() + _STORED_SECONDS_MAX
+    while time.monotonic() < deadline:
+        await asyncio.sleep(_EVENTS_SECONDS)
+        with contextlib.suppress(UnavailableError):  # a router without the model's files explains no text
+            found = await _asked(session, "router", explain, {"messages": messages}, bearer(token))
+            priced = msgspec.convert(clean(found), Decision).candidates
+            if any(one.tokens.get("store") for one in priced):
+                return
 
 
 def _other_worker(decision: Decision) -> int | None:

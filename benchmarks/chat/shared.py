@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32, help="at once; default 32")
     parser.add_argument("--shared", type=int, default=8000, help="tokens of the shared prefix; default 8000")
     parser.add_argument("--hot", default="2GiB", help="the target's hot cache; default 2GiB")
+    parser.add_argument("--carrier", help="of target and worker: memory, or nixl; default none")
     parser.add_argument("--own", type=int, default=40, help="tokens of each request after it; default 40")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)

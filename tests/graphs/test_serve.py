@@ -275,7 +275,7 @@ BROKEN = [
     ),
     (
         "VllmWorker: {model: a/b}\nStore:\n  addresses: 10.0.0.7",
-        "my.yaml:3: Store.addresses: '10.0.0.7' given, expected host:port",
+        "my.yaml:3: Store.addresses: '10.0.0.7' given, expected host:port with a number for the port",
     ),
     (
         "VllmWorker:\n  model: a/b\n  ServiceArgs: {workers: 3, resources: {gpu: 1}}",
