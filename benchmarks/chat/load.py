@@ -486,7 +486,7 @@ class FirstToken(msgspec.Struct):
     computed_share: float  # share of prompt tokens, by the engine's counters; 1: no hit in any tier
 
 
-_SETTLING_TOKENS = 300  # more than a chunk
+SETTLING_TOKENS = 300  # more than a chunk
 
 
 async def first_tokens(
@@ -512,7 +512,7 @@ async def first_tokens(
             if medium in ("dram", "store"):
                 await endpoint.forget(external=medium == "store")
                 # With the tier, the identity of the weights is checked again; let another prompt wait for that.
-                other = others.choices(range(*TOKEN_IDS), k=_SETTLING_TOKENS)
+                other = others.choices(range(*TOKEN_IDS), k=SETTLING_TOKENS)
                 await asyncio.wait_for(endpoint.complete(other, 1), REQUEST_SECONDS)
             await ask(prompt, medium, counts=repeat >= 0)
     return [

@@ -34,7 +34,7 @@ from benchmarks.chat.__main__ import (
     until_ready,
 )
 from benchmarks.chat.identity import CPU_ENVIRONMENT
-from benchmarks.chat.load import Endpoint
+from benchmarks.chat.load import SETTLING_TOKENS, Endpoint
 from graphs.services import free_port
 from graphs.tiny_model import make_tiny_model
 from kvstore.errors import ConfigError, run_command, validated
@@ -74,6 +74,8 @@ async def measure(endpoint: Endpoint, given: argparse.Namespace) -> list[Row]:
                     await asyncio.sleep(_WRITTEN_SECONDS)
                 if way == "store":
                     await endpoint.forget(external=True)
+                    # The identity of the weights is checked again; let another prompt wait for that.
+                    await endpoint.complete(tokens(SETTLING_TOKENS), 1)
                 before = await endpoint.counters()
                 took = await first_tokens(endpoint, [shared + tokens(given.own) for _ in range(count)])
                 after = await endpoint.counters()
