@@ -1,7 +1,7 @@
 # make demo   install into .venv and play a conversation that outlives a worker, a target, a bit and a few clients
 # make serve  install and leave a small cluster running
-# make test   install and run all tests
-# make unit   install and run all tests but those with engines
+# make test   install and run all tests, with all random cases
+# make unit   install and run all tests but those with engines, with a quarter of the random cases
 # make lint   style, types and Dockerfiles
 # make site   write the pages as a site to site/, without a network once its generator is there
 # make aiperf install Dynamo's load generator, in .venv-aiperf
@@ -35,6 +35,7 @@ serve: install
 	$(BIN)/python -m graphs.tiny_model .kvtier/model
 	$(BIN)/dynamo serve graphs.agg_router:Frontend -f graphs/configs/quickstart.yaml
 
+test: export KVTIER_SLOW = 1
 test: install lint aiperf
 	docker/install_test_programs.sh .venv
 	$(MAKE) --jobs 2 --output-sync unit-importing unit-others WORKERS=3 OTHERS='tests $(CLUSTER_TESTS:%=--ignore=%)'

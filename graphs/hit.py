@@ -80,7 +80,7 @@ async def _until_stored(session: aiohttp.ClientSession, explain: str, token: str
 
 
 def _other_worker(decision: Decision) -> int | None:
-    """A worker that was not chosen, so that has the prompt neither in HBM nor in DRAM."""
+    """A worker that was not chosen: it has the prompt neither in HBM nor in DRAM."""
     if decision.prefilled is not None:  # it would have to be a prefill worker, which this decision does not name
         return None
     others = (one.worker.partition(".")[0] for one in decision.candidates)
@@ -89,7 +89,7 @@ def _other_worker(decision: Decision) -> int | None:
 
 
 def _row(name: str, decision: Decision) -> list[str]:
-    tokens = next(one.tokens for one in decision.candidates if one.worker == decision.chosen)
+    tokens = decision.on_chosen().tokens
     ttft = "-" if decision.ttft_seconds is None else f"{1000 * decision.ttft_seconds:.1f} ms"
     return [name, f"{decision.prompt_tokens:,}", *(f"{tokens.get(source, 0):,}" for source in SOURCES), ttft]
 

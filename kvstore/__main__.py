@@ -40,7 +40,7 @@ from kvstore.net.tls import ServerTls
 from kvstore.net.wire import Outcome
 from kvstore.scrape import Scrapes
 from kvstore.tenancy import Settings, Tenancy, fit_connections, replicate, report, warm
-from kvstore.text import masked
+from kvstore.text import in_units, masked
 
 if TYPE_CHECKING:
     from kvstore.bus.connection import Bus
@@ -159,7 +159,7 @@ class Options(BaseModel):
         if self.dirty is not None and self.durability == "written":
             raise ConfigError.conflicting("dirty", self.dirty, "--durability written", "--durability memory")
         if self.dirty_bytes > self.hot:
-            raise ConfigError("dirty", self.dirty, f"at most the {self.hot} bytes of --hot")
+            raise ConfigError("dirty", in_units(self.dirty_bytes), f"at most the {in_units(self.hot)} of --hot")
 
     def _check_name(self) -> None:
         """The announced address must be one that clients can reach. Raises ConfigError."""

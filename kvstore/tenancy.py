@@ -268,7 +268,7 @@ async def report(target: Target, line: "Bus", namespace: str) -> None:
             evicted_age_seconds=status.evicted_age_seconds,
             corrupt_chunks=status.corrupt_entries,
             failed_writes=status.failed_writes,
-            memory_share=from_memory / max(1.0, from_memory + from_devices),
+            memory_share=from_memory / hits if (hits := from_memory + from_devices) else 0.0,
         )
         await line.publish(messages.subject(namespace, "speed.target", target.name), report)
         before, then = status, now

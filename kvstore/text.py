@@ -49,12 +49,11 @@ def masked_variable(name: str, value: str) -> str:
     return HIDDEN if value and is_secret(name) else masked(value)
 
 
-def in_units(count_bytes: int) -> str:
+def in_units(count_bytes: float) -> str:
     """Bytes as 896.0 MiB."""
-    size, units = float(count_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.1f} {units[0]}"
+    from pydantic import ByteSize  # the mover starts with each engine, and does without
+
+    return ByteSize(count_bytes).human_readable(separator=" ")
 
 
 def _escaped(character: str) -> str:

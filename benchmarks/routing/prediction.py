@@ -63,7 +63,7 @@ def judged(decisions: list[Decision], clients: int) -> Result:
     errors = [abs(one.predicted_ttft_seconds / actual - 1) for one, actual in done]
     by_tier: dict[str, list[float]] = {}
     for (one, _), error in list(zip(done, errors, strict=True))[LEARNING:]:
-        chosen = next(candidate for candidate in one.candidates if candidate.worker == one.chosen)
+        chosen = one.on_chosen()
         by_tier.setdefault(max(chosen.tokens, key=lambda tier: chosen.tokens[tier]), []).append(error)
     after = errors[LEARNING:]
     low, _, high = statistics.quantiles(after, n=4)

@@ -29,6 +29,7 @@ from kvstore.disk.space import (
     stored_segment_bytes,
 )
 from kvstore.errors import ConfigError
+from kvstore.text import in_units
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +316,7 @@ def _check_slots(slots: int, capacity_bytes: int, segment_bytes: int) -> None:
     if slots < SLOTS_FEWEST:
         raise ConfigError(
             "capacity",
-            capacity_bytes,
-            f"at least two segments of {segment_bytes} bytes (one is written while one is emptied); "
+            in_units(capacity_bytes),
+            f"at least two segments of {in_units(segment_bytes)} (one is written while one is emptied); "
             "give more, or a smaller --segment-size",
         )

@@ -18,6 +18,7 @@ from kvstore.disk.record import PAGE_BYTES
 from kvstore.errors import ConfigError, validated
 from kvstore.net import tls
 from kvstore.net.wire import VALUE_BYTES_MAX
+from kvstore.text import in_units
 from kvstore.tools import speeds, words
 from kvstore.tools.speeds import Speed, StoreSpeeds
 from kvstore.tools.targets import add_namespace_arguments
@@ -202,7 +203,7 @@ def _as_text(result: Result, seconds: float) -> str:
     fed += [
         [
             one.model,
-            words.size(one.bytes_per_token),
+            in_units(one.bytes_per_token),
             f"{one.worker_tokens_per_second:,.0f} tokens/s",
             words.speed(one.worker_bytes_per_second),
             f"{one.fed_tokens_per_second:,.0f} tokens/s",
@@ -211,7 +212,7 @@ def _as_text(result: Result, seconds: float) -> str:
         for one in result.verdicts
     ]
     lines = [
-        f"A short benchmark: chunks of {words.size(result.chunk_bytes)}, {speeds.RUNS} runs of "
+        f"A short benchmark: chunks of {in_units(result.chunk_bytes)}, {speeds.RUNS} runs of "
         f"{seconds / speeds.RUNS:g} s each. Includes the effect of caches and of other load on the machine.",
         "",
         words.table(measured),

@@ -21,6 +21,7 @@ from kvstore.keys import sequence_hashes
 from kvstore.net import wire
 from kvstore.net.client import StoreClient
 from kvstore.net.wire import Listing, Outcome
+from kvstore.text import in_units
 from kvstore.tools import words
 from kvstore.tools.archive import Writer
 from kvstore.tools.targets import TargetOptions, add_target_arguments, open_client, open_targets
@@ -324,13 +325,13 @@ def _leading(path: Path, hashes: Sequence[int], found: Mapping[int, int]) -> Pro
 
 
 def _table(held: Mapping[str, Held]) -> str:
-    rows = [[name, f"{one.chunks:,}", words.size(one.bytes)] for name, one in sorted(held.items())]
+    rows = [[name, f"{one.chunks:,}", in_units(one.bytes)] for name, one in sorted(held.items())]
     return words.table([["fingerprint", "chunks", "values"], *rows])
 
 
 def _summary(result: Exported) -> str:
     lines = [
-        f"{result.file}: {result.chunks:,} chunks of fingerprint {result.fingerprint}, {words.size(result.bytes)}, "
+        f"{result.file}: {result.chunks:,} chunks of fingerprint {result.fingerprint}, {in_units(result.bytes)}, "
         f"{result.sealed:,} sealed; {result.gone:,} were gone, {result.failed:,} failed",
         *(f"{one.file}: the first {one.leading:,} of {one.chunks:,} chunks are in it" for one in result.prompts),
     ]

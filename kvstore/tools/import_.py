@@ -18,7 +18,7 @@ from kvstore.bus.messages import WorkerReport
 from kvstore.errors import ConfigError, FailedError, UnavailableError, validated
 from kvstore.net.client import Item, StoreClient
 from kvstore.net.wire import KEYS_MAX, Outcome
-from kvstore.tools import words
+from kvstore.text import in_units
 from kvstore.tools.archive import Reader
 from kvstore.tools.export import parse_fingerprint
 from kvstore.tools.targets import TargetOptions, add_target_arguments, open_client, open_targets
@@ -168,5 +168,5 @@ def _put(client: StoreClient, batch: list[Item], result: Imported) -> None:
 def _summary(result: Imported) -> str:
     return (
         f"{result.file}: fingerprint {result.fingerprint}; {result.stored:,} chunks stored, "
-        f"{words.size(result.bytes)}; {result.known:,} were there, {result.refused:,} were refused"
+        f"{in_units(result.bytes)}; {result.known:,} were there, {result.refused:,} were refused"
     )

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from kvstore.text import in_units
 from kvstore.tools import words
 
 
@@ -60,7 +61,7 @@ TITLES = _LINE.format(
 
 
 def as_lines(report: Report) -> str:
-    volumes = map(words.size, (report.live_bytes, report.dead_bytes, report.free_bytes))
+    volumes = map(in_units, (report.live_bytes, report.dead_bytes, report.free_bytes))
     counts = (report.live, report.superseded, len(report.corrupt), len(report.cut_off))
     lines = [_LINE.format(report.segment, report.generation, report.state, *counts, *volumes)]
     for kind, flaws in (("corrupt", report.corrupt), ("cut off", report.cut_off)):
@@ -75,6 +76,6 @@ def summary(total: Total) -> str:
     versions = words.key_versions(total.key_versions)
     return (
         f"{found}: {total.segments} segments, {total.live} chunks, {total.superseded} superseded, {total.cut_off} cut "
-        f"off; {words.size(total.live_bytes)} live, {words.size(total.dead_bytes)} dead, "
-        f"{words.size(total.free_bytes)} free{versions and f'; chunks by key version: {versions}'}"
+        f"off; {in_units(total.live_bytes)} live, {in_units(total.dead_bytes)} dead, "
+        f"{in_units(total.free_bytes)} free{versions and f'; chunks by key version: {versions}'}"
     )

@@ -29,6 +29,7 @@ from kvstore.net.queues import READERS, WRITERS
 from kvstore.net.tls import ClientTls
 from kvstore.net.transport import Stream
 from kvstore.net.wire import Header, Op, Outcome
+from kvstore.text import in_units
 
 RUNS = 5
 # Larger than the cache of most device controllers, small enough for a short run.
@@ -100,7 +101,7 @@ def _open_scratch(files: Files, path: Path, size_bytes: int) -> int:
         return files.open(path, size_bytes)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ConfigError("dir", path.parent, f"one with {size_bytes} bytes free, for a scratch file") from None
+            raise ConfigError("dir", path.parent, f"one with {in_units(size_bytes)} free, for a scratch file") from None
         raise ConfigError("dir", path.parent, f"one that this user can write to ({error.strerror})") from None
 
 

@@ -19,7 +19,7 @@ from kvstore.net.client import StoreClient
 from kvstore.net.membership import StaticMembership
 from kvstore.net.tls import ClientTls
 from kvstore.net.wire import Outcome, Status
-from kvstore.text import clean
+from kvstore.text import clean, in_units
 from kvstore.tools import words
 from kvstore.tools.targets import TargetOptions, add_target_arguments, open_targets
 
@@ -192,15 +192,15 @@ def column(status: Status, before: Status | str | None, seconds: float) -> dict[
         return f"{number / seconds:,.1f}/s" if rated else f"{number:,}"
 
     def volume(name: str) -> str:
-        return words.speed(growth[name] / seconds) if rated else words.size(growth[name])
+        return words.speed(growth[name] / seconds) if rated else in_units(growth[name])
 
     amplification = _amplification(growth)
     restarted = isinstance(before, Status) and not rated
     totals = _counts(status)
     shown = {
         "epoch": f"{status.epoch}{' (restarted)' if restarted else ''}",
-        "capacity": words.size(status.capacity_bytes),
-        "used by payload": f"{words.size(status.payload_bytes)} {status.payload_bytes / status.capacity_bytes:4.0%}",
+        "capacity": in_units(status.capacity_bytes),
+        "used by payload": f"{in_units(status.payload_bytes)} {status.payload_bytes / status.capacity_bytes:4.0%}",
         "chunks": f"{status.entries:,}",
         "chunks by key version": words.key_versions(status.key_versions),
         "connections": f"{status.connections:,}",
@@ -208,10 +208,10 @@ def column(status: Status, before: Status | str | None, seconds: float) -> dict[
         "sent": volume("sent_bytes"),
         "hot cache hits": count("hot_hits"),
         "device hits": count("device_hits"),
-        "hot cache": f"{status.hot_entries:,} chunks, {words.size(status.hot_bytes)}" if status.hot_entries else "",
-        "read queue": words.size(status.waiting_read_bytes),
-        "write queue": words.size(status.waiting_write_bytes),
-        "dirty": f"{words.size(status.dirty_bytes)} of {words.size(status.dirty_bytes_max)}"
+        "hot cache": f"{status.hot_entries:,} chunks, {in_units(status.hot_bytes)}" if status.hot_entries else "",
+        "read queue": in_units(status.waiting_read_bytes),
+        "write queue": in_units(status.waiting_write_bytes),
+        "dirty": f"{in_units(status.dirty_bytes)} of {in_units(status.dirty_bytes_max)}"
         if status.dirty_bytes_max
         else "",
         "flushed": volume("accepted_bytes") if status.dirty_bytes_max else "",

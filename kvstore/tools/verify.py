@@ -20,6 +20,7 @@ from kvstore.disk import record
 from kvstore.disk.files import Files
 from kvstore.disk.space import StoppedStore
 from kvstore.errors import validated
+from kvstore.text import in_units
 from kvstore.tools import words
 from kvstore.tools.reports import TITLES, Total, as_lines, summary
 from kvstore.tools.scrub import Scrub
@@ -99,6 +100,6 @@ class _Progress:
         if now - self._told < _PROGRESS_SECONDS:
             return
         self._told = now
-        done, total = words.size(self._done_bytes), words.size(self._total_bytes)
+        done, total = in_units(self._done_bytes), in_units(self._total_bytes)
         speed = words.speed(self._done_bytes / (now - self._begun))
         print(f"verify: {done} of {total}, {speed}, {corrupt} corrupt", file=sys.stderr, flush=True)

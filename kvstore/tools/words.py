@@ -7,10 +7,6 @@ from pydantic import ByteSize
 from kvstore.keys import KEY_VERSION
 
 
-def size(count: float) -> str:
-    return ByteSize(count).human_readable(separator=" ")
-
-
 def speed(bytes_per_second: float) -> str:
     return ByteSize(bytes_per_second).human_readable(decimal=True, separator=" ") + "/s"
 

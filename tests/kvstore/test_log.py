@@ -360,9 +360,9 @@ def test_the_observer_hears_of_all_that_comes_and_goes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("capacity", "segment", "says"),
     [
-        (MIB, MIB, "capacity: '1048576' given, expected at least two segments"),
+        (MIB, MIB, "capacity: '1.0 MiB' given, expected at least two segments of 1.0 MiB"),
         (64 * MIB, 1000, "segment-size: '1000' given"),
-        (1 << 50, None, "capacity: '1024.0 TiB' given, expected at most"),
+        (1 << 50, None, "capacity: '1.0 PiB' given, expected at most"),
     ],
 )
 def test_a_size_that_cannot_be_is_refused(tmp_path: Path, capacity: int, segment: int | None, says: str) -> None:

@@ -200,7 +200,7 @@ def test_each_start_has_an_epoch_of_its_own_also_of_a_wiped_store(arguments: lis
     ("changes", "says"),
     [
         ({"--dir": "/nowhere/at/all"}, "dir: '/nowhere/at/all' given, expected a directory that exists"),
-        ({"--capacity": "1MiB"}, "capacity: '1048576' given, expected at least two segments of 4194304 bytes"),
+        ({"--capacity": "1MiB"}, "capacity: '1.0 MiB' given, expected at least two segments of 4.0 MiB"),
         ({"--capacity": "lots"}, "capacity: 'lots' given, expected a size such as 500G or 1.5TiB"),
         ({"--capacity": "900T"}, "expected at most the"),
         ({"--listen": "nonsense"}, "listen: 'nonsense' given, expected host:port"),

@@ -23,6 +23,7 @@ from kvstore.disk.log import Log
 from kvstore.disk.record import PAGE_BYTES, Entry
 from kvstore.disk.space import StoppedStore
 from kvstore.errors import ConfigError
+from kvstore.text import in_units
 from kvstore.tools import bench, words
 from kvstore.tools.bench import MODELS, Model
 from kvstore.tools.speeds import Speed, measure
@@ -539,7 +540,7 @@ def test_a_store_of_another_format_is_refused(tmp_path: Path, run: Callable[...,
 
 
 def test_words() -> None:
-    assert (words.size(5 << 30), words.speed(1.25e9)) == ("5.0 GiB", "1.2 GB/s")
+    assert (in_units(5 << 30), words.speed(1.25e9)) == ("5.0 GiB", "1.2 GB/s")
     assert [words.age(seconds) for seconds in (3.0, 300, 7200, 10 * 86400)] == [
         "3.0 s",
         "5.0 min",
